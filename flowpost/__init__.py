@@ -1,0 +1,37 @@
+"""Flexible posteriors for variational autoencoders: features in, z and log q(z|x) out, in one pass."""
+
+from flowpost import functional as functional
+from flowpost.bijectors.affine import Affine, Scale
+from flowpost.bijectors.autoregressive import Autoregressive
+from flowpost.bijectors.base import Bijector
+from flowpost.bijectors.compose import Chain, Conditioned, Inverse, Learned, Shared
+from flowpost.bijectors.permute import Permute, Reverse
+from flowpost.bijectors.planar import Planar
+from flowpost.bijectors.triangular import UnitLowerTriangular
+from flowpost.posterior import FlowDistribution, FlowPosterior, Sample
+from flowpost.recipes import diagonal, full_covariance, iaf, planar
+
+__version__ = "0.1.0"
+__all__ = [
+    "Affine",
+    "Autoregressive",
+    "Bijector",
+    "Chain",
+    "Conditioned",
+    "FlowDistribution",
+    "FlowPosterior",
+    "Inverse",
+    "Learned",
+    "Permute",
+    "Planar",
+    "Reverse",
+    "Sample",
+    "Scale",
+    "Shared",
+    "UnitLowerTriangular",
+    "diagonal",
+    "full_covariance",
+    "functional",
+    "iaf",
+    "planar",
+]

@@ -1,0 +1,134 @@
+"""Element-wise affine maps: with a context, and a constant scale."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flowpost.bijectors.base import Bijector, check_int
+
+_FLOOR = 1e-3
+_SHIFT = math.log(math.expm1(1 - _FLOOR))
+
+
+def softplus_scale(raw: Tensor) -> Tensor:
+    """A scale ``softplus(raw + c) + 1e-3`` that is 1 at ``raw = 0`` and never below 1e-3.
+
+    Args:
+        raw: unconstrained numbers, any shape, float32 or float64.
+
+    Returns:
+        Positive numbers of the same shape and dtype.
+    """
+    return F.softplus(raw + _SHIFT) + _FLOOR
+
+
+def log_var_scale(log_var: Tensor) -> Tensor:
+    """A scale ``exp(l / 2)`` with ``l = 20 tanh(log_var / 20)``: a VAE's log-variance, softly bounded at +-20.
+
+    Args:
+        log_var: unconstrained numbers, any shape, float32 or float64.
+
+    Returns:
+        Positive numbers of the same shape and dtype.
+    """
+    return torch.exp(10 * torch.tanh(log_var / 20))
+
+
+def affine(z: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Element-wise affine map ``z' = loc + scale * z``, ``log_det = sum(log scale)``.
+
+    Args:
+        z: ``(*batch, dim)``.
+        loc: ``(*batch, dim)``.
+        scale: ``(*batch, dim)``, positive.
+
+    Returns:
+        z' ``(*batch, dim)`` and log_det, of scale's batch shape.
+    """
+    return torch.addcmul(loc, scale, z), scale.log().sum(-1)
+
+
+class Affine(Bijector):
+    """Element-wise affine map ``z' = loc + scale * z``: a diagonal Gaussian, when z is N(0, I).
+
+    The context is ``(loc, raw)``, and ``scale`` makes raw positive, so that the map is invertible for every context.
+    Identity at the zero context. Forward, inverse and log-det cost O(dim).
+
+    Args:
+        dim: size of z.
+        scale: element-wise function from raw numbers to positive ones, 1 at 0: `softplus_scale`, or `log_var_scale`
+            where the context is a VAE's ``(loc, log_var)``.
+
+    Shapes:
+        z ``(*batch, dim)``, context ``(*batch, 2 * dim)``.
+
+    Reference:
+        Kingma & Welling (2014), Auto-Encoding Variational Bayes, eq. 9; (2019), eq. 2.33.
+
+    Example:
+        >>> z, log_det = Affine(2)(torch.ones(3, 2), torch.zeros(3, 4))
+        >>> log_det.shape
+        torch.Size([3])
+    """
+
+    triangular = True
+
+    def __init__(self, dim: int, scale: Callable[[Tensor], Tensor] = softplus_scale) -> None:
+        super().__init__(dim, 2 * check_int("dim", dim, minimum=1))
+        self.scale = scale
+
+    def _loc_scale(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        loc, raw = cast(Tensor, context).chunk(2, dim=-1)
+        return loc, self.scale(raw)
+
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return affine(z, *self._loc_scale(context))
+
+    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+        loc, scale = self._loc_scale(context)
+        return (z - loc) / scale, -scale.log().sum(-1)
+
+    def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        shift, scale = self._loc_scale(context)
+        tril = torch.diag_embed(scale) if tril is None else scale.unsqueeze(-1) * tril
+        return shift + scale * loc, tril
+
+
+class Scale(Bijector):
+    """A constant scale ``z' = factor * z`` of all variables, ``log_det = dim * log(factor)``; it reads no context.
+
+    Args:
+        dim: size of z.
+        factor: a positive number.
+
+    Raises:
+        ValueError: if the factor is not positive and finite.
+
+    Example:
+        >>> Scale(2, 3.0)(torch.ones(2))[0]
+        tensor([3., 3.])
+    """
+
+    triangular = True
+
+    def __init__(self, dim: int, factor: float) -> None:
+        super().__init__(dim)
+        if not 0 < factor < math.inf:
+            raise ValueError(f"factor: expected a positive finite number, got {factor}")
+        self.factor = float(factor)
+
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return z * self.factor, z.new_tensor(self.dim * math.log(self.factor))
+
+    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+        return z / self.factor, z.new_tensor(-self.dim * math.log(self.factor))
+
+    def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        tril = torch.eye(self.dim, dtype=loc.dtype, device=loc.device) if tril is None else tril
+        return self.factor * loc, self.factor * tril

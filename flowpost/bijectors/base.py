@@ -1,0 +1,204 @@
+"""The contract of every bijector: checked once, at the outermost call."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+_FLOATS = (torch.float32, torch.float64)
+
+
+class Bijector(nn.Module, ABC):
+    """An invertible map of z, one for every context: ``(z, context) -> (z', log|det dz'/dz|)``.
+
+    ``forward`` runs from noise to posterior and ``inverse`` back. Both are written here once: they check shapes and
+    dtypes, cast the context to z's dtype, and call ``_forward`` and ``_inverse``, which a family writes. A chain calls
+    its steps' underscored methods, so a check runs once, at the outermost call.
+
+    A subclass gives ``_forward(z, context)`` and ``_inverse(z, context, known)``. Both may return a log-det of wider
+    dtype than z (a chain sums in float64) or of fewer leading axes (a constant); z' must have the broadcast batch
+    shape. It may override ``initial_context`` and ``context_gain``, and ``_push_gaussian`` where it is ``triangular``.
+    Nothing checks that ``_inverse`` inverts ``_forward``: ``flowpost.testing.check_bijector`` does.
+
+    Args:
+        dim: size of the last axis of z, at least 1.
+        context_size: how many numbers per example the step reads; 0 for none.
+
+    Raises:
+        TypeError: if a size is not an int.
+        ValueError: if a size is out of range.
+    """
+
+    event_ndim = 1
+    """How many last axes of z make one event; the channel axis, ``dim`` wide, is the first of them."""
+    triangular = False
+    """Whether ``z' = loc + L z`` for every context, L lower-triangular with a positive diagonal."""
+
+    def __init__(self, dim: int, context_size: int = 0) -> None:
+        super().__init__()
+        self.dim = check_int("dim", dim, minimum=1)
+        self.context_size = check_int("context_size", context_size, minimum=0)
+
+    @abstractmethod
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]: ...
+
+    @abstractmethod
+    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]: ...
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map noise towards the posterior.
+
+        Args:
+            z: ``(*batch, dim)``, float32 or float64, of the parameters' dtype and device.
+            context: ``(*batch, context_size)``; leading axes broadcast against z's. None where ``context_size`` is 0.
+
+        Returns:
+            ``z'`` and ``log|det dz'/dz|``, of the broadcast batch shape and z's dtype.
+
+        Raises:
+            TypeError: for a z or context that is no floating tensor, or a z of another dtype than the parameters.
+            ValueError: for a wrong shape or device, a missing context, or one that is not read.
+        """
+        return self._finish(z, *self._forward(z, self._check(z, context)))
+
+    def inverse(
+        self, z: Tensor, context: Tensor | None = None, *, known: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Undo ``forward``; the log-det is that of the inverse map, so ``-log|det dz'/dz|`` at the preimage.
+
+        Args:
+            z: the image z', ``(*batch, dim)``.
+            context: as in ``forward``.
+            known: the preimage, ``(*batch, dim)``, where it is known: no search is run, only the gradient is attached.
+
+        Returns:
+            The preimage and ``log|det dz/dz'|``, of the broadcast batch shape and z's dtype.
+
+        Raises:
+            TypeError: as ``forward``.
+            ValueError: as ``forward``.
+        """
+        context = self._check(z, context)
+        if known is not None:
+            check_tensor("known", known, self.dim, self.event_ndim)
+            known = known.detach()
+        return self._finish(z, *self._inverse(z, context, known))
+
+    def initial_context(self) -> Tensor:
+        """The context, ``(context_size,)``, where the step is the identity (zeros, unless a family says otherwise).
+
+        Directions that the identity leaves free are drawn at random when the step is built.
+        """
+        return torch.zeros(self.context_size)
+
+    def context_gain(self) -> Tensor:
+        """How large a head's rows start, ``(context_size,)``, relative to a linear layer's usual initialization.
+
+        Small where the context is the map's own parameters, so that a fresh posterior hardly depends on x; 1 where it
+        is features that a network reads.
+        """
+        return torch.full((self.context_size,), 0.01)
+
+    def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Push N(loc, tril tril^T) through a ``triangular`` step; tril None is the identity."""
+        raise NotImplementedError(f"{type(self).__name__} is not a triangular linear map")
+
+    def _check(self, z: Tensor, context: Tensor | None) -> Tensor | None:
+        check_tensor("z", z, self.dim, self.event_ndim)
+        parameter = next(self.parameters(), None)
+        if parameter is not None:
+            check_like(z, parameter)
+        return check_context(self, z, context)
+
+    def _finish(self, z: Tensor, image: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
+        batch = image.shape[: image.ndim - self.event_ndim]
+        return image, log_det.to(z.dtype).expand(batch)
+
+
+def wide(log_det: Tensor) -> Tensor:
+    """Widen a log-det for a sum over steps: to float64, or not at all on a device that has no float64."""
+    return log_det if log_det.device.type == "mps" else log_det.double()
+
+
+def check_int(name: str, value: int, minimum: int) -> int:
+    """Return `value`, an int of at least `minimum`, or raise."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name}: expected an int >= {minimum}, got {value}")
+    return value
+
+
+def check_order(order: Sequence[int], dim: int) -> list[int]:
+    """Return `order` as a list, or raise unless it has every int from 0 to dim - 1 once."""
+    order = [int(i) for i in order]
+    if sorted(order) != list(range(dim)):
+        raise ValueError(f"order: expected a permutation of 0..{dim - 1}, got {order}")
+    return order
+
+
+def check_tensor(name: str, value: Tensor, size: int, event_ndim: int = 1) -> None:
+    """Raise unless `value` is a float32 or float64 tensor whose channel axis has `size` entries."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}; call .float()")
+    if value.dtype not in _FLOATS:
+        raise TypeError(
+            f"{name}: expected float32 or float64, got {value.dtype}; use torch.autocast around the encoder instead"
+        )
+    if value.ndim < event_ndim or value.shape[-event_ndim] != size:
+        raise ValueError(f"{name}: expected shape {_shape(size, event_ndim)}, got {tuple(value.shape)}{_trap(value)}")
+
+
+def check_like(z: Tensor, parameter: Tensor) -> None:
+    """Raise unless z has the dtype and device of the parameters, which must be float32 or float64."""
+    if parameter.dtype not in _FLOATS:
+        raise TypeError(f"parameters: expected float32 or float64, got {parameter.dtype}; call .float() on the flow")
+    if z.dtype != parameter.dtype:
+        raise TypeError(
+            f"z: expected {parameter.dtype} like the parameters, got {z.dtype}; "
+            f"call .to({z.dtype}) on the flow or .to({parameter.dtype}) on z"
+        )
+    if z.device != parameter.device:
+        raise ValueError(f"z: expected device {parameter.device} like the parameters, got {z.device}")
+
+
+def check_context(step: Bijector, z: Tensor, context: Tensor | None) -> Tensor | None:
+    """Return the context in z's dtype, or raise unless it is what `step` reads beside `z`."""
+    size, ndim = step.context_size, step.event_ndim
+    if context is None:
+        if size:
+            raise ValueError(f"context: this bijector needs shape {_shape(size, ndim)}, got None")
+        return None
+    if not isinstance(context, Tensor):
+        raise TypeError(f"context: expected a torch.Tensor, got {type(context).__name__}")
+    shape = tuple(context.shape)
+    if not size:
+        raise ValueError(f"context: this bijector takes none, got shape {shape}")
+    if not context.is_floating_point():
+        raise TypeError(f"context: expected a floating dtype, got {context.dtype}; call .float()")
+    if context.ndim < ndim or shape[-ndim] != size:
+        raise ValueError(f"context: expected shape {_shape(size, ndim)}, got {shape}")
+    if context.device != z.device:
+        raise ValueError(f"context: expected device {z.device} like z, got {context.device}")
+    batch, z_batch = shape[:-ndim], tuple(z.shape[:-ndim])
+    if not _broadcasts(batch, z_batch):
+        raise ValueError(f"context: batch shape {batch} does not broadcast with z batch shape {z_batch}")
+    return context.to(z.dtype)
+
+
+def _shape(size: int, event_ndim: int) -> str:
+    return f"(*, {', '.join([str(size)] + ['*'] * (event_ndim - 1))})"
+
+
+def _trap(value: Tensor) -> str:
+    wants_broadcast = value.ndim > 0 and value.shape[-1] == 1
+    return "; flowpost never broadcasts the event dimension" if wants_broadcast else ""
+
+
+def _broadcasts(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    return all(m == n or m == 1 or n == 1 for m, n in zip(reversed(a), reversed(b), strict=False))

@@ -1,0 +1,102 @@
+"""The named posteriors of the literature: plain functions that assemble steps into a `FlowPosterior`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flowpost.bijectors.affine import Affine
+from flowpost.bijectors.autoregressive import Autoregressive
+from flowpost.bijectors.base import check_int
+from flowpost.bijectors.compose import Chain, Shared
+from flowpost.bijectors.permute import Reverse
+from flowpost.bijectors.planar import Planar
+from flowpost.bijectors.triangular import UnitLowerTriangular
+from flowpost.posterior import FlowPosterior
+
+
+def diagonal(features: int, dim: int) -> FlowPosterior:
+    """Factorized Gaussian posterior, ``z = loc + scale * noise`` (Kingma & Welling 2014, eq. 9).
+
+    Args:
+        features: size of the encoder's features; 0 for a posterior without an encoder.
+        dim: size of z.
+
+    Returns:
+        A posterior that starts near N(0, I).
+
+    Example:
+        >>> z, log_prob, noise = flowpost.diagonal(16, dim=2)(torch.randn(8, 16))
+    """
+    return FlowPosterior(features, Affine(dim))
+
+
+def full_covariance(features: int, dim: int) -> FlowPosterior:
+    """Full-covariance Gaussian posterior, ``z = loc + diag(scale) L noise``, ``diag(scale) L`` its Cholesky factor.
+
+    The one-step linear case of inverse autoregressive flow (Kingma & Welling 2019, sections 2.5.1 and 3.4).
+
+    Args:
+        features: size of the encoder's features; 0 for a posterior without an encoder.
+        dim: size of z; the head grows with ``dim^2 / 2``.
+
+    Returns:
+        A posterior that starts near N(0, I).
+
+    Example:
+        >>> loc, scale_tril = flowpost.full_covariance(16, dim=2).gaussian(torch.randn(8, 16))
+    """
+    return FlowPosterior(features, Chain(UnitLowerTriangular(dim), Affine(dim)))
+
+
+def planar(features: int, dim: int, steps: int = 8) -> FlowPosterior:
+    """Diagonal Gaussian followed by planar steps, all amortized (Rezende & Mohamed 2015, eq. 10).
+
+    Args:
+        features: size of the encoder's features; 0 for a posterior without an encoder.
+        dim: size of z.
+        steps: number of planar steps.
+
+    Returns:
+        A posterior that starts near N(0, I).
+
+    Example:
+        >>> z, log_prob, noise = flowpost.planar(16, dim=2, steps=8)(torch.randn(8, 16), sample_shape=(50,))
+    """
+    return FlowPosterior(features, Chain(Affine(dim), *planar_steps(dim, steps)))
+
+
+def iaf(
+    features: int, dim: int, steps: int = 4, hidden: Sequence[int] = (320, 320), context_size: int = 64
+) -> FlowPosterior:
+    """Inverse autoregressive flow (Kingma et al. 2016): a diagonal Gaussian, then gated autoregressive steps sharing h.
+
+    The variables' order is reversed from one step to the next.
+
+    Args:
+        features: size of the encoder's features; 0 for a posterior without an encoder.
+        dim: size of z.
+        steps: number of autoregressive steps.
+        hidden: widths of each step's hidden layers.
+        context_size: size of h, which every step's network reads.
+
+    Returns:
+        A posterior that starts near N(0, I) times ``sigmoid(2)`` per step, the gates' start.
+
+    Example:
+        >>> z, log_prob, noise = flowpost.iaf(16, dim=2, hidden=(32, 32))(torch.randn(8, 16), sample_shape=(50,))
+    """
+    return FlowPosterior(features, Chain(Affine(dim), Shared(*iaf_steps(dim, steps, hidden, context_size))))
+
+
+def planar_steps(dim: int, steps: int) -> list[Planar]:
+    """`steps` planar steps, each with a direction of its own."""
+    return [Planar(dim) for _ in range(check_int("steps", steps, minimum=1))]
+
+
+def iaf_steps(
+    dim: int, steps: int, hidden: Sequence[int] = (320, 320), context_size: int = 64
+) -> list[Autoregressive | Reverse]:
+    """`steps` autoregressive steps with a reversal between neighbours."""
+    check_int("steps", steps, minimum=1)
+    pairs = [[Reverse(dim), Autoregressive(dim, context_size, hidden)] for _ in range(steps)]
+    return [step for pair in pairs for step in pair][1:]
