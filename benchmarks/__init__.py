@@ -1,0 +1,1 @@
+"""Posteriors compared on data, in nats and in seconds: `python -m benchmarks`."""
