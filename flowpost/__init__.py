@@ -10,6 +10,7 @@ from flowpost.bijectors.planar import Planar
 from flowpost.bijectors.triangular import UnitLowerTriangular
 from flowpost.posterior import FlowDistribution, FlowPosterior, Sample
 from flowpost.recipes import diagonal, full_covariance, iaf, planar
+from flowpost.wrap import wrap
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,4 +35,5 @@ __all__ = [
     "functional",
     "iaf",
     "planar",
+    "wrap",
 ]

@@ -90,8 +90,7 @@ class FlowPosterior(nn.Module):
             TypeError: for an h that is no floating tensor, or a `sample_shape` that is no tuple of ints.
             ValueError: for a wrong width or shape, or a negative sample axis.
         """
-        shape = _check_sample_shape(sample_shape)
-        return self._draw(self.context(h), shape, self._batch(h), noise)
+        return self.sample_at(self.context(h), sample_shape, noise, batch=_batch(h))
 
     def context(self, h: Tensor | None = None) -> Tensor | None:
         """The flow's context for features h, in the parameters' dtype; half-precision features are cast."""
@@ -126,16 +125,22 @@ class FlowPosterior(nn.Module):
         Raises:
             TypeError: if the posterior is not Gaussian (`is_gaussian` tells).
         """
-        return self._gaussian(self.context(h))
+        return self.gaussian_at(self.context(h))
 
     def distribution(self, h: Tensor | None = None) -> FlowDistribution:
         """q(z|x) as a `torch.distributions.Distribution`, for code that wants one."""
         return FlowDistribution(self, h)
 
-    def _draw(
-        self, context: Tensor | None, sample_shape: tuple[int, ...], batch: tuple[int, ...], noise: Tensor | None = None
+    def sample_at(
+        self,
+        context: Tensor | None,
+        sample_shape: tuple[int, ...] = (),
+        noise: Tensor | None = None,
+        *,
+        batch: tuple[int, ...] | None = None,
     ) -> Sample:
-        shape = (*sample_shape, *batch, self.dim)
+        """As `forward`, for a `context` that is known; `batch` is its leading axes unless said otherwise."""
+        shape = (*_check_sample_shape(sample_shape), *(_batch(context) if batch is None else batch), self.dim)
         if noise is None:
             noise = torch.randn(shape, **self._like(context))
         elif tuple(noise.shape) != shape:
@@ -143,7 +148,8 @@ class FlowPosterior(nn.Module):
         z, log_det = self.flow(noise, context)
         return Sample(z, _score(noise, log_det), noise)
 
-    def _gaussian(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def gaussian_at(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As `gaussian`, for a `context` that is known."""
         if not self.is_gaussian:
             raise TypeError(f"posterior: expected a Gaussian one, got a flow of {type(self.flow).__name__}")
         zeros = torch.zeros(self.dim, **self._like(context))
@@ -153,9 +159,6 @@ class FlowPosterior(nn.Module):
     def _like(self, context: Tensor | None) -> dict:
         like = next(self.parameters(), context)
         return {} if like is None else {"dtype": like.dtype, "device": like.device}
-
-    def _batch(self, h: Tensor | None) -> tuple[int, ...]:
-        return () if h is None else tuple(h.shape[:-1])
 
     def _check_features(self, h: Tensor | None) -> Tensor | None:
         if not self.features:
@@ -176,10 +179,19 @@ class FlowPosterior(nn.Module):
         return h.to(like.dtype)
 
 
+def standard_normal_log_prob(z: Tensor) -> Tensor:
+    """The log N(z; 0, I) of z ``(*batch, dim)``, ``(*batch)``."""
+    return -0.5 * ((z * z).sum(-1) + z.shape[-1] * _LOG_2PI)
+
+
 def _score(noise: Tensor, log_det: Tensor) -> Tensor:
     """The log N(noise; 0, I) - log_det, nan where it is not finite."""
-    log_prob = -0.5 * wide((noise * noise).sum(-1) + noise.shape[-1] * _LOG_2PI) - wide(log_det)
+    log_prob = wide(standard_normal_log_prob(noise)) - wide(log_det)
     return torch.where(log_prob.isfinite(), log_prob, math.nan).to(noise.dtype)
+
+
+def _batch(value: Tensor | None) -> tuple[int, ...]:
+    return () if value is None else tuple(value.shape[:-1])
 
 
 def _check_sample_shape(sample_shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -203,7 +215,7 @@ class FlowDistribution(Distribution):
 
     def __init__(self, posterior: FlowPosterior, h: Tensor | None = None, *, validate_args: bool | None = None) -> None:
         self.posterior, self.h = posterior, posterior._check_features(h)
-        super().__init__(torch.Size(posterior._batch(h)), torch.Size((posterior.dim,)), validate_args=validate_args)
+        super().__init__(torch.Size(_batch(h)), torch.Size((posterior.dim,)), validate_args=validate_args)
 
     def expand(self, batch_shape: tuple[int, ...], _instance: Distribution | None = None) -> FlowDistribution:
         """The same distribution over a larger batch shape; needs an encoder's features to expand."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from flowpost.bijectors.affine import Affine
 from flowpost.bijectors.autoregressive import Autoregressive
@@ -100,3 +100,12 @@ def iaf_steps(
     check_int("steps", steps, minimum=1)
     pairs = [[Reverse(dim), Autoregressive(dim, context_size, hidden)] for _ in range(steps)]
     return [step for pair in pairs for step in pair][1:]
+
+
+RECIPES: Mapping[str, Callable[..., FlowPosterior]] = {
+    "diagonal": diagonal,
+    "full_covariance": full_covariance,
+    "planar": planar,
+    "iaf": iaf,
+}
+"""Every recipe by its name; each takes ``(features, dim, **options)``."""
