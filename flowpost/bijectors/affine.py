@@ -29,7 +29,7 @@ def softplus_scale(raw: Tensor) -> Tensor:
 
 
 def log_var_scale(log_var: Tensor) -> Tensor:
-    """A scale ``exp(l / 2)``, ``l = v - softplus(v - 20) + softplus(-v - 20)``: a log-variance v softly bounded at +-20.
+    """A scale ``exp(l / 2)``, ``l = v - softplus(v - 20) + softplus(-v - 20)``: log-variance v softly bounded at +-20.
 
     Within +-8 the bound moves the log-variance by less than 1e-5.
 
