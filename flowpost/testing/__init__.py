@@ -1,0 +1,166 @@
+"""The contract as a test that anyone can run on a step of their own: `check_bijector`, `BijectorContract`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from flowpost.testing import maths, tensors
+from flowpost.testing.cases import PUSHES, Case, ContractError, Make, push
+
+__all__ = ["PROPERTIES", "BijectorContract", "ContractError", "Make", "check_bijector", "push"]
+
+Property = Callable[[Case], float]
+
+OFTEN: Mapping[str, Property] = {
+    "log_det": maths.log_det,
+    "orientation": maths.orientation,
+    "round_trip": maths.round_trip,
+    "cancel": maths.cancel,
+    "known": maths.known,
+    "mass": maths.mass,
+    "composition": maths.composition,
+    "shapes": tensors.shapes,
+    "rows": tensors.rows,
+    "context_matters": tensors.context_matters,
+}
+"""Tried on every example."""
+
+ONCE: Mapping[str, Property] = {
+    "gradients": maths.gradients,
+    "identity": maths.identity,
+    "dtypes": tensors.dtypes,
+    "autocast": tensors.autocast,
+    "purity": tensors.purity,
+    "extremes": tensors.extremes,
+    "state": tensors.state,
+    "transforms": tensors.transforms,
+    "compiles": tensors.compiles,
+    "bad_input": tensors.bad_input,
+    "passes": tensors.passes,
+}
+"""Slow, or the same for all parameters: tried once for each dim and dtype."""
+
+PROPERTIES: Mapping[str, Property] = {**OFTEN, **ONCE}
+
+
+def check_bijector(
+    make: Make,
+    *,
+    context_size: int = 0,
+    dims: Sequence[int] = (1, 2, 5),
+    dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32),
+    examples: int = 9,
+    skip: Sequence[str] = (),
+    device: str = "cpu",
+) -> dict[str, float]:
+    """Try a step against every property of the contract, at several sizes, dtypes, seeds and parameter scales.
+
+    Args:
+        make: ``make(dim, context_size, dtype, seed, push)`` builds the step, from `seed`, with its parameters moved by
+            `push` (`flowpost.testing.push` does that).
+        context_size: passed to `make`; a step may read another number of its own.
+        dims: sizes to try.
+        dtypes: float64 and float32, or one of them.
+        examples: how many combinations of dim, push, seed and context scale for each dtype.
+        skip: names of properties (keys of `PROPERTIES`) that do not apply.
+        device: where to run.
+
+    Returns:
+        For every property the largest error seen, 0 where it has none to measure.
+
+    Raises:
+        ContractError: at the first property that fails, naming it and the case.
+        ValueError: for an unknown name in `skip`.
+
+    Example:
+        >>> make = lambda dim, context_size, dtype, seed, push: flowpost.testing.push(
+        ...     Learned(Planar(dim)).to(dtype), push, seed
+        ... )
+        >>> worst = flowpost.testing.check_bijector(make, dims=(2,), examples=3, skip=["compiles"])
+        >>> worst["log_det"] < 1e-3
+        True
+    """
+    unknown = set(skip) - set(PROPERTIES)
+    if unknown:
+        raise ValueError(f"skip: expected names among {', '.join(PROPERTIES)}, got {', '.join(sorted(unknown))}")
+    worst = dict.fromkeys((name for name in PROPERTIES if name not in skip), 0.0)
+    for name in worst:
+        for dtype in dtypes:
+            for case in cases(name, make, context_size, dims, dtype, examples, device):
+                worst[name] = max(worst[name], _try(name, case))
+    return worst
+
+
+def cases(
+    name: str,
+    make: Make,
+    context_size: int,
+    dims: Sequence[int],
+    dtype: torch.dtype,
+    examples: int,
+    device: str = "cpu",
+) -> list[Case]:
+    """The conditions under which a property is tried: every push and context scale meets every dim in turn."""
+    if name in ONCE:
+        some = dims[-1:] if name == "compiles" else dims
+        return [Case(make, dim, context_size, dtype, seed, device=device) for seed, dim in enumerate(some)]
+    scales = (0.3, 1.0, 3.0)
+    return [
+        Case(
+            make,
+            dims[i % len(dims)],
+            context_size,
+            dtype,
+            seed=i,
+            push=PUSHES[i // len(dims) % len(PUSHES)],
+            context_scale=scales[(i + i // len(dims)) % len(scales)],
+            device=device,
+        )
+        for i in range(examples)
+    ]
+
+
+def _try(name: str, case: Case) -> float:
+    try:
+        return PROPERTIES[name](case)
+    except ContractError as error:
+        raise ContractError(f"{name}: {error}") from None
+    except Exception as error:
+        raise ContractError(f"{name}: raised {type(error).__name__}: {error} ({case})") from error
+
+
+class BijectorContract:
+    """The contract as a pytest class, one test a property: subclass it, give `make`, and name the class ``Test...``.
+
+    Example:
+        >>> class TestPlanar(flowpost.testing.BijectorContract):
+        ...     def make(self, dim, context_size, dtype, seed, push):
+        ...         return flowpost.testing.push(Planar(dim).to(dtype), push, seed)
+    """
+
+    context_size = 0
+    dims: Sequence[int] = (1, 2, 5)
+    dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32)
+    examples = 9
+    skip: Sequence[str] = ()
+    device = "cpu"
+
+    def make(self, dim: int, context_size: int, dtype: torch.dtype, seed: int, push: float):  # noqa: ANN201, D102
+        raise NotImplementedError("BijectorContract: give the class a `make` that builds the step")
+
+
+def _add_test(name: str) -> None:
+    def test(self: BijectorContract) -> None:
+        for dtype in self.dtypes:
+            for case in cases(name, self.make, self.context_size, self.dims, dtype, self.examples, self.device):
+                if name not in self.skip:
+                    _try(name, case)
+
+    test.__doc__ = PROPERTIES[name].__doc__
+    setattr(BijectorContract, f"test_{name}", test)
+
+
+for _name in PROPERTIES:
+    _add_test(_name)

@@ -1,0 +1,169 @@
+"""Properties of the map: its log-det, its inverse, its density."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from flowpost.bijectors.base import Bijector
+from flowpost.bijectors.compose import Chain, Inverse
+from flowpost.testing.cases import Case, eps, in_float64, jacobian, require, size, within
+
+
+def _condition(matrix: Tensor) -> Tensor:
+    return torch.linalg.cond(matrix).nan_to_num(nan=math.inf)
+
+
+def log_det(case: Case) -> float:
+    """B1: the log-det is slogdet of the autodiff Jacobian (float64) or that of the same weights in float64 (float32)."""
+    step, z, context = case.points()
+    return _log_det_error(step, z, context, case)
+
+
+def _log_det_error(step: Bijector, z: Tensor, context: Tensor | None, case: Case) -> float:
+    exact = in_float64(step)
+    z64, context64 = z.double(), None if context is None else context.double()
+    matrix = jacobian(exact, z64, context64)
+    kappa = _condition(matrix)
+    fair = kappa < 1e8
+    found = step(z, context)[1].detach()[fair].double()
+    slope = torch.linalg.slogdet(matrix[fair])[1]
+    n = size(step, case.dim)
+    if case.dtype == torch.float64:
+        return within("log-det against autodiff", (found - slope).abs(), 8 * eps(case) * (n + kappa[fair]), case)
+    reference = exact(z64, context64)[1].detach()[fair]
+    return within(
+        "log-det against float64", (found - reference).abs(), 64 * eps(case) * n * (1 + reference.abs()), case
+    )
+
+
+def orientation(case: Case) -> float:
+    """B2: det J has one sign everywhere and is never 0."""
+    step, z, context = case.points()
+    context = None if context is None else context[:1].expand(len(z), -1)
+    matrix = jacobian(in_float64(step), z.double(), None if context is None else context.double())
+    sign = torch.linalg.slogdet(matrix[_condition(matrix) < 1e8])[0]
+    require(len(sign.unique()) <= 1 and bool((sign != 0).all()), case, f"orientation: signs {sign.unique().tolist()}")
+    return 0.0
+
+
+def round_trip(case: Case) -> float:
+    """B3: ``f(f^-1(y)) = y`` up to rounding, for any y; a context that the map hugely amplifies rounds the map itself."""
+    step, y, context = case.points()
+    x = step.inverse(y, context)[0].detach()
+    back, _ = step(x, context)
+    scale = size(step, case.dim) * (1 + y.abs() + x.abs().amax(-1, keepdim=True))
+    error = (back - y).abs().detach()
+    return within("round trip", error, 64 * eps(case) * (scale + _sensitivity(step, x, context)), case)
+
+
+def _sensitivity(step: Bijector, z: Tensor, context: Tensor | None) -> Tensor:
+    """``sum_j |d z'_i / d c_j| |c_j|``, ``(B, dim)``: how far a relative rounding of the context moves the image."""
+    if context is None:
+        return torch.zeros_like(z)
+    context = context.detach().requires_grad_()
+    image, _ = step(z, context)
+    slopes = [torch.autograd.grad(image[:, i].sum(), context, retain_graph=True)[0] for i in range(z.shape[-1])]
+    return torch.stack([(slope * context).abs().sum(-1) for slope in slopes], dim=-1).detach()
+
+
+def cancel(case: Case) -> float:
+    """B4: the inverse's log-det is minus the forward's at the preimage."""
+    step, y, context = case.points()
+    x, inverse = step.inverse(y, context)
+    _, forward = step(x, context)
+    n = size(step, case.dim)
+    kappa = _condition(jacobian(in_float64(step), x.double(), None if context is None else context.double()))
+    fair = kappa < 1 / (100 * eps(case) * n)
+    error = (forward + inverse).abs().detach()[fair]
+    return within("log-dets cancel", error, 512 * eps(case) * n * (1 + forward.abs().detach()[fair]), case)
+
+
+def known(case: Case) -> float:
+    """``inverse(known=x)`` gives what the search gives, with the same gradient."""
+    step, x, context = case.points(2)
+    y = step(x, context)[0].detach().requires_grad_()
+    found = [step.inverse(y, context), step.inverse(y, context, known=x)]
+    grads = [torch.autograd.grad(z.sum() + log_det.sum(), y)[0] for z, log_det in found]
+    if case.dtype == torch.float32:
+        return 0.0
+    kappa = _condition(jacobian(step, x, context))
+    fair = kappa < 1e6
+    bound = 1e3 * eps(case) * size(step, case.dim) * (1 + kappa[fair]) ** 2
+    scale = 1 + grads[0][fair].abs().amax(-1)
+    values = within("known preimage", (found[0][0] - found[1][0])[fair].abs().amax(-1).detach(), bound * 10, case)
+    return max(values, within("its gradient", (grads[0] - grads[1])[fair].abs().amax(-1), bound * scale, case))
+
+
+def gradients(case: Case) -> float:
+    """B12: gradcheck and gradgradcheck of value and log-det, and gradcheck of the inverse."""
+    if case.dtype != torch.float64:
+        return 0.0
+    step = case.step()
+    z, context = case.z(2).requires_grad_(), case.context(2)
+    inputs = (z,) if context is None else (z, context.requires_grad_())
+    torch.autograd.gradcheck(lambda *args: step(*args), inputs)
+    torch.autograd.gradgradcheck(lambda *args: step(*args), inputs, atol=1e-4)
+    torch.autograd.gradcheck(lambda *args: step.inverse(*args), inputs, atol=1e-4, rtol=1e-2)
+    return 0.0
+
+
+def identity(case: Case) -> float:
+    """B14: at its initial context, unpushed, the step is finite and, where it has an identity, that."""
+    step = Case(case.make, case.dim, case.context_size, case.dtype, case.seed, push=0.0).step()
+    z = case.z(16)
+    image, log_det = step(z, step.initial_context().to(z) if step.context_size else None)
+    require(bool(image.isfinite().all() and log_det.isfinite().all()), case, "fresh step: not finite")
+    return float((image - z).detach().abs().max())
+
+
+def mass(case: Case) -> float:
+    """B15: the density integrates to 1, over the image of a grid of noise, in one and two dimensions."""
+    if case.dim > 2 or case.dtype != torch.float64 or (case.dim == 2 and case.push > 0.3):
+        return 0.0
+    # Sharper two-dimensional densities defeat the grid, not the flow.
+    step, context = case.step(), case.context(1, scale=case.context_scale if case.dim == 1 else 0.3)
+    total = _mass_1d(step, context) if case.dim == 1 else _mass_2d(step, context)
+    return within("mass - 1", (total - 1).abs(), 1e-3 if case.dim == 1 else 1e-2, case)
+
+
+def _density(step: Bijector, y: Tensor, context: Tensor | None) -> Tensor:
+    noise, log_det = step.inverse(y, context)
+    return torch.exp(log_det - 0.5 * (noise**2 + math.log(2 * math.pi)).sum(-1)).detach()
+
+
+def _mass_1d(step: Bijector, context: Tensor | None) -> Tensor:
+    y = step(torch.linspace(-9, 9, 40001, dtype=torch.float64).unsqueeze(-1), context)[0].detach()
+    return torch.trapezoid(_density(step, y, context), y.squeeze(-1)).abs()
+
+
+def _mass_2d(step: Bijector, context: Tensor | None, cells: int = 200) -> Tensor:
+    """Density at the image of each cell's middle, times the area of the image of the cell."""
+    edge = torch.linspace(-7, 7, cells + 1, dtype=torch.float64)
+    middle = 0.5 * (edge[1:] + edge[:-1])
+    corners = step(torch.cartesian_prod(edge, edge), context)[0].detach().view(cells + 1, cells + 1, 2)
+    centers = step(torch.cartesian_prod(middle, middle), context)[0].detach()
+    a, b = corners[1:, 1:] - corners[:-1, :-1], corners[:-1, 1:] - corners[1:, :-1]
+    area = 0.5 * (a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]).abs()
+    return (_density(step, centers, context) * area.flatten()).sum()
+
+
+def composition(case: Case) -> float:
+    """B21: Chain and Inverse of the step hold B1 too; ``Inverse(Inverse(step))`` is the step; log-dets add."""
+    first, second = case.step(), case.step(case.seed + 1)
+    twice = Inverse(Inverse(first))
+    require(twice is first or isinstance(first, Inverse), case, "Inverse(Inverse(step)) is not the step")
+    z = case.z(8)
+    parts = [case.context(8), case.context(8)]
+    context = None if parts[0] is None else torch.cat([part for part in parts if part is not None], dim=-1)
+    chain = Chain(first, second)
+    middle, one = first(z, parts[0])
+    image, two = second(middle, parts[1])
+    found, total = chain(z, context)
+    scale = (1 + image.abs() + middle.abs().amax(-1, keepdim=True)).detach()
+    within("Chain: steps in sequence", (found - image).abs().detach(), 1e4 * eps(case) * scale, case)
+    scale = (1 + one.abs() + two.abs()).detach()
+    within("Chain: log-dets add", (total - one - two).abs().detach(), 1e3 * eps(case) * scale, case)
+    return _log_det_error(chain, z, context, case)
