@@ -17,7 +17,7 @@ def _condition(matrix: Tensor) -> Tensor:
 
 
 def log_det(case: Case) -> float:
-    """B1: the log-det is slogdet of the autodiff Jacobian (float64) or that of the same weights in float64 (float32)."""
+    """B1: the log-det is slogdet of the autodiff Jacobian; in float32, that of the same weights in float64."""
     step, z, context = case.points()
     return _log_det_error(step, z, context, case)
 
@@ -50,7 +50,7 @@ def orientation(case: Case) -> float:
 
 
 def round_trip(case: Case) -> float:
-    """B3: ``f(f^-1(y)) = y`` up to rounding, for any y; a context that the map hugely amplifies rounds the map itself."""
+    """B3: ``f(f^-1(y)) = y`` up to rounding, that of a context which the map amplifies included."""
     step, y, context = case.points()
     x = step.inverse(y, context)[0].detach()
     back, _ = step(x, context)
