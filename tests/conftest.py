@@ -1,0 +1,14 @@
+"""A world stricter than production: one thread, the same examples on every run, a seed for every test."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("flowpost", derandomize=True, deadline=None, database=None, max_examples=20)
+settings.load_profile("flowpost")
+torch.set_num_threads(1)  # pytest-xdist already fills the cores
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

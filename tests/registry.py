@@ -1,0 +1,171 @@
+"""Every family and wrapper by name: adding a bijector to all contract tests is adding a line to `ENTRIES`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flowpost import (
+    Affine,
+    Autoregressive,
+    Bijector,
+    Chain,
+    Conditioned,
+    Inverse,
+    Learned,
+    Permute,
+    Planar,
+    Reverse,
+    Scale,
+    Shared,
+    UnitLowerTriangular,
+)
+from flowpost.functional import log_var_scale
+
+SCALES = (0.03, 1.0, 3.0)
+"""Every parameter tensor is moved by a scale of its own: with one common scale some bugs cancel."""
+
+
+class Entry(NamedTuple):
+    """A named constructor."""
+
+    name: str
+    build: Callable[[int], Bijector]
+    """From dim to a step."""
+    identity: bool = False
+    """Whether the step is the identity at its `initial_context`."""
+
+    def make(self, dim: int, seed: int) -> Bijector:
+        """A fresh step; the same seed gives the same step, and the global random state stays as it was."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.build(dim)
+
+
+def _order(dim: int) -> list[int]:
+    return torch.randperm(dim).tolist()
+
+
+def _ar(dim: int, context_size: int = 0, hidden: Sequence[int] = (12,), **options: object) -> Autoregressive:
+    return Autoregressive(dim, context_size, hidden, **options)  # pyright: ignore[reportArgumentType]
+
+
+ENTRIES = [
+    Entry("affine", Affine, identity=True),
+    Entry("affine_log_var", lambda dim: Affine(dim, log_var_scale), identity=True),
+    Entry("scale", lambda dim: Scale(dim, 0.3)),
+    Entry("unit_lower_triangular", UnitLowerTriangular, identity=True),
+    Entry("planar", Planar, identity=True),
+    Entry("autoregressive_linear", lambda dim: _ar(dim, 0, ())),
+    Entry("autoregressive_linear_context", lambda dim: _ar(dim, 3, ())),
+    Entry("autoregressive_1", lambda dim: _ar(dim)),
+    Entry("autoregressive_2_context", lambda dim: _ar(dim, 5, (8, 12))),
+    Entry("autoregressive_3_relu", lambda dim: _ar(dim, 0, (8, 8, 8), activation=F.relu)),
+    Entry("autoregressive_relu_context", lambda dim: _ar(dim, 4, (16,), activation=F.relu, forget_bias=1.0)),
+    Entry("autoregressive_order", lambda dim: _ar(dim, 2, (8,), order=_order(dim))),
+    Entry("autoregressive_narrow", lambda dim: _ar(dim, 2, (2,))),
+    # 300 units, 2 and more blocks in MaskedLinear.
+    Entry("autoregressive_wide", lambda dim: _ar(dim, 3, (300, 260))),
+    Entry("reverse", Reverse, identity=False),
+    Entry("permute", lambda dim: Permute(_order(dim))),
+    Entry("learned_affine", lambda dim: Learned(Affine(dim)), identity=True),
+    Entry("learned_planar", lambda dim: Learned(Planar(dim)), identity=True),
+    Entry("learned_full_covariance", lambda dim: Learned(Chain(UnitLowerTriangular(dim), Affine(dim))), identity=True),
+    Entry("learned_autoregressive", lambda dim: Learned(_ar(dim, 3, (8,)))),
+    Entry("conditioned_planar", lambda dim: Conditioned(Planar(dim), 3)),
+    Entry("conditioned_autoregressive", lambda dim: Conditioned(_ar(dim, 2, (8,)), 3)),
+    Entry("inverse_affine", lambda dim: Inverse(Affine(dim)), identity=True),
+    Entry("inverse_unit_lower_triangular", lambda dim: Inverse(UnitLowerTriangular(dim)), identity=True),
+    Entry("inverse_planar", lambda dim: Inverse(Planar(dim)), identity=True),
+    Entry("inverse_autoregressive", lambda dim: Inverse(_ar(dim, 2, (8,)))),
+    Entry("inverse_autoregressive_order", lambda dim: Inverse(_ar(dim, 0, (8,), order=_order(dim)))),
+    Entry("inverse_learned_planar", lambda dim: Inverse(Learned(Planar(dim))), identity=True),
+    Entry("full_covariance", lambda dim: Chain(UnitLowerTriangular(dim), Affine(dim)), identity=True),
+    Entry("planar_flow", lambda dim: Chain(Affine(dim), *(Planar(dim) for _ in range(4))), identity=True),
+    Entry("iaf", lambda dim: Chain(Affine(dim), Shared(_ar(dim, 3), Reverse(dim), _ar(dim, 3)))),
+    Entry("maf", lambda dim: Chain(Inverse(_ar(dim, 2)), Permute(_order(dim)), Inverse(_ar(dim, 2)))),
+    Entry("shared_planar", lambda dim: Shared(Planar(dim), Reverse(dim), Planar(dim))),
+    Entry("shared_without_context", lambda dim: Shared(Reverse(dim), Scale(dim, 2.0), _ar(dim))),
+    Entry(
+        "shared_conditioned",
+        lambda dim: Shared(Conditioned(Planar(dim), 3), _ar(dim, 3, (6,)), Conditioned(Affine(dim), 3)),
+    ),
+    Entry(
+        "nested",
+        lambda dim: Chain(
+            Chain(Reverse(dim), Planar(dim)),
+            Inverse(Chain(Learned(Planar(dim)), UnitLowerTriangular(dim), Affine(dim))),
+            Chain(Permute(_order(dim))),
+            Shared(_ar(dim, 2, (6,)), Chain(Reverse(dim), Conditioned(Affine(dim), 2))),
+        ),
+    ),
+    Entry("inverse_nested", lambda dim: Inverse(Chain(Inverse(Planar(dim)), Shared(_ar(dim, 2), Reverse(dim))))),
+]
+BY_NAME = {entry.name: entry for entry in ENTRIES}
+
+
+class Case(NamedTuple):
+    """Where in the parameters' and inputs' space an entry is tested."""
+
+    dim: int = 3
+    seed: int = 0
+    push: float = 0.3
+    """How far the parameters are from their initialization."""
+    spread: float = 1.0
+    """Scale of the points."""
+    context: float = 1.0
+    """Scale of the context around its initial value."""
+
+
+def cases(**fixed: float) -> st.SearchStrategy[Case]:
+    """Cases for Hypothesis, with the fields in `fixed` held."""
+    free = {
+        "dim": st.integers(1, 6),
+        "seed": st.integers(0, 2**20),
+        "push": st.sampled_from([0.0, 0.3, 1.0]),
+        "spread": st.sampled_from([0.1, 1.0, 3.0, 8.0]),
+        "context": st.sampled_from([0.1, 1.0, 3.0]),
+    }
+    return st.builds(Case, **{name: st.just(fixed[name]) if name in fixed else free[name] for name in free})
+
+
+def draw(
+    entry: Entry, case: Case, *, dtype: torch.dtype = torch.float64, batch: Sequence[int] = (5,)
+) -> tuple[Bijector, Tensor, Tensor | None]:
+    """A pushed step, points and contexts for it, all of `dtype`, drawn in float64."""
+    step = push(entry.make(case.dim, case.seed).double(), case)
+    generator = torch.Generator().manual_seed(case.seed + 1)
+    z = case.spread * torch.randn(*batch, case.dim, dtype=torch.float64, generator=generator)
+    context = None
+    if step.context_size:
+        noise = torch.randn(*batch, step.context_size, dtype=torch.float64, generator=generator)
+        context = (step.initial_context() + case.context * noise).to(dtype)
+    return step.to(dtype), z.to(dtype), context
+
+
+def push(step: Bijector, case: Case) -> Bijector:
+    """Move every parameter tensor by a random scale of its own."""
+    generator = torch.Generator().manual_seed(case.seed + 2)
+    for parameter in step.parameters():
+        index = int(torch.randint(len(SCALES), (), generator=generator))
+        move = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+        parameter.data.add_(case.push * SCALES[index] * move)
+    return step
+
+
+def size(step: Bijector) -> int:
+    """RELIABILITY 5a's N: dim times the number of steps, plus 16."""
+    steps = [part for part in step.modules() if isinstance(part, Bijector)]
+    leaves = [part for part in steps if sum(isinstance(child, Bijector) for child in part.modules()) == 1]
+    return step.dim * len(leaves) + 16
+
+
+def jacobian(outputs: Tensor, inputs: Tensor) -> Tensor:
+    """Rows ``d outputs_i / d inputs`` for each of a batch of independent examples, by plain reverse mode."""
+    rows = [torch.autograd.grad(outputs[..., i].sum(), inputs, retain_graph=True)[0] for i in range(outputs.shape[-1])]
+    return torch.stack(rows, dim=-2)
