@@ -8,6 +8,7 @@ from flowpost.bijectors.compose import Chain, Conditioned, Inverse, Learned, Sha
 from flowpost.bijectors.permute import Permute, Reverse
 from flowpost.bijectors.planar import Planar
 from flowpost.bijectors.triangular import UnitLowerTriangular
+from flowpost.checks import IllConditionedWarning, InversionError, NonFiniteError, checking
 from flowpost.posterior import FlowDistribution, FlowPosterior, Sample
 from flowpost.recipes import diagonal, full_covariance, iaf, planar
 from flowpost.wrap import wrap
@@ -21,8 +22,11 @@ __all__ = [
     "Conditioned",
     "FlowDistribution",
     "FlowPosterior",
+    "IllConditionedWarning",
     "Inverse",
+    "InversionError",
     "Learned",
+    "NonFiniteError",
     "Permute",
     "Planar",
     "Reverse",
@@ -30,6 +34,7 @@ __all__ = [
     "Scale",
     "Shared",
     "UnitLowerTriangular",
+    "checking",
     "diagonal",
     "full_covariance",
     "functional",

@@ -11,6 +11,7 @@ from torch.distributions import Distribution, constraints
 
 from flowpost.bijectors.base import Bijector, check_int, check_tensor, wide
 from flowpost.bijectors.compose import Learned, linear_head
+from flowpost.checks import active, check_finite, warn_moved
 
 _LOG_2PI = math.log(2 * math.pi)
 
@@ -116,8 +117,19 @@ class FlowPosterior(nn.Module):
             ValueError: as the flow's ``inverse``.
         """
         check_tensor("z", z, self.dim, self.flow.event_ndim)
-        noise, log_det = self.flow.inverse(z, self.context(h))
-        return _score(noise, -log_det)
+        context = self.context(h)
+        noise, log_det = self.flow.inverse(z, context)
+        log_prob = _score(noise, -log_det)
+        if active():
+            warn_moved(log_prob.detach(), self._nudged(z, context))
+        return log_prob
+
+    @torch.no_grad()
+    def _nudged(self, z: Tensor, context: Tensor | None) -> list[Tensor]:
+        """Log q a few roundings from z: where it moves, the flow has lost the digits that decide it."""
+        eps = 4 * torch.finfo(z.dtype).eps
+        nudged = [self.flow._inverse(z * (1 + sign * eps), context, None) for sign in (1, -1)]
+        return [_score(noise, -log_det) for noise, log_det in nudged]
 
     def gaussian(self, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean ``(*batch, dim)`` and Cholesky factor ``(*batch, dim, dim)`` of a Gaussian posterior.
@@ -173,6 +185,8 @@ class FlowPosterior(nn.Module):
             raise TypeError(f"h: expected a floating dtype, got {h.dtype}; call .float()")
         if h.ndim < 1 or h.shape[-1] != self.features:
             raise ValueError(f"h: expected shape (*, {self.features}), got {tuple(h.shape)}")
+        if active():
+            check_finite("h", h, "; the encoder's output is not finite")
         like = next(self.parameters(), h)
         if h.device != like.device:
             raise ValueError(f"h: expected device {like.device} like the parameters, got {h.device}")

@@ -12,6 +12,7 @@ from flowpost.bijectors.base import Bijector, check_int
 from flowpost.bijectors.compose import Chain, Shared, linear_head
 from flowpost.bijectors.permute import Reverse
 from flowpost.bijectors.triangular import UnitLowerTriangular
+from flowpost.checks import active, check_finite
 from flowpost.posterior import FlowPosterior, Sample
 from flowpost.recipes import RECIPES, iaf_steps, planar_steps
 
@@ -90,7 +91,12 @@ class WrappedPosterior(nn.Module):
 
     def features(self, *inputs: object, **kwargs: object) -> Tensor:
         """The encoder's output; a pair ``(loc, log_var)`` side by side."""
-        out = self.encoder(*inputs, **kwargs)
+        h = self._features(self.encoder(*inputs, **kwargs))
+        if active() and all(bool(x.isfinite().all()) for x in inputs if isinstance(x, Tensor)):
+            check_finite("context", h, "; the encoder output is not finite, its input was finite")
+        return h
+
+    def _features(self, out: object) -> Tensor:
         if not self.pair:
             if not isinstance(out, Tensor):
                 raise TypeError(f"encoder: expected a tensor, got {_kind(out)}; pass wrap an example= of its input")

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from flowpost.checks import active, check_finite, check_residual
+
 _FLOATS = (torch.float32, torch.float64)
 
 
@@ -80,12 +82,16 @@ class Bijector(nn.Module, ABC):
         Raises:
             TypeError: as ``forward``.
             ValueError: as ``forward``.
+            InversionError: under ``flowpost.checking()``, if mapping back does not give z'.
         """
         context = self._check(z, context)
         if known is not None:
             check_tensor("known", known, self.dim, self.event_ndim)
             known = known.detach()
-        return self._finish(z, *self._inverse(z, context, known))
+        preimage, log_det = self._finish(z, *self._inverse(z, context, known))
+        if active():
+            self._check_inverse(z, context, preimage, log_det)
+        return preimage, log_det
 
     def initial_context(self) -> Tensor:
         """The context, ``(context_size,)``, where the step is the identity (zeros, unless a family says otherwise).
@@ -111,7 +117,18 @@ class Bijector(nn.Module, ABC):
         parameter = next(self.parameters(), None)
         if parameter is not None:
             check_like(z, parameter)
-        return check_context(self, z, context)
+        context = check_context(self, z, context)
+        if active():
+            check_finite("z", z)
+            check_finite("context", context)
+        return context
+
+    @torch.no_grad()
+    def _check_inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor, log_det: Tensor) -> None:
+        steps = sum(isinstance(module, Bijector) for module in self.modules())
+        size = (1 + z.abs() + preimage.abs().amax(-1, keepdim=True)) * (self.dim * steps + 16)
+        residual = (self._forward(preimage, context)[0] - z).abs()
+        check_residual(residual, (64 * torch.finfo(z.dtype).eps * size).expand_as(residual), log_det)
 
     def _finish(self, z: Tensor, image: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
         batch = image.shape[: image.ndim - self.event_ndim]

@@ -1,0 +1,93 @@
+"""Value checks, off by default because they wait for the device: ``with flowpost.checking(): ...``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+_ACTIVE: ContextVar[bool] = ContextVar("flowpost_checking", default=False)
+
+
+class NonFiniteError(ValueError):
+    """A value that must be finite is not, under `checking`."""
+
+
+class InversionError(ArithmeticError):
+    """An inverse does not map back to what it inverted, under `checking`."""
+
+
+class IllConditionedWarning(UserWarning):
+    """A log-density moves visibly when its point moves by a few roundings, under `checking`."""
+
+
+@contextmanager
+def checking() -> Iterator[None]:
+    """Turn value checks on within a ``with`` block, in this thread or task; code under `torch.compile` ignores it.
+
+    Inputs are checked for nan and inf, each inverse by mapping back, each ``log_prob`` by moving z a few roundings.
+
+    Raises:
+        NonFiniteError: inside the block, for rows of z, context or h that are not finite.
+        InversionError: inside the block, for an inverse that is not accurate.
+
+    Example:
+        >>> with flowpost.checking():
+        ...     z, log_q, _ = flowpost.diagonal(3, dim=2)(torch.randn(5, 3))
+    """
+    token = _ACTIVE.set(True)
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+
+
+def active() -> bool:
+    """Whether value checks are on here; never while compiling, where a host read would break the graph."""
+    return not torch.compiler.is_compiling() and _ACTIVE.get()
+
+
+def check_finite(name: str, value: Tensor | None, hint: str = "") -> None:
+    """Raise `NonFiniteError` naming the rows and the first feature that is not finite."""
+    if value is None or bool(value.isfinite().all()):
+        return
+    rows = value.detach().reshape(-1, value.shape[-1])
+    bad = ~rows.isfinite()
+    row, feature = (int(i) for i in bad.nonzero()[0])
+    count = int(bad.any(-1).sum())
+    raise NonFiniteError(
+        f"{name}: {count} of {len(rows)} rows are not finite (first: row {row}, feature {feature} = "
+        f"{rows[row, feature].item()}){hint}"
+    )
+
+
+def check_residual(residual: Tensor, bound: Tensor, log_det: Tensor) -> None:
+    """Raise `InversionError` where the residual of an inverse, ``(*batch, dim)``, exceeds its bound."""
+    bad = ~(residual <= bound).all(-1)
+    if not bool(bad.any()):
+        return
+    worst = residual[bad].nan_to_num(nan=torch.inf)
+    place = int((worst / bound[bad]).nan_to_num(nan=torch.inf).flatten().argmax())
+    dtype = str(residual.dtype).removeprefix("torch.")
+    raise InversionError(
+        f"inverse: residual {worst.flatten()[place].item():.2g} > {bound[bad].flatten()[place].item():.2g} in "
+        f"{int(bad.sum())} of {bad.numel()} rows; the flow is too ill-conditioned for {dtype} here "
+        f"(worst scale product {torch.exp(-log_det.double().abs().max()).item():.0e})"
+    )
+
+
+def warn_moved(log_prob: Tensor, moved: list[Tensor]) -> None:
+    """Warn `IllConditionedWarning` where log q moves by over 1 % (of itself, or of a nat) under a few roundings."""
+    change = torch.stack([(other - log_prob).abs() for other in moved]).amax(0).nan_to_num(nan=torch.inf)
+    bad = change > 0.01 * (1 + log_prob.abs())
+    if bool(bad.any()):
+        warnings.warn(
+            f"log_prob: moves by {change.max().item():.2g} nats when z moves by 4 ulp in {int(bad.sum())} of "
+            f"{bad.numel()} rows; use the log q returned by sample()",
+            IllConditionedWarning,
+            stacklevel=3,
+        )
