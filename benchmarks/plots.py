@@ -1,0 +1,280 @@
+"""The pictures of a job, one file each, drawn without a display."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from benchmarks.data import Data
+from benchmarks.report import Report, by_posterior
+from benchmarks.train import EVALUATION_SEED, seeded
+from flowpost.posterior import standard_normal_log_prob
+from flowpost.vae import VAE
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+COLOURS = {"diagonal": "#0072B2", "full_covariance": "#D55E00", "planar": "#009E73", "iaf": "#CC79A7"}
+OTHER = "#56B4E9"
+DPI = 130
+COLUMNS = 10  # images a row
+TRUE_POSTERIORS = 3  # test images whose true posterior is drawn
+GRID = 121  # points along each axis of a drawn posterior
+ZOOMS = 4  # each looks for the true posterior's mass in a finer window
+
+Models = Mapping[str, VAE]
+
+
+def draw(report: Report, data: Data, models: Models) -> None:
+    """Draw every picture into the report's folder; `models` has one trained VAE for each posterior."""
+    figures = {"curves": curves(report), "nll": bounds(report)}
+    device = torch.device(report.config.device)
+    with torch.no_grad(), seeded(EVALUATION_SEED, device):
+        figures |= {
+            "reconstructions": reconstructions(models, data, device),
+            "samples": samples(models, data, device),
+            "interpolation": interpolation(models, data, device),
+            "latent": latent(models, data, device),
+        }
+        if report.config.dim == 2:
+            figures["true_posterior"] = true_posteriors(models, data, device)
+    for name, figure in figures.items():
+        figure.savefig(report.folder / f"{name}.png", dpi=DPI)
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure of its own, which no global state holds on to."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _colour(name: str) -> str:
+    return COLOURS.get(name, OTHER)
+
+
+def _title(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def curves(report: Report) -> Figure:
+    """-ELBO against epochs, a panel for each posterior, a line for each seed."""
+    groups = by_posterior(report.finished)
+    figure = _figure(3.2 * len(groups) + 0.6, 3.4)
+    panels = np.atleast_1d(figure.subplots(1, len(groups), sharey=True))
+    for panel, (name, runs) in zip(panels, groups.items(), strict=True):
+        for i, run in enumerate(runs):
+            _curve(panel, run, _colour(name), labelled=i == 0)
+        panel.set(title=_title(name), xlabel="epoch")
+        panel.grid(alpha=0.3)
+    values = [value for run in report.finished for value in run["train"] + run["valid"] if value is not None]
+    low, high = min(values), np.quantile(values, 0.95)
+    panels[0].set(ylabel="-ELBO (nats per image)", ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)))
+    panels[0].legend(loc="upper right", fontsize="small")
+    figure.suptitle(f"Training on {report.config.data}; KL weight 1 throughout the picture")
+    return figure
+
+
+def _curve(panel: Axes, run: dict, colour: str, *, labelled: bool) -> None:
+    epochs = np.arange(1, len(run["valid"]) + 1)
+    train = [math.nan if value is None else value for value in run["train"]]
+    labels = ("train", "validation", "weights kept") if labelled else (None,) * 3
+    panel.plot(epochs, train, color="0.55", linestyle=":", linewidth=1.2, label=labels[0])
+    panel.plot(epochs, run["valid"], color=colour, linewidth=1.2, label=labels[1])
+    best = run["best_epoch"]
+    panel.plot(best, run["valid"][best - 1], "o", color="black", markersize=4, label=labels[2], zorder=3)
+
+
+def bounds(report: Report) -> Figure:
+    """A bar from NLL to -ELBO for each posterior: its length is the gap; dots are seeds, whiskers their sd."""
+    groups = by_posterior(report.finished)
+    figure = _figure(1.5 * len(groups) + 2.2, 4)
+    panel = figure.subplots()
+    for i, (name, runs) in enumerate(groups.items()):
+        ends = np.array([[run["nll"], run["neg_elbo"]] for run in runs])
+        low, high = ends.mean(0)
+        panel.bar(i, high - low, bottom=low, width=0.6, color=_colour(name), alpha=0.35)
+        panel.text(i, (low + high) / 2, f"gap {high - low:.2f}", ha="center", va="center", fontsize="small")
+        for column, marker in ((0, "o"), (1, "^")):
+            spread = ends[:, column].std(ddof=1) if len(runs) > 1 else 0.0
+            panel.errorbar(i, ends[:, column].mean(), yerr=spread, color=_colour(name), capsize=12, linewidth=1.5)
+            offsets = i + 0.09 * (np.arange(len(runs)) - (len(runs) - 1) / 2)
+            panel.plot(offsets, ends[:, column], marker, color=_colour(name), markersize=5, markeredgecolor="black")
+    panel.plot([], [], "ko", label=f"NLL, {report.config.samples} importance samples")
+    panel.plot([], [], "k^", label="-ELBO")
+    panel.set_xticks(range(len(groups)), [_title(name) for name in groups])
+    panel.set(ylabel="nats per image (lower is better; axis not from 0)", title=f"Test part of {report.config.data}")
+    panel.margins(y=0.12)
+    panel.grid(axis="y", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
+    return figure
+
+
+def reconstructions(models: Models, data: Data, device: torch.device) -> Figure:
+    """Test images, and below each what every model makes of its code."""
+    x = data.test[:COLUMNS].to(device)
+    rows = {"test image": x} | {_title(name): _decode(vae, _codes(vae, x), data) for name, vae in models.items()}
+    return _gallery(rows, data, "Reconstructions: E[x|z] at one z drawn from q(z|x)")
+
+
+def samples(models: Models, data: Data, device: torch.device) -> Figure:
+    """What each model generates, for the same draws from the prior."""
+    rows = {}
+    for name, vae in models.items():
+        z = torch.randn(2 * COLUMNS, vae.posterior.dim, generator=torch.Generator().manual_seed(EVALUATION_SEED))
+        first, second = _decode(vae, z.to(device), data).split(COLUMNS)
+        rows |= {_title(name): first, f"{_title(name)} ": second}
+    return _gallery(rows, data, "Samples: E[x|z], z drawn from the prior N(0, I)")
+
+
+def interpolation(models: Models, data: Data, device: torch.device) -> Figure:
+    """From one test image to another, in equal steps of z."""
+    x = data.test[[0, 1]].to(device)
+    steps = torch.linspace(0, 1, COLUMNS, device=device).unsqueeze(-1)
+    rows = {}
+    for name, vae in models.items():
+        start, end = _means(vae, x)
+        rows[_title(name)] = _decode(vae, start + steps * (end - start), data)
+    return _gallery(rows, data, "Interpolation between two test images: E[x|z] on the line between the means of q(z|x)")
+
+
+def _gallery(rows: Mapping[str, Tensor], data: Data, title: str) -> Figure:
+    height, width = data.test.shape[1:]
+    figure = _figure(9, 0.5 + 0.75 * len(rows) * height / width)
+    panels = figure.subplots(len(rows), COLUMNS, squeeze=False)
+    for line, (name, images) in zip(panels, rows.items(), strict=True):
+        for panel, image in zip(line, images.cpu(), strict=False):
+            panel.imshow(image, cmap="gray_r", vmin=0, vmax=data.levels)
+        for panel in line:
+            panel.set(xticks=[], yticks=[])
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    figure.suptitle(title)
+    return figure
+
+
+def _codes(vae: VAE, x: Tensor) -> Tensor:
+    return vae.posterior.sample_at(vae.context(x)).z
+
+
+def _means(vae: VAE, x: Tensor) -> Tensor:
+    return vae.posterior.sample_at(vae.context(x), (64,)).z.mean(0)
+
+
+def _decode(vae: VAE, z: Tensor, data: Data) -> Tensor:
+    shape = data.test.shape[1:]
+    return vae.likelihood.mean(vae.decode(z, shape.numel())).view(-1, *shape)
+
+
+def latent(models: Models, data: Data, device: torch.device) -> Figure:
+    """Above, the test images' codes by PCA; below, each unit's distribution over them against the prior."""
+    x = data.test[:2000].to(device)
+    figure = _figure(3.2 * len(models) + 0.8, 6.2)
+    panels = figure.subplots(2, len(models), squeeze=False)
+    for (scatter, histogram), (name, vae) in zip(panels.T, models.items(), strict=True):
+        z = _codes(vae, x).cpu()
+        _pca(scatter, z, data.labels)
+        _marginals(histogram, z, _colour(name))
+        scatter.set_title(_title(name))
+    panels[0, 0].set_ylabel("second principal axis")
+    panels[1, 0].set_ylabel("density")
+    panels[1, 0].legend(fontsize="small", loc="upper right")
+    what = ", coloured by class" if data.labels is not None else ""
+    figure.suptitle(f"Codes z ~ q(z|x) of {len(x)} test images{what}; below, each unit's histogram")
+    return figure
+
+
+def _pca(panel: Axes, z: Tensor, labels: Tensor | None) -> None:
+    centred = z - z.mean(0)
+    _, _, axes = torch.linalg.svd(centred, full_matrices=False)
+    points = centred @ axes[:2].T if z.shape[1] > 1 else torch.cat([centred, torch.zeros_like(centred)], 1)
+    if labels is None or labels.max() > 9:
+        colours = None if labels is None else labels[: len(z)]
+        panel.scatter(*points.T, s=6, c=colours, cmap="viridis")
+    else:
+        # The digit itself is the marker, so that nobody depends on ten colours.
+        for label in labels.unique().tolist():
+            chosen = points[labels[: len(z)] == label]
+            panel.scatter(*chosen.T, s=28, marker=f"${label}$", color=matplotlib.colormaps["tab10"](label), lw=0.2)
+    panel.set(xlabel="first principal axis", aspect="equal", adjustable="datalim")
+
+
+def _marginals(panel: Axes, z: Tensor, colour: str) -> None:
+    edges = np.linspace(-4.5, 4.5, 46).tolist()
+    for i, unit in enumerate(z.T):
+        label = "a unit of z" if i == 0 else None
+        panel.hist(unit.numpy(), edges, density=True, histtype="step", color=colour, alpha=0.5, label=label)
+    grid = np.linspace(-4.5, 4.5, 200)
+    panel.plot(grid, np.exp(-0.5 * grid**2) / math.sqrt(2 * math.pi), "k--", linewidth=1.5, label="prior")
+    panel.set(xlabel="value of the unit")
+
+
+def true_posteriors(models: Models, data: Data, device: torch.device) -> Figure:
+    """For a few test images and every model: p(z|x) of its decoder on a grid, and its q(z|x) on the same grid."""
+    x = data.test[:TRUE_POSTERIORS].to(device)
+    figure = _figure(1.2 + 2.5 * len(models), 1 + 4.6 * len(x))
+    panels = figure.subplots(2 * len(x), len(models) + 1, squeeze=False, width_ratios=[0.5] + [1] * len(models))
+    for panel in panels[:, 0]:
+        panel.axis("off")
+    for i, image in enumerate(x):
+        panels[2 * i, 0].imshow(image.cpu(), cmap="gray_r", vmin=0, vmax=data.levels)
+        panels[2 * i, 0].set_title(f"test image {i + 1}", fontsize="small")
+        for (above, below), (name, vae) in zip(panels[2 * i : 2 * i + 2, 1:].T, models.items(), strict=True):
+            _true_and_fitted(above, below, _title(name), vae, image.unsqueeze(0))
+    figure.suptitle("The true posterior p(z|x) of each model's decoder, and below it the fitted q(z|x)")
+    return figure
+
+
+def _true_and_fitted(above: Axes, below: Axes, name: str, vae: VAE, x: Tensor) -> None:
+    low, high = _window(vae, x)
+    z = _grid(low, high)
+    log_joint = _log_joint(vae, x, z).double()
+    area = float((high - low).prod()) / (GRID - 1) ** 2
+    log_true = log_joint - log_joint.logsumexp(0) - math.log(area)
+    log_fitted = vae.posterior.log_prob(z, vae.encoder(x)).double().nan_to_num(nan=-math.inf)
+    share = log_fitted.exp() * area
+    kl = torch.where(share > 0, share * (log_fitted - log_true), 0.0).sum().item()
+    (left, bottom), (right, top) = low.tolist(), high.tolist()
+    for panel, density in ((above, log_true), (below, log_fitted)):
+        panel.imshow(
+            density.exp().view(GRID, GRID).T.cpu(),
+            extent=(left, right, bottom, top),
+            origin="lower",
+            cmap="magma",
+            aspect="auto",
+        )
+        panel.tick_params(labelsize="x-small")
+    above.set_title(f"{name}: p(z|x)", fontsize="small")
+    below.set_title(f"q(z|x), KL(q||p) = {kl:.2f} nats", fontsize="small")
+    below.set_xlabel("$z_1$", fontsize="small")
+    above.set_ylabel("$z_2$", fontsize="small")
+    below.set_ylabel("$z_2$", fontsize="small")
+
+
+def _window(vae: VAE, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Corners of the box that holds the true posterior's mass and that of q(z|x)."""
+    low, high = torch.full((2,), -6.0, device=x.device), torch.full((2,), 6.0, device=x.device)
+    for _ in range(ZOOMS):
+        z = _grid(low, high)
+        log_joint = _log_joint(vae, x, z)
+        inside = z[log_joint > log_joint.max() - 7]
+        cell = (high - low) / (GRID - 1)
+        low, high = inside.amin(0) - 3 * cell, inside.amax(0) + 3 * cell
+    fitted = vae.posterior.sample_at(vae.context(x), (2000,)).z.squeeze(1)
+    low = torch.minimum(low, fitted.quantile(0.002, 0))
+    high = torch.maximum(high, fitted.quantile(0.998, 0))
+    return low - 0.05 * (high - low), high + 0.05 * (high - low)
+
+
+def _grid(low: Tensor, high: Tensor) -> Tensor:
+    """Points ``(GRID^2, 2)`` of the box, the second axis running fastest."""
+    unit = torch.linspace(0, 1, GRID, device=low.device)
+    return torch.cartesian_prod(unit, unit) * (high - low) + low
+
+
+def _log_joint(vae: VAE, x: Tensor, z: Tensor) -> Tensor:
+    """The log p(x|z) + log p(z) at every z, ``(N,)``."""
+    parts = [vae.likelihood.log_prob(vae.decode(part, x.numel()), x.flatten(1)) for part in z.split(500)]
+    return torch.cat(parts) + standard_normal_log_prob(z)

@@ -1,0 +1,229 @@
+"""The one visible loop: a VAE of `benchmarks.models` trained on a data set.
+
+The constants are what no option changes; `DEFAULTS` is what the options are for each data set where nothing is said.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+from benchmarks.data import NAMES, Data, binarize
+from benchmarks.models import POSTERIORS, build
+from flowpost.objectives import elbo
+from flowpost.vae import VAE, VAEOutput
+
+CLIP_NORM = 100.0  # a longer gradient is shortened to this: rare, it tames a step gone wild
+BAD_STEPS = 10  # steps in a row without a finite loss and gradient after which a run gives up
+WARM_STEPS = 5  # steps left out of the timing: the first ones also allocate
+VALID_SAMPLES = 4  # samples of z for each validation image, of the same noise in every epoch
+EVALUATION_SEED = 2019  # of the noise of validation and test: the same for every model
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; one line says which value, what was expected and what came."""
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_range(name: str, value: int, minimum: int) -> None:
+    if value < minimum:
+        raise ConfigError(f"{name}: expected an integer of at least {minimum}, got {value}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything but the seed that decides a run's figures; the same for every posterior but for `flows`.
+
+    Raises:
+        ConfigError: a value is out of range, said in one line.
+    """
+
+    data: str = "digits"
+    posteriors: tuple[str, ...] = POSTERIORS
+    seeds: tuple[int, ...] = (0, 1, 2)
+    epochs: int = 200  # at most; early stopping ends most runs before
+    patience: int = 30  # epochs without a better validation -ELBO, after the warm-up, that end a run
+    kl_warmup: int = 20  # epochs over which the KL's weight rises linearly to 1
+    dim: int = 16  # of z
+    width: int = 256  # of the two hidden layers of encoder and decoder
+    batch: int = 128  # images a step
+    lr: float = 2e-3  # Adam's, at the start: it falls linearly to 0 at the last epoch
+    dropout: float = 0.0  # share of hidden units dropped in training
+    samples: int = 5000  # importance samples for each test image behind NLL
+    pairs: int = 4000  # (sample, image) pairs evaluated at once: memory
+    threads: int = 1  # of PyTorch on the CPU; these nets are too small to gain from more
+    device: str = "cpu"
+    flows: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # the recipes' options
+
+    def __post_init__(self) -> None:
+        _check_choice("data", self.data, NAMES)
+        for name in self.posteriors:
+            _check_choice("posterior", name, POSTERIORS)
+        for name in ("epochs", "patience", "dim", "width", "batch", "samples", "pairs", "threads"):
+            _check_range(name, getattr(self, name), 1)
+        _check_range("seeds", len(self.seeds), 1)
+        _check_range("kl-warmup", self.kl_warmup, 0)
+        if not 0 < self.lr < math.inf:
+            raise ConfigError(f"lr: expected a positive number, got {self.lr}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout: expected a share in [0, 1), got {self.dropout}")
+        _check_choice("device", self.device.partition(":")[0], ("cpu", "cuda"))
+
+
+# Both flows are sized like the net they sit in. Chosen on validation data, for all posteriors at once.
+_SMALL_FLOWS = {"planar": {"steps": 4}, "iaf": {"steps": 2, "hidden": (64, 64), "context_size": 32}}
+_LARGE_FLOWS = {"planar": {"steps": 8}, "iaf": {"steps": 2, "hidden": (320, 320), "context_size": 64}}
+_DIGITS = Config(flows=_SMALL_FLOWS)
+_LARGE = Config(
+    epochs=100, patience=10, kl_warmup=10, dim=32, width=400, lr=1e-3, samples=500, threads=2, flows=_LARGE_FLOWS
+)
+_FREY = replace(_LARGE, epochs=300, patience=30, kl_warmup=20, width=256, batch=64, pairs=400)
+DEFAULTS: dict[str, Config] = {name: replace(_LARGE, data=name) for name in NAMES}
+DEFAULTS |= {"digits": _DIGITS, "freyfaces": replace(_FREY, data="freyfaces")}
+QUICK = {"epochs": 40, "patience": 20, "kl_warmup": 5, "samples": 500, "seeds": (0,)}
+
+
+def configure(data: str = "digits", *, quick: bool = False, **given: object) -> Config:
+    """The data set's defaults, then those of `quick`, then what was given and is not None.
+
+    Raises:
+        ConfigError: a value is out of range, said in one line.
+    """
+    _check_choice("data", data, NAMES)
+    values = {name: value for name, value in given.items() if value is not None}
+    changes = (QUICK if quick else {}) | values
+    config = replace(DEFAULTS[data], **changes)  # pyright: ignore[reportArgumentType]
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError("device: cuda is asked for, but PyTorch finds no CUDA device here; use cpu")
+    return config
+
+
+def from_json(values: Mapping[str, object]) -> Config:
+    """The configuration that `dataclasses.asdict` and JSON made of one."""
+    names = {item.name for item in fields(Config)}
+    return Config(**{name: _tuples(value) for name, value in values.items() if name in names})  # pyright: ignore[reportArgumentType]
+
+
+def _tuples(value: object) -> object:
+    """JSON knows lists alone; every sequence of a configuration is a tuple."""
+    if isinstance(value, Mapping):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message says why and what to try."""
+
+
+@dataclass
+class History:
+    """What training leaves behind, besides the weights."""
+
+    train: list[float | None] = field(default_factory=list)  # -ELBO at KL weight 1, mean over the epoch
+    valid: list[float] = field(default_factory=list)  # -ELBO at KL weight 1, after the epoch
+    best_epoch: int = 0  # counted from 1
+    skipped_steps: int = 0
+    step_ms: float = 0.0  # median
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw from `seed` inside, and leave the global generators as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def train_one(
+    data: Data, posterior: str, seed: int, config: Config, on_epoch: Callable[[History], None]
+) -> tuple[VAE, History]:
+    """One training run: weights, order of the data and noise depend on the seed alone.
+
+    Raises:
+        TrainingError: there was no finite loss and gradient for `BAD_STEPS` steps in a row.
+    """
+    device = torch.device(config.device)
+    with seeded(seed, device):
+        options = dict(config.flows.get(posterior, {}))
+        vae = build(data, posterior, dim=config.dim, width=config.width, dropout=config.dropout, options=options)
+        torch.manual_seed(seed)  # again: the recipes draw differently many initial weights
+        return vae, fit(vae.to(device), data, config, seed, on_epoch)
+
+
+def fit(vae: VAE, data: Data, config: Config, seed: int, on_epoch: Callable[[History], None]) -> History:
+    """Train in place, until validation has not improved for `patience` epochs; the best weights are kept."""
+    device = torch.device(config.device)
+    train, valid = data.train.to(device), data.valid.to(device)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=config.lr)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, config.epochs)
+    order = torch.Generator().manual_seed(seed)
+    pixels = torch.Generator(device).manual_seed(seed)
+    history, best, best_state, bad, times = History(), math.inf, copy.deepcopy(vae.state_dict()), 0, []
+    for epoch in range(1, config.epochs + 1):
+        kl_weight = min(1.0, epoch / max(1, config.kl_warmup))
+        losses = []
+        vae.train()
+        for index in torch.randperm(len(train), generator=order).split(config.batch):
+            x = train[index.to(device)]  # (batch, H, W)
+            x = binarize(x, pixels) if data.dynamic else x  # the same draw for encoder and likelihood
+            start = time.perf_counter()
+            loss = step(vae, optimizer, x, kl_weight)
+            times.append(time.perf_counter() - start)  # `step` has read its result from the device
+            bad = 0 if loss is not None else bad + 1
+            if loss is None:
+                history.skipped_steps += 1
+            else:
+                losses.append(loss)
+            if bad == BAD_STEPS:
+                raise TrainingError(f"no finite loss and gradient in {bad} steps in a row (epoch {epoch}); lower --lr")
+        schedule.step()
+        history.train.append(statistics.fmean(losses) if losses else None)
+        history.valid.append(validate(vae, valid, config))
+        if history.valid[-1] < best:
+            best, history.best_epoch = history.valid[-1], epoch
+            best_state = copy.deepcopy(vae.state_dict())
+        on_epoch(history)
+        if epoch - max(history.best_epoch, config.kl_warmup) >= config.patience:
+            break
+    vae.load_state_dict(best_state)
+    vae.eval()
+    history.step_ms = 1e3 * statistics.median(times[WARM_STEPS:] or times)
+    return history
+
+
+def step(vae: VAE, optimizer: torch.optim.Optimizer, x: Tensor, kl_weight: float) -> float | None:
+    """One optimizer step; -ELBO at KL weight 1, or None where it was skipped: nothing finite to follow."""
+    optimizer.zero_grad()
+    out = vae(x)
+    loss = negative_elbo(out, kl_weight).mean()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), CLIP_NORM)
+    if not torch.isfinite(loss.detach() + norm):
+        return None
+    optimizer.step()
+    return negative_elbo(out, 1.0).mean().item()
+
+
+def negative_elbo(out: VAEOutput, kl_weight: float = 1.0) -> Tensor:
+    """-ELBO of each image ``(B,)``, in nats."""
+    return -elbo(out.log_likelihood, out.log_prior, out.log_q, out.kl, kl_weight=kl_weight)
+
+
+def validate(vae: VAE, x: Tensor, config: Config) -> float:
+    """Mean -ELBO at KL weight 1, in eval mode, always with the same noise."""
+    vae.eval()
+    parts = x.split(max(1, config.pairs // VALID_SAMPLES))
+    with torch.no_grad(), seeded(EVALUATION_SEED, x.device):
+        return torch.cat([negative_elbo(vae(part, (VALID_SAMPLES,))) for part in parts]).double().mean().item()
