@@ -1,0 +1,320 @@
+"""Bad input raises the type and the words of RELIABILITY's table 5b, in both directions, at the outermost call."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from registry import ENTRIES, Entry
+from torch import Tensor, nn
+
+import flowpost
+from flowpost import (
+    Affine,
+    Autoregressive,
+    Bijector,
+    Chain,
+    Conditioned,
+    FlowPosterior,
+    Inverse,
+    Learned,
+    Permute,
+    Planar,
+    Reverse,
+    Scale,
+    Shared,
+    UnitLowerTriangular,
+)
+from flowpost.evaluation import log_marginal
+from flowpost.vae import VAE, Bernoulli, Binomial, Categorical
+
+every = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+
+
+def raises(kind: type[Exception], message: str, call: Callable[[], object]) -> None:
+    with pytest.raises(kind) as caught:
+        call()
+    assert str(caught.value) == message
+
+
+def context_of(step: Bijector, *batch: int) -> Tensor | None:
+    return torch.zeros(*batch, step.context_size) if step.context_size else None
+
+
+WRONG_Z: list[tuple[Tensor | list, type[Exception], str]] = [
+    (torch.zeros(5, 5), ValueError, "z: expected shape (*, 4), got (5, 5)"),
+    (torch.zeros(5, 3), ValueError, "z: expected shape (*, 4), got (5, 3)"),
+    (
+        torch.zeros(5, 1),
+        ValueError,
+        "z: expected shape (*, 4), got (5, 1); flowpost never broadcasts the event dimension",
+    ),
+    (torch.zeros(()), ValueError, "z: expected shape (*, 4), got ()"),
+    ([0.0] * 4, TypeError, "z: expected a torch.Tensor, got list"),
+    (torch.zeros(5, 4).long(), TypeError, "z: expected a floating dtype, got torch.int64; call .float()"),
+    (torch.zeros(5, 4).bool(), TypeError, "z: expected a floating dtype, got torch.bool; call .float()"),
+    (
+        torch.zeros(5, 4, dtype=torch.complex64),
+        TypeError,
+        "z: expected a floating dtype, got torch.complex64; call .float()",
+    ),
+    (
+        torch.zeros(5, 4, dtype=torch.bfloat16),
+        TypeError,
+        "z: expected float32 or float64, got torch.bfloat16; use torch.autocast around the encoder instead",
+    ),
+    (
+        torch.zeros(5, 4, dtype=torch.float16),
+        TypeError,
+        "z: expected float32 or float64, got torch.float16; use torch.autocast around the encoder instead",
+    ),
+]
+
+
+@every
+@pytest.mark.parametrize(("z", "kind", "message"), WRONG_Z, ids=lambda value: getattr(value, "dtype", None))
+def test_wrong_z(entry: Entry, z: Tensor, kind: type[Exception], message: str) -> None:
+    step = entry.make(4, 0)
+    for function in (step, step.inverse):
+        raises(kind, message, lambda f=function: f(z, context_of(step, 5)))
+
+
+@every
+def test_dtype_mismatch(entry: Entry) -> None:
+    step = entry.make(4, 0)
+    if not list(step.parameters()):
+        return
+    for function in (step, step.inverse):
+        with pytest.raises(
+            TypeError, match=r"^z: expected torch\.float32 like the parameters, got torch\.float64; call"
+        ):
+            function(torch.zeros(5, 4, dtype=torch.float64), context_of(step, 5))
+    step = step.bfloat16()
+    for function in (step, step.inverse):
+        with pytest.raises(TypeError, match=r"^parameters: expected float32 or float64, got torch\.bfloat16"):
+            function(torch.zeros(5, 4), context_of(step, 5))
+
+
+def test_dtype_mismatch_says_what_to_do() -> None:
+    raises(
+        TypeError,
+        "z: expected torch.float32 like the parameters, got torch.float64; "
+        "call .to(torch.float64) on the flow or .float() on z",
+        lambda: Learned(Planar(4))(torch.zeros(5, 4, dtype=torch.float64)),
+    )
+
+
+@every
+def test_device_mismatch(entry: Entry) -> None:
+    step = entry.make(4, 0)
+    z = torch.zeros(5, 4, device="meta")
+    message = "z: expected device cpu like the parameters, got meta"
+    if not list(step.parameters()):
+        if not step.context_size:
+            return
+        message = "context: expected device meta like z, got cpu"
+    for function in (step, step.inverse):
+        raises(ValueError, message, lambda f=function: f(z, context_of(step, 5)))
+
+
+@every
+def test_wrong_context(entry: Entry) -> None:
+    step, z = entry.make(4, 0), torch.zeros(6, 4)
+    size = step.context_size
+    for function in (step, step.inverse):
+        if not size:
+            raises(
+                ValueError,
+                "context: this bijector takes none, got shape (6, 3)",
+                lambda f=function: f(z, torch.zeros(6, 3)),
+            )
+            continue
+        wrong: list[tuple[Any, type[Exception], str]] = [
+            (None, ValueError, f"context: this bijector needs shape (*, {size}), got None"),
+            (torch.zeros(6, size + 1), ValueError, f"context: expected shape (*, {size}), got (6, {size + 1})"),
+            (torch.zeros(()), ValueError, f"context: expected shape (*, {size}), got ()"),
+            (
+                torch.zeros(3, size),
+                ValueError,
+                "context: batch shape (3,) does not broadcast with z batch shape (6,)",
+            ),
+            ([0.0] * size, TypeError, "context: expected a torch.Tensor, got list"),
+            (
+                torch.zeros(6, size).int(),
+                TypeError,
+                "context: expected a floating dtype, got torch.int32; call .float()",
+            ),
+        ]
+        for context, kind, message in wrong:
+            raises(kind, message, lambda f=function, c=context: f(z, c))
+
+
+@every
+def test_wrong_known(entry: Entry) -> None:
+    step = entry.make(4, 0)
+    context = context_of(step, 5)
+    with pytest.raises(ValueError, match=r"^known: expected shape \(\*, 4\), got \(5, 3\)$"):
+        step.inverse(torch.zeros(5, 4), context, known=torch.zeros(5, 3))
+    with pytest.raises(TypeError, match=r"^known: expected a torch\.Tensor, got list$"):
+        step.inverse(torch.zeros(5, 4), context, known=[0.0])  # pyright: ignore[reportArgumentType]
+
+
+@every
+def test_an_empty_batch_is_accepted(entry: Entry) -> None:
+    step = entry.make(4, 0)
+    for function in (step, step.inverse):
+        image, log_det = function(torch.zeros(0, 4), context_of(step, 0))
+        assert image.shape == (0, 4)
+        assert log_det.shape == (0,)
+
+
+NO_STEP = nn.Linear(2, 2)
+DIM_0 = "dim: expected an int >= 1, got 0"
+CONSTRUCTORS: list[tuple[Callable[[], object], type[Exception], str]] = [
+    (lambda: Affine(0), ValueError, DIM_0),
+    (lambda: Planar(0), ValueError, DIM_0),
+    (lambda: UnitLowerTriangular(0), ValueError, DIM_0),
+    (lambda: Reverse(0), ValueError, DIM_0),
+    (lambda: Scale(0, 1.0), ValueError, DIM_0),
+    (lambda: Autoregressive(0), ValueError, DIM_0),
+    (lambda: Permute([]), ValueError, DIM_0),
+    (lambda: Affine(-3), ValueError, "dim: expected an int >= 1, got -3"),
+    (lambda: Affine(2.0), TypeError, "dim: expected an int, got float"),  # pyright: ignore[reportArgumentType]
+    (lambda: Planar(True), TypeError, "dim: expected an int, got bool"),  # noqa: FBT003
+    (lambda: Planar("2"), TypeError, "dim: expected an int, got str"),  # pyright: ignore[reportArgumentType]
+    (lambda: Autoregressive(3, -1), ValueError, "context_size: expected an int >= 0, got -1"),
+    (lambda: Autoregressive(3, 0, (4, 0)), ValueError, "hidden: expected an int >= 1, got 0"),
+    (
+        lambda: Autoregressive(3, order=[0, 1, 1]),
+        ValueError,
+        "order: expected a permutation of 0..2, got [0, 1, 1]",
+    ),
+    (lambda: Permute([1, 2, 3]), ValueError, "order: expected a permutation of 0..2, got [1, 2, 3]"),
+    (lambda: Permute([0, 2]), ValueError, "order: expected a permutation of 0..1, got [0, 2]"),
+    (lambda: Scale(2, 0.0), ValueError, "factor: expected a positive finite number, got 0.0"),
+    (lambda: Scale(2, float("inf")), ValueError, "factor: expected a positive finite number, got inf"),
+    (lambda: Scale(2, float("nan")), ValueError, "factor: expected a positive finite number, got nan"),
+    (lambda: Chain(), ValueError, "Chain: expected at least one step, got none"),
+    (lambda: Shared(), ValueError, "Shared: expected at least one step, got none"),
+    (lambda: Chain(Affine(2), Planar(3)), ValueError, "Chain: expected steps of one dim, got [2, 3]"),
+    (lambda: Shared(Affine(2), Reverse(3)), ValueError, "Shared: expected steps of one dim, got [2, 3]"),
+    (lambda: Shared(Affine(2), Planar(2)), ValueError, "Shared: expected steps of one context_size, got [4, 5]"),
+    (lambda: Chain(NO_STEP), TypeError, "Chain: expected Bijector steps, got Linear"),  # pyright: ignore[reportArgumentType]
+    (lambda: Learned(NO_STEP), TypeError, "step: expected a Bijector, got Linear"),  # pyright: ignore[reportArgumentType]
+    (lambda: Inverse(NO_STEP), TypeError, "step: expected a Bijector, got Linear"),  # pyright: ignore[reportArgumentType]
+    (
+        lambda: Learned(Reverse(2)),
+        ValueError,
+        "step: expected one that reads a context, got Reverse with context_size=0",
+    ),
+    (
+        lambda: Conditioned(Reverse(2), 3),
+        ValueError,
+        "step: expected one that reads a context, got Reverse with context_size=0",
+    ),
+    (lambda: Conditioned(Planar(2), 0), ValueError, "features: expected an int >= 1, got 0"),
+    (lambda: FlowPosterior(3, NO_STEP), TypeError, "flow: expected a Bijector, got Linear"),  # pyright: ignore[reportArgumentType]
+    (lambda: FlowPosterior(-1, Planar(2)), ValueError, "features: expected an int >= 0, got -1"),
+    (lambda: flowpost.planar(3, 2, steps=0), ValueError, "steps: expected an int >= 1, got 0"),
+    (lambda: flowpost.iaf(3, 2, steps=0), ValueError, "steps: expected an int >= 1, got 0"),
+    (lambda: flowpost.diagonal(3, 0), ValueError, DIM_0),
+    (lambda: Binomial(0), ValueError, "n: expected an int >= 1, got 0"),
+    (lambda: Categorical(1), ValueError, "levels: expected an int >= 2, got 1"),
+]
+
+
+@pytest.mark.parametrize("index", range(len(CONSTRUCTORS)))
+def test_bad_sizes_raise_at_construction(index: int) -> None:
+    call, kind, message = CONSTRUCTORS[index]
+    raises(kind, message, call)
+
+
+def test_a_chain_checks_once_at_the_outermost_call() -> None:
+    flow = Chain(Chain(Affine(4), Planar(4)), Learned(Planar(4)))
+    with pytest.raises(ValueError, match=re.escape(f"context: expected shape (*, {flow.context_size}), got (5, 3)")):
+        flow(torch.zeros(5, 4), torch.zeros(5, 3))
+
+
+# ----------------------------------------------------------------------------------------------------- posterior
+
+H = torch.zeros(6, 3)
+
+
+def posterior() -> FlowPosterior:
+    return flowpost.planar(3, 4, steps=1)
+
+
+POSTERIOR: list[tuple[Callable[[FlowPosterior], object], type[Exception], str]] = [
+    (lambda q: q(), ValueError, "h: this posterior needs shape (*, 3), got None"),
+    (lambda q: q(torch.zeros(6, 4)), ValueError, "h: expected shape (*, 3), got (6, 4)"),
+    (lambda q: q(torch.zeros(())), ValueError, "h: expected shape (*, 3), got ()"),
+    (lambda q: q([0.0] * 3), TypeError, "h: expected a torch.Tensor, got list"),
+    (lambda q: q(H.long()), TypeError, "h: expected a floating dtype, got torch.int64; call .float()"),
+    (lambda q: q(H.to("meta")), ValueError, "h: expected device cpu like the parameters, got meta"),
+    (lambda q: q(H, (-1,)), ValueError, "sample_shape: expected non-negative ints, got (-1,)"),
+    (lambda q: q(H, 5), TypeError, "sample_shape: expected a tuple of ints, got 5"),
+    (lambda q: q(H, (2.0,)), TypeError, "sample_shape: expected a tuple of ints, got (2.0,)"),
+    (lambda q: q(H, [5]), TypeError, "sample_shape: expected a tuple of ints, got [5]"),
+    (lambda q: q(H, (5,), torch.zeros(6, 4)), ValueError, "noise: expected shape (5, 6, 4), got (6, 4)"),
+    (lambda q: q.log_prob(torch.zeros(6, 5), H), ValueError, "z: expected shape (*, 4), got (6, 5)"),
+    (
+        lambda q: q.log_prob(torch.zeros(6, 1), H),
+        ValueError,
+        "z: expected shape (*, 4), got (6, 1); flowpost never broadcasts the event dimension",
+    ),
+    (lambda q: q.log_prob(torch.zeros(6, 4)), ValueError, "h: this posterior needs shape (*, 3), got None"),
+    (lambda q: q.gaussian(H), TypeError, "posterior: expected a Gaussian one, got a flow of Chain"),
+    (lambda q: q.distribution(torch.zeros(6, 2)), ValueError, "h: expected shape (*, 3), got (6, 2)"),
+]
+
+
+@pytest.mark.parametrize("index", range(len(POSTERIOR)))
+def test_the_posterior_s_bad_inputs(index: int) -> None:
+    call, kind, message = POSTERIOR[index]
+    raises(kind, message, lambda: call(posterior()))
+
+
+def test_features_for_a_posterior_without_an_encoder() -> None:
+    raises(ValueError, "h: this posterior takes none, got shape (6, 3)", lambda: flowpost.planar(0, 4, steps=1)(H))
+
+
+def test_a_posterior_takes_empty_batches() -> None:
+    for recipe in (flowpost.diagonal, flowpost.full_covariance, flowpost.planar, flowpost.iaf):
+        q = recipe(3, 4)
+        z, log_prob, noise = q(H[:0], (5,))
+        assert z.shape == noise.shape == (5, 0, 4)
+        assert log_prob.shape == (5, 0)
+        assert q(H, (0,)).z.shape == (0, 6, 4)
+        assert q.log_prob(z, H[:0]).shape == (5, 0)
+
+
+# ----------------------------------------------------------------------------------------------------------- vae
+
+
+def model(elements: int = 5) -> VAE:
+    return VAE(nn.Linear(5, 3), flowpost.diagonal(3, 2), nn.Linear(2, elements), Bernoulli())
+
+
+def test_the_decoder_s_width() -> None:
+    message = "decoder: expected 1 x 5 outputs per example for Bernoulli, got 6"
+    raises(ValueError, message, lambda: model(6)(torch.zeros(4, 5)))
+
+
+def test_a_vae_needs_a_posterior_that_reads_features() -> None:
+    vae = VAE(nn.Linear(5, 3), FlowPosterior(3, Reverse(2)), nn.Linear(2, 5), Bernoulli())
+    message = "posterior: expected one that reads features, got one whose flow takes no context"
+    raises(ValueError, message, lambda: vae(torch.zeros(4, 5)))
+
+
+def test_log_marginal_s_counts() -> None:
+    x = torch.zeros(4, 5)
+    raises(ValueError, "samples: expected an int >= 1, got 0", lambda: log_marginal(model(), x, 0))
+    raises(ValueError, "pairs: expected an int >= 1, got 0", lambda: log_marginal(model(), x, pairs=0))
+
+
+def test_an_empty_batch_through_the_vae() -> None:
+    x = torch.zeros(0, 5)
+    out = model()(x, (3,))
+    assert out.log_likelihood.shape == out.log_prior.shape == out.log_q.shape == (3, 0)
+    assert log_marginal(model(), x, 3).shape == (0,)
