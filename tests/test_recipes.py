@@ -1,0 +1,144 @@
+"""The named posteriors: the architectures of their papers, and where they start."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import flowpost
+from flowpost import Affine, Autoregressive, Chain, FlowPosterior, Planar, Reverse, Shared, UnitLowerTriangular
+from flowpost.recipes import RECIPES
+
+GATE = 1 / (1 + math.exp(-2))
+
+
+def test_diagonal_is_one_affine_step() -> None:
+    posterior = flowpost.diagonal(6, 4)
+    assert isinstance(posterior.flow, Affine)
+    assert (posterior.dim, posterior.features, posterior.flow.context_size) == (4, 6, 8)
+
+
+def test_full_covariance_is_a_triangular_map_then_an_affine_one() -> None:
+    flow = flowpost.full_covariance(6, 4).flow
+    assert isinstance(flow, Chain)
+    assert [type(step) for step in flow] == [UnitLowerTriangular, Affine]
+    assert flow.context_size == 6 + 8
+
+
+def test_planar_is_an_affine_step_then_planar_ones() -> None:
+    flow = flowpost.planar(6, 4, steps=3).flow
+    assert isinstance(flow, Chain)
+    assert [type(step) for step in flow] == [Affine, Planar, Planar, Planar]
+    assert flow.context_size == 8 + 3 * 9
+
+
+def test_planar_steps_start_in_directions_of_their_own() -> None:
+    start = flowpost.planar(6, 4, steps=3).flow.initial_context()[8:].view(3, 9)
+    assert (start[:, :4] == 0).all()
+    assert len({tuple(direction) for direction in start[:, 4:8].tolist()}) == 3
+
+
+def test_iaf_reverses_between_steps_that_share_h() -> None:
+    flow = flowpost.iaf(6, 4, steps=3, hidden=(8, 9), context_size=5).flow
+    assert isinstance(flow, Chain)
+    first, shared = flow
+    assert isinstance(first, Affine)
+    assert isinstance(shared, Shared)
+    assert [type(step) for step in shared] == [Autoregressive, Reverse, Autoregressive, Reverse, Autoregressive]
+    assert flow.context_size == 8 + 5
+    for step in shared:
+        if isinstance(step, Autoregressive):
+            assert [len(layer.bias) for layer in step.net.layers] == [8, 9, 8]  # pyright: ignore[reportArgumentType]
+            assert step.context_size == 5
+
+
+def test_iaf_reads_h_in_every_step() -> None:
+    """Each step's projection of h has a gradient once its last layer has left zero."""
+    posterior = flowpost.iaf(6, 4, steps=3, hidden=(16,), context_size=5)
+    for parameter in posterior.flow.parameters():
+        torch.nn.init.normal_(parameter)
+    sample = posterior(torch.randn(9, 6))
+    (sample.log_prob.sum() + sample.z.sum()).backward()
+    projections = [p.grad for name, p in posterior.named_parameters() if name.endswith("project.weight")]
+    assert len(projections) == 3
+    assert all(grad is not None and (grad != 0).any(0).all() for grad in projections)
+
+
+def test_iaf_mixes_all_variables_in_two_steps() -> None:
+    """What the reversal is for: after two steps each output but the last-written reads every noise variable."""
+    posterior = flowpost.iaf(0, 4, steps=2, hidden=(32,), context_size=2).double()
+    for parameter in posterior.flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    noise = torch.randn(4, dtype=torch.float64)
+    matrix = torch.autograd.functional.jacobian(lambda x: posterior(noise=x).z, noise)
+    assert isinstance(matrix, Tensor)
+    assert (matrix != 0).sum() == 16
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("features", [6, 0])
+@pytest.mark.parametrize("dim", [1, 3, 40])
+def test_a_fresh_posterior_is_near_standard_normal(name: str, features: int, dim: int) -> None:
+    """iaf times sigmoid(2) for each of its four steps. Against this Gaussian, log q differs by a part of a nat."""
+    posterior = RECIPES[name](features, dim)
+    gain = GATE**4 if name == "iaf" else 1.0
+    h = (torch.randn(64, 6),) if features else ()
+    z, log_prob, noise = posterior(*h, sample_shape=(4,))
+    if name == "iaf" and dim > 1:
+        noise = noise.flip(-1)  # three reversals
+    tolerance = 0.12 if features else 1e-5
+    expected = torch.distributions.Normal(0.0, gain).log_prob(z).sum(-1)
+    assert (z - gain * noise).abs().max() < tolerance * (5 if dim == 40 else 1) * gain
+    assert (log_prob - expected).abs().mean() < (0.25 * math.sqrt(dim) if features else 1e-4 * dim)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_two_seeds_make_two_posteriors(name: str) -> None:
+    h, noise = torch.randn(5, 6), torch.randn(5, 3)
+    torch.manual_seed(1)
+    first = RECIPES[name](6, 3)
+    torch.manual_seed(2)
+    second = RECIPES[name](6, 3)
+    torch.manual_seed(1)
+    again = RECIPES[name](6, 3)
+    assert torch.equal(first(h, noise=noise).z, again(h, noise=noise).z)
+    assert not torch.equal(first(h, noise=noise).z, second(h, noise=noise).z)
+
+
+def linear_gaussian() -> tuple[Tensor, Tensor]:
+    """A correlated target N(mean, cov) for reverse KL, whose normalizer is known."""
+    mean = torch.tensor([0.5, -1.0], dtype=torch.float64)
+    return mean, torch.tensor([[1.0, 0.8], [0.8, 1.0]], dtype=torch.float64)
+
+
+TARGETS: list[tuple[Callable[[], FlowPosterior], float, float]] = [
+    (lambda: flowpost.full_covariance(0, 2), 0.0, 0.01),
+    # The best factorized q has precision 1 / (1 - 0.64): KL = -log(1 - 0.64) / 2.
+    (lambda: flowpost.diagonal(0, 2), 0.51, 0.01),
+    (lambda: flowpost.iaf(0, 2, steps=2, hidden=(16,), context_size=4), 0.0, 0.02),
+    (lambda: flowpost.planar(0, 2, steps=4), 0.0, 0.51),
+]
+
+
+@pytest.mark.parametrize(("make", "kl", "tolerance"), TARGETS, ids=["full", "diagonal", "iaf", "planar"])
+def test_reverse_kl_to_a_known_target(make: Callable[[], FlowPosterior], kl: float, tolerance: float) -> None:
+    """Trained on a target with a known normalizer, the KL is its known best and never below zero."""
+    mean, cov = linear_gaussian()
+    target = torch.distributions.MultivariateNormal(mean, cov)
+    posterior = make().double()
+    optimizer = torch.optim.Adam(posterior.parameters(), lr=0.02)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
+    for _ in range(400):
+        optimizer.zero_grad()
+        z, log_prob, _ = posterior(sample_shape=(256,))
+        (log_prob - target.log_prob(z)).mean().backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        z, log_prob, _ = posterior(sample_shape=(40_000,))
+        terms = log_prob - target.log_prob(z)
+    estimate, error = terms.mean(), terms.std() / 200
+    assert estimate > kl - 5 * error - 1e-6 if kl == 0 else estimate > kl - 5 * error
+    assert estimate < kl + tolerance
