@@ -24,8 +24,13 @@ from flowpost.vae import VAE
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]})
-# Typer brings its own copy of click since 0.20-odd and does not export the base of click's errors: it is one's parent.
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+# Newer typers bring a click of their own, and none exports the base class of its errors: it is reached through one.
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
 
 
@@ -118,7 +123,7 @@ def _seeds(count: int | None, first: int, *, quick: bool) -> tuple[int, ...]:
 
 def job(config: Config, out: Path | None = None) -> int:
     """Train, evaluate, write and draw; the exit code."""
-    console = Console()
+    console = Console(markup=False, highlight=False)
     data = load(config.data)
     folder = out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{config.data}"
     torch.set_num_threads(config.threads)
@@ -199,7 +204,7 @@ class Display:
         """A run has ended."""
         self.done += 1
         self.progress.update(self.task, completed=self.done)
-        self.progress.console.print(line, highlight=False, soft_wrap=True)
+        self.progress.console.print(line, soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

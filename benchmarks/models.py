@@ -1,18 +1,22 @@
-"""The one VAE that every posterior is compared in: a small encoder and its mirror image for each shape of image."""
+"""The one VAE that every posterior is compared in, small and symmetric, and what a picture asks of it."""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.data import Data
+from flowpost.posterior import standard_normal_log_prob
 from flowpost.recipes import RECIPES
 from flowpost.vae import VAE, Bernoulli, Binomial, Categorical, Likelihood
 
 POSTERIORS = tuple(RECIPES)
 PIXEL_FEATURES = 4  # numbers a pixel that a categorical decoder's softmax reads
+GRID = 121  # points along each axis of a drawn posterior
+ZOOMS = 4  # each looks for the true posterior's mass in a finer window
 
 
 def build(data: Data, posterior: str, *, dim: int, width: int, dropout: float, options: dict[str, object]) -> VAE:
@@ -37,6 +41,16 @@ def build(data: Data, posterior: str, *, dim: int, width: int, dropout: float, o
 def count_parameters(model: nn.Module) -> int:
     """How many numbers the model learns."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def codes(vae: VAE, x: Tensor, count: int = 1) -> Tensor:
+    """Draws from q(z|x), ``(count, B, dim)``."""
+    return vae.posterior.sample_at(vae.context(x), (count,)).z
+
+
+def mean_images(vae: VAE, z: Tensor, shape: torch.Size) -> Tensor:
+    """E[x|z] of each z ``(N, dim)``, ``(N, *shape)``."""
+    return vae.likelihood.mean(vae.decode(z, shape.numel())).view(-1, *shape)
 
 
 def _likelihood(data: Data) -> Likelihood:
@@ -109,3 +123,56 @@ class PixelSoftmax(nn.Module):
         """The logits of every level."""
         features = nn.functional.elu(self.features(hidden)).view(-1, PIXEL_FEATURES, *self.shape)
         return self.levels(features)
+
+
+class PosteriorGrid(NamedTuple):
+    """True and fitted posterior of one image, on the same grid of a two-dimensional z."""
+
+    box: tuple[float, float, float, float]
+    """Left, right, bottom, top."""
+    log_true: Tensor
+    """log p(z|x), ``(GRID, GRID)``, first axis along the first unit of z."""
+    log_fitted: Tensor
+    """log q(z|x), of the same shape."""
+    kl: float
+    """KL(q(z|x) || p(z|x)) by quadrature, in nats."""
+
+
+def posterior_grid(vae: VAE, x: Tensor) -> PosteriorGrid:
+    """p(z|x) of the model's decoder, normalized by quadrature, and q(z|x), for one image ``(1, *event)``."""
+    low, high = _window(vae, x)
+    z = _grid(low, high)
+    joint = _log_joint(vae, x, z).double()
+    area = float((high - low).prod()) / (GRID - 1) ** 2
+    log_true = joint - joint.logsumexp(0) - math.log(area)
+    log_fitted = vae.posterior.log_prob(z, vae.encoder(x)).double().nan_to_num(nan=-math.inf)
+    share = log_fitted.exp() * area
+    kl = torch.where(share > 0, share * (log_fitted - log_true), 0.0).sum().item()
+    box = (low[0].item(), high[0].item(), low[1].item(), high[1].item())
+    return PosteriorGrid(box, log_true.view(GRID, GRID), log_fitted.view(GRID, GRID), kl)
+
+
+def _window(vae: VAE, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Corners of a box that holds the true posterior's mass, found by zooming in, and that of q(z|x)."""
+    low, high = torch.full((2,), -6.0, device=x.device), torch.full((2,), 6.0, device=x.device)
+    for _ in range(ZOOMS):
+        z = _grid(low, high)
+        joint = _log_joint(vae, x, z)
+        inside = z[joint > joint.max() - 7]
+        cell = (high - low) / (GRID - 1)
+        low, high = inside.amin(0) - 3 * cell, inside.amax(0) + 3 * cell
+    fitted = codes(vae, x, 2000).squeeze(1)
+    low, high = torch.minimum(low, fitted.quantile(0.002, 0)), torch.maximum(high, fitted.quantile(0.998, 0))
+    return low - 0.05 * (high - low), high + 0.05 * (high - low)
+
+
+def _grid(low: Tensor, high: Tensor) -> Tensor:
+    """Points ``(GRID^2, 2)`` of the box, the second unit running fastest."""
+    unit = torch.linspace(0, 1, GRID, device=low.device)
+    return torch.cartesian_prod(unit, unit) * (high - low) + low
+
+
+def _log_joint(vae: VAE, x: Tensor, z: Tensor) -> Tensor:
+    """The log p(x, z) of one image and every z ``(N, 2)``, ``(N,)``."""
+    parts = [vae.likelihood.log_prob(vae.decode(part, x.numel()), x.flatten(1)) for part in z.split(500)]
+    return torch.cat(parts) + standard_normal_log_prob(z)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.data import Data
+from benchmarks.models import codes, mean_images, posterior_grid
 from benchmarks.report import Report, by_posterior
 from benchmarks.train import EVALUATION_SEED, seeded
-from flowpost.posterior import standard_normal_log_prob
 from flowpost.vae import VAE
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -24,8 +24,6 @@ OTHER = "#56B4E9"
 DPI = 130
 COLUMNS = 10  # images a row
 TRUE_POSTERIORS = 3  # test images whose true posterior is drawn
-GRID = 121  # points along each axis of a drawn posterior
-ZOOMS = 4  # each looks for the true posterior's mass in a finer window
 
 Models = Mapping[str, VAE]
 
@@ -74,7 +72,7 @@ def curves(report: Report) -> Figure:
     low, high = min(values), np.quantile(values, 0.95)
     panels[0].set(ylabel="-ELBO (nats per image)", ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)))
     panels[0].legend(loc="upper right", fontsize="small")
-    figure.suptitle(f"Training on {report.config.data}; KL weight 1 throughout the picture")
+    figure.suptitle(f"Training on {report.config.data}: -ELBO at KL weight 1, a line for each seed")
     return figure
 
 
@@ -107,6 +105,7 @@ def bounds(report: Report) -> Figure:
     panel.plot([], [], "k^", label="-ELBO")
     panel.set_xticks(range(len(groups)), [_title(name) for name in groups])
     panel.set(ylabel="nats per image (lower is better; axis not from 0)", title=f"Test part of {report.config.data}")
+    panel.use_sticky_edges = False
     panel.margins(y=0.12)
     panel.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
@@ -116,37 +115,39 @@ def bounds(report: Report) -> Figure:
 def reconstructions(models: Models, data: Data, device: torch.device) -> Figure:
     """Test images, and below each what every model makes of its code."""
     x = data.test[:COLUMNS].to(device)
-    rows = {"test image": x} | {_title(name): _decode(vae, _codes(vae, x), data) for name, vae in models.items()}
+    rows = [("test image", x)]
+    rows += [(_title(name), mean_images(vae, codes(vae, x)[0], x.shape[1:])) for name, vae in models.items()]
     return _gallery(rows, data, "Reconstructions: E[x|z] at one z drawn from q(z|x)")
 
 
 def samples(models: Models, data: Data, device: torch.device) -> Figure:
     """What each model generates, for the same draws from the prior."""
-    rows = {}
+    rows = []
     for name, vae in models.items():
-        z = torch.randn(2 * COLUMNS, vae.posterior.dim, generator=torch.Generator().manual_seed(EVALUATION_SEED))
-        first, second = _decode(vae, z.to(device), data).split(COLUMNS)
-        rows |= {_title(name): first, f"{_title(name)} ": second}
+        noise = torch.Generator().manual_seed(EVALUATION_SEED)
+        z = torch.randn(2 * COLUMNS, vae.posterior.dim, generator=noise).to(device)
+        first, second = mean_images(vae, z, data.test.shape[1:]).split(COLUMNS)
+        rows += [(_title(name), first), ("", second)]
     return _gallery(rows, data, "Samples: E[x|z], z drawn from the prior N(0, I)")
 
 
 def interpolation(models: Models, data: Data, device: torch.device) -> Figure:
     """From one test image to another, in equal steps of z."""
-    x = data.test[[0, 1]].to(device)
-    steps = torch.linspace(0, 1, COLUMNS, device=device).unsqueeze(-1)
-    rows = {}
+    x = data.test[:2].to(device)
+    share = torch.linspace(0, 1, COLUMNS, device=device).unsqueeze(-1)
+    rows = []
     for name, vae in models.items():
-        start, end = _means(vae, x)
-        rows[_title(name)] = _decode(vae, start + steps * (end - start), data)
-    return _gallery(rows, data, "Interpolation between two test images: E[x|z] on the line between the means of q(z|x)")
+        start, end = codes(vae, x, 64).mean(0)
+        rows.append((_title(name), mean_images(vae, torch.lerp(start, end, share), x.shape[1:])))
+    return _gallery(rows, data, "Between two test images: E[x|z] in equal steps from one mean of q(z|x) to the other")
 
 
-def _gallery(rows: Mapping[str, Tensor], data: Data, title: str) -> Figure:
+def _gallery(rows: Sequence[tuple[str, Tensor]], data: Data, title: str) -> Figure:
     height, width = data.test.shape[1:]
     figure = _figure(9, 0.5 + 0.75 * len(rows) * height / width)
     panels = figure.subplots(len(rows), COLUMNS, squeeze=False)
-    for line, (name, images) in zip(panels, rows.items(), strict=True):
-        for panel, image in zip(line, images.cpu(), strict=False):
+    for line, (name, images) in zip(panels, rows, strict=True):
+        for panel, image in zip(line, images.cpu().numpy(), strict=False):
             panel.imshow(image, cmap="gray_r", vmin=0, vmax=data.levels)
         for panel in line:
             panel.set(xticks=[], yticks=[])
@@ -155,28 +156,15 @@ def _gallery(rows: Mapping[str, Tensor], data: Data, title: str) -> Figure:
     return figure
 
 
-def _codes(vae: VAE, x: Tensor) -> Tensor:
-    return vae.posterior.sample_at(vae.context(x)).z
-
-
-def _means(vae: VAE, x: Tensor) -> Tensor:
-    return vae.posterior.sample_at(vae.context(x), (64,)).z.mean(0)
-
-
-def _decode(vae: VAE, z: Tensor, data: Data) -> Tensor:
-    shape = data.test.shape[1:]
-    return vae.likelihood.mean(vae.decode(z, shape.numel())).view(-1, *shape)
-
-
 def latent(models: Models, data: Data, device: torch.device) -> Figure:
     """Above, the test images' codes by PCA; below, each unit's distribution over them against the prior."""
     x = data.test[:2000].to(device)
     figure = _figure(3.2 * len(models) + 0.8, 6.2)
     panels = figure.subplots(2, len(models), squeeze=False)
     for (scatter, histogram), (name, vae) in zip(panels.T, models.items(), strict=True):
-        z = _codes(vae, x).cpu()
-        _pca(scatter, z, data.labels)
-        _marginals(histogram, z, _colour(name))
+        z = codes(vae, x, 16).cpu()
+        _pca(scatter, z[0], data.labels)
+        _marginals(histogram, z.flatten(0, 1), _colour(name))
         scatter.set_title(_title(name))
     panels[0, 0].set_ylabel("second principal axis")
     panels[1, 0].set_ylabel("density")
@@ -191,18 +179,20 @@ def _pca(panel: Axes, z: Tensor, labels: Tensor | None) -> None:
     _, _, axes = torch.linalg.svd(centred, full_matrices=False)
     points = centred @ axes[:2].T if z.shape[1] > 1 else torch.cat([centred, torch.zeros_like(centred)], 1)
     if labels is None or labels.max() > 9:
-        colours = None if labels is None else labels[: len(z)]
-        panel.scatter(*points.T, s=6, c=colours, cmap="viridis")
+        colours = None if labels is None else labels[: len(z)].numpy()
+        panel.scatter(*points.T.numpy(), s=6, c=colours, cmap="viridis")
     else:
         # The digit itself is the marker, so that nobody depends on ten colours.
         for label in labels.unique().tolist():
             chosen = points[labels[: len(z)] == label]
-            panel.scatter(*chosen.T, s=28, marker=f"${label}$", color=matplotlib.colormaps["tab10"](label), lw=0.2)
+            panel.scatter(
+                *chosen.T.numpy(), s=28, marker=f"${label}$", color=matplotlib.colormaps["tab10"](label), lw=0.2
+            )
     panel.set(xlabel="first principal axis", aspect="equal", adjustable="datalim")
 
 
 def _marginals(panel: Axes, z: Tensor, colour: str) -> None:
-    edges = np.linspace(-4.5, 4.5, 46).tolist()
+    edges = np.linspace(-4.5, 4.5, 37).tolist()
     for i, unit in enumerate(z.T):
         label = "a unit of z" if i == 0 else None
         panel.hist(unit.numpy(), edges, density=True, histtype="step", color=colour, alpha=0.5, label=label)
@@ -219,62 +209,23 @@ def true_posteriors(models: Models, data: Data, device: torch.device) -> Figure:
     for panel in panels[:, 0]:
         panel.axis("off")
     for i, image in enumerate(x):
-        panels[2 * i, 0].imshow(image.cpu(), cmap="gray_r", vmin=0, vmax=data.levels)
+        panels[2 * i, 0].imshow(image.cpu().numpy(), cmap="gray_r", vmin=0, vmax=data.levels)
         panels[2 * i, 0].set_title(f"test image {i + 1}", fontsize="small")
         for (above, below), (name, vae) in zip(panels[2 * i : 2 * i + 2, 1:].T, models.items(), strict=True):
             _true_and_fitted(above, below, _title(name), vae, image.unsqueeze(0))
-    figure.suptitle("The true posterior p(z|x) of each model's decoder, and below it the fitted q(z|x)")
+    figure.suptitle("Above, each decoder's true posterior p(z|x); below, the fitted q(z|x). White: contours of p(z|x)")
     return figure
 
 
 def _true_and_fitted(above: Axes, below: Axes, name: str, vae: VAE, x: Tensor) -> None:
-    low, high = _window(vae, x)
-    z = _grid(low, high)
-    log_joint = _log_joint(vae, x, z).double()
-    area = float((high - low).prod()) / (GRID - 1) ** 2
-    log_true = log_joint - log_joint.logsumexp(0) - math.log(area)
-    log_fitted = vae.posterior.log_prob(z, vae.encoder(x)).double().nan_to_num(nan=-math.inf)
-    share = log_fitted.exp() * area
-    kl = torch.where(share > 0, share * (log_fitted - log_true), 0.0).sum().item()
-    (left, bottom), (right, top) = low.tolist(), high.tolist()
-    for panel, density in ((above, log_true), (below, log_fitted)):
-        panel.imshow(
-            density.exp().view(GRID, GRID).T.cpu(),
-            extent=(left, right, bottom, top),
-            origin="lower",
-            cmap="magma",
-            aspect="auto",
-        )
+    grid = posterior_grid(vae, x)
+    true, fitted = (log_density.exp().T.cpu().numpy() for log_density in (grid.log_true, grid.log_fitted))
+    levels = true.max() * np.exp([-4.5, -2.0, -0.5])  # 3, 2 and 1 standard deviations of a Gaussian
+    for panel, density in ((above, true), (below, fitted)):
+        panel.imshow(density, extent=grid.box, origin="lower", cmap="magma", aspect="auto")
+        panel.contour(true, levels, extent=grid.box, colors="white", linewidths=0.7)
         panel.tick_params(labelsize="x-small")
+        panel.set_ylabel("$z_2$", fontsize="small")
     above.set_title(f"{name}: p(z|x)", fontsize="small")
-    below.set_title(f"q(z|x), KL(q||p) = {kl:.2f} nats", fontsize="small")
+    below.set_title(f"q(z|x), KL(q||p) = {grid.kl:.2f} nats", fontsize="small")
     below.set_xlabel("$z_1$", fontsize="small")
-    above.set_ylabel("$z_2$", fontsize="small")
-    below.set_ylabel("$z_2$", fontsize="small")
-
-
-def _window(vae: VAE, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Corners of the box that holds the true posterior's mass and that of q(z|x)."""
-    low, high = torch.full((2,), -6.0, device=x.device), torch.full((2,), 6.0, device=x.device)
-    for _ in range(ZOOMS):
-        z = _grid(low, high)
-        log_joint = _log_joint(vae, x, z)
-        inside = z[log_joint > log_joint.max() - 7]
-        cell = (high - low) / (GRID - 1)
-        low, high = inside.amin(0) - 3 * cell, inside.amax(0) + 3 * cell
-    fitted = vae.posterior.sample_at(vae.context(x), (2000,)).z.squeeze(1)
-    low = torch.minimum(low, fitted.quantile(0.002, 0))
-    high = torch.maximum(high, fitted.quantile(0.998, 0))
-    return low - 0.05 * (high - low), high + 0.05 * (high - low)
-
-
-def _grid(low: Tensor, high: Tensor) -> Tensor:
-    """Points ``(GRID^2, 2)`` of the box, the second axis running fastest."""
-    unit = torch.linspace(0, 1, GRID, device=low.device)
-    return torch.cartesian_prod(unit, unit) * (high - low) + low
-
-
-def _log_joint(vae: VAE, x: Tensor, z: Tensor) -> Tensor:
-    """The log p(x|z) + log p(z) at every z, ``(N,)``."""
-    parts = [vae.likelihood.log_prob(vae.decode(part, x.numel()), x.flatten(1)) for part in z.split(500)]
-    return torch.cat(parts) + standard_normal_log_prob(z)

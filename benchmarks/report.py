@@ -98,44 +98,52 @@ class Report:
         _replace(self.folder / "table.md", self.markdown())
 
     def rows(self) -> list[list[str]]:
-        """The table's header, then a row for each posterior, best NLL first left to the reader's eye."""
+        """The table's header, then a row for each posterior."""
         columns = _columns(self.config)
-        rows = [["posterior", *(title for _, title, _ in columns), "seeds"]]
+        rows = [["posterior", *(title for _, title, _ in columns)]]
         for name, runs in by_posterior(self.finished).items():
             summary = summarize(runs)
             cells = [_cell(summary[key], digits) for key, _, digits in columns]
-            rows.append([name, *cells, str(len(runs))])
+            rows.append([name, *cells])
         return rows
 
     def caption(self) -> str:
         """What the table's numbers are."""
-        config, unit = self.config, self.environment["device"]
+        config = self.config
+        seeds = "/".join(str(len(runs)) for runs in by_posterior(self.finished).values()) or "0"
         return (
-            f"{config.data}, test part, nats per image, mean (sd) over seeds; -ELBO with {TEST_SAMPLES} samples, "
-            f"NLL with {config.samples} importance samples per image; gap = -ELBO - NLL; "
-            f"z has {config.dim} units; ms/step: median, {unit}, {config.threads} CPU thread(s)"
+            f"{config.data}, test part; nats per image, mean (sd) over seeds ({seeds} runs); "
+            f"-ELBO: {TEST_SAMPLES} samples per image; NLL: {config.samples} importance samples per image; "
+            f"gap: -ELBO - NLL; active: units of z's {config.dim} with Var_x(E_q[z]) > {ACTIVE}; "
+            f"ms/step: median, {self.environment['device']}, CPU threads: {config.threads}"
         )
+
+    def notes(self) -> list[str]:
+        """A line for each run that failed or skipped steps."""
+        return [_note(run) for run in self.runs if run["error"] or run["skipped_steps"]]
 
     def markdown(self) -> str:
         """`table.md`."""
         head, *body = self.rows()
         lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        failed = [f"\n- {run['posterior']}, seed {run['seed']} failed: {run['error']}" for run in self._failed()]
-        return f"{table}\n\n{self.caption()}.\n{''.join(failed)}"
+        notes = "".join(f"\n- {note}" for note in self.notes())
+        return f"{table}\n\n{self.caption()}.\n{notes}"
 
     def table(self) -> Table:
         """The same for a terminal."""
         head, *body = self.rows()
-        table = Table(box=box.SIMPLE_HEAD, caption=self.caption(), caption_justify="left", pad_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, caption=self.caption(), caption_justify="left", padding=(0, 2, 0, 0))
         for title in head:
-            table.add_column(title, justify="left" if title == "posterior" else "right")
+            table.add_column(title, justify="left" if title == "posterior" else "right", no_wrap=True)
         for row in body:
             table.add_row(*row)
         return table
 
-    def _failed(self) -> list[Run]:
-        return [run for run in self.runs if run["error"] is not None]
+
+def _note(run: Run) -> str:
+    what = f"failed: {run['error']}" if run["error"] else f"{run['skipped_steps']} steps skipped, not finite"
+    return f"{run['posterior']}, seed {run['seed']}: {what}"
 
 
 def by_posterior(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -158,13 +166,13 @@ def _columns(config: Config) -> list[tuple[str, str, int]]:
     """Key, title and decimals of the table's figures."""
     bits = [("neg_elbo_bits", "-ELBO bits/dim", 3), ("nll_bits", "NLL bits/dim", 3)]
     nats = [("neg_elbo", "-ELBO", 2), ("nll", "NLL", 2), ("gap", "gap", 2)]
-    rest = [("active_units", "active units", 1), ("parameters", "parameters", 0), ("step_ms", "ms/step", 2)]
-    return [*nats, *(bits if config.data == "freyfaces" else []), *rest, ("skipped_steps", "skipped steps", 0)]
+    rest = [("active_units", "active", 1), ("parameters", "parameters", 0), ("step_ms", "ms/step", 1)]
+    return [*nats, *(bits if config.data == "freyfaces" else []), *rest]
 
 
 def _cell(figure: Mapping[str, float | None], digits: int) -> str:
     mean, sd = figure["mean"], figure["sd"]
-    return f"{mean:,.{digits}f}" + ("" if sd is None or not digits else f" ({sd:.{digits}f})")
+    return f"{mean:,.{digits}f}" + ("" if sd is None or digits < 2 else f" ({sd:.{digits}f})")
 
 
 def environment(config: Config) -> dict[str, object]:

@@ -59,7 +59,7 @@ class Config:
     dim: int = 16  # of z
     width: int = 256  # of the two hidden layers of encoder and decoder
     batch: int = 128  # images a step
-    lr: float = 2e-3  # Adam's, at the start: it falls linearly to 0 at the last epoch
+    lr: float = 2e-3  # Adam's, at the start: it falls linearly towards 0 at the last epoch
     dropout: float = 0.0  # share of hidden units dropped in training
     samples: int = 5000  # importance samples for each test image behind NLL
     pairs: int = 4000  # (sample, image) pairs evaluated at once: memory
@@ -167,12 +167,13 @@ def fit(vae: VAE, data: Data, config: Config, seed: int, on_epoch: Callable[[His
     device = torch.device(config.device)
     train, valid = data.train.to(device), data.valid.to(device)
     optimizer = torch.optim.Adam(vae.parameters(), lr=config.lr)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, config.epochs)
     order = torch.Generator().manual_seed(seed)
     pixels = torch.Generator(device).manual_seed(seed)
     history, best, best_state, bad, times = History(), math.inf, copy.deepcopy(vae.state_dict()), 0, []
     for epoch in range(1, config.epochs + 1):
         kl_weight = min(1.0, epoch / max(1, config.kl_warmup))
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * (1 - (epoch - 1) / config.epochs)
         losses = []
         vae.train()
         for index in torch.randperm(len(train), generator=order).split(config.batch):
@@ -188,7 +189,6 @@ def fit(vae: VAE, data: Data, config: Config, seed: int, on_epoch: Callable[[His
                 losses.append(loss)
             if bad == BAD_STEPS:
                 raise TrainingError(f"no finite loss and gradient in {bad} steps in a row (epoch {epoch}); lower --lr")
-        schedule.step()
         history.train.append(statistics.fmean(losses) if losses else None)
         history.valid.append(validate(vae, valid, config))
         if history.valid[-1] < best:

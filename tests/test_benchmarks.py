@@ -1,0 +1,338 @@
+"""The benchmark job: its command line, what it writes, and how it meets a stop or a bad step."""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as cli
+from benchmarks.data import Data, DataError, load
+from benchmarks.models import POSTERIORS, build, posterior_grid
+from benchmarks.report import active_units
+from benchmarks.train import (
+    BAD_STEPS,
+    DEFAULTS,
+    Config,
+    History,
+    TrainingError,
+    configure,
+    fit,
+    from_json,
+    step,
+    train_one,
+    validate,
+)
+from flowpost.vae import VAE
+
+Tell = Callable[[History], None]
+PICTURES = {"curves", "nll", "reconstructions", "samples", "interpolation", "latent"}
+TINY = ["--epochs", "2", "--width", "16", "--samples", "50", "--seeds", "1", "--kl-warmup", "1"]
+
+
+def run_cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr."""
+    threads = torch.get_num_threads()
+    try:
+        code = cli.main(arguments)
+    finally:
+        torch.set_num_threads(threads)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def pictures(folder: Path) -> set[str]:
+    return {
+        path.stem
+        for path in folder.glob("*.png")
+        if path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+    }
+
+
+@pytest.fixture(scope="module")
+def tiny_model() -> tuple[VAE, Data, Config]:
+    data, config = load("digits"), configure(width=16, epochs=2, dim=2)
+    return build(data, "diagonal", dim=2, width=16, dropout=0.0, options={}), data, config
+
+
+def test_help_names_every_option_and_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run_cli(capsys, "--help")
+    assert code == 0
+    options = "data posterior seeds epochs patience kl-warmup dim width batch lr samples device out quick help"
+    assert not [name for name in options.split() if f"--{name}" not in out]
+    assert "python -m benchmarks --quick" in out
+    assert all(name in out for name in POSTERIORS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--posterior", "foo"], "posterior: expected one of diagonal, full_covariance, planar, iaf, got 'foo'"),
+        (["--posterior", "iaf,foo"], "posterior: expected one of diagonal, full_covariance, planar, iaf, got 'foo'"),
+        (["--data", "foo"], f"data: expected one of {', '.join(DEFAULTS)}, got 'foo'"),
+        (["--epochs", "0"], "epochs: expected an integer of at least 1, got 0"),
+        (["--seeds", "0"], "seeds: expected an integer of at least 1, got 0"),
+        (["--lr", "nan"], "lr: expected a positive number, got nan"),
+        (["--dropout", "1"], "dropout: expected a share in [0, 1), got 1.0"),
+        (["--device", "tpu"], "device: expected one of cpu, cuda, got 'tpu'"),
+        (["--foo"], "--foo"),
+        (["--epochs", "many"], "--epochs"),
+        (["foo"], "foo"),
+    ],
+)
+def test_wrong_use_is_answered_in_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    code, out, err = run_cli(capsys, *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_without_cuda_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run_cli(capsys, "--device", "cuda")
+    assert code == 2
+    assert err.startswith("device: ")
+    assert err.count("\n") == 1
+
+
+def test_missing_data_is_said_plainly(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def missing(name: str) -> None:
+        raise DataError("no such file.\nPut it there.")
+
+    monkeypatch.setattr(cli, "load", missing)
+    assert run_cli(capsys, "--out", str(tmp_path / "out")) == (1, "", "no such file.\nPut it there.\n")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+    folder = tmp_path_factory.mktemp("run")
+    threads = torch.get_num_threads()
+    code = cli.main([*TINY, "--posterior", "diagonal,iaf", "--posterior", "planar", "--dim", "2", "--out", str(folder)])
+    torch.set_num_threads(threads)
+    return code, folder
+
+
+def test_a_run_writes_finite_figures_and_its_configuration(tiny_run: tuple[int, Path]) -> None:
+    code, folder = tiny_run
+    content = results(folder)
+    assert code == 0
+    assert [run["posterior"] for run in content["runs"]] == ["diagonal", "iaf", "planar"]
+    for run in content["runs"]:
+        figures = [run[key] for key in ("neg_elbo", "nll", "gap", "active_units", "parameters", "step_ms", "seconds")]
+        assert all(math.isfinite(figure) for figure in figures + run["train"] + run["valid"])
+        assert run["gap"] == pytest.approx(run["neg_elbo"] - run["nll"])
+        assert -0.2 < run["gap"] < 20
+        assert (run["error"], run["skipped_steps"], len(run["valid"])) == (None, 0, 2)
+    config = from_json(content["configuration"])
+    assert config == configure(
+        posteriors=("diagonal", "iaf", "planar"), seeds=(0,), epochs=2, width=16, samples=50, kl_warmup=1, dim=2
+    )
+    assert {"python", "torch", "numpy", "flowpost", "cpu", "device", "commit"} <= content["environment"].keys()
+
+
+def test_the_table_has_a_row_for_each_posterior_and_says_how_it_was_measured(tiny_run: tuple[int, Path]) -> None:
+    _, folder = tiny_run
+    table = (folder / "table.md").read_text()
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    assert [row.split()[1] for row in rows] == ["posterior", "---", "diagonal", "iaf", "planar"]
+    run = results(folder)["runs"][0]
+    assert f"{run['neg_elbo']:.2f}" in rows[2]
+    assert f"{run['nll']:.2f}" in rows[2]
+    assert "50 importance samples" in table
+
+
+def test_every_picture_is_drawn(tiny_run: tuple[int, Path]) -> None:
+    _, folder = tiny_run
+    assert pictures(folder) == PICTURES | {"true_posterior"}
+    assert not list(folder.glob("*.part"))
+
+
+def test_an_interrupt_leaves_what_is_finished(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupted(data: Data, posterior: str, seed: int, config: Config, tell: Tell) -> tuple[VAE, History]:
+        if posterior == "planar":
+            raise KeyboardInterrupt
+        return train_one(data, posterior, seed, config, tell)
+
+    monkeypatch.setattr(cli, "train_one", interrupted)
+    code, out, _ = run_cli(capsys, *TINY, "--posterior", "diagonal,planar", "--dim", "3", "--out", str(tmp_path))
+    assert code == 130
+    assert "1 of 2" in out
+    assert [run["posterior"] for run in results(tmp_path)["runs"]] == ["diagonal"]
+    assert "diagonal" in (tmp_path / "table.md").read_text()
+    assert pictures(tmp_path) == PICTURES
+
+
+def test_a_failed_run_is_told_and_the_others_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def failing(data: Data, posterior: str, seed: int, config: Config, tell: Tell) -> tuple[VAE, History]:
+        if posterior == "diagonal":
+            raise TrainingError("lower --lr")
+        return train_one(data, posterior, seed, config, tell)
+
+    monkeypatch.setattr(cli, "train_one", failing)
+    code, out, _ = run_cli(capsys, *TINY, "--posterior", "diagonal,planar", "--dim", "3", "--out", str(tmp_path))
+    assert code == 1
+    assert "diagonal, seed 0 failed: lower --lr" in out
+    assert [run["error"] for run in results(tmp_path)["runs"]] == ["lower --lr", None]
+    assert "lower --lr" in (tmp_path / "table.md").read_text()
+
+
+def state(vae: torch.nn.Module) -> list[torch.Tensor]:
+    return [value.clone() for value in vae.state_dict().values()]
+
+
+@pytest.mark.parametrize("where", ["gradient", "loss"])
+def test_a_step_that_is_not_finite_changes_no_weight(tiny_model: tuple[VAE, Data, Config], where: str) -> None:
+    vae, data, _ = tiny_model
+    optimizer = torch.optim.Adam(vae.parameters(), lr=1e-2)
+    x = data.train[:8].clone()
+    assert step(vae, optimizer, x, 1.0) is not None  # so that Adam has moments that could move a weight
+    before = state(vae)
+    parameter = next(vae.decoder.parameters())
+    handle = parameter.register_hook(lambda gradient: gradient * math.nan) if where == "gradient" else None
+    assert step(vae, optimizer, x if handle else x * math.nan, 1.0) is None
+    assert all(torch.equal(old, new) for old, new in zip(before, state(vae), strict=True))
+    if handle:
+        handle.remove()
+    assert step(vae, optimizer, x, 1.0) is not None
+    assert not all(torch.equal(old, new) for old, new in zip(before, state(vae), strict=True))
+
+
+def test_training_counts_bad_steps_and_gives_up_after_ten_in_a_row(
+    tiny_model: tuple[VAE, Data, Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae, data, config = tiny_model
+    calls = iter([None] * 9 + [5.0] + [None] * 9 + [5.0] * 10**6)
+    monkeypatch.setattr("benchmarks.train.step", lambda *_: next(calls))
+    assert fit(vae, data, configure(epochs=3), 0, lambda _: None).skipped_steps == 18
+    calls = iter([None] * BAD_STEPS)
+    with pytest.raises(TrainingError, match="10 steps in a row"):
+        fit(vae, data, config, 0, lambda _: None)
+
+
+def test_early_stopping_restores_the_best_weights(
+    tiny_model: tuple[VAE, Data, Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae, data, _ = tiny_model
+    scores, seen = iter([9.0, 5.0, 7.0, 6.0, 5.5, 1.0]), []
+
+    def scored(model: VAE, *_: object) -> float:
+        seen.append(state(model))
+        return next(scores)
+
+    monkeypatch.setattr("benchmarks.train.validate", scored)
+    history = fit(vae, data, configure(epochs=6, patience=3, kl_warmup=1), 0, lambda _: None)
+    assert (history.best_epoch, history.valid) == (2, [9.0, 5.0, 7.0, 6.0, 5.5])
+    assert all(torch.equal(old, new) for old, new in zip(seen[1], state(vae), strict=True))
+    assert not all(torch.equal(old, new) for old, new in zip(seen[4], state(vae), strict=True))
+    assert not vae.training
+
+
+def test_a_run_depends_on_its_seed_alone(tiny_model: tuple[VAE, Data, Config]) -> None:
+    _, data, _ = tiny_model
+    config = configure(epochs=1, width=16, dim=2)
+
+    def weights(seed: int) -> list[torch.Tensor]:
+        torch.rand(3)  # somebody else's draws
+        return state(train_one(data, "diagonal", seed, config, lambda _: None)[0])
+
+    first, again, other = weights(0), weights(0), weights(1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_posteriors_start_from_the_same_encoder_and_decoder(tiny_model: tuple[VAE, Data, Config]) -> None:
+    _, data, _ = tiny_model
+    models = []
+    for name in POSTERIORS:
+        torch.manual_seed(0)
+        models.append(
+            build(data, name, dim=2, width=16, dropout=0.0, options=dict(DEFAULTS["digits"].flows.get(name, {})))
+        )
+    for part in ("encoder", "decoder"):
+        first, *others = (state(getattr(vae, part)) for vae in models)
+        assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+def test_dynamic_pixels_are_drawn_afresh_and_shared(
+    tiny_model: tuple[VAE, Data, Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The x that the encoder reads is the x that the likelihood scores, and differs from epoch to epoch."""
+    vae, digits, _ = tiny_model
+    half = torch.full((4, 8, 8), 0.5)
+    data = replace(digits, train=half, dynamic=True)
+    fed, scored = [], []
+    likelihood = vae.likelihood.log_prob
+    monkeypatch.setattr(vae.likelihood, "log_prob", lambda outputs, x: (scored.append(x), likelihood(outputs, x))[1])
+    hook = vae.encoder.register_forward_hook(lambda _, inputs, __: fed.append(inputs[0]))
+    monkeypatch.setattr("benchmarks.train.validate", lambda *_: 1.0)
+    fit(vae, data, configure(epochs=2), 0, lambda _: None)
+    hook.remove()
+    assert len(fed) == len(scored) == 2
+    assert all(torch.equal(a.flatten(1), b) for a, b in zip(fed, scored, strict=True))
+    assert not torch.equal(*fed)
+    assert set(torch.cat(fed).unique().tolist()) == {0.0, 1.0}
+
+
+def test_validation_repeats_itself_and_leaves_the_noise_alone(tiny_model: tuple[VAE, Data, Config]) -> None:
+    vae, data, config = tiny_model
+    before = torch.get_rng_state()
+    assert validate(vae, data.valid, config) == validate(vae, data.valid, config)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_units_are_counted_active_without_their_sampling_noise() -> None:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(64, 300, 4, generator=generator)  # all as the prior: 1/64 of noise in each mean, above 0.01
+    assert active_units(z) == 0
+    z[..., 1] += 0.2 * torch.randn(300, generator=generator)  # Var_x(E_q[z]) = 0.04
+    assert active_units(z) == 1
+
+
+@pytest.mark.parametrize("name", POSTERIORS)
+def test_the_grid_holds_both_posteriors_mass(tiny_model: tuple[VAE, Data, Config], name: str) -> None:
+    _, data, _ = tiny_model
+    torch.manual_seed(0)
+    vae = build(data, name, dim=2, width=16, dropout=0.0, options=dict(DEFAULTS["digits"].flows.get(name, {})))
+    with torch.no_grad():
+        grid = posterior_grid(vae, data.test[:1])
+    left, right, bottom, top = grid.box
+    cell = (right - left) * (top - bottom) / (grid.log_true.shape[0] - 1) ** 2
+    assert grid.log_fitted.exp().sum().item() * cell == pytest.approx(1, abs=0.02)
+    assert grid.kl > -0.02
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_every_data_set_has_defaults_for_every_flow(name: str) -> None:
+    config = configure(name)
+    assert isinstance(config, Config)
+    assert config.data == name
+    assert config.flows.keys() <= set(POSTERIORS)
+
+
+def test_the_library_imports_nothing_that_plots_or_prints() -> None:
+    code = "import sys, flowpost, flowpost.vae, flowpost.evaluation; print(*{m.split('.')[0] for m in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "flowpost" in loaded
+    assert not {"matplotlib", "rich", "typer", "pooch", "benchmarks"} & set(loaded)
+
+
+def test_importing_the_benchmarks_leaves_the_threads_alone() -> None:
+    code = "import torch; n = torch.get_num_threads(); import benchmarks.__main__; assert torch.get_num_threads() == n"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
