@@ -1,12 +1,14 @@
 """Bad input raises the type and the words of RELIABILITY's table 5b, in both directions, at the outermost call."""
 
+import math
 import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from registry import ENTRIES, Entry
+from registry import ENTRIES, Case, Entry, draw
 from torch import Tensor, nn
 
 import flowpost
@@ -287,6 +289,109 @@ def test_a_posterior_takes_empty_batches() -> None:
         assert log_prob.shape == (5, 0)
         assert q(H, (0,)).z.shape == (0, 6, 4)
         assert q.log_prob(z, H[:0]).shape == (5, 0)
+
+
+# ------------------------------------------------------------------------------------------------------ checking
+
+
+@every
+def test_values_are_checked_only_on_request(entry: Entry) -> None:
+    step, z, context = entry.make(4, 0), torch.zeros(6, 4), None
+    if step.context_size:
+        context = step.initial_context().expand(6, -1).clone()
+    z[3, 2] = torch.nan
+    z[5, 0] = torch.inf
+    for function in (step, step.inverse):
+        function(z, context)
+        with flowpost.checking():
+            message = "z: 2 of 6 rows are not finite (first: row 3, feature 2 = nan)"
+            raises(flowpost.NonFiniteError, message, lambda f=function: f(z, context))
+            if context is not None:
+                bad = context.clone()
+                bad[1, 0] = -torch.inf
+                with pytest.raises(
+                    ValueError, match=r"^context: 1 of 6 rows are not finite \(first: row 1, feature 0 = "
+                ):
+                    function(torch.zeros(6, 4), bad)
+        function(z, context)
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_checking_changes_no_value(entry: Entry, dtype: torch.dtype) -> None:
+    step, z, context = draw(entry, Case(4, push=0.1), dtype=dtype, batch=(3, 2))
+    for function in (step, step.inverse):
+        expected = function(z, context)
+        with flowpost.checking():
+            found = function(z, context)
+            function(z[:0], None if context is None else context[:0])
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+class Wrong(Bijector):
+    """Its inverse is off by a thousandth in the second of five rows."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return 2 * z, z.new_tensor(2 * math.log(2))
+
+    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+        back = z / 2
+        return torch.cat([back[:1], back[1:2] + 5e-4, back[2:]]), z.new_tensor(-2 * math.log(2))
+
+
+def test_an_inaccurate_inverse_is_named() -> None:
+    step, z = Wrong(), torch.zeros(5, 2)
+    step.inverse(z)
+    with flowpost.checking(), pytest.raises(flowpost.InversionError) as caught:
+        step.inverse(z)
+    pattern = r"inverse: residual 0\.001 > [\d.e-]+ in 1 of 5 rows; the flow is too ill-conditioned for float32 here \("
+    assert re.match(pattern, str(caught.value))
+    assert isinstance(caught.value, ArithmeticError)
+
+
+def test_an_ill_conditioned_log_prob_warns() -> None:
+    """A Gaussian at 1e4 with scale 2e-3: one rounding of z is half a scale."""
+    q = flowpost.diagonal(0, 1)
+    assert isinstance(q.flow, Learned)
+    with torch.no_grad():
+        q.flow.context.copy_(torch.tensor([1e4, -7.0]))
+    z = torch.full((3, 1), 1e4)
+    q.log_prob(z)
+    message = (
+        r"^log_prob: moves by [\d.]+ nats when z moves by 4 ulp in 3 of 3 rows; use the log q returned by sample\(\)$"
+    )
+    with flowpost.checking(), pytest.warns(flowpost.IllConditionedWarning, match=message):
+        q.log_prob(z)
+
+
+def test_checking_ends_with_its_block_and_stays_in_its_thread() -> None:
+    step, bad = Affine(2), torch.full((1, 2), torch.nan)
+    with pytest.raises(flowpost.NonFiniteError), flowpost.checking():
+        step(bad, torch.zeros(4))
+    step(bad, torch.zeros(4))
+    outcomes: list[Tensor] = []
+    with flowpost.checking():
+        thread = threading.Thread(target=lambda: outcomes.append(step(bad, torch.zeros(4))[0]))
+        thread.start()
+        thread.join()
+        with flowpost.checking():
+            step(torch.zeros(2), torch.zeros(4))
+        with pytest.raises(flowpost.NonFiniteError):
+            step(bad, torch.zeros(4))
+    assert outcomes[0].isnan().all()
+
+
+def test_features_and_encoders_are_checked() -> None:
+    h = torch.zeros(6, 3)
+    h[4, 1] = torch.nan
+    with flowpost.checking():
+        with pytest.raises(flowpost.NonFiniteError, match=r"^h: 1 of 6 rows are not finite \(first: row 4, feature 1"):
+            posterior()(h)
+        with pytest.raises(flowpost.NonFiniteError, match=r"; the encoder output is not finite, its input was finite$"):
+            flowpost.wrap(nn.Threshold(1.0, math.nan), 2, features=3, flow="diagonal")(torch.zeros(6, 3))
 
 
 # ----------------------------------------------------------------------------------------------------------- vae

@@ -1,0 +1,196 @@
+"""The package's shape: imports that go one way, an import without side effects, and examples that run as printed."""
+
+import ast
+import doctest
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import flowpost
+from flowpost import evaluation, objectives, vae
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "flowpost").rglob("*.py"))
+MODULES = sorted(info.name for info in pkgutil.walk_packages(flowpost.__path__, "flowpost."))
+CHECKS = {"flowpost.checks"}
+CORE = {"flowpost.bijectors.base", "flowpost.bijectors.made", "flowpost.bijectors.roots"}
+FAMILIES = {name for name in MODULES if name.startswith("flowpost.bijectors.")} - CORE - {"flowpost.bijectors.compose"}
+COMPOSE = {"flowpost.bijectors.base", "flowpost.bijectors.compose"}
+PARTS = FAMILIES | CORE | COMPOSE
+
+ALLOWED = {
+    "flowpost.bijectors": set(),
+    "flowpost.checks": set(),
+    "flowpost.bijectors.base": CHECKS,
+    "flowpost.bijectors.roots": set(),
+    "flowpost.bijectors.made": {"flowpost.bijectors.base"},
+    "flowpost.bijectors.compose": {"flowpost.bijectors.base"},
+    **{family: CORE for family in FAMILIES},
+    "flowpost.functional": FAMILIES,
+    "flowpost.posterior": COMPOSE | CHECKS,
+    "flowpost.recipes": PARTS | {"flowpost.posterior"},
+    "flowpost.wrap": PARTS | CHECKS | {"flowpost.posterior", "flowpost.recipes"},
+    "flowpost.objectives": set(),
+    "flowpost.vae": {"flowpost.bijectors.base", "flowpost.objectives", "flowpost.posterior"},
+    "flowpost.evaluation": {"flowpost.bijectors.base", "flowpost.objectives", "flowpost.posterior", "flowpost.vae"},
+}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of all that a file imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: a relative import"
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else str(node.module) for name in whole}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_go_one_way(path: Path) -> None:
+    name = module_name(path)
+    own = {other for other in imports(path) if other.split(".")[0] == "flowpost"}
+    if name in ALLOWED:
+        assert own <= ALLOWED[name]
+    else:  # the package itself, which re-exports, and what tests bijectors
+        assert name == "flowpost" or name.startswith("flowpost.testing")
+
+
+def test_every_part_is_known() -> None:
+    assert {"flowpost.bijectors.affine", "flowpost.bijectors.planar", "flowpost.bijectors.autoregressive"} <= FAMILIES
+    assert set(ALLOWED) <= set(MODULES)
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if "testing" not in module_name(p)], ids=module_name)
+def test_only_torch_and_numpy_are_needed(path: Path) -> None:
+    outside = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names)
+    assert outside <= {"torch", "numpy", "flowpost"}
+
+
+def test_functional_re_exports_and_nothing_else() -> None:
+    tree = ast.parse((ROOT / "flowpost" / "functional.py").read_text())
+    assert all(isinstance(node, ast.ImportFrom) for node in tree.body[1:])
+    for name in vars(flowpost.functional):
+        if not name.startswith("__"):
+            assert callable(getattr(flowpost.functional, name))
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_input_is_never_checked_by_assert(path: Path) -> None:
+    assert not [node.lineno for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
+
+
+def test_public_names() -> None:
+    assert flowpost.__all__ == sorted(flowpost.__all__, key=lambda name: (name[0].islower(), name))
+    for name in flowpost.__all__:
+        assert getattr(flowpost, name).__doc__, name
+    assert flowpost.planar.__module__ == "flowpost.recipes"
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def test_import_changes_no_global() -> None:
+    code = """
+import random, sys, warnings
+import numpy as np
+import torch
+
+def world():
+    return [
+        torch.get_default_dtype(), torch.get_default_device(), torch.distributions.Distribution._validate_args,
+        torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate(), list(warnings.filters),
+        torch.get_num_threads(), torch.get_num_interop_threads(), torch.get_float32_matmul_precision(),
+        torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.are_deterministic_algorithms_enabled(),
+        torch.is_anomaly_enabled(), torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32,
+        torch._dynamo.config.cache_size_limit, sys.getrecursionlimit(), sys.excepthook,
+    ]
+
+import torch._dynamo
+before = world()
+import flowpost, flowpost.vae, flowpost.evaluation, flowpost.objectives
+after = world()
+print([i for i, (a, b) in enumerate(zip(before, after)) if a != b])
+"""
+    assert run(code) == "[]"
+
+
+def test_import_brings_in_nothing_heavy() -> None:
+    """Beyond what torch itself imports."""
+    code = """
+import sys
+import torch
+before = set(sys.modules)
+import flowpost, flowpost.vae, flowpost.evaluation, flowpost.objectives
+print(sorted({name.split(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)))
+"""
+    loaded = set(ast.literal_eval(run(code)))
+    assert "flowpost" in loaded
+    assert not loaded & {"matplotlib", "rich", "typer", "pooch", "scipy", "safetensors", "hypothesis", "pytest", "zuko"}
+    assert loaded <= {"flowpost", "numpy", "torch", "sympy", "mpmath", "networkx", "jinja2", "markupsafe"}
+
+
+# ---------------------------------------------------------------------------------------------------- examples
+
+
+def test_readme_s_python_runs_as_pasted(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 3
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    capsys.readouterr()
+
+
+def test_readme_s_shapes_are_true() -> None:
+    """Each comment of the form `name (1, 2)` beside a line that makes `name`."""
+    text = (ROOT / "README.md").read_text()
+    block = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[0]
+    namespace: dict[str, object] = {}
+    checked = 0
+    for line in block.splitlines():
+        exec(line, namespace)
+        comment = line.partition("#")[2]
+        for name, shape in re.findall(r"(\bz|log q\(z\|x\)) (\([\d, ]+\))", comment):
+            value = namespace["z" if name == "z" else "log_q"]
+            assert isinstance(value, torch.Tensor)
+            assert tuple(value.shape) == ast.literal_eval(shape)
+            checked += 1
+    assert checked >= 3
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if "testing" not in name])
+def test_docstring_examples_run(name: str) -> None:
+    module = importlib.import_module(name)
+    public = {key: getattr(flowpost, key) for key in flowpost.__all__}
+    helpers = {key: value for part in (vae, objectives, evaluation) for key, value in vars(part).items()}
+    namespace = {**helpers, **public, "torch": torch, "nn": nn, "flowpost": flowpost}
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    failed, _ = doctest.testmod(module, extraglobs={**namespace, **vars(module)}, optionflags=flags)
+    assert failed == 0
+
+
+def test_every_public_name_has_an_example() -> None:
+    plain = {"Bijector", "FlowDistribution", "Sample"}  # made by others, or by a subclass
+    for name in flowpost.__all__:
+        value = getattr(flowpost, name)
+        error = isinstance(value, type) and issubclass(value, Exception)
+        if callable(value) and not error and name not in plain:
+            assert ">>> " in (value.__doc__ or ""), name
