@@ -101,7 +101,7 @@ class WrappedPosterior(nn.Module):
             if not isinstance(out, Tensor):
                 raise TypeError(f"encoder: expected a tensor, got {_kind(out)}; pass wrap an example= of its input")
             return out
-        if not _is_pair(out):
+        if not isinstance(out, (tuple, list)) or not _is_pair(out):
             raise TypeError(f"encoder: expected the pair (loc, log_var), as for the example, got {_kind(out)}")
         dim = self.posterior.dim
         if any(part.shape[-1] != dim for part in out):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowpost.bijectors.base import Bijector, check_int
-from flowpost.bijectors.roots import Residual, bisect, correct
+from flowpost.bijectors.roots import correct, tanh_root
 
 _EPS = 1e-3
 _K = -math.expm1(-(1 - _EPS))  # 1 - e^-(1 - eps)
@@ -54,7 +54,7 @@ def planar(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def planar_inverse(z: Tensor, u: Tensor, w: Tensor, b: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Undo `planar`: along w it is one increasing scalar equation, ``a + w.u_hat tanh(a + b) = w.z'``.
+    """Undo `planar`: along w it is one increasing scalar equation, ``x + w.u_hat tanh(x) = w.z' + b``.
 
     Args:
         z: the image z', ``(*batch, dim)``.
@@ -67,23 +67,18 @@ def planar_inverse(z: Tensor, u: Tensor, w: Tensor, b: Tensor, known: Tensor | N
         The preimage ``(*batch, dim)`` and the log-det of the inverse ``(*batch)``, first and second derivatives exact.
     """
     u_hat, wu = _invertible(u, w)
-    target = (w * z).sum(-1, keepdim=True)
+    target = (w * z).sum(-1, keepdim=True) + b
 
-    def residual(a: Tensor) -> tuple[Tensor, Tensor]:
-        value, slope = _ridge(a + b)
-        return a - target + wu * value, 1 + wu * slope
+    def residual(x: Tensor) -> tuple[Tensor, Tensor]:
+        value, slope = _ridge(x)
+        return x - target + wu * value, 1 + wu * slope
 
-    root = _search(residual, target, wu) if known is None else (w * known).sum(-1, keepdim=True).detach()
-    a = correct(residual, root)
-    value, slope = _ridge(a + b)
+    if known is None:
+        root = tanh_root(wu, target)
+    else:
+        root = ((w * known).sum(-1, keepdim=True) + b).detach()
+    value, slope = _ridge(correct(residual, root))
     return z - u_hat * value, -torch.log1p(wu * slope).squeeze(-1)
-
-
-def _search(residual: Residual, target: Tensor, wu: Tensor) -> Tensor:
-    # |tanh| < 1 brackets the root; a few ulps more, because the bracket's ends are rounded too.
-    target, wu = torch.broadcast_tensors(target.detach(), wu.detach())
-    reach = wu.abs() + 8 * torch.finfo(target.dtype).eps * (target.abs() + wu.abs())
-    return bisect(residual, target - reach, target + reach)
 
 
 class Planar(Bijector):
@@ -91,7 +86,7 @@ class Planar(Bijector):
 
     Invertible for every context: u is moved to u_hat, for which ``w.u_hat > -1``. Identity where u = 0, for any
     direction w, which is drawn at random when the step is built. Forward and log-det cost O(dim); the inverse is one
-    scalar root a point, by bisection, with exact first and second derivatives.
+    scalar root a point, by a monotone Newton iteration, with exact first and second derivatives.
 
     Args:
         dim: size of z.

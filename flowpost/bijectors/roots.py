@@ -1,4 +1,4 @@
-"""Roots of increasing scalar functions: a bracketed search without gradient, then corrections that carry it."""
+"""Roots of increasing scalar functions: a search that carries no gradient, then corrections that do."""
 
 from __future__ import annotations
 
@@ -11,24 +11,28 @@ Residual = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From x to the value of an increasing function at x and its slope there, element by element."""
 
 
-def bisect(residual: Residual, lower: Tensor, upper: Tensor) -> Tensor:
-    """Halve the bracket until it is as wide as the rounding of its ends; carries no gradient.
+def tanh_root(gain: Tensor, target: Tensor) -> Tensor:
+    """The x with ``x + gain tanh(x) = target``, for ``gain > -1``; carries no gradient.
+
+    The left side is odd, so x has the target's sign, and ``|x|`` lies between ``|target| - gain`` and ``|target|``.
+    There the left side is concave for a positive gain and convex for a negative one, so Newton's iteration from the end
+    on the flat side runs to the root without ever passing it: the bracket needs no keeping.
 
     Args:
-        residual: an increasing function with a root between `lower` and `upper`, element by element.
-        lower: lower ends.
-        upper: upper ends, of the same shape.
+        gain: above -1, any shape.
+        target: of a shape that broadcasts with it.
 
     Returns:
-        The midpoints: 40 halvings in float32 and 70 in float64, a fixed number, so that nothing waits for a device.
+        The root to rounding for gains from -0.999 to 1e12, after 20 steps in float32 and 32 in float64: a fixed number,
+        so that nothing waits for a device.
     """
-    halvings = 40 if lower.dtype == torch.float32 else 70
     with torch.no_grad():
-        for _ in range(halvings):
-            middle = 0.5 * (lower + upper)
-            below = residual(middle)[0] < 0
-            lower, upper = torch.where(below, middle, lower), torch.where(below, upper, middle)
-        return 0.5 * (lower + upper)
+        goal = target.abs()
+        x = torch.where(gain < 0, goal - gain, torch.maximum(goal - gain, goal / (1 + gain)))
+        for _ in range(20 if goal.dtype == torch.float32 else 32):
+            value = torch.tanh(x)
+            x = x - (x + gain * value - goal) / (1 + gain * (1 - value * value))
+        return torch.copysign(x, target)
 
 
 def correct(residual: Residual, root: Tensor) -> Tensor:

@@ -1,0 +1,303 @@
+"""Faults of public code, put back one at a time: `python -m tests.mutants` prints which property kills each.
+
+A mutant replaces one function or class of flowpost, or is a step of its own written as its public counterpart is. The
+score is the honest measure of the contract suite: a property that no mutant needs may be worth nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowpost import Affine, Autoregressive, Bijector, Chain, Inverse, Learned, Planar, UnitLowerTriangular
+from flowpost.bijectors import affine, autoregressive, base, made, planar, roots, triangular
+from flowpost.testing import PROPERTIES, ContractError, check_bijector, push
+
+Build = Callable[[int], Bijector]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A fault: which public code has it, how it is put back, and on which step it shows."""
+
+    name: str
+    seen_in: str
+    build: Build
+    patches: tuple[tuple[object, str, object], ...] = ()
+    equivalent: str = ""
+    dims: tuple[int, ...] = field(default=(1, 2, 5))
+
+    @contextlib.contextmanager
+    def planted(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for owner, name, replacement in self.patches:
+                stack.enter_context(mock.patch.object(owner, name, replacement))
+            yield
+
+    def make(self, dim: int, context_size: int, dtype: torch.dtype, seed: int, push: float) -> Bijector:
+        del context_size
+        return _push(self.build(dim).to(dtype), push, seed)
+
+
+_push = push
+
+
+def killers(mutant: Mutant) -> list[str]:
+    """Names of the properties that fail on the mutant and not on the step it is planted in."""
+    tried = [name for name in PROPERTIES if name != "compiles"]  # as slow as all others together
+    if mutant.build in (_step, HiddenOrder):
+        tried.remove("identity")  # a gate and a permutation have none
+    found = []
+    with mutant.planted():
+        for name in tried:
+            try:
+                check_bijector(mutant.make, dims=mutant.dims, skip=[other for other in PROPERTIES if other != name])
+            except ContractError:
+                found.append(name)
+    return found
+
+
+def _planar_unconstrained(u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    return u, (w * u).sum(-1, keepdim=True)
+
+
+def _planar_norm(u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    u_hat, wu = _INVERTIBLE(u, w)
+    return u + (u_hat - u) * w.norm(dim=-1, keepdim=True), wu
+
+
+def _planar_single_where(u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    a = (w * u).sum(-1, keepdim=True)
+    above = torch.log1p((1 - planar._K) * torch.expm1(-a))
+    below = torch.log1p(planar._K * torch.expm1(a)) - a
+    gain = torch.where(a > 0, above, below)
+    return u + gain * w / (w * w).sum(-1, keepdim=True).clamp_min(1e-38), a + gain
+
+
+def _planar_no_guard(u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    a = (w * u).sum(-1, keepdim=True)
+    m = F.softplus(a) - 1
+    return u + (m - a) * w / (w * w).sum(-1, keepdim=True), m
+
+
+def _planar_plus_constant(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    u_hat, wu = _INVERTIBLE(u, w)
+    value, slope = planar._ridge((w * z).sum(-1, keepdim=True) + b)
+    return z + u_hat * value, torch.log((1 + wu * slope).abs() + 1e-4).squeeze(-1)
+
+
+def _ridge_one_regime(x: Tensor) -> tuple[Tensor, Tensor]:
+    value, slope = _RIDGE(x)
+    return value, torch.where(x < -1, 0.9 * slope, slope)
+
+
+def _gate_float32_log_det(z: Tensor, logit: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    image, log_det = _GATE(z, logit, mean)
+    return image, log_det.float().to(z.dtype)
+
+
+def _gate_squeezed(z: Tensor, logit: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    image, log_det = _GATE(z, logit, mean)
+    return image, log_det.squeeze()
+
+
+def _gate_log_of_sigmoid(z: Tensor, logit: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    return _GATE(z, logit, mean)[0], torch.log(torch.sigmoid(logit)).sum(-1)
+
+
+def _gate_disagrees(z: Tensor, logit: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    return _GATE(z, logit, mean)[0], F.logsigmoid(logit + 1e-3).sum(-1)
+
+
+def _reach_not_strict(inputs: list[int], units: list[int]) -> list[int]:
+    return [sum(degree <= unit + 1 for degree in inputs) for unit in units]
+
+
+def _unmasked(self: made.MaskedLinear, x: Tensor) -> Tensor:
+    return F.linear(x, self.weight, self.bias)
+
+
+def _context_ignored(self: made.MADE, z: Tensor, context: Tensor | None = None) -> Tensor:
+    return _MADE(self, z, None if context is None else torch.zeros_like(context))
+
+
+def _default_dtype_inverse(
+    self: Autoregressive, z: Tensor, context: Tensor | None, known: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    preimage, log_det = _AUTOREGRESSIVE_INVERSE(self, z, context, known)
+    return preimage + torch.zeros(self.dim), log_det
+
+
+def _inverse_wrong_sign(self: Affine, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    preimage, log_det = _AFFINE_INVERSE(self, z, context, known)
+    return preimage, -log_det
+
+
+def _transposed_tril(entries: Tensor, dim: int) -> Tensor:
+    return _UNIT_TRIL(entries, dim).mT
+
+
+def _one_newton(residual: roots.Residual, root: Tensor) -> Tensor:
+    return root
+
+
+class CachedPlanar(Planar):
+    """Keyed by the identity of its input, as a cache of torch.distributions is."""
+
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        if getattr(self, "_key", None) is not z:
+            self._key, self._value = z, super()._forward(z, context)
+        return self._value
+
+
+class HiddenOrder(Bijector):
+    """A random permutation that is no buffer, so it is not in the state_dict."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.order = torch.randperm(dim)
+
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return z[..., self.order], z.new_zeros(())
+
+    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+        return z[..., self.order.argsort()], z.new_zeros(())
+
+
+class TransposedSylvester(Bijector):
+    """``z + Q R1 tanh(R2 Q^T z + b)`` with a log-det that is right for the transposed factors only."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.r1, self.r2 = nn.Parameter(torch.zeros(dim, dim)), nn.Parameter(torch.zeros(dim, dim))
+        self.v, self.b = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        r1, r2 = 0.3 * self.r1.tanh().triu(), 0.3 * self.r2.tanh().triu()
+        q = torch.eye(self.dim, dtype=z.dtype) - 2 * torch.outer(self.v, self.v) / (self.v @ self.v)
+        value = torch.tanh(z @ r2 @ q.mT + self.b)
+        return z + value @ q @ r1, torch.log1p((1 - value**2) * r1.diagonal() * r2.diagonal()).sum(-1)
+
+    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+        x = z
+        for _ in range(200):
+            x = z - (self._forward(x, context)[0] - x)
+        return x, -self._forward(x, context)[1]
+
+
+class ElementwiseRadial(Bijector):
+    """The radius is taken coordinate by coordinate, and the radial formula then applied."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.x0, self.raw = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(1))
+
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        r, beta = (z - self.x0).abs(), F.softplus(self.raw + 0.5) - 0.5
+        h = 1 / (1 + r)
+        log_det = (self.dim - 1) * torch.log1p(beta * h) + torch.log1p(beta * h - beta * h**2 * r)
+        return z + beta * h * (z - self.x0), log_det.mean(-1)
+
+    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+        x = z
+        for _ in range(200):
+            x = z - (self._forward(x, context)[0] - x)
+        return x, -self._forward(x, context)[1]
+
+
+_INVERTIBLE, _RIDGE = planar._invertible, planar._ridge
+_GATE, _MADE, _UNIT_TRIL = autoregressive.gate, made.MADE.forward, triangular._unit_tril
+_AUTOREGRESSIVE_INVERSE, _AFFINE_INVERSE = Autoregressive._inverse, Affine._inverse
+
+
+def _step(dim: int) -> Bijector:
+    return Autoregressive(dim, 6, (16, 16))
+
+
+def _nothing(*args: object, **kwargs: object) -> None:
+    return None
+
+
+def _as_it_came(step: Bijector, z: Tensor, context: Tensor | None) -> Tensor | None:
+    return context
+
+
+MUTANTS = (
+    Mutant("Sylvester with transposed factors", "pyro", TransposedSylvester),
+    Mutant("planar without u-hat", "pythae, torchflows", Planar, ((planar, "_invertible", _planar_unconstrained),)),
+    Mutant("planar |w| for |w|^2", "pyro before 2019", Planar, ((planar, "_invertible", _planar_norm),)),
+    Mutant("planar log(|.| + 1e-4)", "pythae", Planar, ((planar, "planar", _planar_plus_constant),)),
+    Mutant("planar u-hat not the identity, no guard", "pyro", Planar, ((planar, "_invertible", _planar_no_guard),)),
+    Mutant("planar single where", "flowjax kind", Planar, ((planar, "_invertible", _planar_single_where),)),
+    Mutant("slope wrong in one regime", "flowjax kind", Planar, ((planar, "_ridge", _ridge_one_regime),)),
+    Mutant("root without corrections", "-", Planar, ((planar, "correct", _one_newton),)),
+    Mutant("squeeze at batch 1", "pythae", _step, ((autoregressive, "gate", _gate_squeezed),)),
+    Mutant("element-wise radius", "torchflows", ElementwiseRadial),
+    Mutant("float32 log-det in float64", "pythae", _step, ((autoregressive, "gate", _gate_float32_log_det),)),
+    Mutant("gate and log-det disagree", "flow-VAEs", _step, ((autoregressive, "gate", _gate_disagrees),)),
+    Mutant("default dtype in the inverse", "pyro", _step, ((Autoregressive, "_inverse", _default_dtype_inverse),)),
+    Mutant("mask not strict", "-", _step, ((made, "_reach", _reach_not_strict),)),
+    Mutant("no mask", "-", _step, ((made.MaskedLinear, "forward", _unmasked),)),
+    Mutant("state outside state_dict", "torchflows", HiddenOrder),
+    Mutant("context ignored", "nflows, normflows", _step, ((made.MADE, "forward", _context_ignored),)),
+    Mutant("cache by identity", "pyro", lambda dim: Learned(CachedPlanar(dim))),
+    Mutant("no check of z", "all", Planar, ((base, "check_tensor", _nothing),)),
+    Mutant("no check of the context", "all", Planar, ((base, "check_context", _as_it_came),)),
+    Mutant("no floor on the scale", "torch", lambda dim: Affine(dim, torch.exp)),
+    Mutant("no bound on the gate", "-", _step, ((autoregressive, "gate_parameters", lambda a, m, b=2.0: (a + b, m)),)),
+    Mutant(
+        "log-det of the inverse has the wrong sign", "flowjax", Affine, ((Affine, "_inverse", _inverse_wrong_sign),)
+    ),
+    Mutant(
+        "triangular factor transposed in the inverse only",
+        "-",
+        lambda dim: Inverse(UnitLowerTriangular(dim)),
+        (
+            (
+                triangular,
+                "unit_lower_triangular",
+                lambda z, e: (triangular._columns(torch.matmul, _transposed_tril(e, z.shape[-1]), z), z.new_zeros(())),
+            ),
+        ),
+    ),
+    Mutant(
+        "a chain drops a log-det",
+        "-",
+        lambda dim: Chain(Affine(dim), Planar(dim)),
+        ((affine, "affine", lambda z, m, s: (m + s * z, torch.zeros_like(s).sum(-1))),),
+    ),
+    Mutant(
+        "log(sigmoid) for logsigmoid",
+        "many",
+        _step,
+        ((autoregressive, "gate", _gate_log_of_sigmoid),),
+        equivalent="the logit is bounded, so both are exact",
+    ),
+)
+
+
+def main() -> int:
+    """Print who kills what, and the score; 1 if a mutant that is not equivalent lives."""
+    alive = 0
+    for mutant in MUTANTS:
+        found = killers(mutant)
+        verdict = (
+            ", ".join(found) if found else f"ALIVE {mutant.equivalent and '(equivalent: ' + mutant.equivalent + ')'}"
+        )
+        alive += not found and not mutant.equivalent
+        print(f"{mutant.name} [{mutant.seen_in}]: {verdict}", flush=True)
+    real = [mutant for mutant in MUTANTS if not mutant.equivalent]
+    print(f"mutation score: {len(real) - alive} of {len(real)} killed, {len(MUTANTS) - len(real)} equivalent")
+    return int(alive > 0)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(main())
