@@ -9,6 +9,7 @@ from flowpost.bijectors.permute import Permute, Reverse
 from flowpost.bijectors.planar import Planar
 from flowpost.bijectors.triangular import UnitLowerTriangular
 from flowpost.checks import IllConditionedWarning, InversionError, NonFiniteError, checking
+from flowpost.files import CorruptFileError, load, save
 from flowpost.posterior import FlowDistribution, FlowPosterior, Sample
 from flowpost.recipes import diagonal, full_covariance, iaf, planar
 from flowpost.wrap import wrap
@@ -20,6 +21,7 @@ __all__ = [
     "Bijector",
     "Chain",
     "Conditioned",
+    "CorruptFileError",
     "FlowDistribution",
     "FlowPosterior",
     "IllConditionedWarning",
@@ -39,6 +41,8 @@ __all__ = [
     "full_covariance",
     "functional",
     "iaf",
+    "load",
     "planar",
+    "save",
     "wrap",
 ]

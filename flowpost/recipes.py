@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from typing import ParamSpec
 
 from flowpost.bijectors.affine import Affine
 from flowpost.bijectors.autoregressive import Autoregressive
@@ -13,7 +16,32 @@ from flowpost.bijectors.planar import Planar
 from flowpost.bijectors.triangular import UnitLowerTriangular
 from flowpost.posterior import FlowPosterior
 
+P = ParamSpec("P")
 
+
+def recorded(recipe: Callable[P, FlowPosterior]) -> Callable[P, FlowPosterior]:
+    """Write a recipe's name and arguments on the posterior it returns, so that `flowpost.load` can build it again."""
+    signature = inspect.signature(recipe)
+
+    @functools.wraps(recipe)
+    def build(*args: P.args, **kwargs: P.kwargs) -> FlowPosterior:
+        posterior = recipe(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        vars(posterior)["recipe"] = {
+            "name": recipe.__name__,
+            "arguments": {key: _plain(value) for key, value in bound.arguments.items()},
+        }
+        return posterior
+
+    return build
+
+
+def _plain(value: object) -> object:
+    return [*value] if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+@recorded
 def diagonal(features: int, dim: int) -> FlowPosterior:
     """Factorized Gaussian posterior, ``z = loc + scale * noise`` (Kingma & Welling 2014, eq. 9).
 
@@ -30,6 +58,7 @@ def diagonal(features: int, dim: int) -> FlowPosterior:
     return FlowPosterior(features, Affine(dim))
 
 
+@recorded
 def full_covariance(features: int, dim: int) -> FlowPosterior:
     """Full-covariance Gaussian posterior, ``z = loc + diag(scale) L noise``, ``diag(scale) L`` its Cholesky factor.
 
@@ -48,6 +77,7 @@ def full_covariance(features: int, dim: int) -> FlowPosterior:
     return FlowPosterior(features, Chain(UnitLowerTriangular(dim), Affine(dim)))
 
 
+@recorded
 def planar(features: int, dim: int, steps: int = 8) -> FlowPosterior:
     """Diagonal Gaussian followed by planar steps, all amortized (Rezende & Mohamed 2015, eq. 10).
 
@@ -65,6 +95,7 @@ def planar(features: int, dim: int, steps: int = 8) -> FlowPosterior:
     return FlowPosterior(features, Chain(Affine(dim), *planar_steps(dim, steps)))
 
 
+@recorded
 def iaf(
     features: int, dim: int, steps: int = 4, hidden: Sequence[int] = (320, 320), context_size: int = 64
 ) -> FlowPosterior:
