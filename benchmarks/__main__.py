@@ -47,7 +47,7 @@ def main_job(
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="Number of runs of each posterior.  [default: 3]")] = None,
     first_seed: Annotated[int, typer.Option(help="The first run's seed; the next ones count up.")] = 0,
-    epochs: Annotated[int | None, typer.Option(help="Epochs at most.  [digits: 200]")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs at most.  [digits: 150]")] = None,
     patience: Annotated[
         int | None, typer.Option(help="Stop after so many epochs without a better validation -ELBO.  [digits: 30]")
     ] = None,
@@ -60,7 +60,7 @@ def main_job(
     ] = None,
     width: Annotated[int | None, typer.Option(help="Hidden units a layer of encoder and decoder.")] = None,
     batch: Annotated[int | None, typer.Option(help="Images a training step.  [digits: 128]")] = None,
-    lr: Annotated[float | None, typer.Option(help="Adam's learning rate.  [digits: 0.002]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Adam's learning rate.  [digits: 0.003]")] = None,
     dropout: Annotated[float | None, typer.Option(help="Share of hidden units dropped in training.")] = None,
     samples: Annotated[
         int | None, typer.Option(help="Importance samples a test image behind NLL.  [digits: 5000, others: 500]")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +110,8 @@ class PixelLogit(nn.Linear):
 class PixelSoftmax(nn.Module):
     """A few features a pixel, then one linear map for all pixels to the levels: ``(B, width) -> (B, levels, *event)``.
 
-    A full layer to every level of every pixel would be most of the model's parameters.
+    A full layer to every level of every pixel would be most of the model's parameters. The bias starts at the log of
+    the levels' frequencies, so training starts at the histogram of all pixels.
     """
 
     def __init__(self, width: int, data: Data, levels: int) -> None:
@@ -118,6 +119,9 @@ class PixelSoftmax(nn.Module):
         self.shape = tuple(data.train.shape[1:])
         self.features = nn.Linear(width, PIXEL_FEATURES * math.prod(self.shape))
         self.levels = nn.Conv2d(PIXEL_FEATURES, levels, kernel_size=1)
+        counts = torch.bincount(data.train.long().flatten(), minlength=levels) + 1
+        with torch.no_grad():
+            cast(Tensor, self.levels.bias).copy_(torch.log(counts / counts.sum()))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """The logits of every level."""

@@ -178,9 +178,10 @@ def _pca(panel: Axes, z: Tensor, labels: Tensor | None) -> None:
     centred = z - z.mean(0)
     _, _, axes = torch.linalg.svd(centred, full_matrices=False)
     points = centred @ axes[:2].T if z.shape[1] > 1 else torch.cat([centred, torch.zeros_like(centred)], 1)
-    if labels is None or labels.max() > 9:
-        colours = None if labels is None else labels[: len(z)].numpy()
-        panel.scatter(*points.T.numpy(), s=6, c=colours, cmap="viridis")
+    if labels is None:
+        panel.scatter(*points.T.numpy(), s=6, color="0.3")
+    elif labels.max() > 9:
+        panel.scatter(*points.T.numpy(), s=6, c=labels[: len(z)].numpy(), cmap="viridis")
     else:
         # The digit itself is the marker, so that nobody depends on ten colours.
         for label in labels.unique().tolist():

@@ -28,6 +28,7 @@ from flowpost.vae import VAE
 
 TEST_SAMPLES = 64  # samples of z for each test image behind -ELBO and the active units
 ACTIVE = 0.01  # a unit is active where Var_x(E_q[z]) exceeds this (Burda et al. 2016)
+SPREAD = {"neg_elbo", "nll", "neg_elbo_bits", "nll_bits"}  # figures whose sd the table shows; results.json has all
 
 Run = dict[str, Any]
 
@@ -103,7 +104,7 @@ class Report:
         rows = [["posterior", *(title for _, title, _ in columns)]]
         for name, runs in by_posterior(self.finished).items():
             summary = summarize(runs)
-            cells = [_cell(summary[key], digits) for key, _, digits in columns]
+            cells = [_cell(summary[key], digits, spread=key in SPREAD) for key, _, digits in columns]
             rows.append([name, *cells])
         return rows
 
@@ -133,9 +134,12 @@ class Report:
     def table(self) -> Table:
         """The same for a terminal."""
         head, *body = self.rows()
-        table = Table(box=box.SIMPLE_HEAD, caption=self.caption(), caption_justify="left", padding=(0, 2, 0, 0))
+        table = Table(
+            box=box.SIMPLE_HEAD, caption=self.caption(), caption_justify="left", padding=(0, 1, 0, 0), show_edge=False
+        )
         for title in head:
-            table.add_column(title, justify="left" if title == "posterior" else "right", no_wrap=True)
+            first = title == head[0]
+            table.add_column(title, justify="left" if first else "right", no_wrap=first)
         for row in body:
             table.add_row(*row)
         return table
@@ -166,13 +170,13 @@ def _columns(config: Config) -> list[tuple[str, str, int]]:
     """Key, title and decimals of the table's figures."""
     bits = [("neg_elbo_bits", "-ELBO bits/dim", 3), ("nll_bits", "NLL bits/dim", 3)]
     nats = [("neg_elbo", "-ELBO", 2), ("nll", "NLL", 2), ("gap", "gap", 2)]
-    rest = [("active_units", "active", 1), ("parameters", "parameters", 0), ("step_ms", "ms/step", 1)]
+    rest = [("active_units", "active", 1), ("parameters", "params", 0), ("step_ms", "ms/step", 1)]
     return [*nats, *(bits if config.data == "freyfaces" else []), *rest]
 
 
-def _cell(figure: Mapping[str, float | None], digits: int) -> str:
+def _cell(figure: Mapping[str, float | None], digits: int, *, spread: bool) -> str:
     mean, sd = figure["mean"], figure["sd"]
-    return f"{mean:,.{digits}f}" + ("" if sd is None or digits < 2 else f" ({sd:.{digits}f})")
+    return f"{mean:,.{digits}f}" + (f" ({sd:.{digits}f})" if spread and sd is not None else "")
 
 
 def environment(config: Config) -> dict[str, object]:
