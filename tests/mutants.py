@@ -174,13 +174,14 @@ class HiddenOrder(Bijector):
 class TransposedSylvester(Bijector):
     """``z + Q R1 tanh(R2 Q^T z + b)`` with a log-det that is right for the transposed factors only."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, reach: float = 0.3) -> None:
         super().__init__(dim)
+        self.reach = reach  # below 0.5 the fixed point of `_inverse` converges
         self.r1, self.r2 = nn.Parameter(torch.zeros(dim, dim)), nn.Parameter(torch.zeros(dim, dim))
         self.v, self.b = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        r1, r2 = 0.3 * self.r1.tanh().triu(), 0.3 * self.r2.tanh().triu()
+        r1, r2 = self.reach * self.r1.tanh().triu(), self.reach * self.r2.tanh().triu()
         q = torch.eye(self.dim, dtype=z.dtype) - 2 * torch.outer(self.v, self.v) / (self.v @ self.v)
         value = torch.tanh(z @ r2 @ q.mT + self.b)
         return z + value @ q @ r1, torch.log1p((1 - value**2) * r1.diagonal() * r2.diagonal()).sum(-1)
