@@ -9,13 +9,20 @@ FILES := pyproject.toml constraints.txt
 # An environment variable, unlike `-c`, also holds for the isolated environment the package is built in.
 INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: bench test lint clean
+.PHONY: bench test test-deep mutants lint clean
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto $(ARGS)
+
+# Random seeds, 500 examples a property, inductor: hours on two cores, for a nightly machine.
+test-deep: $(VENV)/.test
+	FLOWPOST_DEEP=1 $(BIN)/python -m pytest -n auto $(ARGS)
+
+mutants: $(VENV)/.test
+	$(BIN)/python -m tests.mutants
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Flexible posteriors for variational autoencoders: features in, z and log q(z|x) out, in one pass."""
 
-from flowpost import functional as functional
+from flowpost import functional, testing
 from flowpost.bijectors.affine import Affine, Scale
 from flowpost.bijectors.autoregressive import Autoregressive
 from flowpost.bijectors.base import Bijector
@@ -44,5 +44,6 @@ __all__ = [
     "load",
     "planar",
     "save",
+    "testing",
     "wrap",
 ]

@@ -49,14 +49,16 @@ class Mutant:
 _push = push
 
 
-def killers(mutant: Mutant) -> list[str]:
-    """Names of the properties that fail on the mutant and not on the step it is planted in."""
+def killers(mutant: Mutant, *, first: bool = False) -> list[str]:
+    """Names of the properties, or of the first, that fail on the mutant and not on the step it is planted in."""
     tried = [name for name in PROPERTIES if name != "compiles"]  # as slow as all others together
     if mutant.build in (_step, HiddenOrder):
         tried.remove("identity")  # a gate and a permutation have none
     found = []
     with mutant.planted():
         for name in tried:
+            if first and found:
+                break
             try:
                 check_bijector(mutant.make, dims=mutant.dims, skip=[other for other in PROPERTIES if other != name])
             except ContractError:
