@@ -777,6 +777,14 @@ def test_planar_log_det_at_the_constraint(wu: float, dtype: torch.dtype) -> None
     assert log_det.item() == pytest.approx(math.log(expected), rel=1e-6, abs=64 * 18 * torch.finfo(dtype).eps)
 
 
+def test_planar_log_det_where_tanh_has_rounded_to_one() -> None:
+    """float32, w.z = 10: 1 - tanh^2 would be 0 there, but 1e6 times the slope 4 e^-20 is not."""
+    one, zero = torch.ones(1), torch.zeros(1)
+    _, log_det = planar(10 * one, 1e6 * one, one, zero)
+    expected = math.log1p((1e6 + math.log(-math.expm1(-0.999))) / math.cosh(10) ** 2)
+    assert log_det.item() == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("wu", [-1e4, -50.0, -2.0])
 def test_planar_is_monotone_however_far_u_is_on_the_wrong_side(wu: float) -> None:
     w = torch.tensor([0.6, -0.8], dtype=torch.float64)
