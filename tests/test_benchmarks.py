@@ -314,6 +314,7 @@ def test_the_grid_holds_both_posteriors_mass(tiny_model: tuple[VAE, Data, Config
         grid = posterior_grid(vae, data.test[:1])
     left, right, bottom, top = grid.box
     cell = (right - left) * (top - bottom) / (grid.log_true.shape[0] - 1) ** 2
+    assert grid.log_true.exp().sum().item() * cell == pytest.approx(1, abs=1e-4)
     assert grid.log_fitted.exp().sum().item() * cell == pytest.approx(1, abs=0.02)
     assert grid.kl > -0.02
 
