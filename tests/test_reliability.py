@@ -265,6 +265,18 @@ def test_all_survived_is_one_table_and_100_percent() -> None:
     assert "(99 %)" in markdown({"flowpost": library(*[SURVIVED] * 999, RAW)})
 
 
+def test_a_library_that_cannot_be_built_is_said_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def start(name: str, skip: int, log: Any, *, quick: bool) -> subprocess.Popen[str]:  # noqa: ANN401
+        command = [sys.executable, "-c", "import sys; sys.exit('ImportError: no such thing')"]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+
+    monkeypatch.setattr(reliability, "_start", start)
+    assert reliability.run(tmp_path, ["flowpost"]) == 1
+    assert "flowpost: its models could not be built: ImportError: no such thing" in capsys.readouterr().err
+
+
 def test_an_unknown_library_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert reliability.run(None, ["nothing"]) == 2
     assert "library: expected some of flowpost" in capsys.readouterr().err

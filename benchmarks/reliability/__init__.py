@@ -15,9 +15,10 @@ import tempfile
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Annotated, cast
 
 import torch
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
@@ -42,7 +43,7 @@ def run(out: Path | None = None, libraries: Sequence[str] = (), *, quick: bool =
         quick: leave out `torch.compile`, which takes most of the time.
 
     Returns:
-        The exit code: 0 whatever was found, 2 for a library that is not installed.
+        The exit code: 0 whatever was found, 1 if a library could not be tried, 2 for one that is not installed.
     """
     console, here = Console(), installed()
     unknown = [name for name in libraries if name not in here]
@@ -51,8 +52,13 @@ def run(out: Path | None = None, libraries: Sequence[str] = (), *, quick: bool =
         return 2
     started, board = datetime.now().astimezone(), Board()
     folder = out or Path("runs") / f"{started:%Y%m%d-%H%M%S}-reliability"
+    code = 0
     for name in libraries or here:
-        board[name] = ask(name, console, quick=quick)
+        try:
+            board[name] = ask(name, console, quick=quick)
+        except ScoreboardError as error:
+            print(error, file=sys.stderr)
+            code = 1
     write(folder, board, started, quick=quick)
     for table in tables(board):
         console.print(table)
@@ -60,7 +66,27 @@ def run(out: Path | None = None, libraries: Sequence[str] = (), *, quick: bool =
     if absent:
         console.print(MISSING.format(", ".join(absent)), soft_wrap=True, markup=False)
     console.print(f"Every try and its reason: {folder / 'reliability.json'}", soft_wrap=True)
-    return 0
+    return code
+
+
+def reliability(
+    *,
+    library: Annotated[
+        list[str] | None, typer.Option(help="Ask this one only; repeat it for several.  [default: all installed]")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write to.  [default: runs/<time>-reliability]", file_okay=False)
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Leave out torch.compile, which takes most of the time.")
+    ] = False,
+) -> None:
+    """Try the same hard uses on flowpost and on the public libraries, and count what survived and what failed silently.
+
+    The public libraries come with pip install -e '.[peers]'; without them flowpost is asked alone. Every try and its
+    reason goes to reliability.json in the --out folder, the tables of docs/reliability.md to reliability.md.
+    """
+    raise typer.Exit(run(out, library or (), quick=quick))
 
 
 def ask(name: str, console: Console, *, quick: bool = False) -> Library:
