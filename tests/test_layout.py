@@ -37,6 +37,8 @@ ALLOWED = {
     "flowpost.posterior": COMPOSE | CHECKS,
     "flowpost.recipes": PARTS | {"flowpost.posterior"},
     "flowpost.wrap": PARTS | CHECKS | {"flowpost.posterior", "flowpost.recipes"},
+    "flowpost._format": set(),
+    "flowpost.files": PARTS | {"flowpost._format", "flowpost.posterior", "flowpost.recipes", "flowpost.vae"},
     "flowpost.objectives": set(),
     "flowpost.vae": {"flowpost.bijectors.base", "flowpost.objectives", "flowpost.posterior"},
     "flowpost.evaluation": {"flowpost.bijectors.base", "flowpost.objectives", "flowpost.posterior", "flowpost.vae"},
@@ -79,7 +81,8 @@ def test_every_part_is_known() -> None:
 @pytest.mark.parametrize("path", [p for p in FILES if "testing" not in module_name(p)], ids=module_name)
 def test_only_torch_and_numpy_are_needed(path: Path) -> None:
     outside = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names)
-    assert outside <= {"torch", "numpy", "flowpost"}
+    extra = {"safetensors"} if module_name(path) == "flowpost._format" else set()  # pip install 'flowpost[files]'
+    assert outside <= {"torch", "numpy", "flowpost"} | extra
 
 
 def test_functional_re_exports_and_nothing_else() -> None:
