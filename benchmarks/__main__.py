@@ -34,7 +34,16 @@ app = typer.Typer(
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
 
 
-@app.callback(invoke_without_command=True)
+# \b: keep these lines as they are.
+EXAMPLES = """\b
+Examples:
+  python -m benchmarks                     digits, four posteriors, three seeds
+  python -m benchmarks --quick --dim 2     true posteriors beside the fitted ones
+  python -m benchmarks --data mnist-static --posterior diagonal,iaf --seeds 1
+"""
+
+
+@app.callback(invoke_without_command=True, epilog=EXAMPLES)
 def main_job(
     context: typer.Context,
     *,
@@ -58,10 +67,14 @@ def main_job(
         int | None,
         typer.Option(help="Size of z; with 2, the true posterior is drawn beside each q(z|x).  [digits: 16]"),
     ] = None,
-    width: Annotated[int | None, typer.Option(help="Hidden units a layer of encoder and decoder.")] = None,
+    width: Annotated[
+        int | None, typer.Option(help="Hidden units a layer of encoder and decoder.  [digits: 256]")
+    ] = None,
     batch: Annotated[int | None, typer.Option(help="Images a training step.  [digits: 128]")] = None,
     lr: Annotated[float | None, typer.Option(help="Adam's learning rate.  [digits: 0.003]")] = None,
-    dropout: Annotated[float | None, typer.Option(help="Share of hidden units dropped in training.")] = None,
+    dropout: Annotated[
+        float | None, typer.Option(help="Share of hidden units dropped in training.  [default: 0]")
+    ] = None,
     samples: Annotated[
         int | None, typer.Option(help="Importance samples a test image behind NLL.  [digits: 5000, others: 500]")
     ] = None,
@@ -77,17 +90,11 @@ def main_job(
         bool, typer.Option("--quick", help="A first look within a minute: one seed, few epochs and samples.")
     ] = False,
 ) -> None:
-    r"""Train the same VAE with each posterior, and print which one pays: nats, seconds, parameters.
+    """Train the same VAE with each posterior, and print which one pays: nats, seconds, parameters.
 
     Every posterior gets the same encoder, decoder, optimizer and budget. Training stops early on the validation part;
     the test part is read once, at the end of a run. results.json, table.md and pictures go to the --out folder, and
     are usable after Ctrl-C too. Options that are not given depend on the data set, never on the posterior.
-
-    \b
-    Examples:
-      python -m benchmarks                                   digits, four posteriors, three seeds
-      python -m benchmarks --quick --dim 2                   with the true posteriors beside the fitted ones
-      python -m benchmarks --data mnist-static --posterior diagonal,iaf --seeds 1
     """
     if context.invoked_subcommand is not None:
         return
