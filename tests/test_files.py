@@ -209,8 +209,19 @@ def test_a_module_without_tensors(path: Path) -> None:
     assert isinstance(flowpost.load(path, into=nn.Identity()), nn.Identity)
 
 
-def test_old_spectral_norm_is_not_upgraded(path: Path) -> None:  # torch rewrites a state without version marks
-    module, into = (nn.utils.spectral_norm(nn.Linear(3, 4)) for _ in range(2))
+class Versioned(nn.Linear):
+    """Reads a state without its version as one of an older release, as torch's own modules do."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state: dict, prefix: str, metadata: dict, *args: object) -> None:
+        if metadata.get("version") != 2:
+            state = {key: 2 * value for key, value in state.items()}
+        super()._load_from_state_dict(state, prefix, metadata, *args)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_modules_versions_are_kept(path: Path) -> None:
+    module, into = Versioned(3, 4), Versioned(3, 4)
     flowpost.save(module, path)
     assert bits(flowpost.load(path, into=into)) == bits(module)
 
@@ -363,7 +374,7 @@ def test_every_truncation_is_found(saved: Path) -> None:
         (lambda data: data + b"\0", r"expected \d+ bytes of tensors, got"),
         (lambda data: data + data, r"expected \d+ bytes of tensors, got"),
         (lambda data: data[:-16] + bytes(16), "is damaged: tensor"),
-        (lambda data: data[:100] + bytes(len(data) - 100), "damaged or cut"),
+        (lambda data: data[:100] + bytes(len(data) - 100), "damaged"),
         (lambda data: b"\n<!DOCTYPE html><html><body>404 Not Found</body></html>" * 40, "got an HTML or XML page"),
         (lambda data: struct.pack("<Q", 2**62) + data[8:], "damaged or cut"),
         (lambda data: struct.pack("<Q", 1_000_001) + bytes(2_000_000), "other bytes"),
@@ -506,15 +517,18 @@ def test_names_are_names(saved: Path, tmp_path: Path) -> None:
         lambda text: text.replace('"dtype":"F32"', '"dtype":"F64","dtype":"F32"', 1),
         lambda text: "[" * 500_000 + text,
         lambda text: text.replace('"shape":[27]', '"shape":[' + "9" * 100_000 + "]"),
-        lambda text: text.replace('"shape":[27]', '"shape":[NaN]'),
-        lambda text: text.replace('"shape":[27]', '"shape":[Infinity]'),
         lambda text: text + "\x00",
         lambda text: "\n" + text + "x",
     ],
-    ids=["key twice", "field twice", "deep", "long number", "nan", "infinity", "nul", "tail"],
+    ids=["key twice", "field twice", "deep", "long number", "nul", "tail"],
 )
 def test_json_that_save_does_not_write_is_refused(saved: Path, text: Callable[[str], str]) -> None:
     refused(forge(saved, text=text), "is cut, altered or not of flowpost.save")
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "9" * 5000])
+def test_numbers_of_a_header_are_64_bit_ints(saved: Path, number: str) -> None:
+    refused(forge(saved, text=lambda text: text.replace('"shape":[27]', f'"shape":[{number}]')), "no 64-bit number")
 
 
 def test_what_only_safetensors_refuses(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
