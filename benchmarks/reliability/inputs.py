@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.reliability.judge import Model, NotApplicable, Subject, Use, Wrong, agree
+from benchmarks.reliability.judge import Model, NotApplicable, Use, Wrong
+from benchmarks.reliability.truth import Subject, agree
 
 
 def other_dtype(model: Model, dtype: torch.dtype) -> None:

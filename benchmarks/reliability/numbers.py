@@ -7,7 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.reliability.judge import PUSH, Model, NotApplicable, Subject, Use, Wrong, agree, inverts, jacobian
+from benchmarks.reliability.judge import Model, NotApplicable, Use, Wrong
+from benchmarks.reliability.truth import PUSH, Subject, agree, inverts, jacobian
 
 NATS = 0.05
 """What half precision may move a log-det by: more than that, and a comparison of posteriors is about rounding."""

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.reliability.judge import Direction, Model, NotApplicable, Subject, Use, Wrong, agree
+from benchmarks.reliability.judge import Direction, Model, NotApplicable, Use, Wrong
+from benchmarks.reliability.truth import Subject, agree
 
 
 def _directions(model: Model) -> list[Direction]:

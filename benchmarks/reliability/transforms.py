@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.gradcheck import GradcheckError, gradcheck, gradgradcheck
 
-from benchmarks.reliability.judge import Direction, Model, Pair, Subject, Use, Wrong, agree
+from benchmarks.reliability.judge import Direction, Model, Pair, Use, Wrong
+from benchmarks.reliability.truth import Subject, agree
 
 
 class _Call(nn.Module):
