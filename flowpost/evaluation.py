@@ -43,7 +43,7 @@ def log_marginal(vae: VAE, x: Tensor, samples: int = 1000, *, pairs: int = 1000)
 
 def _log_marginal(vae: VAE, x: Tensor, samples: int, pairs: int) -> Tensor:
     context = vae.context(x)
-    chunk = max(1, pairs // len(x))
+    chunk = max(1, pairs // max(1, len(x)))
     total = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
     for start in range(0, samples, chunk):
         out = vae.evaluate(x, context, (min(chunk, samples - start),))

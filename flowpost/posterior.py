@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from flowpost.bijectors.base import Bijector, check_int, check_tensor, wide
+from flowpost.bijectors.base import Bijector, check_int, check_tensor, wide, wide_dtype
 from flowpost.bijectors.compose import Learned, linear_head
 from flowpost.checks import active, check_finite, warn_moved
 
@@ -157,7 +157,7 @@ class FlowPosterior(nn.Module):
             noise = torch.randn(shape, **self._like(context))
         elif tuple(noise.shape) != shape:
             raise ValueError(f"noise: expected shape {shape}, got {tuple(noise.shape)}")
-        z, log_det = self.flow(noise, context)
+        z, log_det = self.flow._forward(noise, self.flow._check(noise, context))
         return Sample(z, _score(noise, log_det), noise)
 
     def gaussian_at(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -195,12 +195,16 @@ class FlowPosterior(nn.Module):
 
 def standard_normal_log_prob(z: Tensor) -> Tensor:
     """The log N(z; 0, I) of z ``(*batch, dim)``, ``(*batch)``."""
-    return -0.5 * ((z * z).sum(-1) + z.shape[-1] * _LOG_2PI)
+    return _normal(z).to(z.dtype)
+
+
+def _normal(z: Tensor) -> Tensor:
+    return -0.5 * ((z * z).sum(-1, dtype=wide_dtype(z)) + z.shape[-1] * _LOG_2PI)
 
 
 def _score(noise: Tensor, log_det: Tensor) -> Tensor:
     """The log N(noise; 0, I) - log_det, nan where it is not finite."""
-    log_prob = wide(standard_normal_log_prob(noise)) - wide(log_det)
+    log_prob = _normal(noise) - wide(log_det)
     return torch.where(log_prob.isfinite(), log_prob, math.nan).to(noise.dtype)
 
 

@@ -170,7 +170,7 @@ class VAE(nn.Module):
     def evaluate(self, x: Tensor, context: Tensor, sample_shape: tuple[int, ...] = ()) -> VAEOutput:
         """As `forward`, for a context that is known, and without the closed-form KL."""
         sample = self.posterior.sample_at(context, sample_shape)
-        log_likelihood = self.likelihood.log_prob(self.decode(sample.z, x[0].numel()), x.flatten(1))
+        log_likelihood = self.likelihood.log_prob(self.decode(sample.z, math.prod(x.shape[1:])), x.flatten(1))
         return VAEOutput(log_likelihood, standard_normal_log_prob(sample.z), sample.log_prob, None, sample)
 
     def decode(self, z: Tensor, elements: int) -> Tensor:

@@ -127,10 +127,10 @@ class Scale(Bijector):
         self.factor = float(factor)
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return z * self.factor, z.new_tensor(self.dim * math.log(self.factor))
+        return z * self.factor, z.new_full((), self.dim * math.log(self.factor))
 
     def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
-        return z / self.factor, z.new_tensor(-self.dim * math.log(self.factor))
+        return z / self.factor, z.new_full((), -self.dim * math.log(self.factor))
 
     def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
         tril = torch.eye(self.dim, dtype=loc.dtype, device=loc.device) if tril is None else tril

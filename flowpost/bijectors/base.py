@@ -135,9 +135,14 @@ class Bijector(nn.Module, ABC):
         return image, log_det.to(z.dtype).expand(batch)
 
 
+def wide_dtype(value: Tensor) -> torch.dtype:
+    """The dtype in which log-densities of `value` are summed: float64, or float32 on a device that has no float64."""
+    return torch.float32 if value.device.type == "mps" else torch.float64
+
+
 def wide(log_det: Tensor) -> Tensor:
-    """Widen a log-det for a sum over steps: to float64, or not at all on a device that has no float64."""
-    return log_det if log_det.device.type == "mps" else log_det.double()
+    """Widen a log-det for a sum over steps."""
+    return log_det.to(wide_dtype(log_det))
 
 
 def check_int(name: str, value: int, minimum: int) -> int:
@@ -178,7 +183,7 @@ def check_like(z: Tensor, parameter: Tensor) -> None:
     if z.dtype != parameter.dtype:
         raise TypeError(
             f"z: expected {parameter.dtype} like the parameters, got {z.dtype}; "
-            f"call .to({z.dtype}) on the flow or .to({parameter.dtype}) on z"
+            f"call .to({z.dtype}) on the flow or {'.float()' if parameter.dtype == torch.float32 else '.double()'} on z"
         )
     if z.device != parameter.device:
         raise ValueError(f"z: expected device {parameter.device} like the parameters, got {z.device}")

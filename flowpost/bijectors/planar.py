@@ -21,11 +21,12 @@ def _invertible(u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     positive = a > 0
     # Each branch sees only its own half line: the other would overflow and poison the gradient through `where`.
     above, below = torch.where(positive, a, 0), torch.where(positive, 0, a)
-    gain_above = torch.log1p((1 - _K) * torch.expm1(-above))
-    gain_below = torch.log1p(_K * torch.expm1(below)) - below
-    gain = torch.where(positive, gain_above, gain_below)
-    square = (w * w).sum(-1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
-    return u + gain * (w / square), a + gain
+    gain, value = torch.log1p((1 - _K) * torch.expm1(-above)), torch.log1p(_K * torch.expm1(below))
+    wu = torch.where(positive, a + gain, value)
+    along = w / (w * w).sum(-1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
+    u_hat = u + torch.where(positive, gain, value - below) * along
+    # Far below zero u_hat is a small difference of large numbers: what rounding left along w is put right.
+    return u_hat + ((wu - (w * u_hat).sum(-1, keepdim=True)) * along).detach(), wu
 
 
 def _ridge(x: Tensor) -> tuple[Tensor, Tensor]:
