@@ -75,7 +75,7 @@ def faults(board: Board, outcome: str) -> list[list[str]]:
         for one in library["tries"]:
             if one["outcome"] == outcome:
                 groups.setdefault((name, one["use"]), []).append(one)
-    return [[*key, ", ".join(t["model"] for t in group), group[0]["reason"]] for key, group in groups.items()]
+    return [[*key, "; ".join(t["model"] for t in group), group[0]["reason"]] for key, group in groups.items()]
 
 
 def tables(board: Board) -> list[Table]:
