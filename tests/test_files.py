@@ -125,10 +125,18 @@ def test_every_recipe_comes_back_to_the_bit(path: Path, name: str, features: int
 
 
 def test_default_arguments_are_saved(path: Path) -> None:
-    flowpost.save(flowpost.iaf(2, 3), path)
-    recipe = vars(flowpost.load(path))["recipe"]
+    posterior = flowpost.iaf(2, 3)
+    flowpost.save(posterior, path)
     arguments = {"features": 2, "dim": 3, "steps": 4, "hidden": [320, 320], "context_size": 64}
-    assert recipe == {"name": "iaf", "arguments": arguments}
+    for module in (posterior, flowpost.load(path)):
+        assert vars(module)["recipe"] == {"name": "iaf", "arguments": arguments}
+
+
+def test_an_option_that_a_file_does_not_name_has_its_default(path: Path) -> None:  # as in a file of an older release
+    posterior = flowpost.planar(4, 3)
+    flowpost.save(posterior, path)
+    forge(path, lambda table, config: config["recipes"][""]["arguments"].pop("steps"))
+    assert bits(flowpost.load(path)) == bits(posterior)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -485,17 +493,42 @@ def test_huge_layers_are_refused_before_they_are_built(path: Path, arguments: di
     assert time.perf_counter() - start < 3
 
 
-def test_a_million_bytes_do_not_buy_a_matrix(saved: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "arguments", "steps"),
+    [
+        ("iaf", {"dim": 10**6, "steps": 1, "hidden": [10**6], "context_size": 1}, 1),
+        ("iaf", {"dim": 10**6, "steps": 1, "context_size": 1}, 1),  # the default layers, then
+        ("iaf", {"dim": 1, "steps": 10**5, "hidden": []}, 10**5),
+        ("planar", {"dim": 1, "steps": 10**5}, 10**5),
+    ],
+)
+def test_a_million_bytes_do_not_buy_a_matrix(saved: Path, name: str, arguments: dict, steps: int) -> None:
     def swell(table: dict, config: dict) -> None:
-        hidden = {"steps": 1, "hidden": [10**6], "context_size": 1, "dim": 10**6}
-        config["recipes"] = {"": {"name": "iaf", "arguments": {"features": 1, **hidden}}}
+        config["recipes"] = {"": {"name": name, "arguments": {"features": 1, **arguments}}}
         table["head.bias"] = {"dtype": "U8", "shape": [10**6], "data_offsets": [0, 10**6]}
         table.pop("head.weight")
         config["sha256"].pop("head.weight")
 
     forge(saved, swell, bytes(10**6))
-    with pytest.raises(CorruptFileError, match="is not of its recipe .*numbers in 1 steps, and the file has 1000000"):
+    match = f"is not of its recipe .*numbers in {steps} steps, and the file has 1000000"
+    with pytest.raises(CorruptFileError, match=match):
         flowpost.load(saved)
+
+
+def test_bytes_that_no_digest_covers_are_refused(saved: Path) -> None:
+    data = saved.read_bytes()
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+
+    def shift(table: dict, config: dict) -> None:
+        del config
+        last = max((entry for name, entry in table.items() if name[0] != "_"), key=lambda entry: entry["data_offsets"])
+        last["data_offsets"] = [offset + 8 for offset in last["data_offsets"]]
+
+    refused(forge(saved, shift, data[end:] + bytes(8)), r"should start at byte \d+, and is said to start at \d+")
+
+
+def test_a_long_header_is_not_read(saved: Path) -> None:
+    refused(forge(saved, text=lambda text: text + " " * 1_000_000), "got other bytes, or a header that is damaged")
 
 
 def test_names_are_names(saved: Path, tmp_path: Path) -> None:
