@@ -1,11 +1,14 @@
 """A world stricter than production: one thread, the same examples on every run, a seed for every test."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
 
 settings.register_profile("flowpost", derandomize=True, deadline=None, database=None, max_examples=20)
-settings.load_profile("flowpost")
+settings.register_profile("deep", derandomize=False, deadline=None, max_examples=500, print_blob=True)
+settings.load_profile("deep" if "FLOWPOST_DEEP" in os.environ else "flowpost")
 torch.set_num_threads(1)  # pytest-xdist already fills the cores
 
 
