@@ -495,7 +495,9 @@ def test_a_dead_first_mirror(server: Server) -> None:
         fetch(replace(IDX, files=("mnist/other.gz",), mirrors=(dead,)))
 
 
-@pytest.mark.parametrize("content", [WHOLE[:-3], BODIES["wrong"], b"", BODIES["html"]])
+@pytest.mark.parametrize(
+    "content", [WHOLE[:-3], BODIES["wrong"], b"", BODIES["html"]], ids=["cut", "wrong", "empty", "html"]
+)
 def test_a_damaged_cached_file_is_downloaded_again(content: bytes, server: Server, tmp_path: Path) -> None:
     path = tmp_path / "cache" / "mnist" / "tiny.gz"
     path.parent.mkdir(parents=True)
