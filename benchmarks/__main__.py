@@ -15,14 +15,17 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+import flowpost
+from benchmarks.checkpoint import Keeper, clear
 from benchmarks.data import NAMES, Data, DataError, load
-from benchmarks.models import POSTERIORS, count_parameters
+from benchmarks.models import POSTERIORS, build, count_parameters
 from benchmarks.plots import draw
-from benchmarks.report import Report, Run, evaluate
-from benchmarks.train import Config, ConfigError, History, TrainingError, configure, train_one
+from benchmarks.report import Report, Run, by_posterior, evaluate
+from benchmarks.train import Config, ConfigError, History, TrainingError, configure, seeded, train_one
 from flowpost.vae import VAE
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
+CHECKPOINTS = "checkpoints"  # a job's folder of them; gone when it is finished
 
 app = typer.Typer(
     add_completion=False,
@@ -40,6 +43,7 @@ Examples:
   python -m benchmarks                     digits, four posteriors, three seeds
   python -m benchmarks --quick --dim 2     true posteriors beside the fitted ones
   python -m benchmarks --data mnist-static --posterior diagonal,iaf --seeds 1
+  python -m benchmarks --resume runs/NAME  go on with a job that was stopped
 """
 
 
@@ -89,6 +93,10 @@ def main_job(
     quick: Annotated[
         bool, typer.Option("--quick", help="A first look within a minute: one seed, few epochs and samples.")
     ] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a stopped job to go on with, to the same figures; alone.", file_okay=False),
+    ] = None,
 ) -> None:
     """Train the same VAE with each posterior, and print which one pays: nats, seconds, parameters.
 
@@ -98,6 +106,9 @@ def main_job(
     """
     if context.invoked_subcommand is not None:
         return
+    if resume is not None:
+        _check_alone(context)
+        raise typer.Exit(job(Report.resume(resume)))
     config = configure(
         data,
         quick=quick,
@@ -119,6 +130,17 @@ def main_job(
     raise typer.Exit(job(config, out))
 
 
+def _check_alone(context: typer.Context) -> None:
+    """Refuse options beside `--resume`: every one of them could change figures."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    others = [f"--{name.replace('_', '-')}" for name in given if name != "resume"]
+    if others:
+        raise ConfigError(
+            f"resume: expected no other option, since the job goes on as it began, got {', '.join(others)}"
+        )
+
+
 def _names(given: list[str] | None) -> tuple[str, ...] | None:
     """The posteriors asked for, once each."""
     return tuple(dict.fromkeys(name.strip() for part in given for name in part.split(","))) if given else None
@@ -128,48 +150,86 @@ def _seeds(count: int | None, first: int, *, quick: bool) -> tuple[int, ...]:
     return tuple(range(first, first + ((1 if quick else 3) if count is None else count)))
 
 
-def job(config: Config, out: Path | None = None) -> int:
-    """Train, evaluate, write and draw; the exit code."""
+def job(begun: Config | Report, out: Path | None = None) -> int:
+    """Train, evaluate, write and draw, from the beginning or from where a report stopped; the exit code."""
+    config = begun.config if isinstance(begun, Report) else begun
     console = Console(markup=False, highlight=False)
     data = load(config.data)
-    folder = out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{config.data}"
+    report = begun if isinstance(begun, Report) else _begin(config, out)
+    folder, total, code = report.folder, len(config.seeds) * len(config.posteriors), 0
     torch.set_num_threads(config.threads)
-    report, models, code = Report(folder, config), {}, 0
-    total = len(config.seeds) * len(config.posteriors)
+    if report.runs:
+        console.print(f"{len(report.runs)} of {total} runs are already finished.")
     try:
-        with Display(console, total, config.epochs) as display:
+        with Display(console, total, config.epochs, len(report.runs)) as display:
             # Seeds outermost: whoever stops early can still compare all posteriors.
             for seed in config.seeds:
                 for name in config.posteriors:
-                    vae, run = run_one(data, name, seed, config, display)
-                    report.add(run)
-                    models.setdefault(name, vae)
+                    if not report.has(name, seed):
+                        run_one(data, name, seed, report, display)
+        clear(folder / CHECKPOINTS)
     except KeyboardInterrupt:
         code = INTERRUPTED
         console.print(f"Interrupted: {len(report.runs)} of {total} runs are finished; theirs is what {folder} holds.")
+        console.print(f"Go on with: python -m benchmarks --resume {folder}", soft_wrap=True)
     if report.finished:
         console.print(report.table())
-        draw(report, data, {name: vae for name, vae in models.items() if vae is not None})
+        draw(report, data, models(report, data, console))
     console.print(f"Table, figures and pictures: {folder}", soft_wrap=True)
     return code or int(len(report.finished) < len(report.runs))
 
 
-def run_one(data: Data, name: str, seed: int, config: Config, display: Display) -> tuple[VAE | None, Run]:
-    """One posterior and seed, trained and evaluated; without figures where training failed."""
-    start = time.perf_counter()
+def _begin(config: Config, out: Path | None) -> Report:
+    """A new job's report; checkpoints of another job in its folder are none of its own."""
+    folder = out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{config.data}"
+    clear(folder / CHECKPOINTS)
+    return Report(folder, config)
+
+
+def run_one(data: Data, name: str, seed: int, report: Report, display: Display) -> None:
+    """Train and evaluate one posterior and seed, and report it; without figures where training failed."""
+    start, config = time.perf_counter(), report.config
     run: Run = {"posterior": name, "seed": seed, "error": None}
+    keeper = Keeper(display.watch(name, seed), report.folder / CHECKPOINTS, name, seed, config, display.say)
     try:
-        vae, history = train_one(data, name, seed, config, display.watch(name, seed))
+        vae, history = train_one(data, name, seed, config, keeper)
         figures = evaluate(vae, data, config)
     except TrainingError as error:
-        display.finish(f"{name}, seed {seed} failed: {error}")
-        return None, run | {"error": str(error)}
-    run |= figures | {"parameters": count_parameters(vae), "seconds": time.perf_counter() - start} | asdict(history)
-    display.finish(
-        f"{name}, seed {seed}: -ELBO {run['neg_elbo']:.2f}, NLL {run['nll']:.2f}, best of {len(history.valid)} epochs: "
-        f"{history.best_epoch}, {run['seconds']:.0f} s" + _skipped(history)
-    )
-    return vae, run
+        report.add(run | {"error": str(error)})
+        line = f"{name}, seed {seed} failed: {error}"
+    else:
+        run |= figures | {"parameters": count_parameters(vae), "seconds": time.perf_counter() - start} | asdict(history)
+        keep_model(vae, report, run)
+        report.add(run)
+        line = f"{name}, seed {seed}: -ELBO {run['neg_elbo']:.2f}, NLL {run['nll']:.2f}, best of "
+        line += f"{len(history.valid)} epochs: {history.best_epoch}, {run['seconds']:.0f} s{_skipped(history)}"
+    keeper.clear()
+    display.finish(line)
+
+
+def keep_model(vae: VAE, report: Report, run: Run) -> None:
+    """Write a trained model before its figures are reported: a finished run always has its model."""
+    path = _model_path(report, run)
+    path.parent.mkdir(exist_ok=True)
+    flowpost.save(vae, path)
+
+
+def models(report: Report, data: Data, console: Console) -> dict[str, VAE]:
+    """The trained model of each posterior's first finished run, for the pictures."""
+    config, found = report.config, {}
+    for name, runs in by_posterior(report.finished).items():
+        with seeded(0, torch.device(config.device)):  # the weights drawn here are replaced at once
+            options = dict(config.flows.get(name, {}))
+            vae = build(data, name, dim=config.dim, width=config.width, dropout=config.dropout, options=options)
+        try:
+            found[name] = flowpost.load(_model_path(report, runs[0]), into=vae, device=config.device).eval()
+        except (OSError, ValueError) as error:
+            console.print(f"WARNING: no pictures of {name}: {error}")
+    return found
+
+
+def _model_path(report: Report, run: Run) -> Path:
+    return report.folder / "models" / f"{run['posterior']}-{run['seed']}.safetensors"
 
 
 def _skipped(history: History) -> str:
@@ -179,11 +239,11 @@ def _skipped(history: History) -> str:
 class Display:
     """One live line for the run in hand, where there is a terminal, and a line for each finished run."""
 
-    def __init__(self, console: Console, runs: int, epochs: int) -> None:
+    def __init__(self, console: Console, runs: int, epochs: int, done: int = 0) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[left]}"))
         self.progress = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-        self.task = self.progress.add_task("", total=runs, left="")
-        self.epochs, self.done, self.start = epochs, 0, time.perf_counter()
+        self.task = self.progress.add_task("", total=runs, left="", completed=done)
+        self.epochs, self.done, self.begun, self.start = epochs, done, done, time.perf_counter()
 
     def __enter__(self) -> Display:
         self.progress.start()
@@ -198,12 +258,13 @@ class Display:
         def on_epoch(history: History) -> None:
             epoch = len(history.valid)
             share = self.done + epoch / self.epochs
-            seconds = (time.perf_counter() - self.start) * (self.progress.tasks[0].total or 0 - share) / share
+            left = (self.progress.tasks[0].total or 0) - share
+            seconds = (time.perf_counter() - self.start) * left / (share - self.begun)
             train = history.train[-1]
             text = f"{name} seed {seed}  epoch {epoch}/{self.epochs}  -ELBO train {train or float('nan'):.2f} "
             text += f"valid {history.valid[-1]:.2f}"
-            left = f"at most {seconds // 60:.0f}:{seconds % 60:02.0f} left"
-            self.progress.update(self.task, completed=share, description=text, left=left)
+            time_left = f"at most {seconds // 60:.0f}:{seconds % 60:02.0f} left"
+            self.progress.update(self.task, completed=share, description=text, left=time_left)
 
         return on_epoch
 
@@ -211,6 +272,10 @@ class Display:
         """A run has ended."""
         self.done += 1
         self.progress.update(self.task, completed=self.done)
+        self.say(line)
+
+    def say(self, line: str) -> None:
+        """Print a line above the live one."""
         self.progress.console.print(line, soft_wrap=True)
 
 

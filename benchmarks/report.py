@@ -22,7 +22,7 @@ from torch import Tensor
 
 import flowpost
 from benchmarks.data import Data
-from benchmarks.train import EVALUATION_SEED, Config, negative_elbo, seeded
+from benchmarks.train import EVALUATION_SEED, Config, ConfigError, check_device, from_json, negative_elbo, seeded
 from flowpost.evaluation import log_marginal
 from flowpost.vae import VAE
 
@@ -70,14 +70,48 @@ class Report:
         self.folder, self.config = folder, config
         self.runs: list[Run] = []
         self.environment = environment(config)
-        self.started = datetime.now().astimezone()
+        self.begun = self.started = datetime.now().astimezone()
+        self.seconds_before = 0.0  # of the processes that went before this one
         folder.mkdir(parents=True, exist_ok=True)
         self.write()
+
+    @classmethod
+    def resume(cls, folder: Path) -> Report:
+        """The report of an interrupted job, with its configuration and finished runs; nothing is written yet.
+
+        Raises:
+            ConfigError: there is no such job, or other versions of torch, numpy or flowpost ran it.
+        """
+        path = folder / "results.json"
+        report = cls.__new__(cls)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            report.folder, report.config, report.runs = folder, from_json(content["configuration"]), content["runs"]
+            report.environment, report.seconds_before = content["environment"], content["seconds"]
+            report.started = datetime.fromisoformat(content["started"])
+        except ConfigError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ConfigError(f"resume: expected the folder of an interrupted job, got {path}: {what}") from error
+        report.begun = datetime.now().astimezone()
+        check_device(report.config)
+        then = report.environment
+        changed = [f"{key} {then.get(key)} != {now}" for key, now in versions().items() if then.get(key) != now]
+        if changed:
+            raise ConfigError(
+                f"resume: expected the versions that {path} began with (then != now): {', '.join(changed)}"
+            )
+        return report
 
     def add(self, run: Run) -> None:
         """Take in a run, finished or failed, and write."""
         self.runs.append(run)
         self.write()
+
+    def has(self, posterior: str, seed: int) -> bool:
+        """Whether a run is taken in, finished or failed: it would only repeat itself."""
+        return any((run["posterior"], run["seed"]) == (posterior, seed) for run in self.runs)
 
     @property
     def finished(self) -> list[Run]:
@@ -86,7 +120,7 @@ class Report:
 
     def write(self) -> None:
         """Both files, each replaced in one go: never half a file."""
-        seconds = (datetime.now().astimezone() - self.started).total_seconds()
+        seconds = self.seconds_before + (datetime.now().astimezone() - self.begun).total_seconds()
         content = {
             "started": self.started.isoformat(timespec="seconds"),
             "seconds": round(seconds, 1),
@@ -147,6 +181,9 @@ class Report:
 
 def _note(run: Run) -> str:
     what = f"failed: {run['error']}" if run["error"] else f"{run['skipped_steps']} steps skipped, not finite"
+    if not run["error"]:
+        tensors = ", ".join(run["skips"][0]["tensors"]) or "the loss or the norm alone"
+        what += f" (the first in epoch {run['skips'][0]['epoch']}: {tensors})"
     return f"{run['posterior']}, seed {run['seed']}: {what}"
 
 
@@ -185,15 +222,18 @@ def environment(config: Config) -> dict[str, object]:
     cpu = _cpu_name()
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "flowpost": flowpost.__version__,
+        **versions(),
         "commit": _commit(),
         "system": platform.platform(),
         "cpu": cpu,
         "cores": os.cpu_count(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
     }
+
+
+def versions() -> dict[str, str]:
+    """The versions that a job must keep to: another one may change its figures' last bits."""
+    return {"torch": str(torch.__version__), "numpy": np.__version__, "flowpost": flowpost.__version__}
 
 
 def _cpu_name() -> str:

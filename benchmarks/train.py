@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ from flowpost.vae import VAE, VAEOutput
 
 CLIP_NORM = 100.0  # a longer gradient is shortened to this: rare, it tames a step gone wild
 BAD_STEPS = 10  # steps in a row without a finite loss and gradient after which a run gives up
+NAMED = 3  # tensors named of each skipped step: the first whose gradient was not finite
+SKIPS = 100  # skipped steps told one by one; the others are only counted
 WARM_STEPS = 5  # steps left out of the timing: the first ones also allocate
 VALID_SAMPLES = 4  # samples of z for each validation image, of the same noise in every epoch
 EVALUATION_SEED = 2019  # of the noise of validation and test: the same for every model
@@ -104,7 +108,15 @@ def configure(data: str = "digits", *, quick: bool = False, **given: object) -> 
     _check_choice("data", data, NAMES)
     values = {name: value for name, value in given.items() if value is not None}
     changes = (QUICK if quick else {}) | values
-    config = replace(DEFAULTS[data], **changes)  # pyright: ignore[reportArgumentType]
+    return check_device(replace(DEFAULTS[data], **changes))  # pyright: ignore[reportArgumentType]
+
+
+def check_device(config: Config) -> Config:
+    """The configuration, where its device is there.
+
+    Raises:
+        ConfigError: it is not, said in one line.
+    """
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError("device: cuda is asked for, but PyTorch finds no CUDA device here; use cpu")
     return config
@@ -135,7 +147,67 @@ class History:
     valid: list[float] = field(default_factory=list)  # -ELBO at KL weight 1, after the epoch
     best_epoch: int = 0  # counted from 1
     skipped_steps: int = 0
+    skips: list[dict[str, Any]] = field(default_factory=list)  # epoch, step and tensors of the first `SKIPS` of them
+    resumed_after: int = 0  # the epoch, where a checkpoint was taken up: the timings are of what came after it
     step_ms: float = 0.0  # median
+
+
+@dataclass
+class Loop:
+    """All that one epoch hands to the next: what a checkpoint has to hold."""
+
+    vae: VAE
+    optimizer: torch.optim.Adam  # its lr is set anew in every epoch
+    order: torch.Generator  # of the data
+    pixels: torch.Generator  # of dynamic binarization
+    best_state: dict[str, Tensor]
+    best: float = math.inf
+    epoch: int = 0  # finished ones
+    steps: int = 0  # finished ones, skipped ones among them
+    bad: int = 0  # steps skipped in a row
+    history: History = field(default_factory=History)
+
+    def is_over(self, config: Config) -> bool:
+        """Whether the epochs are used up, or validation has not improved for `patience` of them."""
+        stale = self.epoch - max(self.history.best_epoch, config.kl_warmup)
+        return self.epoch >= config.epochs or stale >= config.patience
+
+    def skip(self) -> None:
+        """Take down a step that was not finite; the names are only worked out here, on the rare bad step.
+
+        Raises:
+            TrainingError: it was the last of `BAD_STEPS` in a row.
+        """
+        self.bad += 1
+        self.history.skipped_steps += 1
+        tensors = nonfinite_gradients(self.vae)
+        if len(self.history.skips) < SKIPS:
+            self.history.skips.append({"epoch": self.epoch + 1, "step": self.steps, "tensors": tensors})
+        if self.bad == BAD_STEPS:
+            where = f"epoch {self.epoch + 1}; not finite: {', '.join(tensors) or 'the loss or the norm alone'}"
+            raise TrainingError(f"no finite loss and gradient in {self.bad} steps in a row ({where}); lower --lr")
+
+
+class Watcher:
+    """What looks on while a run trains: this one tells of each epoch, that of `benchmarks.checkpoint` keeps it too.
+
+    Args:
+        tell: called after each epoch.
+    """
+
+    def __init__(self, tell: Callable[[History], None]) -> None:
+        self.tell = tell
+
+    def __call__(self, history: History) -> None:
+        """Tell of an epoch."""
+        self.tell(history)
+
+    def start(self, loop: Loop) -> None:
+        """Before the first epoch."""
+
+    def end_epoch(self, loop: Loop) -> None:
+        """After each epoch."""
+        self.tell(loop.history)
 
 
 @contextmanager
@@ -163,17 +235,23 @@ def train_one(
 
 
 def fit(vae: VAE, data: Data, config: Config, seed: int, on_epoch: Callable[[History], None]) -> History:
-    """Train in place, until validation has not improved for `patience` epochs; the best weights are kept."""
+    """Train in place, until validation has not improved for `patience` epochs; the best weights are kept.
+
+    A `Watcher` given as `on_epoch` may also set the loop to where another process left it, bit for bit.
+    """
+    watcher = on_epoch if isinstance(on_epoch, Watcher) else Watcher(on_epoch)
     device = torch.device(config.device)
     train, valid = data.train.to(device), data.valid.to(device)
     optimizer = torch.optim.Adam(vae.parameters(), lr=config.lr)
     order = torch.Generator().manual_seed(seed)
     pixels = torch.Generator(device).manual_seed(seed)
-    history, best, best_state, bad, times = History(), math.inf, copy.deepcopy(vae.state_dict()), 0, []
-    for epoch in range(1, config.epochs + 1):
-        kl_weight = min(1.0, epoch / max(1, config.kl_warmup))
+    loop = Loop(vae, optimizer, order, pixels, copy.deepcopy(vae.state_dict()))
+    history, times = loop.history, []
+    watcher.start(loop)
+    while not loop.is_over(config):
+        kl_weight = min(1.0, (loop.epoch + 1) / max(1, config.kl_warmup))
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * (1 - (epoch - 1) / config.epochs)
+            group["lr"] = config.lr * (1 - loop.epoch / config.epochs)
         losses = []
         vae.train()
         for index in torch.randperm(len(train), generator=order).split(config.batch):
@@ -182,24 +260,22 @@ def fit(vae: VAE, data: Data, config: Config, seed: int, on_epoch: Callable[[His
             start = time.perf_counter()
             loss = step(vae, optimizer, x, kl_weight)
             times.append(time.perf_counter() - start)  # `step` has read its result from the device
-            bad = 0 if loss is not None else bad + 1
+            loop.steps += 1
             if loss is None:
-                history.skipped_steps += 1
+                loop.skip()
             else:
+                loop.bad = 0
                 losses.append(loss)
-            if bad == BAD_STEPS:
-                raise TrainingError(f"no finite loss and gradient in {bad} steps in a row (epoch {epoch}); lower --lr")
+        loop.epoch += 1
         history.train.append(statistics.fmean(losses) if losses else None)
         history.valid.append(validate(vae, valid, config))
-        if history.valid[-1] < best:
-            best, history.best_epoch = history.valid[-1], epoch
-            best_state = copy.deepcopy(vae.state_dict())
-        on_epoch(history)
-        if epoch - max(history.best_epoch, config.kl_warmup) >= config.patience:
-            break
-    vae.load_state_dict(best_state)
+        if history.valid[-1] < loop.best:
+            loop.best, history.best_epoch = history.valid[-1], loop.epoch
+            loop.best_state = copy.deepcopy(vae.state_dict())
+        watcher.end_epoch(loop)
+    vae.load_state_dict(loop.best_state)
     vae.eval()
-    history.step_ms = 1e3 * statistics.median(times[WARM_STEPS:] or times)
+    history.step_ms = 1e3 * statistics.median(times[WARM_STEPS:] or times or [0.0])
     return history
 
 
@@ -209,11 +285,21 @@ def step(vae: VAE, optimizer: torch.optim.Optimizer, x: Tensor, kl_weight: float
     out = vae(x)
     loss = negative_elbo(out, kl_weight).mean()
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), CLIP_NORM)
-    if not torch.isfinite(loss.detach() + norm):
+    try:
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), CLIP_NORM, error_if_nonfinite=True)
+    except RuntimeError:  # raised before any gradient is scaled: it still shows what was not finite
+        return None
+    if not torch.isfinite(loss.detach()):
         return None
     optimizer.step()
     return negative_elbo(out, 1.0).mean().item()
+
+
+def nonfinite_gradients(vae: VAE) -> list[str]:
+    """The names of the first `NAMED` parameters whose gradient is not finite."""
+    gradients = ((name, parameter.grad) for name, parameter in vae.named_parameters())
+    bad = (name for name, gradient in gradients if gradient is not None and not gradient.isfinite().all())
+    return list(islice(bad, NAMED))
 
 
 def negative_elbo(out: VAEOutput, kl_weight: float = 1.0) -> Tensor:

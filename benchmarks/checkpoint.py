@@ -1,0 +1,237 @@
+"""Checkpoints of a run in hand: after a kill at any moment it goes on, and ends in the same bits.
+
+A checkpoint is a file of `flowpost.save`: verified, atomic, without pickle. It holds what `PARTS` names, and nothing of
+Python's or NumPy's generators, which training does not read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import flowpost
+from benchmarks.report import versions
+from benchmarks.train import NAMED, SKIPS, Config, ConfigError, History, Loop, Watcher
+from flowpost.files import CorruptFileError
+
+CHECKPOINT_SECONDS = 20.0  # between two of them, at an epoch's end: what a kill costs at most
+KEPT = 2  # the newest, and the one before it should the newest be damaged
+IDENTITY_BYTES = 8192  # of JSON: every tensor of a file has a fixed shape
+
+Tensors = dict[str, Tensor]
+Say = Callable[[str], None]
+
+
+class Part(NamedTuple):
+    """One piece of a loop's state: into tensors, and back."""
+
+    pack: Callable[[Loop, Config], Tensors]
+    unpack: Callable[[Loop, Tensors], object]
+
+
+def _pack_best(loop: Loop, _: Config) -> Tensors:
+    return _rename(loop.best_state, ".", ":") | {"score": torch.tensor(loop.best, dtype=torch.float64)}
+
+
+def _unpack_best(loop: Loop, tensors: Tensors) -> None:
+    loop.best = tensors.pop("score").item()
+    loop.best_state = _rename(tensors, ":", ".")
+
+
+def _rename(tensors: Tensors, old: str, new: str) -> Tensors:
+    """A buffer's name has no dots, a weight's no colons."""
+    return {name.replace(old, new): tensor for name, tensor in tensors.items()}
+
+
+def _pack_optimizer(loop: Loop, _: Config) -> Tensors:
+    """Adam's moments; before a parameter's first step they are the zeros that Adam itself would begin with."""
+    tensors = {}
+    for i, parameter in enumerate(loop.vae.parameters()):
+        zeros = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter)}
+        state = zeros | {"exp_avg_sq": zeros["exp_avg"]} | loop.optimizer.state.get(parameter, {})
+        tensors |= {f"{i}:{key}": value for key, value in state.items()}
+    return tensors
+
+
+def _unpack_optimizer(loop: Loop, tensors: Tensors) -> None:
+    state: dict[int, Tensors] = {}
+    for name, tensor in tensors.items():
+        i, key = name.split(":")
+        state.setdefault(int(i), {})[key] = tensor
+    loop.optimizer.load_state_dict({"state": state, "param_groups": loop.optimizer.state_dict()["param_groups"]})
+
+
+def _pack_noise(loop: Loop, _: Config) -> Tensors:
+    """The generators that noise and dropout are drawn from: the CPU's, and the device's own."""
+    device = loop.pixels.device
+    return {"cpu": torch.get_rng_state()} | (
+        {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    )
+
+
+def _unpack_noise(loop: Loop, tensors: Tensors) -> None:
+    torch.set_rng_state(tensors["cpu"])
+    if "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"], loop.pixels.device)
+
+
+def _pack_history(loop: Loop, config: Config) -> Tensors:
+    """An epoch without a finite step has no training figure: nan here, None there."""
+    history, names = loop.history, [name for name, _ in loop.vae.named_parameters()]
+    curves, skips = torch.full((2, config.epochs), math.nan, dtype=torch.float64), torch.full((SKIPS, 2 + NAMED), -1)
+    train = [math.nan if figure is None else figure for figure in history.train]
+    curves[:, : len(train)] = torch.tensor([train, history.valid], dtype=torch.float64)
+    for i, skip in enumerate(history.skips):
+        row = [skip["epoch"], skip["step"], *map(names.index, skip["tensors"])]
+        skips[i, : len(row)] = torch.tensor(row)
+    numbers = torch.tensor([loop.epoch, loop.steps, loop.bad, history.best_epoch, history.skipped_steps])
+    return {"curves": curves, "skips": skips, "numbers": numbers}
+
+
+def _unpack_history(loop: Loop, tensors: Tensors) -> None:
+    history, names = loop.history, [name for name, _ in loop.vae.named_parameters()]
+    loop.epoch, loop.steps, loop.bad, history.best_epoch, history.skipped_steps = tensors["numbers"].tolist()
+    history.resumed_after = loop.epoch
+    train, history.valid = tensors["curves"][:, : loop.epoch].tolist()
+    history.train = [None if math.isnan(figure) else figure for figure in train]
+    rows = [[number for number in row if number >= 0] for row in tensors["skips"].tolist()]
+    history.skips = [{"epoch": row[0], "step": row[1], "tensors": [names[i] for i in row[2:]]} for row in rows if row]
+
+
+PARTS: dict[str, Part] = {
+    "model": Part(
+        lambda loop, _: _rename(loop.vae.state_dict(), ".", ":"),
+        lambda loop, tensors: loop.vae.load_state_dict(_rename(tensors, ":", ".")),
+    ),
+    "best": Part(_pack_best, _unpack_best),
+    "optimizer": Part(_pack_optimizer, _unpack_optimizer),
+    "order": Part(lambda loop, _: {"": loop.order.get_state()}, lambda loop, t: loop.order.set_state(t[""])),
+    "pixels": Part(lambda loop, _: {"": loop.pixels.get_state()}, lambda loop, t: loop.pixels.set_state(t[""])),
+    "noise": Part(_pack_noise, _unpack_noise),
+    "history": Part(_pack_history, _unpack_history),
+}
+
+
+class Snapshot(nn.Module):
+    """Copies of a loop's state, as buffers, and of which run it is, as JSON in bytes."""
+
+    def __init__(self, loop: Loop, config: Config, identity: dict[str, object]) -> None:
+        super().__init__()
+        for part, (pack, _) in PARTS.items():
+            for name, tensor in pack(loop, config).items():
+                self.register_buffer(f"{part}:{name}", tensor.detach().clone())
+        text = json.dumps(identity).encode().ljust(IDENTITY_BYTES)
+        self.register_buffer("run", torch.frombuffer(bytearray(text), dtype=torch.uint8))
+
+    def identity(self) -> dict[str, object]:
+        """Of which run the state is."""
+        return json.loads(bytes(self.get_buffer("run").tolist()))
+
+    def restore(self, loop: Loop) -> None:
+        """Set a loop to the state."""
+        for part, (_, unpack) in PARTS.items():
+            prefix = f"{part}:"
+            unpack(loop, {k.removeprefix(prefix): t for k, t in self.named_buffers() if k.startswith(prefix)})
+
+
+class Keeper(Watcher):
+    """Looks on while a run trains, keeps its last checkpoints, and takes up the newest whole one at the start.
+
+    Args:
+        tell: called after each epoch.
+        folder: of the job's checkpoints; made at the first one.
+        posterior: of the run.
+        seed: of the run.
+        config: of the job.
+        say: where a resumption or a fault is told.
+    """
+
+    def __init__(
+        self, tell: Callable[[History], None], folder: Path, posterior: str, seed: int, config: Config, say: Say
+    ) -> None:
+        super().__init__(tell)
+        self.folder, self.run, self.config, self.say = folder, f"{posterior}-{seed}", config, say
+        # The lists of posteriors and seeds change no run; all else of the configuration may.
+        decisive = {key: value for key, value in asdict(config).items() if key not in ("posteriors", "seeds")}
+        identity = {"posterior": posterior, "seed": seed, **versions(), **decisive}
+        self.identity: dict[str, object] = json.loads(json.dumps(identity))  # lists for tuples, as in the file
+        self.saved_at = time.monotonic()
+
+    def files(self) -> list[Path]:
+        """The run's checkpoints, the oldest first."""
+        return sorted(self.folder.glob(f"{self.run}-epoch*.safetensors"))
+
+    def start(self, loop: Loop) -> None:
+        """Take up the newest whole checkpoint, where there is one.
+
+        Raises:
+            ConfigError: a checkpoint is of another configuration or version.
+        """
+        for path in reversed(self.files()):
+            try:
+                self._read(path, loop)
+            except CorruptFileError as error:
+                self.say(f"WARNING: checkpoint damaged, the one before it is tried: {_line(error)}")
+                continue
+            self.say(f"{self.run}: resumed after epoch {loop.epoch}, from {path.name}")
+            return
+
+    def end_epoch(self, loop: Loop) -> None:
+        """Write a checkpoint if it is time, then tell."""
+        if time.monotonic() - self.saved_at >= CHECKPOINT_SECONDS:
+            self.save(loop)
+        super().end_epoch(loop)
+
+    def save(self, loop: Loop) -> None:
+        """Write a checkpoint, and drop all but the last ones; a full disk is told, and training goes on."""
+        path = self.folder / f"{self.run}-epoch{loop.epoch:06}.safetensors"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            flowpost.save(Snapshot(loop, self.config, self.identity), path)
+            _remove(self.files()[:-KEPT])
+        except OSError as error:
+            self.say(f"WARNING: no checkpoint of {self.run}, epoch {loop.epoch}: {_line(error)}")
+        self.saved_at = time.monotonic()
+
+    def clear(self) -> None:
+        """Remove the checkpoints: the run is finished."""
+        _remove(self.files())
+
+    def _read(self, path: Path, loop: Loop) -> None:
+        snapshot = Snapshot(loop, self.config, self.identity)
+        try:
+            theirs = flowpost.load(path, into=snapshot, allow_nonfinite=True).identity()
+        except CorruptFileError:
+            raise
+        except ValueError as error:  # of other tensors
+            raise ConfigError(f"resume: {path} is of another configuration: {_line(error)}") from error
+        keys = [key for key in theirs | self.identity if theirs.get(key) != self.identity.get(key)]
+        if keys:
+            changes = ", ".join(f"{key} {theirs.get(key)} != {self.identity.get(key)}" for key in keys)
+            raise ConfigError(f"resume: {path} is of another configuration (checkpoint != job): {changes}")
+        snapshot.restore(loop)
+
+
+def clear(folder: Path) -> None:
+    """Remove every checkpoint, what a kill left half written among them, and the folder if nothing else is in it."""
+    if folder.is_dir():
+        _remove([*folder.glob("*-epoch*.safetensors"), *folder.glob(".*.tmp")])
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+def _line(error: Exception) -> str:
+    return str(error).splitlines()[0]
