@@ -7,6 +7,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,14 @@ def test_readme_s_python_runs_as_pasted(capsys: pytest.CaptureFixture[str]) -> N
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_docs_run_as_pasted(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType(f"page_{page.stem}")  # where pickle finds the classes that a page defines
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        exec(compile(block, page.name, "exec"), vars(module))
 
 
 def test_readme_s_shapes_are_true() -> None:
