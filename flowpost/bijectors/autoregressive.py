@@ -123,6 +123,10 @@ class Autoregressive(Bijector):
         """Ones: h is features, not parameters, so a head keeps its usual initialization."""
         return torch.ones(self.context_size)
 
+    def causal_order(self) -> Tensor:
+        """The order in which the variables are computed."""
+        return torch.arange(self.dim) if self.order is None else self.order
+
     def _gate_parameters(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         # Under autocast the network may run in half precision; everything after it does not.
         raw, mean = self.net(z, context).to(z.dtype).unbind(-1)

@@ -108,6 +108,10 @@ class Bijector(nn.Module, ABC):
         """
         return torch.full((self.context_size,), 0.01)
 
+    def causal_order(self) -> Tensor | None:
+        """The variables in an order in which the Jacobian is lower-triangular for every context, where there is one."""
+        return torch.arange(self.dim) if self.triangular else None
+
     def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Push N(loc, tril tril^T) through a ``triangular`` step; tril None is the identity."""
         raise NotImplementedError(f"{type(self).__name__} is not a triangular linear map")

@@ -181,6 +181,10 @@ class _Wrapper(Bijector):
     def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
         return self.step._inverse(z, self._read(context), known)
 
+    def causal_order(self) -> Tensor | None:
+        """The step's."""
+        return self.step.causal_order()
+
     def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.step._push_gaussian(loc, tril, self._read(context))
 
@@ -269,6 +273,10 @@ class Inverse(Bijector):
 
     def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
         return self.step._forward(z, context)
+
+    def causal_order(self) -> Tensor | None:
+        """The step's: an inverse is triangular in the same order."""
+        return self.step.causal_order()
 
     def initial_context(self) -> Tensor:
         """The step's."""

@@ -20,6 +20,8 @@ OFTEN: Mapping[str, Property] = {
     "cancel": maths.cancel,
     "known": maths.known,
     "mass": maths.mass,
+    "structure": maths.structure,
+    "sampling": maths.sampling,
     "composition": maths.composition,
     "shapes": tensors.shapes,
     "rows": tensors.rows,

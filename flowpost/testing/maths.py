@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.compose import Chain, Inverse
+from flowpost.posterior import FlowPosterior
 from flowpost.testing.cases import Case, eps, in_float64, jacobian, require, size, within
 
 
@@ -107,11 +108,39 @@ def known(case: Case) -> float:
     return max(values, within("its gradient", (grads[0] - grads[1])[fair].abs().amax(-1), bound * scale, case))
 
 
+def structure(case: Case) -> float:
+    """B10: in the causal order that a step declares, the Jacobian is exactly 0 above a positive diagonal."""
+    step, z, context = case.points(2)
+    order = step.causal_order()
+    if order is not None:
+        matrix = jacobian(step, z, context)[:, order][:, :, order]
+        above = matrix.triu(1).abs().max().item()
+        require(above == 0, case, f"structure: {above} above the diagonal")
+        require(bool((matrix.diagonal(dim1=-2, dim2=-1) > 0).all()), case, "structure: the diagonal is not positive")
+    return 0.0
+
+
+def sampling(case: Case) -> float:
+    """B16: the log q that comes with a sample is the one that inverting the sample gives, in the median."""
+    step = case.step()
+    posterior = FlowPosterior(step.context_size, step, head=nn.Identity())
+    context, noise = case.context(64), case.z(64)
+    sample = posterior(context, noise=noise) if context is not None else posterior(sample_shape=(64,), noise=noise)
+    error = (posterior.log_prob(sample.z, context) - sample.log_prob).detach().abs().median()
+    scale = 1 + sample.log_prob.detach().abs().median()
+    return within("median of log q", error.view(1), scale * (1e-9 if case.dtype == torch.float64 else 1e-4), case)
+
+
 def gradients(case: Case) -> float:
-    """B12: gradcheck and gradgradcheck of value and log-det, and gradcheck of the inverse."""
+    """B12: gradcheck and gradgradcheck of value and log-det, gradcheck of the inverse; every parameter is reached."""
+    step = case.step()
+    total = sum(t.sum() for t in step(case.z(2).requires_grad_(), case.context(2)))
+    parameters = dict(step.named_parameters())
+    reached = torch.autograd.grad(total, [*parameters.values()], allow_unused=True) if parameters else ()  # pyright: ignore
+    names = [name for name, slope in zip(parameters, reached, strict=True) if slope is None]
+    require(not names, case, f"gradients: none reaches {names}")
     if case.dtype != torch.float64:
         return 0.0
-    step = case.step()
     z, context = case.z(2).requires_grad_(), case.context(2)
     inputs = (z,) if context is None else (z, context.requires_grad_())
     torch.autograd.gradcheck(lambda *args: step(*args), inputs)

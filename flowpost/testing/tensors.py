@@ -72,6 +72,11 @@ def dtypes(case: Case) -> float:
         require(_equal(one, other), case, "default dtype: changes the result")
         require({t.dtype for t in one} == {case.dtype}, case, f"dtype: {[t.dtype for t in one]}")
         require({t.device for t in one} == {z.device}, case, f"device: {[t.device for t in one]}")
+    other = torch.float32 if case.dtype == torch.float64 else torch.float64
+    moved = copy.deepcopy(step).to(other)
+    held = [name for name, t in moved.state_dict().items() if t.is_floating_point() and t.dtype != other]
+    require(not held, case, f"dtypes: .to({other}) leaves {held} behind")
+    require({t.dtype for t in moved(z.to(other), context)} == {other}, case, f"dtypes: wrong after .to({other})")
     return 0.0
 
 
