@@ -203,7 +203,7 @@ def run_one(data: Data, name: str, seed: int, report: Report, display: Display) 
         report.add(run)
         line = f"{name}, seed {seed}: -ELBO {run['neg_elbo']:.2f}, NLL {run['nll']:.2f}, best of "
         line += f"{len(history.valid)} epochs: {history.best_epoch}, {run['seconds']:.0f} s{_skipped(history)}"
-    keeper.clear()
+    clear(keeper.folder, keeper.run)
     display.finish(line)
 
 

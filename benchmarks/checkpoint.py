@@ -37,18 +37,12 @@ class Part(NamedTuple):
     unpack: Callable[[Loop, Tensors], object]
 
 
-def _pack_best(loop: Loop, _: Config) -> Tensors:
-    return _rename(loop.best_state, ".", ":") | {"score": torch.tensor(loop.best, dtype=torch.float64)}
-
-
 def _unpack_best(loop: Loop, tensors: Tensors) -> None:
-    loop.best = tensors.pop("score").item()
-    loop.best_state = _rename(tensors, ":", ".")
+    loop.best, loop.best_state = tensors.pop("score").item(), tensors
 
 
-def _rename(tensors: Tensors, old: str, new: str) -> Tensors:
-    """A buffer's name has no dots, a weight's no colons."""
-    return {name.replace(old, new): tensor for name, tensor in tensors.items()}
+def _double(figures: object) -> Tensor:
+    return torch.tensor(figures, dtype=torch.float64)  # Python's floats, to the bit
 
 
 def _pack_optimizer(loop: Loop, _: Config) -> Tensors:
@@ -57,24 +51,21 @@ def _pack_optimizer(loop: Loop, _: Config) -> Tensors:
     for i, parameter in enumerate(loop.vae.parameters()):
         zeros = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter)}
         state = zeros | {"exp_avg_sq": zeros["exp_avg"]} | loop.optimizer.state.get(parameter, {})
-        tensors |= {f"{i}:{key}": value for key, value in state.items()}
+        tensors |= {f"{i}.{key}": value for key, value in state.items()}
     return tensors
 
 
 def _unpack_optimizer(loop: Loop, tensors: Tensors) -> None:
-    state: dict[int, Tensors] = {}
-    for name, tensor in tensors.items():
-        i, key = name.split(":")
-        state.setdefault(int(i), {})[key] = tensor
+    keys = ("step", "exp_avg", "exp_avg_sq")
+    state = {i: {key: tensors[f"{i}.{key}"] for key in keys} for i in range(len(tensors) // len(keys))}
     loop.optimizer.load_state_dict({"state": state, "param_groups": loop.optimizer.state_dict()["param_groups"]})
 
 
 def _pack_noise(loop: Loop, _: Config) -> Tensors:
     """The generators that noise and dropout are drawn from: the CPU's, and the device's own."""
     device = loop.pixels.device
-    return {"cpu": torch.get_rng_state()} | (
-        {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-    )
+    cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"cpu": torch.get_rng_state()} | cuda
 
 
 def _unpack_noise(loop: Loop, tensors: Tensors) -> None:
@@ -88,7 +79,7 @@ def _pack_history(loop: Loop, config: Config) -> Tensors:
     history, names = loop.history, [name for name, _ in loop.vae.named_parameters()]
     curves, skips = torch.full((2, config.epochs), math.nan, dtype=torch.float64), torch.full((SKIPS, 2 + NAMED), -1)
     train = [math.nan if figure is None else figure for figure in history.train]
-    curves[:, : len(train)] = torch.tensor([train, history.valid], dtype=torch.float64)
+    curves[:, : len(train)] = _double([train, history.valid])
     for i, skip in enumerate(history.skips):
         row = [skip["epoch"], skip["step"], *map(names.index, skip["tensors"])]
         skips[i, : len(row)] = torch.tensor(row)
@@ -107,11 +98,8 @@ def _unpack_history(loop: Loop, tensors: Tensors) -> None:
 
 
 PARTS: dict[str, Part] = {
-    "model": Part(
-        lambda loop, _: _rename(loop.vae.state_dict(), ".", ":"),
-        lambda loop, tensors: loop.vae.load_state_dict(_rename(tensors, ":", ".")),
-    ),
-    "best": Part(_pack_best, _unpack_best),
+    "model": Part(lambda loop, _: loop.vae.state_dict(), lambda loop, t: loop.vae.load_state_dict(t)),
+    "best": Part(lambda loop, _: loop.best_state | {"score": _double(loop.best)}, _unpack_best),
     "optimizer": Part(_pack_optimizer, _unpack_optimizer),
     "order": Part(lambda loop, _: {"": loop.order.get_state()}, lambda loop, t: loop.order.set_state(t[""])),
     "pixels": Part(lambda loop, _: {"": loop.pixels.get_state()}, lambda loop, t: loop.pixels.set_state(t[""])),
@@ -127,19 +115,16 @@ class Snapshot(nn.Module):
         super().__init__()
         for part, (pack, _) in PARTS.items():
             for name, tensor in pack(loop, config).items():
-                self.register_buffer(f"{part}:{name}", tensor.detach().clone())
+                # A buffer's name has no dots.
+                self.register_buffer(f"{part}:{name}".replace(".", ":"), tensor.detach().clone())
         text = json.dumps(identity).encode().ljust(IDENTITY_BYTES)
         self.register_buffer("run", torch.frombuffer(bytearray(text), dtype=torch.uint8))
-
-    def identity(self) -> dict[str, object]:
-        """Of which run the state is."""
-        return json.loads(bytes(self.get_buffer("run").tolist()))
 
     def restore(self, loop: Loop) -> None:
         """Set a loop to the state."""
         for part, (_, unpack) in PARTS.items():
-            prefix = f"{part}:"
-            unpack(loop, {k.removeprefix(prefix): t for k, t in self.named_buffers() if k.startswith(prefix)})
+            named = [(name.split(":"), tensor) for name, tensor in self.named_buffers()]
+            unpack(loop, {".".join(words[1:]): tensor for words, tensor in named if words[0] == part})
 
 
 class Keeper(Watcher):
@@ -196,23 +181,21 @@ class Keeper(Watcher):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             flowpost.save(Snapshot(loop, self.config, self.identity), path)
-            _remove(self.files()[:-KEPT])
+            for old in self.files()[:-KEPT]:
+                old.unlink()
         except OSError as error:
             self.say(f"WARNING: no checkpoint of {self.run}, epoch {loop.epoch}: {_line(error)}")
         self.saved_at = time.monotonic()
 
-    def clear(self) -> None:
-        """Remove the checkpoints: the run is finished."""
-        _remove(self.files())
-
     def _read(self, path: Path, loop: Loop) -> None:
         snapshot = Snapshot(loop, self.config, self.identity)
         try:
-            theirs = flowpost.load(path, into=snapshot, allow_nonfinite=True).identity()
+            flowpost.load(path, into=snapshot, allow_nonfinite=True)
         except CorruptFileError:
             raise
         except ValueError as error:  # of other tensors
             raise ConfigError(f"resume: {path} is of another configuration: {_line(error)}") from error
+        theirs = json.loads(bytes(snapshot.get_buffer("run").tolist()))
         keys = [key for key in theirs | self.identity if theirs.get(key) != self.identity.get(key)]
         if keys:
             changes = ", ".join(f"{key} {theirs.get(key)} != {self.identity.get(key)}" for key in keys)
@@ -220,17 +203,12 @@ class Keeper(Watcher):
         snapshot.restore(loop)
 
 
-def clear(folder: Path) -> None:
-    """Remove every checkpoint, what a kill left half written among them, and the folder if nothing else is in it."""
-    if folder.is_dir():
-        _remove([*folder.glob("*-epoch*.safetensors"), *folder.glob(".*.tmp")])
-        if not any(folder.iterdir()):
-            folder.rmdir()
-
-
-def _remove(paths: list[Path]) -> None:
-    for path in paths:
-        path.unlink(missing_ok=True)
+def clear(folder: Path, run: str = "*") -> None:
+    """Remove the checkpoints of a run or of all, what a kill left half written, and the folder if nothing is left."""
+    for path in [*folder.glob(f"{run}-epoch*.safetensors"), *folder.glob(".*.tmp")]:
+        path.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _line(error: Exception) -> str:

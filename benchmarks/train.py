@@ -289,7 +289,7 @@ def step(vae: VAE, optimizer: torch.optim.Optimizer, x: Tensor, kl_weight: float
         torch.nn.utils.clip_grad_norm_(vae.parameters(), CLIP_NORM, error_if_nonfinite=True)
     except RuntimeError:  # raised before any gradient is scaled: it still shows what was not finite
         return None
-    if not torch.isfinite(loss.detach()):
+    if not math.isfinite(loss.item()):
         return None
     optimizer.step()
     return negative_elbo(out, 1.0).mean().item()

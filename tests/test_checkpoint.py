@@ -104,8 +104,9 @@ def test_a_run_stopped_again_and_again_ends_in_the_same_bits(
     training = Training(data, config, tmp_path).stop(1).stop(2).stop(4)
     assert len(training.keeper().files()) == KEPT
     assert same(training.end(), whole)
-    training.keeper().clear()
-    checkpoint.clear(tmp_path)
+    checkpoint.clear(tmp_path, "iaf-33")
+    assert len(training.keeper().files()) == KEPT
+    checkpoint.clear(tmp_path, "iaf-3")
     assert not tmp_path.exists()
 
 
@@ -129,6 +130,13 @@ def test_an_early_stop_is_not_run_past(data: Data, config: Config, tmp_path: Pat
         patch.setattr("benchmarks.train.validate", lambda *_: next(scores))
         training = Training(data, replace(config, patience=2), tmp_path).stop(3)
         assert training.end()["history"]["valid"] == [3.0, 4.0, 5.0]
+
+
+def test_the_best_score_comes_back_to_its_last_bit(data: Data, config: Config, tmp_path: Path) -> None:
+    scores = iter([0.1, 0.1 + 1e-10, 0.1 + 1e-10, 0.1 + 1e-10, 0.1 + 1e-10])  # float32's 0.1 lies above all these
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.train.validate", lambda *_: next(scores))
+        assert Training(data, config, tmp_path).stop(2).end()["history"]["best_epoch"] == 1
 
 
 @pytest.mark.parametrize("kept", [0, 100, 5000])
