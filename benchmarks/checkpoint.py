@@ -165,6 +165,7 @@ class Keeper(Watcher):
                 self._read(path, loop)
             except CorruptFileError as error:
                 self.say(f"WARNING: checkpoint damaged, the one before it is tried: {_line(error)}")
+                path.replace(path.with_suffix(".damaged"))  # else it would count as one of those to keep
                 continue
             self.say(f"{self.run}: resumed after epoch {loop.epoch}, from {path.name}")
             return
@@ -205,7 +206,7 @@ class Keeper(Watcher):
 
 def clear(folder: Path, run: str = "*") -> None:
     """Remove the checkpoints of a run or of all, what a kill left half written, and the folder if nothing is left."""
-    for path in [*folder.glob(f"{run}-epoch*.safetensors"), *folder.glob(".*.tmp")]:
+    for path in [*folder.glob(f"{run}-epoch*"), *folder.glob(".*.tmp")]:
         path.unlink()
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

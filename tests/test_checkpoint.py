@@ -151,6 +151,7 @@ def test_a_cut_checkpoint_gives_way_to_the_one_before_it_aloud(
     assert warning.startswith("WARNING: checkpoint damaged, the one before it is tried: ")
     assert newest.name in warning
     assert resumed.startswith("iaf-3: resumed after epoch 2")
+    assert newest.with_suffix(".damaged").exists()
 
 
 def test_without_a_whole_checkpoint_the_run_begins_anew(
