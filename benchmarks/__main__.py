@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -13,15 +13,17 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
 import flowpost
 from benchmarks.checkpoint import Keeper, clear
+from benchmarks.config import Config, ConfigError, configure
 from benchmarks.data import NAMES, Data, DataError, load
+from benchmarks.display import Display
 from benchmarks.models import POSTERIORS, build, count_parameters
 from benchmarks.plots import draw
+from benchmarks.reliability import reliability
 from benchmarks.report import Report, Run, by_posterior, evaluate
-from benchmarks.train import Config, ConfigError, History, TrainingError, configure, seeded, train_one
+from benchmarks.train import History, TrainingError, seeded, train_one
 from flowpost.vae import VAE
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
@@ -33,6 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(reliability)
 # Newer typers bring a click of their own, and none exports the base class of its errors: it is reached through one.
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
 
@@ -44,6 +47,7 @@ Examples:
   python -m benchmarks --quick --dim 2     true posteriors beside the fitted ones
   python -m benchmarks --data mnist-static --posterior diagonal,iaf --seeds 1
   python -m benchmarks --resume runs/NAME  go on with a job that was stopped
+  python -m benchmarks reliability         hard uses, flowpost beside public libraries
 """
 
 
@@ -234,49 +238,6 @@ def _model_path(report: Report, run: Run) -> Path:
 
 def _skipped(history: History) -> str:
     return f", {history.skipped_steps} steps skipped: not finite" if history.skipped_steps else ""
-
-
-class Display:
-    """One live line for the run in hand, where there is a terminal, and a line for each finished run."""
-
-    def __init__(self, console: Console, runs: int, epochs: int, done: int = 0) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[left]}"))
-        self.progress = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-        self.task = self.progress.add_task("", total=runs, left="", completed=done)
-        self.epochs, self.done, self.begun, self.start = epochs, done, done, time.perf_counter()
-
-    def __enter__(self) -> Display:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def watch(self, name: str, seed: int) -> Callable[[History], None]:
-        """What training calls after each epoch."""
-
-        def on_epoch(history: History) -> None:
-            epoch = len(history.valid)
-            share = self.done + epoch / self.epochs
-            left = (self.progress.tasks[0].total or 0) - share
-            seconds = (time.perf_counter() - self.start) * left / (share - self.begun)
-            train = history.train[-1]
-            text = f"{name} seed {seed}  epoch {epoch}/{self.epochs}  -ELBO train {train or float('nan'):.2f} "
-            text += f"valid {history.valid[-1]:.2f}"
-            time_left = f"at most {seconds // 60:.0f}:{seconds % 60:02.0f} left"
-            self.progress.update(self.task, completed=share, description=text, left=time_left)
-
-        return on_epoch
-
-    def finish(self, line: str) -> None:
-        """A run has ended."""
-        self.done += 1
-        self.progress.update(self.task, completed=self.done)
-        self.say(line)
-
-    def say(self, line: str) -> None:
-        """Print a line above the live one."""
-        self.progress.console.print(line, soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 import flowpost
+from benchmarks.config import Config, ConfigError
 from benchmarks.report import versions
-from benchmarks.train import NAMED, SKIPS, Config, ConfigError, History, Loop, Watcher
+from benchmarks.train import NAMED, SKIPS, History, Loop, Watcher
 from flowpost.files import CorruptFileError
 
 CHECKPOINT_SECONDS = 20.0  # between two of them, at an epoch's end: what a kill costs at most

@@ -21,8 +21,9 @@ from rich.table import Table
 from torch import Tensor
 
 import flowpost
+from benchmarks.config import Config, ConfigError, check_device, from_json
 from benchmarks.data import Data
-from benchmarks.train import EVALUATION_SEED, Config, ConfigError, check_device, from_json, negative_elbo, seeded
+from benchmarks.train import EVALUATION_SEED, negative_elbo, seeded
 from flowpost.evaluation import log_marginal
 from flowpost.vae import VAE
 

@@ -1,7 +1,4 @@
-"""The one visible loop: a VAE of `benchmarks.models` trained on a data set.
-
-The constants are what no option changes; `DEFAULTS` is what the options are for each data set where nothing is said.
-"""
+"""The one visible loop: a VAE of `benchmarks.models` trained on a data set. No option changes the constants."""
 
 from __future__ import annotations
 
@@ -9,17 +6,18 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.data import NAMES, Data, binarize
-from benchmarks.models import POSTERIORS, build
+from benchmarks.config import Config
+from benchmarks.data import Data, binarize
+from benchmarks.models import build
 from flowpost.objectives import elbo
 from flowpost.vae import VAE, VAEOutput
 
@@ -30,109 +28,6 @@ SKIPS = 100  # skipped steps told one by one; the others are only counted
 WARM_STEPS = 5  # steps left out of the timing: the first ones also allocate
 VALID_SAMPLES = 4  # samples of z for each validation image, of the same noise in every epoch
 EVALUATION_SEED = 2019  # of the noise of validation and test: the same for every model
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run; one line says which value, what was expected and what came."""
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-
-
-def _check_range(name: str, value: int, minimum: int) -> None:
-    if value < minimum:
-        raise ConfigError(f"{name}: expected an integer of at least {minimum}, got {value}")
-
-
-@dataclass(frozen=True)
-class Config:
-    """Everything but the seed that decides a run's figures; the same for every posterior but for `flows`.
-
-    Raises:
-        ConfigError: a value is out of range, said in one line.
-    """
-
-    data: str = "digits"
-    posteriors: tuple[str, ...] = POSTERIORS
-    seeds: tuple[int, ...] = (0, 1, 2)
-    epochs: int = 150  # at most; early stopping ends most runs before
-    patience: int = 30  # epochs without a better validation -ELBO, after the warm-up, that end a run
-    kl_warmup: int = 20  # epochs over which the KL's weight rises linearly to 1
-    dim: int = 16  # of z
-    width: int = 256  # of the two hidden layers of encoder and decoder
-    batch: int = 128  # images a step
-    lr: float = 3e-3  # Adam's, at the start: it falls linearly towards 0 at the last epoch
-    dropout: float = 0.0  # share of hidden units dropped in training
-    samples: int = 5000  # importance samples for each test image behind NLL
-    pairs: int = 4000  # (sample, image) pairs evaluated at once: memory
-    threads: int = 1  # of PyTorch on the CPU; these nets are too small to gain from more
-    device: str = "cpu"
-    flows: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # the recipes' options
-
-    def __post_init__(self) -> None:
-        _check_choice("data", self.data, NAMES)
-        for name in self.posteriors:
-            _check_choice("posterior", name, POSTERIORS)
-        for name in ("epochs", "patience", "dim", "width", "batch", "samples", "pairs", "threads"):
-            _check_range(name, getattr(self, name), 1)
-        _check_range("seeds", len(self.seeds), 1)
-        _check_range("kl-warmup", self.kl_warmup, 0)
-        if not 0 < self.lr < math.inf:
-            raise ConfigError(f"lr: expected a positive number, got {self.lr}")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout: expected a share in [0, 1), got {self.dropout}")
-        _check_choice("device", self.device.partition(":")[0], ("cpu", "cuda"))
-
-
-# Both flows are sized like the net they sit in. Chosen on validation data, for all posteriors at once.
-_SMALL_FLOWS = {"planar": {"steps": 4}, "iaf": {"steps": 2, "hidden": (64, 64), "context_size": 32}}
-_LARGE_FLOWS = {"planar": {"steps": 8}, "iaf": {"steps": 2, "hidden": (320, 320), "context_size": 64}}
-_DIGITS = Config(flows=_SMALL_FLOWS)
-_LARGE = Config(
-    epochs=100, patience=10, kl_warmup=10, dim=32, width=400, lr=1e-3, samples=500, threads=2, flows=_LARGE_FLOWS
-)
-_FREY = replace(_LARGE, epochs=300, patience=30, kl_warmup=20, width=256, batch=64, pairs=400)
-DEFAULTS: dict[str, Config] = {name: replace(_LARGE, data=name) for name in NAMES}
-DEFAULTS |= {"digits": _DIGITS, "freyfaces": replace(_FREY, data="freyfaces")}
-QUICK = {"epochs": 40, "patience": 20, "kl_warmup": 5, "samples": 500, "seeds": (0,)}
-
-
-def configure(data: str = "digits", *, quick: bool = False, **given: object) -> Config:
-    """The data set's defaults, then those of `quick`, then what was given and is not None.
-
-    Raises:
-        ConfigError: a value is out of range, said in one line.
-    """
-    _check_choice("data", data, NAMES)
-    values = {name: value for name, value in given.items() if value is not None}
-    changes = (QUICK if quick else {}) | values
-    return check_device(replace(DEFAULTS[data], **changes))  # pyright: ignore[reportArgumentType]
-
-
-def check_device(config: Config) -> Config:
-    """The configuration, where its device is there.
-
-    Raises:
-        ConfigError: it is not, said in one line.
-    """
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("device: cuda is asked for, but PyTorch finds no CUDA device here; use cpu")
-    return config
-
-
-def from_json(values: Mapping[str, object]) -> Config:
-    """The configuration that `dataclasses.asdict` and JSON made of one."""
-    names = {item.name for item in fields(Config)}
-    return Config(**{name: _tuples(value) for name, value in values.items() if name in names})  # pyright: ignore[reportArgumentType]
-
-
-def _tuples(value: object) -> object:
-    """JSON knows lists alone; every sequence of a configuration is a tuple."""
-    if isinstance(value, Mapping):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(value) if isinstance(value, list) else value
 
 
 class TrainingError(RuntimeError):

@@ -12,22 +12,11 @@ import pytest
 import torch
 
 from benchmarks import __main__ as cli
+from benchmarks.config import DEFAULTS, Config, configure, from_json
 from benchmarks.data import Data, DataError, load
 from benchmarks.models import POSTERIORS, build, posterior_grid
 from benchmarks.report import active_units
-from benchmarks.train import (
-    BAD_STEPS,
-    DEFAULTS,
-    Config,
-    History,
-    TrainingError,
-    configure,
-    fit,
-    from_json,
-    step,
-    train_one,
-    validate,
-)
+from benchmarks.train import BAD_STEPS, History, TrainingError, fit, step, train_one, validate
 from flowpost.vae import VAE
 
 Tell = Callable[[History], None]

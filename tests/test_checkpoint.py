@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from benchmarks import __main__ as cli
 from benchmarks import checkpoint
 from benchmarks.checkpoint import KEPT, PARTS, Keeper
+from benchmarks.config import Config, ConfigError, configure
 from benchmarks.data import Data, load
 from benchmarks.models import build
 from benchmarks.report import evaluate
-from benchmarks.train import BAD_STEPS, Config, ConfigError, History, TrainingError, configure, fit, train_one, validate
+from benchmarks.train import BAD_STEPS, History, TrainingError, fit, train_one, validate
 from flowpost.vae import VAE
 
 EPOCHS = 5
