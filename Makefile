@@ -9,7 +9,7 @@ FILES := pyproject.toml constraints.txt
 # An environment variable, unlike `-c`, also holds for the isolated environment the package is built in.
 INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: bench test test-deep mutants lint clean
+.PHONY: bench test test-deep mutants mass lint clean
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -23,6 +23,9 @@ test-deep: $(VENV)/.test
 
 mutants: $(VENV)/.test
 	$(BIN)/python -m tests.mutants
+
+mass: $(VENV)/.test
+	$(BIN)/python -m tests.mass
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

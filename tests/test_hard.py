@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import flowpost
+from benchmarks.config import configure
+from benchmarks.data import load
+from benchmarks.train import train_one
 from flowpost.objectives import elbo
 from flowpost.recipes import iaf_steps
 from flowpost.testing import push
@@ -42,6 +45,20 @@ def test_bfloat16_autocast_moves_log_q_by_less_than_a_hundredth_of_a_nat() -> No
             found = posterior(h, noise=noise)
     assert found.log_prob.dtype == torch.float32
     assert not torch.equal(found.z, wanted.z)  # the networks did run in half precision
+    assert (found.log_prob - wanted.log_prob).abs().mean() < 0.01
+
+
+def test_bfloat16_autocast_on_a_posterior_trained_on_the_digits() -> None:
+    data = load("digits")
+    flows = {"iaf": {"steps": 4, "hidden": (320, 320), "context_size": 64}}
+    config = configure("digits", dim=64, epochs=12, kl_warmup=5, flows=flows)
+    vae, history = train_one(data, "iaf", 0, config, lambda history: None)
+    assert history.valid[-1] < 130  # nats; 250 before training
+    with torch.no_grad():
+        h, noise = vae.encoder(data.test), torch.randn(4, len(data.test), 64)
+        wanted = vae.posterior(h, (4,), noise)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = vae.posterior(h, (4,), noise)
     assert (found.log_prob - wanted.log_prob).abs().mean() < 0.01
 
 

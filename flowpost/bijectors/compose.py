@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from functools import reduce
 from typing import cast
@@ -24,8 +25,8 @@ class _Steps(Bijector):
     def __iter__(self) -> Iterator[Bijector]:
         return iter(cast("Iterator[Bijector]", self.steps))
 
-    def _parts(self, context: Tensor | None) -> list[Tensor | None]:
-        raise NotImplementedError
+    @abstractmethod
+    def _parts(self, context: Tensor | None) -> list[Tensor | None]: ...
 
     def _pairs(self, context: Tensor | None) -> list[tuple[Bijector, Tensor | None]]:
         return list(zip(self, self._parts(context), strict=True))
@@ -172,8 +173,8 @@ class _Wrapper(Bijector):
         self.event_ndim = step.event_ndim
         self.triangular = step.triangular
 
-    def _read(self, context: Tensor | None) -> Tensor | None:
-        raise NotImplementedError
+    @abstractmethod
+    def _read(self, context: Tensor | None) -> Tensor | None: ...
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return self.step._forward(z, self._read(context))
