@@ -66,31 +66,35 @@ def killers(mutant: Mutant, *, first: bool = False) -> list[str]:
     return found
 
 
-def _planar_unconstrained(u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    return u, (w * u).sum(-1, keepdim=True)
+Planar3 = tuple[Tensor, Tensor, Tensor]
 
 
-def _planar_norm(u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    u_hat, wu = _INVERTIBLE(u, w)
-    return u + (u_hat - u) * w.norm(dim=-1, keepdim=True), wu
+def _planar_unconstrained(u: Tensor, w: Tensor) -> Planar3:
+    wu = (w * u).sum(-1, keepdim=True)
+    return u, wu, 1 + wu
 
 
-def _planar_single_where(u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+def _planar_norm(u: Tensor, w: Tensor) -> Planar3:
+    u_hat, wu, room = _INVERTIBLE(u, w)
+    return u + (u_hat - u) * w.norm(dim=-1, keepdim=True), wu, room
+
+
+def _planar_single_where(u: Tensor, w: Tensor) -> Planar3:
     a = (w * u).sum(-1, keepdim=True)
     above = torch.log1p((1 - planar._K) * torch.expm1(-a))
     below = torch.log1p(planar._K * torch.expm1(a)) - a
     gain = torch.where(a > 0, above, below)
-    return u + gain * w / (w * w).sum(-1, keepdim=True).clamp_min(1e-38), a + gain
+    return u + gain * w / (w * w).sum(-1, keepdim=True).clamp_min(1e-38), a + gain, 1 + a + gain
 
 
-def _planar_no_guard(u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+def _planar_no_guard(u: Tensor, w: Tensor) -> Planar3:
     a = (w * u).sum(-1, keepdim=True)
     m = F.softplus(a) - 1
-    return u + (m - a) * w / (w * w).sum(-1, keepdim=True), m
+    return u + (m - a) * w / (w * w).sum(-1, keepdim=True), m, 1 + m
 
 
 def _planar_plus_constant(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    u_hat, wu = _INVERTIBLE(u, w)
+    u_hat, wu, _ = _INVERTIBLE(u, w)
     value, slope = planar._ridge((w * z).sum(-1, keepdim=True) + b)
     return z + u_hat * value, torch.log((1 + wu * slope).abs() + 1e-4).squeeze(-1)
 

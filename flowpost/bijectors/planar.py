@@ -15,23 +15,31 @@ _EPS = 1e-3
 _K = -math.expm1(-(1 - _EPS))  # 1 - e^-(1 - eps)
 
 
-def _invertible(u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """``u_hat`` and ``w.u_hat = m(w.u) >= -(1 - eps)``, with m(0) = 0, so that u = 0 is exactly the identity."""
+def _invertible(u: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``u_hat``, ``w.u_hat = m(w.u)`` and ``1 + m >= eps``, with m(0) = 0, so that u = 0 is exactly the identity."""
     a = (w * u).sum(-1, keepdim=True)
     positive = a > 0
     # Each branch sees only its own half line: the other would overflow and poison the gradient through `where`.
     above, below = torch.where(positive, a, 0), torch.where(positive, 0, a)
     gain, value = torch.log1p((1 - _K) * torch.expm1(-above)), torch.log1p(_K * torch.expm1(below))
     wu = torch.where(positive, a + gain, value)
+    room = torch.where(
+        positive, 1 + a + gain, _EPS + torch.log1p(_K / (1 - _K) * torch.exp(below))
+    )  # 1 + m, uncancelled
     along = w / (w * w).sum(-1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
     u_hat = u + torch.where(positive, gain, value - below) * along
     # Far below zero u_hat is a small difference of large numbers: what rounding left along w is put right.
-    return u_hat + ((wu - (w * u_hat).sum(-1, keepdim=True)) * along).detach(), wu
+    return u_hat + ((wu - (w * u_hat).sum(-1, keepdim=True)) * along).detach(), wu, room
 
 
 def _ridge(x: Tensor) -> tuple[Tensor, Tensor]:
     """``tanh(x)`` and its slope, the slope to full relative precision also where tanh has rounded to 1."""
     return torch.tanh(x), 4 * torch.sigmoid(2 * x) * torch.sigmoid(-2 * x)
+
+
+def _log_slope(wu: Tensor, room: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+    """``log(1 + m slope)``: where m is near -1, as ``log((1 + m) slope + value^2)``, a sum of positive terms."""
+    return torch.where(wu > -0.5, torch.log1p(wu * slope), torch.log(room * slope + value * value)).squeeze(-1)
 
 
 def planar(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,9 +57,9 @@ def planar(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         z' ``(*batch, dim)`` and log_det ``(*batch)``.
     """
-    u_hat, wu = _invertible(u, w)
+    u_hat, wu, room = _invertible(u, w)
     value, slope = _ridge((w * z).sum(-1, keepdim=True) + b)
-    return z + u_hat * value, torch.log1p(wu * slope).squeeze(-1)
+    return z + u_hat * value, _log_slope(wu, room, value, slope)
 
 
 def planar_inverse(z: Tensor, u: Tensor, w: Tensor, b: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -67,7 +75,7 @@ def planar_inverse(z: Tensor, u: Tensor, w: Tensor, b: Tensor, known: Tensor | N
     Returns:
         The preimage ``(*batch, dim)`` and the log-det of the inverse ``(*batch)``, first and second derivatives exact.
     """
-    u_hat, wu = _invertible(u, w)
+    u_hat, wu, room = _invertible(u, w)
     target = (w * z).sum(-1, keepdim=True) + b
 
     def residual(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,7 +87,7 @@ def planar_inverse(z: Tensor, u: Tensor, w: Tensor, b: Tensor, known: Tensor | N
     else:
         root = ((w * known).sum(-1, keepdim=True) + b).detach()
     value, slope = _ridge(correct(residual, root))
-    return z - u_hat * value, -torch.log1p(wu * slope).squeeze(-1)
+    return z - u_hat * value, -_log_slope(wu, room, value, slope)
 
 
 class Planar(Bijector):
