@@ -54,6 +54,11 @@ def _colour(name: str) -> str:
     return COLOURS.get(name, OTHER)
 
 
+def _ink(data: Data) -> str:
+    """Strokes are dark on white; photographs' levels are light."""
+    return "gray" if data.likelihood == "categorical" else "gray_r"
+
+
 def _title(name: str) -> str:
     return name.replace("_", " ")
 
@@ -148,7 +153,7 @@ def _gallery(rows: Sequence[tuple[str, Tensor]], data: Data, title: str) -> Figu
     panels = figure.subplots(len(rows), COLUMNS, squeeze=False)
     for line, (name, images) in zip(panels, rows, strict=True):
         for panel, image in zip(line, images.cpu().numpy(), strict=False):
-            panel.imshow(image, cmap="gray_r", vmin=0, vmax=data.levels)
+            panel.imshow(image, cmap=_ink(data), vmin=0, vmax=data.levels)
         for panel in line:
             panel.set(xticks=[], yticks=[])
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
@@ -210,7 +215,7 @@ def true_posteriors(models: Models, data: Data, device: torch.device) -> Figure:
     for panel in panels[:, 0]:
         panel.axis("off")
     for i, image in enumerate(x):
-        panels[2 * i, 0].imshow(image.cpu().numpy(), cmap="gray_r", vmin=0, vmax=data.levels)
+        panels[2 * i, 0].imshow(image.cpu().numpy(), cmap=_ink(data), vmin=0, vmax=data.levels)
         panels[2 * i, 0].set_title(f"test image {i + 1}", fontsize="small")
         for (above, below), (name, vae) in zip(panels[2 * i : 2 * i + 2, 1:].T, models.items(), strict=True):
             _true_and_fitted(above, below, _title(name), vae, image.unsqueeze(0))

@@ -174,7 +174,8 @@ class Report:
         )
         for title in head:
             first = title == head[0]
-            table.add_column(title, justify="left" if first else "right", no_wrap=first)
+            # A terminal too narrow for a number breaks it; it never cuts digits off.
+            table.add_column(title, justify="left" if first else "right", no_wrap=first, overflow="fold")
         for row in body:
             table.add_row(*row)
         return table
