@@ -32,7 +32,7 @@ class MaskedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(len(reach), in_features))
         self.bias = nn.Parameter(torch.empty(len(reach)))
         self.register_buffer("mask", torch.arange(in_features) < torch.tensor(reach).unsqueeze(-1))
-        self.blocks = _blocks(reach)
+        self.blocks = _blocks(in_features, reach)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -43,20 +43,28 @@ class MaskedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x ``(*batch, in_features)`` to ``(*batch, out_features)``."""
-        rows = [self._rows(x, *block) for block in self.blocks]
+        # `split` and not slices: the backward of a slice fills a tensor of the whole weight's size with zeros.
+        heights = [height for height, _ in self.blocks]
+        parts = zip(self.weight.split(heights), self.bias.split(heights), self.mask.split(heights), strict=True)
+        rows = [_rows(x, *part, widths) for part, (_, widths) in zip(parts, self.blocks, strict=True)]
         return torch.cat(rows, dim=-1) if len(rows) > 1 else rows[0]
 
-    def _rows(self, x: Tensor, start: int, stop: int, full: int, edge: int) -> Tensor:
-        stair = self.weight[start:stop, full:edge] * self.mask[start:stop, full:edge]
-        y = F.linear(x[..., full:edge], stair, self.bias[start:stop])
-        return y + F.linear(x[..., :full], self.weight[start:stop, :full]) if full else y
+
+def _rows(x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, widths: list[int]) -> Tensor:
+    """The outputs of one block, whose columns are read by all its rows, by some, and by none."""
+    x_full, x_stair, _ = x.split(widths, dim=-1)
+    full, stair, _ = weight.split(widths, dim=-1)
+    y = F.linear(x_stair, stair * mask.split(widths, dim=-1)[1], bias)
+    return y + F.linear(x_full, full) if widths[0] else y
 
 
-def _blocks(reach: Sequence[int]) -> list[tuple[int, int, int, int]]:
-    """Rows ``start:stop`` that all read the columns ``:full`` and none beyond ``:edge``."""
+def _blocks(in_features: int, reach: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """Heights of the blocks of rows, and how many columns all rows of each read, only some, and none."""
     count = max(1, min(8, len(reach) // 128))  # below 128 rows the calls cost more than the zeros
     stops = [round(len(reach) * i / count) for i in range(count + 1)]
-    return [(start, stop, reach[start], reach[stop - 1]) for start, stop in pairwise(stops)]
+    edges = [(reach[start], reach[stop - 1]) for start, stop in pairwise(stops)]
+    widths = [[full, edge - full, in_features - edge] for full, edge in edges]
+    return [(stop - start, width) for (start, stop), width in zip(pairwise(stops), widths, strict=True)]
 
 
 class MADE(nn.Module):
