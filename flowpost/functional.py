@@ -3,9 +3,9 @@
 from flowpost.bijectors.affine import affine as affine
 from flowpost.bijectors.affine import log_var_scale as log_var_scale
 from flowpost.bijectors.affine import softplus_scale as softplus_scale
-from flowpost.bijectors.autoregressive import gate as gate
-from flowpost.bijectors.autoregressive import gate_inverse as gate_inverse
-from flowpost.bijectors.autoregressive import gate_parameters as gate_parameters
+from flowpost.bijectors.gate import gate as gate
+from flowpost.bijectors.gate import gate_inverse as gate_inverse
+from flowpost.bijectors.gate import gate_parameters as gate_parameters
 from flowpost.bijectors.planar import planar as planar
 from flowpost.bijectors.planar import planar_inverse as planar_inverse
 from flowpost.bijectors.triangular import unit_lower_triangular as unit_lower_triangular

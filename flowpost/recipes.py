@@ -11,7 +11,6 @@ from flowpost.bijectors.affine import Affine
 from flowpost.bijectors.autoregressive import Autoregressive
 from flowpost.bijectors.base import check_int
 from flowpost.bijectors.compose import Chain, Shared
-from flowpost.bijectors.permute import Reverse
 from flowpost.bijectors.planar import Planar
 from flowpost.bijectors.triangular import UnitLowerTriangular
 from flowpost.posterior import FlowPosterior
@@ -124,13 +123,11 @@ def planar_steps(dim: int, steps: int) -> list[Planar]:
     return [Planar(dim) for _ in range(check_int("steps", steps, minimum=1))]
 
 
-def iaf_steps(
-    dim: int, steps: int, hidden: Sequence[int] = (320, 320), context_size: int = 64
-) -> list[Autoregressive | Reverse]:
-    """`steps` autoregressive steps with a reversal between neighbours."""
-    check_int("steps", steps, minimum=1)
-    pairs = [[Reverse(dim), Autoregressive(dim, context_size, hidden)] for _ in range(steps)]
-    return [step for pair in pairs for step in pair][1:]
+def iaf_steps(dim: int, steps: int, hidden: Sequence[int] = (320, 320), context_size: int = 64) -> list[Autoregressive]:
+    """`steps` autoregressive steps, every other one in the reverse order: the variables stay where they are."""
+    orders = [None, range(check_int("dim", dim, minimum=1))[::-1]]
+    count = check_int("steps", steps, minimum=1)
+    return [Autoregressive(dim, context_size, hidden, order=orders[index % 2]) for index in range(count)]
 
 
 RECIPES: Mapping[str, Callable[..., FlowPosterior]] = {

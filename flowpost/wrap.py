@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from flowpost.bijectors.affine import Affine, Scale, log_var_scale
 from flowpost.bijectors.base import Bijector, check_int
 from flowpost.bijectors.compose import Chain, Shared, linear_head
-from flowpost.bijectors.permute import Reverse
 from flowpost.bijectors.triangular import UnitLowerTriangular
 from flowpost.checks import active, check_finite
 from flowpost.posterior import FlowPosterior, Sample
@@ -135,8 +134,6 @@ class _PairHead(nn.Module):
 def _iaf_start(dim: int, steps: int = 4, **options: object) -> list[Bijector]:
     """IAF steps that are together the identity at their start."""
     parts = iaf_steps(dim, steps, **options)  # pyright: ignore[reportArgumentType]
-    if steps % 2 == 0:  # an odd number of reversals: one more puts the variables back
-        parts.append(Reverse(dim))
     gate = torch.sigmoid(torch.tensor(2.0, dtype=torch.float64)).item()
     return [Shared(*parts), Scale(dim, gate**-steps)]
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowpost import Affine, Autoregressive, Bijector, Chain, Inverse, Learned, Planar, UnitLowerTriangular
-from flowpost.bijectors import affine, autoregressive, base, made, planar, roots, triangular
+from flowpost.bijectors import affine, base, gated, made, passes, planar, roots, staircase, sweep, triangular
 from flowpost.testing import PROPERTIES, ContractError, check_bijector, push
 
 Build = Callable[[int], Bijector]
@@ -122,16 +122,33 @@ def _gate_disagrees(z: Tensor, logit: Tensor, mean: Tensor) -> tuple[Tensor, Ten
     return _GATE(z, logit, mean)[0], F.logsigmoid(logit + 1e-3).sum(-1)
 
 
-def _reach_not_strict(inputs: list[int], units: list[int]) -> list[int]:
-    return [sum(degree <= unit + 1 for degree in inputs) for unit in units]
+def _mask_not_strict(self: staircase.Staircase) -> Tensor:
+    return torch.tensor(self.inputs) <= torch.tensor(self.units).unsqueeze(-1) + 1
 
 
-def _unmasked(self: made.MaskedLinear, x: Tensor) -> Tensor:
-    return F.linear(x, self.weight, self.bias)
+def _unmasked(self: staircase.Staircase, x: Tensor, weight: Tensor, masks: object) -> Tensor:
+    return F.linear(x, weight)
 
 
 def _context_ignored(self: made.MADE, z: Tensor, context: Tensor | None = None) -> Tensor:
     return _MADE(self, z, None if context is None else torch.zeros_like(context))
+
+
+def _backward_without_activation(
+    net: made.MADE, grad: Tensor, values: list[Tensor], weights: list[Tensor]
+) -> list[Tensor]:
+    return _BACKWARD(net, grad, [torch.ones_like(value) for value in values], weights)
+
+
+def _context_gradient_dropped(*args: object) -> list[Tensor | None]:
+    first, *others = _PARAMETER_GRADIENTS(*args)  # pyright: ignore[reportArgumentType]
+    return [None if first is None else torch.zeros_like(first), *others]
+
+
+def _sweep_back_without_outputs(
+    net: made.MADE, weights: object, slopes: object, grad: Tensor, respond: object
+) -> object:
+    return _TRANSPOSED(net, weights, slopes, grad, lambda k, v, out: out.zero_())  # pyright: ignore[reportArgumentType]
 
 
 def _default_dtype_inverse(
@@ -220,7 +237,8 @@ class ElementwiseRadial(Bijector):
 
 
 _INVERTIBLE, _RIDGE = planar._invertible, planar._ridge
-_GATE, _MADE, _UNIT_TRIL = autoregressive.gate, made.MADE.forward, triangular._unit_tril
+_GATE, _MADE, _UNIT_TRIL = gated.gate, made.MADE.forward, triangular._unit_tril
+_BACKWARD, _PARAMETER_GRADIENTS, _TRANSPOSED = passes.backward, passes.parameter_gradients, sweep.transposed_sweep
 _AUTOREGRESSIVE_INVERSE, _AFFINE_INVERSE = Autoregressive._inverse, Affine._inverse
 
 
@@ -236,6 +254,8 @@ def _as_it_came(step: Bijector, z: Tensor, context: Tensor | None) -> Tensor | N
     return context
 
 
+PLAIN = (passes, "by_hand", lambda net, z: False)
+"""A fault in the plain operations is not seen where those by hand stand in for them."""
 MUTANTS = (
     Mutant("Sylvester with transposed factors", "pyro", TransposedSylvester),
     Mutant("planar without u-hat", "pythae, torchflows", Planar, ((planar, "_invertible", _planar_unconstrained),)),
@@ -245,20 +265,27 @@ MUTANTS = (
     Mutant("planar single where", "flowjax kind", Planar, ((planar, "_invertible", _planar_single_where),)),
     Mutant("slope wrong in one regime", "flowjax kind", Planar, ((planar, "_ridge", _ridge_one_regime),)),
     Mutant("root without corrections", "-", Planar, ((planar, "correct", _one_newton),)),
-    Mutant("squeeze at batch 1", "pythae", _step, ((autoregressive, "gate", _gate_squeezed),)),
+    Mutant("squeeze at batch 1", "pythae", _step, (PLAIN, (gated, "gate", _gate_squeezed))),
     Mutant("element-wise radius", "torchflows", ElementwiseRadial),
-    Mutant("float32 log-det in float64", "pythae", _step, ((autoregressive, "gate", _gate_float32_log_det),)),
-    Mutant("gate and log-det disagree", "flow-VAEs", _step, ((autoregressive, "gate", _gate_disagrees),)),
+    Mutant("float32 log-det in float64", "pythae", _step, (PLAIN, (gated, "gate", _gate_float32_log_det))),
+    Mutant("gate and log-det disagree", "flow-VAEs", _step, (PLAIN, (gated, "gate", _gate_disagrees))),
     Mutant("default dtype in the inverse", "pyro", _step, ((Autoregressive, "_inverse", _default_dtype_inverse),)),
-    Mutant("mask not strict", "-", _step, ((made, "_reach", _reach_not_strict),)),
-    Mutant("no mask", "-", _step, ((made.MaskedLinear, "forward", _unmasked),)),
+    Mutant("mask not strict", "-", _step, ((staircase.Staircase, "mask", _mask_not_strict),)),
+    Mutant("no mask", "-", _step, (PLAIN, (staircase.Staircase, "linear", _unmasked))),
     Mutant("state outside state_dict", "torchflows", HiddenOrder),
-    Mutant("context ignored", "nflows, normflows", _step, ((made.MADE, "forward", _context_ignored),)),
+    Mutant("context ignored", "nflows, normflows", _step, (PLAIN, (made.MADE, "forward", _context_ignored))),
+    Mutant("backward by hand skips an activation", "-", _step, ((passes, "backward", _backward_without_activation),)),
+    Mutant(
+        "backward by hand drops the context", "-", _step, ((passes, "parameter_gradients", _context_gradient_dropped),)
+    ),
+    Mutant(
+        "implicit gradient drops the network", "-", _step, ((gated, "transposed_sweep", _sweep_back_without_outputs),)
+    ),
     Mutant("cache by identity", "pyro", lambda dim: Learned(CachedPlanar(dim))),
     Mutant("no check of z", "all", Planar, ((base, "check_tensor", _nothing),)),
     Mutant("no check of the context", "all", Planar, ((base, "check_context", _as_it_came),)),
     Mutant("no floor on the scale", "torch", lambda dim: Affine(dim, torch.exp)),
-    Mutant("no bound on the gate", "-", _step, ((autoregressive, "gate_parameters", lambda a, m, b=2.0: (a + b, m)),)),
+    Mutant("no bound on the gate", "-", _step, (PLAIN, (gated, "gate_parameters", lambda a, m, b=2.0: (a + b, m)))),
     Mutant(
         "log-det of the inverse has the wrong sign", "flowjax", Affine, ((Affine, "_inverse", _inverse_wrong_sign),)
     ),
@@ -284,7 +311,7 @@ MUTANTS = (
         "log(sigmoid) for logsigmoid",
         "many",
         _step,
-        ((autoregressive, "gate", _gate_log_of_sigmoid),),
+        (PLAIN, (gated, "gate", _gate_log_of_sigmoid)),
         equivalent="the logit is bounded, so both are exact",
     ),
 )

@@ -21,7 +21,9 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "flowpost").rglob("*.py"))
 MODULES = sorted(info.name for info in pkgutil.walk_packages(flowpost.__path__, "flowpost."))
 CHECKS = {"flowpost.checks"}
-CORE = {"flowpost.bijectors.base", "flowpost.bijectors.made", "flowpost.bijectors.roots"}
+CORE = {
+    f"flowpost.bijectors.{name}" for name in ("base", "gate", "gated", "made", "passes", "roots", "staircase", "sweep")
+}
 FAMILIES = {name for name in MODULES if name.startswith("flowpost.bijectors.")} - CORE - {"flowpost.bijectors.compose"}
 COMPOSE = {"flowpost.bijectors.base", "flowpost.bijectors.compose"}
 PARTS = FAMILIES | CORE | COMPOSE
@@ -31,10 +33,15 @@ ALLOWED = {
     "flowpost.checks": set(),
     "flowpost.bijectors.base": CHECKS,
     "flowpost.bijectors.roots": set(),
-    "flowpost.bijectors.made": {"flowpost.bijectors.base"},
+    "flowpost.bijectors.staircase": set(),
+    "flowpost.bijectors.made": {"flowpost.bijectors.base", "flowpost.bijectors.staircase"},
+    "flowpost.bijectors.passes": {"flowpost.bijectors.made"},
+    "flowpost.bijectors.gate": set(),
+    "flowpost.bijectors.gated": CORE,
+    "flowpost.bijectors.sweep": {"flowpost.bijectors.made", "flowpost.bijectors.passes"},
     "flowpost.bijectors.compose": {"flowpost.bijectors.base"},
     **{family: CORE for family in FAMILIES},
-    "flowpost.functional": FAMILIES,
+    "flowpost.functional": FAMILIES | {"flowpost.bijectors.gate"},
     "flowpost.posterior": COMPOSE | CHECKS,
     "flowpost.recipes": PARTS | {"flowpost.posterior"},
     "flowpost.wrap": PARTS | CHECKS | {"flowpost.posterior", "flowpost.recipes"},

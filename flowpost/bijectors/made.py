@@ -3,37 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowpost.bijectors.base import check_int
+from flowpost.bijectors.staircase import Staircase
+
+Activation = Callable[[Tensor], Tensor]
 
 
 class MaskedLinear(nn.Module):
-    """A linear layer whose output i reads the first ``reach[i]`` inputs: ``y_i = b_i + sum_{j < reach[i]} W_ij x_j``.
-
-    With `reach` non-decreasing the weight is a staircase. It is cut into blocks of rows; of each, the columns that all
-    rows read are multiplied as they are, the few on the stair's edge are masked on every call, so that no
-    initialization, load or noise can make an output read what it must not, and the rest is never touched.
+    """A linear layer whose units read the inputs of at most their degree: ``y_i = b_i + sum_{d_j <= d_i} W_ij x_j``.
 
     Args:
-        in_features: number of inputs.
-        reach: for each output, how many inputs it reads; non-decreasing.
+        inputs: the inputs' degrees.
+        units: the units' degrees.
+        groups: how many times the units are repeated.
     """
 
-    mask: Tensor
-
-    def __init__(self, in_features: int, reach: Sequence[int]) -> None:
+    def __init__(self, inputs: Sequence[int], units: Sequence[int], groups: int = 1) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(len(reach), in_features))
-        self.bias = nn.Parameter(torch.empty(len(reach)))
-        self.register_buffer("mask", torch.arange(in_features) < torch.tensor(reach).unsqueeze(-1))
-        self.blocks = _blocks(in_features, reach)
+        self.weight = nn.Parameter(torch.empty(groups * len(units), len(inputs)))
+        self.bias = nn.Parameter(torch.empty(groups * len(units)))
+        self.lay_out(inputs, units, groups)
         self.reset_parameters()
+
+    def lay_out(self, inputs: Sequence[int], units: Sequence[int], groups: int = 1) -> None:
+        """Give the weights that are here to these degrees."""
+        self.staircase = Staircase(inputs, units, groups)
+        self._buffers.clear()
+        # Not saved: the degrees say what they are, and how the weight is cut may change.
+        for index, mask in enumerate(self.staircase.masks()):
+            self.register_buffer(f"mask{index}", mask.to(self.weight), persistent=False)
 
     def reset_parameters(self) -> None:
         """Draw weights and biases as `torch.nn.Linear` does."""
@@ -41,30 +46,14 @@ class MaskedLinear(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
 
+    @property
+    def masks(self) -> list[Tensor]:
+        """The masks of the blocks' edges."""
+        return cast("list[Tensor]", list(self._buffers.values()))
+
     def forward(self, x: Tensor) -> Tensor:
-        """Map x ``(*batch, in_features)`` to ``(*batch, out_features)``."""
-        # `split` and not slices: the backward of a slice fills a tensor of the whole weight's size with zeros.
-        heights = [height for height, _ in self.blocks]
-        parts = zip(self.weight.split(heights), self.bias.split(heights), self.mask.split(heights), strict=True)
-        rows = [_rows(x, *part, widths) for part, (_, widths) in zip(parts, self.blocks, strict=True)]
-        return torch.cat(rows, dim=-1) if len(rows) > 1 else rows[0]
-
-
-def _rows(x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, widths: list[int]) -> Tensor:
-    """The outputs of one block, whose columns are read by all its rows, by some, and by none."""
-    x_full, x_stair, _ = x.split(widths, dim=-1)
-    full, stair, _ = weight.split(widths, dim=-1)
-    y = F.linear(x_stair, stair * mask.split(widths, dim=-1)[1], bias)
-    return y + F.linear(x_full, full) if widths[0] else y
-
-
-def _blocks(in_features: int, reach: Sequence[int]) -> list[tuple[int, list[int]]]:
-    """Heights of the blocks of rows, and how many columns all rows of each read, only some, and none."""
-    count = max(1, min(8, len(reach) // 128))  # below 128 rows the calls cost more than the zeros
-    stops = [round(len(reach) * i / count) for i in range(count + 1)]
-    edges = [(reach[start], reach[stop - 1]) for start, stop in pairwise(stops)]
-    widths = [[full, edge - full, in_features - edge] for full, edge in edges]
-    return [(stop - start, width) for (start, stop), width in zip(pairwise(stops), widths, strict=True)]
+        """Map x ``(*batch, in)`` to ``(*batch, out)``."""
+        return self.staircase.linear(x, self.weight, self.masks) + self.bias
 
 
 class MADE(nn.Module):
@@ -79,10 +68,12 @@ class MADE(nn.Module):
         outputs: numbers per variable.
         hidden: widths of the hidden layers; empty for a linear map.
         context_size: size of the context; 0 for none.
-        activation: element-wise, between layers.
+        activation: element-wise, between layers; those that `passes.KNOWN` lists run faster.
+        order: the variables in the order in which they are before one another; by default as they come. It is folded
+            into the weights' layout; zeros are skipped for the default and its reverse.
 
     Shapes:
-        z ``(*batch, dim)``, context ``(*batch, context_size)`` or None, result ``(*batch, dim, outputs)``.
+        z ``(*batch, dim)``, context ``(*batch, context_size)`` or None, result ``(*batch, outputs, dim)``.
 
     Reference:
         Germain et al. (2015), MADE: Masked Autoencoder for Distribution Estimation, eq. 8 to 10.
@@ -94,26 +85,42 @@ class MADE(nn.Module):
         outputs: int,
         hidden: Sequence[int] = (320, 320),
         context_size: int = 0,
-        activation: Callable[[Tensor], Tensor] = F.elu,
+        activation: Activation = F.elu,
+        order: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         widths = [check_int("hidden", width, minimum=1) for width in hidden]
         self.dim, self.outputs, self.activation = dim, outputs, activation
+        units = [[unit * dim // width for unit in range(width)] for width in widths]
+        self.layers = nn.ModuleList(MaskedLinear(*degrees) for degrees in self._degrees(units, order))
+        self.project = nn.Linear(context_size, len(self.stack[0].bias), bias=False) if context_size else None
+        self.sizes = [[degrees.count(degree) for degree in range(dim)] for degrees in units]
+        """For every hidden layer, how many units have each degree."""
+
+    def lay_out(self, order: Sequence[int]) -> None:
+        """Give the weights that are here to another order of the variables."""
+        units = [layer.staircase.units for layer in self.stack[:-1]]
+        for layer, degrees in zip(self.stack, self._degrees(units, order), strict=True):
+            layer.lay_out(*degrees)
+
+    def _degrees(
+        self, units: list[list[int]], order: Sequence[int] | None
+    ) -> Iterator[tuple[list[int], list[int], int]]:
+        """For every layer the degrees of its inputs and its units, and how many times the units come."""
+        places = list(range(self.dim)) if order is None else sorted(range(self.dim), key=list(order).__getitem__)
         # A variable's own degree is one more than what its outputs may read.
-        degrees = [list(range(1, dim + 1))] + [[unit * dim // width for unit in range(width)] for width in widths]
-        degrees.append([variable for variable in range(dim) for _ in range(outputs)])
-        self.layers = nn.ModuleList(MaskedLinear(len(a), _reach(a, b)) for a, b in pairwise(degrees))
-        self.project = nn.Linear(context_size, len(degrees[1]), bias=False) if context_size else None
+        inputs = [[place + 1 for place in places], *units]
+        return zip(inputs, [*units, places], [*(1 for _ in units), self.outputs], strict=True)
+
+    @property
+    def stack(self) -> list[MaskedLinear]:
+        """The layers, in a list."""
+        return cast("list[MaskedLinear]", list(self.layers))
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Outputs for every variable; see the class."""
-        x = self.layers[0](z)
-        if self.project is not None:
-            x = x + self.project(context)
-        for layer in self.layers[1:]:
+        first, *others = self.stack
+        x = first(z) if self.project is None else first(z) + self.project(context)
+        for layer in others:
             x = layer(self.activation(x))
-        return x.unflatten(-1, (self.dim, self.outputs))
-
-
-def _reach(inputs: Sequence[int], units: Sequence[int]) -> list[int]:
-    return [sum(degree <= unit for degree in inputs) for unit in units]
+        return x.unflatten(-1, (self.outputs, self.dim))

@@ -1,0 +1,136 @@
+"""Products with a weight whose zeros form a staircase: they are never read, forward or backward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_ALIGN = 32  # matrix products of odd width run at half the speed
+_GRAIN = 2**14  # weights whose product, at a batch of some hundred, costs what the calls for one more block do
+_APART = 256  # columns from which a product of their own costs less than masking them
+
+Run = tuple[int, int]
+"""Columns by their first and their number."""
+
+
+class Block(NamedTuple):
+    """Rows of a weight, and its columns: on the stair's edge, read by all the rows, read by none."""
+
+    rows: Run
+    stair: Run
+    full: Run
+    rest: Run
+
+
+class Staircase:
+    """Where the weight ``(out, in)`` of a layer, whose units read the inputs of at most their own degree, is not zero.
+
+    The rows are cut into blocks. Of each, the columns that all rows read are multiplied as they are, the few on the
+    stair's edge are masked on every call, so that no initialization, load or noise can make a unit read what it must
+    not, and the rest is never touched. That needs inputs and units that are sorted, up or down; of any other order
+    nothing is skipped.
+
+    Args:
+        inputs: the inputs' degrees.
+        units: the units' degrees.
+        groups: how many times the units are repeated.
+    """
+
+    def __init__(self, inputs: Sequence[int], units: Sequence[int], groups: int = 1) -> None:
+        self.inputs, self.units = list(inputs), [*units] * groups
+        # K blocks skip (1 - 1/K) / 2 of the weight, so one more pays until K is about the root of its size.
+        count = min(math.isqrt(len(inputs) * len(units) // _GRAIN), len(units) // _ALIGN)
+        if count <= 1 or sorted(inputs) not in (self.inputs, self.inputs[::-1]):
+            self.blocks = [Block((0, len(self.units)), (0, len(inputs)), (0, 0), (0, 0))]
+        else:
+            stops = [min(len(units), _round_up(len(units) * i // count)) for i in range(count)] + [len(units)]
+            firsts = range(0, len(self.units), len(units))
+            rows = [(first + start, stop - start) for first in firsts for start, stop in pairwise(stops)]
+            self.blocks = [_block(self.inputs, self.units, run) for run in rows]
+
+    def mask(self) -> Tensor:
+        """The whole mask, ``(out, in)``."""
+        return torch.tensor(self.inputs) <= torch.tensor(self.units).unsqueeze(-1)
+
+    def masks(self) -> list[Tensor]:
+        """Its part on each block's edge, in numbers."""
+        return [self.mask().narrow(0, *block.rows).narrow(1, *block.stair).float() for block in self.blocks]
+
+    def linear(self, x: Tensor, weight: Tensor, masks: Sequence[Tensor]) -> Tensor:
+        """The product ``x W^T`` for x ``(*batch, in)``, of operations that everything can differentiate."""
+        # `split` and not `narrow`: the backward of a slice fills a tensor of the whole weight's size with zeros.
+        weights = weight.split([block.rows[1] for block in self.blocks])
+        rows = [_linear(x, *part) for part in zip(self.blocks, weights, masks, strict=True)]
+        return torch.cat(rows, dim=-1) if len(rows) > 1 else rows[0]
+
+    def add_product(self, y: Tensor, x: Tensor, weight: Tensor, masks: Sequence[Tensor]) -> None:
+        """Add ``x W^T`` to y ``(N, out)`` for x ``(N, in)``."""
+        if len(masks) == 1:
+            y.addmm_(x, (weight * masks[0]).t())
+            return
+        for (rows, stair, full, _), mask in zip(self.blocks, masks, strict=True):
+            part, weights = y.narrow(1, *rows), weight.narrow(0, *rows)
+            part.addmm_(x.narrow(1, *stair), (weights.narrow(1, *stair) * mask).t())
+            if full[1]:
+                part.addmm_(x.narrow(1, *full), weights.narrow(1, *full).t())
+
+    def input_gradient(self, grad: Tensor, weight: Tensor, masks: Sequence[Tensor]) -> Tensor:
+        """The product ``grad W`` for grad ``(N, out)``."""
+        if len(masks) == 1:
+            return grad @ (weight * masks[0])
+        result = grad.new_empty(len(grad), weight.shape[1])
+        beta = 0  # the last block, which reads most, writes; the others add
+        for (rows, stair, full, rest), mask in zip(self.blocks[::-1], masks[::-1], strict=True):
+            part, weights = grad.narrow(1, *rows), weight.narrow(0, *rows)
+            result.narrow(1, *stair).addmm_(part, weights.narrow(1, *stair) * mask, beta=beta)
+            if full[1]:
+                result.narrow(1, *full).addmm_(part, weights.narrow(1, *full), beta=beta)
+            if rest[1] and not beta:
+                result.narrow(1, *rest).zero_()
+            beta = 1
+        return result
+
+    def weight_gradient(self, grad: Tensor, x: Tensor, masks: Sequence[Tensor]) -> Tensor:
+        """The product ``grad^T x``, zero where the weight is not read."""
+        grad = grad.t()
+        if len(masks) == 1:
+            return (grad @ x).mul_(masks[0])
+        result = grad.new_empty(len(grad), x.shape[1])
+        for (rows, stair, full, rest), mask in zip(self.blocks, masks, strict=True):
+            weights, grads = result.narrow(0, *rows), grad.narrow(0, *rows)
+            torch.mm(grads, x.narrow(1, *stair), out=weights.narrow(1, *stair)).mul_(mask)
+            if full[1]:
+                torch.mm(grads, x.narrow(1, *full), out=weights.narrow(1, *full))
+            if rest[1]:
+                weights.narrow(1, *rest).zero_()
+        return result
+
+
+def _linear(x: Tensor, block: Block, weight: Tensor, mask: Tensor) -> Tensor:
+    runs = sorted((block.stair, block.full, block.rest))
+    widths = [width for _, width in runs]
+    inputs, weights = x.split(widths, dim=-1), weight.split(widths, dim=1)
+    stair, full = runs.index(block.stair), runs.index(block.full)
+    y = F.linear(inputs[stair], weights[stair] * mask)
+    return y + F.linear(inputs[full], weights[full]) if block.full[1] else y
+
+
+def _block(inputs: Sequence[int], units: Sequence[int], rows: Run) -> Block:
+    start, height = rows
+    size, degrees = len(inputs), units[start : start + height]
+    full = sum(degree <= min(degrees) for degree in inputs) // _ALIGN * _ALIGN
+    full = full if full >= _APART else 0
+    edge = min(size, _round_up(sum(degree <= max(degrees) for degree in inputs)))
+    if inputs[0] > inputs[-1]:
+        return Block(rows, (size - edge, edge - full), (size - full, full), (0, size - edge))
+    return Block(rows, (full, edge - full), (0, full), (edge, size - edge))
+
+
+def _round_up(size: int) -> int:
+    return -(-size // _ALIGN) * _ALIGN
