@@ -9,13 +9,18 @@ FILES := pyproject.toml constraints.txt
 # An environment variable, unlike `-c`, also holds for the isolated environment the package is built in.
 INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: bench test test-deep mutants mass lint clean
+.PHONY: bench test test-plain test-deep mutants mass lint clean
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto $(ARGS)
+
+# The contract once more without the passes by hand, for the operations that they stand in for.
+test-plain: $(VENV)/.test
+	FLOWPOST_PLAIN=1 $(BIN)/python -m pytest -n auto tests/test_bijectors.py tests/test_contract.py \
+		-k "autoregressive or iaf or maf or nested or shared" $(ARGS)
 
 # Random seeds, 500 examples a property, inductor: hours on two cores, for a nightly machine.
 test-deep: $(VENV)/.test

@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from flowpost.bijectors import passes
+
 settings.register_profile("flowpost", derandomize=True, deadline=None, database=None, max_examples=20)
 settings.register_profile("deep", derandomize=False, deadline=None, max_examples=500, print_blob=True)
 settings.load_profile("deep" if "FLOWPOST_DEEP" in os.environ else "flowpost")
@@ -15,3 +17,9 @@ torch.set_num_threads(1)  # pytest-xdist already fills the cores
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse="FLOWPOST_PLAIN" in os.environ)
+def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make test-plain`: the same contract for the operations that the passes by hand stand in for."""
+    monkeypatch.setattr(passes, "by_hand", lambda net, z: False)

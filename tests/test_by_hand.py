@@ -1,0 +1,160 @@
+"""The autoregressive step's passes by hand against its plain operations, and where which of the two runs."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from registry import ENTRIES, Case, Entry, draw, push
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from flowpost import Autoregressive, Bijector
+from flowpost.bijectors import passes
+from flowpost.bijectors.made import MADE
+from flowpost.bijectors.staircase import Staircase
+
+NETWORKS = [entry for entry in ENTRIES if any(isinstance(part, MADE) for part in entry.build(3).modules())]
+SIZES = [
+    # dim, hidden, context_size, activation, order, z's leading axes, the context's
+    (64, (512, 640), 8, F.relu, range(63, -1, -1), (3,), (2, 1)),
+    (64, (512, 640), 8, F.elu, None, (2, 3), (3,)),
+    (70, (2000,), 2, torch.tanh, None, (3,), (1,)),
+    (6, (300, 400), 0, torch.relu, [2, 0, 1, 5, 3, 4], (7,), None),
+    (7, (3, 5), 2, F.elu, [2, 1, 0, 4, 3, 6, 5], (), (4,)),
+    (4, (), 2, F.relu, [3, 2, 1, 0], (3,), ()),
+]
+
+
+def every_result(
+    step: Bijector, direction: str, z: Tensor, context: Tensor | None, known: Tensor | None
+) -> list[Tensor]:
+    """Value, log-det, and the gradients at z, the context and all parameters."""
+    z = z.detach().clone().requires_grad_()
+    context = None if context is None else context.detach().clone().requires_grad_()
+    keywords = {"known": known} if direction == "known" else {}
+    image, log_det = (step if direction == "forward" else step.inverse)(z, context, **keywords)
+    loss = (image * torch.linspace(0, 1, image.numel(), dtype=z.dtype).view_as(image)).sum() + log_det.square().sum()
+    inputs = [z, *([] if context is None else [context]), *step.parameters()]
+    grads = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+    return [image.detach(), log_det.detach(), *grads]
+
+
+def assert_same(
+    step: Bijector, direction: str, z: Tensor, context: Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = z
+    if direction == "known":
+        z = step(z, context)[0].detach()
+    found = every_result(step, direction, z, context, known)
+    with monkeypatch.context() as patch:
+        patch.setattr(passes, "by_hand", lambda net, z: False)
+        expected = every_result(step, direction, z, context, known)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("entry", NETWORKS, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("direction", ["forward", "inverse", "known"])
+@pytest.mark.parametrize("scale", [0.1, 1.0])
+def test_by_hand_equals_plain(entry: Entry, direction: str, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, z, context = draw(entry, Case(5, seed=1, push=scale))
+    assert_same(step, direction, z, context, monkeypatch)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: f"{sizes[0]}-{sizes[1]}")
+@pytest.mark.parametrize("direction", ["forward", "inverse", "known"])
+def test_by_hand_equals_plain_where_weights_are_cut_into_blocks(
+    sizes: tuple, direction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dim, hidden, context_size, activation, order, batch, context_batch = sizes
+    step = Autoregressive(dim, context_size, hidden, activation=activation, order=order).double()
+    push(step, Case(seed=2, push=0.05))
+    z = torch.randn(*batch, dim, dtype=torch.float64)
+    context = None if context_batch is None else torch.randn(*context_batch, context_size, dtype=torch.float64)
+    if direction == "known" and context is not None:
+        z = z.expand(*torch.broadcast_shapes(batch, context.shape[:-1]), dim)
+    assert_same(step, direction, z, context, monkeypatch)
+
+
+def test_blocks_are_cut_and_their_zeros_never_read() -> None:
+    """Weights that no unit reads may be nan: the forward and both gradients are those of a masked product."""
+    rising = [unit * 40 // 800 for unit in range(800)]
+    for inputs in (rising, rising[::-1]):
+        stairs = Staircase(inputs, rising, groups=2)
+        assert len(stairs.blocks) > 4
+        masks = [mask.double() for mask in stairs.masks()]
+        weight, x, grad = (torch.randn(*shape, dtype=torch.float64) for shape in ((1600, 800), (5, 800), (5, 1600)))
+        full = weight * stairs.mask()
+        for rows, _, _, rest in stairs.blocks:
+            weight.narrow(0, *rows).narrow(1, *rest).fill_(math.nan)
+        assert weight.isnan().double().mean() > 0.35
+        y = torch.zeros(5, 1600, dtype=torch.float64)
+        stairs.add_product(y, x, weight, masks)
+        torch.testing.assert_close(y, x @ full.T)
+        torch.testing.assert_close(stairs.linear(x, weight, masks), x @ full.T)
+        torch.testing.assert_close(stairs.input_gradient(grad, weight, masks), grad @ full)
+        torch.testing.assert_close(stairs.weight_gradient(grad, x, masks), (grad.T @ x) * stairs.mask())
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_an_activation_of_one_s_own_runs_plain(direction: str) -> None:
+    step = Autoregressive(4, 0, (9, 8), activation=lambda x: x * torch.sigmoid(x)).double()
+    other = Autoregressive(4, 0, (9, 8), activation=F.silu).double()
+    push(step, Case(seed=3))
+    other.load_state_dict(step.state_dict())
+    z = torch.randn(3, 4, dtype=torch.float64)
+    assert not passes.by_hand(step.net, z)
+    torch.testing.assert_close(getattr(step, direction)(z) if direction == "inverse" else step(z),
+                               other.inverse(z) if direction == "inverse" else other(z))  # fmt: skip
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_forward_mode_runs_plain_and_agrees(direction: str) -> None:
+    """A tangent pushed forward is the Jacobian, taken by hand row by row, times it."""
+    step = Autoregressive(4, 2, (9, 8), order=[2, 0, 3, 1]).double()
+    push(step, Case(seed=4, push=0.5))
+    z, tangent, context = (torch.randn(3, size, dtype=torch.float64) for size in (4, 4, 2))
+    function = partial(step if direction == "forward" else step.inverse, context=context)
+    with forward_ad.dual_level():
+        image, log_det = function(forward_ad.make_dual(z, tangent))
+        found = [forward_ad.unpack_dual(each).tangent for each in (image, log_det)]
+    jacobians = torch.autograd.functional.jacobian(lambda z: tuple(function(z)), z)
+    expected = [(matrix * tangent).sum((-2, -1)) for matrix in jacobians]
+    torch.testing.assert_close(found, expected)
+
+
+def test_only_what_is_needed_is_computed() -> None:
+    """Frozen parameters, a z or a context without gradient."""
+    step = Autoregressive(4, 2, (9, 8)).double()
+    push(step, Case(seed=5))
+    expected = dict(step.named_parameters())
+    z, context = (torch.randn(3, size, dtype=torch.float64, requires_grad=True) for size in (4, 2))
+    whole = torch.autograd.grad(step(z, context)[0].sum(), [z, context, *expected.values()])
+    for name, gradient in zip(["z", "context", *expected], whole, strict=True):
+        inputs = {"z": z.detach(), "context": context.detach()}
+        for key, parameter in expected.items():
+            parameter.requires_grad_(key == name)
+        if name in inputs:
+            inputs[name].requires_grad_()
+        step(inputs["z"], inputs["context"])[0].sum().backward()
+        leaf = inputs.get(name, expected.get(name))
+        assert leaf is not None
+        torch.testing.assert_close(leaf.grad, gradient)
+        leaf.grad = None
+
+
+ORDERS: list[Sequence[int]] = [[3, 2, 1, 0], [1, 3, 0, 2]]
+
+
+@pytest.mark.parametrize("hidden", [(), (9,), (300, 260)], ids=str)
+def test_a_loaded_order_is_adopted(hidden: Sequence[int]) -> None:
+    """The weights are laid out for their order, so it comes with them, whatever the step was built for."""
+    saved, other = (Autoregressive(4, 2, hidden, order=order).double() for order in ORDERS)
+    push(saved, Case(seed=6, push=0.3))
+    other.load_state_dict(saved.state_dict())
+    z, context = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
+    for function in ("forward", "inverse"):
+        found: Callable = getattr(other, function)
+        assert all(map(torch.equal, found(z, context), getattr(saved, function)(z, context)))
