@@ -297,7 +297,7 @@ MUTANTS = (
             (
                 triangular,
                 "unit_lower_triangular",
-                lambda z, e: (triangular._columns(torch.matmul, _transposed_tril(e, z.shape[-1]), z), z.new_zeros(())),
+                lambda z, e: (base.columns(torch.matmul, _transposed_tril(e, z.shape[-1]), z), z.new_zeros(())),
             ),
         ),
     ),

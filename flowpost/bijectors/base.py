@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -147,6 +148,22 @@ def wide_dtype(value: Tensor) -> torch.dtype:
 def wide(log_det: Tensor) -> Tensor:
     """Widen a log-det for a sum over steps."""
     return log_det.to(wide_dtype(log_det))
+
+
+def by_rows(matrix: Tensor, columns: Tensor) -> Tensor:
+    """``matrix @ columns``, as rows: many matrices with a column each are several times slower in torch's libraries."""
+    return (columns.mT @ matrix.mT).mT
+
+
+def columns(multiply: Callable[[Tensor, Tensor], Tensor], matrix: Tensor, z: Tensor) -> Tensor:
+    """``multiply(matrix, z)`` with the leading axes of z that the matrix lacks as columns, so it is never expanded."""
+    extra = z.ndim + 1 - matrix.ndim
+    if extra <= 0:
+        return multiply(matrix, z.unsqueeze(-1)).squeeze(-1)
+    samples, event = z.shape[:extra], z.shape[extra:]
+    columns = z.reshape(math.prod(samples), *event).movedim(0, -1)
+    image = multiply(matrix, columns).movedim(-1, 0)
+    return image.reshape(*samples, *image.shape[1:])
 
 
 def check_int(name: str, value: int, minimum: int) -> int:
