@@ -1055,3 +1055,44 @@ def test_planar_steps_of_a_chain_see_each_other_s_output(case: Case) -> None:
         point, log_det = planar_by_the_book(point, u, w, b)
         total = total + log_det
     torch.testing.assert_close(flow(z, context), (point, total), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("samples", [(), (1,), (3, 2)])
+def test_planar_chain_is_its_steps_one_after_the_other(samples: tuple[int, ...]) -> None:
+    """Values and gradients, with u far on both sides of the constraint, for one and many samples an example."""
+    flow = Chain(Affine(3), *(Planar(3) for _ in range(5)), Reverse(3), Planar(3), Planar(3)).double()
+    z = leaf(torch.randn(*samples, 4, 3, dtype=torch.float64))
+    context = leaf(3 * torch.randn(4, flow.context_size, dtype=torch.float64))
+    point, total, place = z, torch.zeros((), dtype=torch.float64), 0
+    for step in flow:
+        part = context[:, place : place + step.context_size] if step.context_size else None
+        point, log_det = step(point, part)
+        total, place = total + log_det, place + step.context_size
+    for found, wanted in zip(flow(z, context), (point, total), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+        weights = torch.linspace(0.5, 1.5, found.numel(), dtype=torch.float64).view_as(found)
+        pairs = [torch.autograd.grad((weights * out).sum(), (z, context), retain_graph=True) for out in (found, wanted)]
+        torch.testing.assert_close(*pairs, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["planar_flow", "full_covariance"])
+def test_derivatives_that_are_written_out_have_derivatives(name: str) -> None:
+    """Forward mode, reverse mode and their second derivatives, to the context too."""
+    flow, z, context = draw(BY_NAME[name], Case(3, seed=3), batch=(2,))
+
+    def both(z: Tensor, context: Tensor) -> Tensor:
+        image, log_det = flow(z, context)
+        return torch.cat([image, log_det.unsqueeze(-1)], -1)
+
+    inputs = (leaf(z), leaf(cast(Tensor, context)))
+    assert torch.autograd.gradcheck(both, inputs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(both, inputs)
+
+
+def test_a_planar_step_with_a_map_of_its_own_is_not_joined() -> None:
+    class Still(Planar):
+        def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+            return z, z.new_zeros(())
+
+    z = torch.randn(4, 3)
+    assert torch.equal(Chain(Still(3), Still(3))(z, torch.randn(4, 14))[0], z)

@@ -94,6 +94,15 @@ class Bijector(nn.Module, ABC):
             self._check_inverse(z, context, preimage, log_det)
         return preimage, log_det
 
+    @property
+    def joins(self) -> bool:
+        """Whether steps of this type in a row are one call of ``_forward_run``: they differ in their contexts alone."""
+        return False
+
+    def _forward_run(self, count: int, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As `count` steps like this one in sequence, their contexts side by side."""
+        raise NotImplementedError(f"{type(self).__name__} does not join")
+
     def initial_context(self) -> Tensor:
         """The context, ``(context_size,)``, where the step is the identity (zeros, unless a family says otherwise).
 

@@ -31,10 +31,13 @@ class _Steps(Bijector):
     def _pairs(self, context: Tensor | None) -> list[tuple[Bijector, Tensor | None]]:
         return list(zip(self, self._parts(context), strict=True))
 
+    def _runs(self, context: Tensor | None) -> list[tuple[Bijector, int, Tensor | None]]:
+        return [(step, 1, part) for step, part in self._pairs(context)]
+
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         log_dets = []
-        for step, part in self._pairs(context):
-            z, log_det = step._forward(z, part)
+        for step, count, part in self._runs(context):
+            z, log_det = step._forward(z, part) if count == 1 else step._forward_run(count, z, part)
             log_dets.append(wide(log_det))
         return z, reduce(torch.add, log_dets)
 
@@ -107,7 +110,19 @@ class Chain(_Steps):
         super().__init__(steps, sum(step.context_size for step in steps))
 
     def _parts(self, context: Tensor | None) -> list[Tensor | None]:
-        sizes = [step.context_size for step in self]
+        return self._split(context, [step.context_size for step in self])
+
+    def _runs(self, context: Tensor | None) -> list[tuple[Bijector, int, Tensor | None]]:
+        runs: list[tuple[Bijector, int]] = []
+        for step in self:
+            if runs and step.joins and type(step) is type(runs[-1][0]):
+                runs[-1] = runs[-1][0], runs[-1][1] + 1
+            else:
+                runs.append((step, 1))
+        parts = self._split(context, [count * step.context_size for step, count in runs])
+        return [(step, count, part) for (step, count), part in zip(runs, parts, strict=True)]
+
+    def _split(self, context: Tensor | None, sizes: list[int]) -> list[Tensor | None]:
         if context is None:
             return [None] * len(sizes)
         parts = context.split(sizes, dim=-self.event_ndim)

@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from flowpost.bijectors.base import Bijector, check_int
+from flowpost.bijectors.base import Bijector, by_rows, check_int, columns, wide_dtype
 from flowpost.bijectors.roots import correct, tanh_root
+
+Ctx = Any  # of an autograd function: torch types it without what it stores
 
 _EPS = 1e-3
 _K = -math.expm1(-(1 - _EPS))  # 1 - e^-(1 - eps)
+_LOGIT_K = math.log(_K / (1 - _K))
 
 
 def _invertible(u: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``u_hat``, ``w.u_hat = m(w.u)`` and ``1 + m >= eps``, with m(0) = 0, so that u = 0 is exactly the identity."""
     a = (w * u).sum(-1, keepdim=True)
-    positive = a > 0
-    # Each branch sees only its own half line: the other would overflow and poison the gradient through `where`.
-    above, below = torch.where(positive, a, 0), torch.where(positive, 0, a)
-    gain, value = torch.log1p((1 - _K) * torch.expm1(-above)), torch.log1p(_K * torch.expm1(below))
-    wu = torch.where(positive, a + gain, value)
-    room = torch.where(
-        positive, 1 + a + gain, _EPS + torch.log1p(_K / (1 - _K) * torch.exp(below))
-    )  # 1 + m, uncancelled
-    along = w / (w * w).sum(-1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
-    u_hat = u + torch.where(positive, gain, value - below) * along
+    move, wu, room = _gain(a)
+    square = (w * w).sum(-1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
+    u_hat = (move / square * w).add_(u)
     # Far below zero u_hat is a small difference of large numbers: what rounding left along w is put right.
-    return u_hat + ((wu - (w * u_hat).sum(-1, keepdim=True)) * along).detach(), wu, room
+    along = w.detach()
+    left = (wu.detach() - (along * u_hat.detach()).sum(-1, keepdim=True)) / square.detach()
+    return u_hat.add_(left * along), wu, room
+
+
+def _gain(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``m(a) - a = log1p((1 - k) expm1(-a))``, m and ``1 + m = eps + log1p(k / (1 - k) e^a)``: none of them cancels."""
+    low = (a + 40).clamp_max(0)  # the move is linear there: split off before exp overflows
+    move = torch.log1p((1 - _K) * torch.expm1(low - a)) - low
+    room = _EPS + F.softplus(a + _LOGIT_K, threshold=40)
+    return move, torch.where(a > -1, a + move, room - 1), room
 
 
 def _ridge(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,7 +46,7 @@ def _ridge(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _log_slope(wu: Tensor, room: Tensor, value: Tensor, slope: Tensor) -> Tensor:
     """``log(1 + m slope)``: where m is near -1, as ``log((1 + m) slope + value^2)``, a sum of positive terms."""
-    return torch.where(wu > -0.5, torch.log1p(wu * slope), torch.log(room * slope + value * value)).squeeze(-1)
+    return torch.where(wu > -0.5, torch.log1p(wu * slope), torch.log(room * slope + value * value))
 
 
 def planar(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,7 +66,113 @@ def planar(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """
     u_hat, wu, room = _invertible(u, w)
     value, slope = _ridge((w * z).sum(-1, keepdim=True) + b)
-    return z + u_hat * value, _log_slope(wu, room, value, slope)
+    return z + u_hat * value, _log_slope(wu, room, value, slope).squeeze(-1)
+
+
+def planar_chain(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """K planar maps in sequence, equal to K calls of `planar`; only K scalars a point are computed one by one.
+
+    The k-th map sees ``w_k.z_k = w_k.z + sum_{j<k} w_k.u_hat_j tanh(w_j.z_j + b_j)``: with the products ``w_k.u_hat_j``
+    at hand, no point between z and z' is needed. Cost: O(K (K + dim)).
+
+    Args:
+        z: ``(*batch, dim)``.
+        u: ``(*batch, K, dim)``.
+        w: ``(*batch, K, dim)``.
+        b: ``(*batch, K)``.
+
+    Returns:
+        z' ``(*batch, dim)`` and log_det ``(*batch)``, summed in float64.
+    """
+    u_hat, wu, room = _invertible(u, w)
+    with torch.autocast(z.device.type, enabled=False):
+        start = columns(by_rows, w, z) if z.ndim >= w.ndim else (w * z.unsqueeze(-2)).sum(-1)
+        inner = _cascade(start + b, _gram(w, u_hat))
+        value, slope = _ridge(inner)
+        image = z + columns(by_rows, u_hat.mT, value)
+    log_det = _log_slope(wu.squeeze(-1), room.squeeze(-1), value, slope)
+    return image, log_det.sum(-1, dtype=wide_dtype(z))
+
+
+def _gram(a: Tensor, b: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():  # as `_cascade`
+        return _Gram.forward(a, b)
+    return cast(Tensor, _Gram.apply(a, b))
+
+
+class _Gram(torch.autograd.Function):
+    """``a @ b.mT``; its gradients lie as a and b do, where autograd's own for b is transposed and slow to add to."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        return a @ b.mT
+
+    @staticmethod
+    def setup_context(ctx: Ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Ctx, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        return grads[0] @ b, grads[0].mT @ a
+
+    @staticmethod
+    def jvp(ctx: Ctx, *tangents: Tensor) -> Tensor:
+        a, b = ctx.saved_tensors
+        return tangents[0] @ b.mT + a @ tangents[1].mT
+
+
+def _cascade(start: Tensor, gain: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():  # which differentiates the plain code, and takes no function with a jvp
+        return _Cascade.forward(start, gain)
+    return cast(Tensor, _Cascade.apply(start, gain))
+
+
+class _Cascade(torch.autograd.Function):
+    """The x with ``x_k = start_k + sum_{j<k} gain_kj tanh(x_j)``; what is not below gain's diagonal is not read.
+
+    Its derivative is the same recursion backwards; written out, that is a third of the calls that autograd would make.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(start: Tensor, gain: Tensor) -> Tensor:
+        x = start
+        for k, column in enumerate(gain.tril(-1).unbind(-1)[:-1]):
+            x = torch.addcmul(x, column, torch.tanh(x[..., k : k + 1]))
+        return x
+
+    @staticmethod
+    def setup_context(ctx: Ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(output, inputs[1])
+        ctx.save_for_forward(output, inputs[1])
+
+    @staticmethod
+    def backward(ctx: Ctx, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, gain = ctx.saved_tensors
+        value, slope = _ridge(x)
+        rows = gain.tril(-1).unbind(-2)
+        total = grads[0]
+        for k in range(len(rows) - 1, 0, -1):
+            total = torch.addcmul(total, rows[k] * slope, total[..., k : k + 1])
+        left, right = total.unsqueeze(-1), value.unsqueeze(-2)
+        extra = left.ndim - gain.ndim
+        if extra > 0:  # samples are summed over by the product, which is never made for each of them
+            left, right = total.flatten(0, extra - 1).movedim(0, -1), value.flatten(0, extra - 1).movedim(0, -2)
+        return total, (left @ right).tril(-1).sum_to_size(gain.shape)
+
+    @staticmethod
+    def jvp(ctx: Ctx, *tangents: Tensor) -> Tensor:
+        x, gain = ctx.saved_tensors
+        value, slope = _ridge(x)
+        total = tangents[0] + columns(by_rows, tangents[1].tril(-1), value)
+        for k, column in enumerate(gain.tril(-1).unbind(-1)[:-1]):
+            total = torch.addcmul(total, column * slope[..., k : k + 1], total[..., k : k + 1])
+        return total
 
 
 def planar_inverse(z: Tensor, u: Tensor, w: Tensor, b: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -87,7 +200,7 @@ def planar_inverse(z: Tensor, u: Tensor, w: Tensor, b: Tensor, known: Tensor | N
     else:
         root = ((w * known).sum(-1, keepdim=True) + b).detach()
     value, slope = _ridge(correct(residual, root))
-    return z - u_hat * value, -_log_slope(wu, room, value, slope)
+    return z - u_hat * value, -_log_slope(wu, room, value, slope).squeeze(-1)
 
 
 class Planar(Bijector):
@@ -128,6 +241,16 @@ class Planar(Bijector):
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return planar(z, *self._numbers(context))
+
+    @property
+    def joins(self) -> bool:
+        """True: K in a row are one `planar_chain`, unless a subclass has a ``_forward`` of its own."""
+        return type(self)._forward is Planar._forward
+
+    def _forward_run(self, count: int, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        numbers = cast(Tensor, context).unflatten(-1, (count, self.context_size))
+        u, w, b = self._numbers(numbers)
+        return planar_chain(z, u, w, b.squeeze(-1))
 
     def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
         u, w, b = self._numbers(context)
