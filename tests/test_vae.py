@@ -296,6 +296,19 @@ def test_log_marginal_survives_weights_far_from_one() -> None:
     torch.testing.assert_close(log_marginal(vae, x, 5), exact_evidence(vae, x), rtol=1e-9, atol=0)
 
 
+def test_log_marginal_s_largest_tensor_does_not_grow_with_samples() -> None:
+    """What an IAF's layers are handed is bounded by `pairs`, and every sample passes through them."""
+    vae = VAE(nn.Linear(6, 5), flowpost.iaf(5, 3, steps=2, hidden=(8,)), nn.Linear(3, 6), Bernoulli())
+    rows: list[int] = []
+    vae.decoder.register_forward_hook(lambda _, inputs, output: rows.append(len(inputs[0])))
+    x = torch.rand(4, 6).round()
+    for samples in (3, 50, 5000):
+        rows.clear()
+        log_marginal(vae, x, samples, pairs=100)
+        assert sum(rows) == 4 * samples
+        assert max(rows) == min(4 * samples, 100)
+
+
 def test_log_marginal_s_memory_does_not_grow_with_samples() -> None:
     """5,000 samples of 64 latents for 100 images: all at once, z alone would take 128 MB, and the logits 1.6 GB."""
     code = """
