@@ -1,6 +1,6 @@
 """Flexible posteriors for variational autoencoders: features in, z and log q(z|x) out, in one pass."""
 
-from flowpost import functional, testing
+from flowpost import evaluation, functional, objectives, schedules, testing, vae
 from flowpost.bijectors.affine import Affine, Scale
 from flowpost.bijectors.autoregressive import Autoregressive
 from flowpost.bijectors.base import Bijector
@@ -38,12 +38,16 @@ __all__ = [
     "UnitLowerTriangular",
     "checking",
     "diagonal",
+    "evaluation",
     "full_covariance",
     "functional",
     "iaf",
     "load",
+    "objectives",
     "planar",
     "save",
+    "schedules",
     "testing",
+    "vae",
     "wrap",
 ]

@@ -2,7 +2,34 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any, NamedTuple
+
+import torch
 from torch import Tensor
+
+
+class ELBOTerms(NamedTuple):
+    """The two terms of the ELBO of each example, to log and to weigh."""
+
+    reconstruction: Tensor
+    """``E_q[log p(x|z)]``, ``(B,)``"""
+    kl: Tensor
+    """``KL(q(z|x) || p(z))``, ``(B,)``"""
+
+
+def elbo_terms(log_likelihood: Tensor, log_prior: Tensor, log_q: Tensor, kl: Tensor | None = None) -> ELBOTerms:
+    """Reconstruction and KL of each example, averaged over samples; arguments as for `elbo`.
+
+    Returns:
+        ``ELBOTerms(reconstruction, kl)``, each ``(B,)``. ``(reconstruction - weight * kl).mean()`` is what to maximize.
+
+    Example:
+        >>> terms = elbo_terms(torch.tensor([-7.0]), torch.tensor([-3.0]), torch.tensor([-1.0]))
+        >>> terms.reconstruction, terms.kl
+        (tensor([-7.]), tensor([2.]))
+    """
+    return ELBOTerms(_over_samples(log_likelihood), _over_samples(log_q - log_prior if kl is None else kl))
 
 
 def elbo(
@@ -29,9 +56,76 @@ def elbo(
 
     Reference:
         Kingma & Welling (2019), eq. 2.10; Kingma & Welling (2014), eq. 7.
+
+    Example:
+        >>> elbo(torch.tensor([-7.0]), torch.tensor([-3.0]), torch.tensor([-1.0]), kl_weight=0.5)
+        tensor([-8.])
     """
-    divergence = log_q - log_prior if kl is None else kl
-    return _over_samples(log_likelihood) - kl_weight * _over_samples(divergence)
+    terms = elbo_terms(log_likelihood, log_prior, log_q, kl)
+    return terms.reconstruction - kl_weight * terms.kl
+
+
+def iwae(log_likelihood: Tensor, log_prior: Tensor, log_q: Tensor, *, kl_weight: float | Tensor = 1.0) -> Tensor:
+    """Importance-weighted bound per example, ``log 1/K sum_k w_k``, ``w = p(x|z) p(z) / q(z|x)``, over all samples.
+
+    The ELBO at K = 1, log p(x) as K grows, never falling between in expectation. A `kl_weight` other than 1 tempers the
+    weights, ``w = p(x|z) (p(z) / q(z|x))^weight``, for a warm-up: a bound only at 1.
+
+    Its gradient is that of the log-densities given: `VAE` makes them for plain reparameterization, for
+    sticking-the-landing and for the doubly reparameterized estimator.
+
+    Args:
+        log_likelihood: log p(x|z), ``(*samples, B)``; K is the product of the sample axes.
+        log_prior: log p(z), ``(*samples, B)``.
+        log_q: log q(z|x), ``(*samples, B)``.
+        kl_weight: exponent of p(z) / q(z|x).
+
+    Returns:
+        ``(B,)``. Its mean is what to maximize.
+
+    Reference:
+        Burda, Grosse & Salakhutdinov (2016), eq. 8.
+
+    Example:
+        >>> iwae(torch.tensor([[1.0], [3.0]]).log(), torch.zeros(2, 1), torch.zeros(2, 1)).exp()
+        tensor([2.])
+    """
+    log_weight = log_likelihood + kl_weight * (log_prior - log_q)
+    if log_weight.ndim < 2:
+        return log_weight
+    log_weight = log_weight.flatten(0, -2)
+    return log_weight.logsumexp(0) - math.log(max(1, len(log_weight)))
+
+
+def free_bits(kl: Tensor, minimum: float) -> Tensor:
+    """The KL of a minibatch with `minimum` nats free in each group, ``sum_g max(minimum, mean_b kl[b, g])``.
+
+    The mean over the minibatch stands inside the max: a group whose mean is below the minimum has no gradient, for any
+    example; one above it has the plain mean's. In place of the mean KL in an objective.
+
+    Args:
+        kl: KL of each example and group, ``(B, G)``: a group is a latent of a factorized Gaussian, or a layer of
+            latents. A flow's log q does not split over latents: there G = 1. `VAEOutput.kl_groups` gives both.
+        minimum: in nats, not negative.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: if `kl` has not two axes, or the minimum is negative or not finite.
+
+    Reference:
+        Kingma & Welling (2019), eq. 2.69, 2.70; Kingma et al. (2016), appendix C.8.
+
+    Example:
+        >>> free_bits(torch.tensor([[0.0, 2.0], [0.2, 4.0]]), minimum=0.5)
+        tensor(3.5000)
+    """
+    if kl.ndim != 2:
+        raise ValueError(f"kl: expected shape (B, G), a column for each group, got {tuple(kl.shape)}")
+    if not 0 <= minimum < math.inf:
+        raise ValueError(f"minimum: expected a finite number >= 0, got {minimum}")
+    return kl.mean(0).clamp_min(minimum).sum()
 
 
 def gaussian_kl(loc: Tensor, scale_tril: Tensor) -> Tensor:
@@ -49,6 +143,72 @@ def gaussian_kl(loc: Tensor, scale_tril: Tensor) -> Tensor:
     """
     square = scale_tril.square().sum((-2, -1)) + loc.square().sum(-1)
     return 0.5 * (square - loc.shape[-1]) - scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+def latent_kl(loc: Tensor, scale: Tensor) -> Tensor:
+    """Closed-form ``KL(N(loc, scale^2) || N(0, 1)) = (scale^2 + loc^2 - 1) / 2 - log scale`` of each latent.
+
+    With the scales of a factorized Gaussian the latents' KL adds up to the whole. With the standard deviations of the
+    marginals of a correlated one it adds up to less, by the latents' total correlation.
+
+    Args:
+        loc: any shape.
+        scale: of the same shape, positive.
+
+    Returns:
+        Of the same shape.
+
+    Reference:
+        Kingma & Welling (2014), appendix B.
+
+    Example:
+        >>> latent_kl(torch.tensor([0.0, 2.0]), torch.ones(2))
+        tensor([0., 2.])
+    """
+    return 0.5 * (scale.square() + loc.square() - 1) - scale.log()
+
+
+def reweigh(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Double reparameterization: z whose gradient from `iwae` is that of the squared normalized weights.
+
+    To be used as: z in the place of the sample everywhere; the first zeros added to log p(x|z); the second to log q(z),
+    which must depend on z alone (``posterior.path_log_prob``). The backward pass of `iwae` brings the normalized weight
+    v to the zeros, and the gradient through z, ``v dlog w/dz``, is multiplied there by ``1 - weight + weight v``: v at
+    a `kl_weight` of 1. So the posterior's side gets ``v^2 dlog w/dz``, the decoder's the plain v, in one backward pass.
+    It holds for `iwae` over all of z's sample axes, scaled at will; for `elbo` it is wrong.
+
+    Args:
+        z: ``(*samples, B, dim)``.
+
+    Returns:
+        z, and zeros ``(*samples, B)`` twice.
+
+    Reference:
+        Tucker, Lawson, Gu & Maddison (2018), Doubly Reparameterized Gradient Estimators for Monte
+        Carlo Objectives (DReG-IWAE).
+    """
+    return _Reweigh.apply(z)
+
+
+class _Reweigh(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return z.clone(), z.new_zeros(z.shape[:-1]), z.new_zeros(z.shape[:-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:  # noqa: ANN401
+        """Nothing to keep: the weights come back with the gradient."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # noqa: ANN401
+        through_z, weight, minus_weight = grads
+        axes = tuple(range(weight.ndim - 1))
+        total = weight.sum(axes, keepdim=True) if axes else weight  # what the loss is scaled by, for each example
+        rest = (minus_weight.sum(axes, keepdim=True) if axes else minus_weight) - minus_weight
+        factor = 1 + rest / torch.where(total == 0, 1, total)
+        return through_z * factor.unsqueeze(-1)
 
 
 def _over_samples(values: Tensor) -> Tensor:

@@ -117,12 +117,43 @@ class FlowPosterior(nn.Module):
             ValueError: as the flow's ``inverse``.
         """
         check_tensor("z", z, self.dim, self.flow.event_ndim)
-        context = self.context(h)
+        return self.log_prob_at(z, self.context(h))
+
+    def log_prob_at(self, z: Tensor, context: Tensor | None) -> Tensor:
+        """As `log_prob`, for a `context` that is known."""
         noise, log_det = self.flow.inverse(z, context)
         log_prob = _score(noise, -log_det)
         if active():
             warn_moved(log_prob.detach(), self._nudged(z, context))
         return log_prob
+
+    def path_log_prob(self, sample: Sample, h: Tensor | None = None) -> Tensor:
+        """The log q(z|x) of an own sample as a function of z alone: parameters and h are held fixed.
+
+        The value is ``sample.log_prob``, the gradient ``dlog q/dz`` at ``sample.z``: in place of log q in an objective,
+        it leaves out the score ``dlog q/dparameters``, whose mean is 0 (sticking the landing). For every posterior:
+        nothing is searched, the preimage is ``sample.noise``. Costs an inverse at a known preimage and its gradient;
+        where no gradient is asked for, nothing. First derivatives only.
+
+        Args:
+            sample: what this posterior returned for h.
+            h: the same features; None for a posterior without an encoder.
+
+        Returns:
+            ``(*sample_shape, *batch)``.
+
+        Raises:
+            TypeError: if `sample` is no Sample, and as `forward`.
+            ValueError: as `forward`.
+
+        Reference:
+            Roeder, Wu & Duvenaud (2017), Sticking the Landing: Simple, Lower-Variance Gradient Estimators for VI.
+        """
+        if not isinstance(sample, Sample):
+            raise TypeError(f"sample: expected a flowpost.Sample, got {type(sample).__name__}")
+        with torch.no_grad():
+            context = self.context(h)
+        return self.path_log_prob_at(sample, context)
 
     @torch.no_grad()
     def _nudged(self, z: Tensor, context: Tensor | None) -> list[Tensor]:
@@ -159,6 +190,22 @@ class FlowPosterior(nn.Module):
             raise ValueError(f"noise: expected shape {shape}, got {tuple(noise.shape)}")
         z, log_det = self.flow._forward(noise, self.flow._check(noise, context))
         return Sample(z, _score(noise, log_det), noise)
+
+    def path_log_prob_at(self, sample: Sample, context: Tensor | None) -> Tensor:
+        """As `path_log_prob`, for a `context` that is known."""
+        z, log_prob, noise = sample
+        if not torch.is_grad_enabled():
+            return log_prob
+
+        def total(z: Tensor) -> Tensor:
+            preimage, log_det = self.flow._inverse(z, fixed, noise)
+            return _score(preimage, -log_det).sum()
+
+        # Under no_grad `grad` follows z and nothing else: no parameter has to be frozen, or un-frozen, for it.
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+            fixed = self.flow._check(z, context)
+            slope = torch.func.grad(total)(z)
+        return log_prob.detach() + ((z - z.detach()) * slope).sum(-1)
 
     def gaussian_at(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """As `gaussian`, for a `context` that is known."""

@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowpost.bijectors.base import check_int
-from flowpost.objectives import gaussian_kl
+from flowpost.bijectors.affine import Affine, Scale
+from flowpost.bijectors.base import Bijector, check_int
+from flowpost.objectives import elbo_terms, gaussian_kl, latent_kl, reweigh
 from flowpost.posterior import FlowPosterior, Sample, standard_normal_log_prob
+
+_GRADIENTS = ("standard", "stl", "dreg")
 
 
 class Likelihood(nn.Module, ABC):
@@ -108,14 +111,30 @@ class Categorical(Likelihood):
 
 
 class VAEOutput(NamedTuple):
-    """What an objective needs, each ``(*sample_shape, B)`` but for `kl`, which is ``(B,)``."""
+    """What an objective needs, each ``(*sample_shape, B)`` but for the closed-form KLs."""
 
     log_likelihood: Tensor
     log_prior: Tensor
     log_q: Tensor
     kl: Tensor | None
-    """Closed-form KL(q(z|x) || p(z)) where the posterior is Gaussian, else None."""
+    """Closed-form KL(q(z|x) || p(z)), ``(B,)``; None where q is not Gaussian or the gradient not standard."""
     sample: Sample
+    latent_kl: Tensor | None = None
+    """The same for each latent, ``(B, dim)``; None also where the Gaussian is not factorized."""
+
+    def kl_groups(self, groups: int = 1) -> Tensor:
+        """The KL in groups, ``(B, groups)``, for `free_bits`: 1, or for a factorized Gaussian also one per latent.
+
+        Raises:
+            ValueError: for any other number of groups; log q of a flow, and of a correlated Gaussian, does not split.
+        """
+        if groups == 1:
+            return elbo_terms(self.log_likelihood, self.log_prior, self.log_q, self.kl).kl.unsqueeze(-1)
+        if self.latent_kl is None:
+            raise ValueError(f"groups: expected 1, for this posterior's KL does not split over latents, got {groups}")
+        if groups != self.latent_kl.shape[-1]:
+            raise ValueError(f"groups: expected 1 or {self.latent_kl.shape[-1]}, the number of latents, got {groups}")
+        return self.latent_kl
 
 
 class VAE(nn.Module):
@@ -143,22 +162,40 @@ class VAE(nn.Module):
         super().__init__()
         self.encoder, self.posterior, self.decoder, self.likelihood = encoder, posterior, decoder, likelihood
 
-    def forward(self, x: Tensor, sample_shape: tuple[int, ...] = ()) -> VAEOutput:
+    def forward(self, x: Tensor, sample_shape: tuple[int, ...] = (), gradient: str = "standard") -> VAEOutput:
         """Everything that a training step needs, in one pass.
+
+        `gradient` says what autodiff makes of the objective; the values are the same:
+
+        - ``"standard"``: plain reparameterization, with the closed-form KL where there is one.
+        - ``"stl"``: sticking the landing, log q's dependence on z alone; unbiased for `elbo`, and for `iwae` of one
+          sample. Its variance is 0 where q is the posterior.
+        - ``"dreg"``: double reparameterization, for `iwae` over all of `sample_shape` and nothing else; unbiased.
 
         Args:
             x: ``(B, *event)``.
             sample_shape: leading axes of samples of z for each x.
+            gradient: the estimator.
 
         Returns:
-            ``VAEOutput(log_likelihood, log_prior, log_q, kl, sample)``.
+            ``VAEOutput(log_likelihood, log_prior, log_q, kl, sample, latent_kl)``.
 
         Raises:
-            ValueError: if the decoder's output does not have ``likelihood.numbers`` for each element of x.
+            ValueError: if the decoder's output does not have ``likelihood.numbers`` for each element of x, or for an
+                unknown `gradient`.
+
+        Reference:
+            Kingma & Welling (2014); Roeder et al. (2017); Tucker et al. (2018).
         """
         context = self.context(x)
-        kl = gaussian_kl(*self.posterior.gaussian_at(context)) if self.posterior.is_gaussian else None
-        return self.evaluate(x, context, sample_shape)._replace(kl=kl)
+        out = self.evaluate(x, context, sample_shape, gradient)
+        if gradient != "standard" or not self.posterior.is_gaussian:
+            return out
+        loc, tril = self.posterior.gaussian_at(context)
+        if not _factorized(self.posterior):
+            return out._replace(kl=gaussian_kl(loc, tril))
+        latents = latent_kl(loc, tril.diagonal(dim1=-2, dim2=-1))
+        return out._replace(kl=latents.sum(-1), latent_kl=latents)
 
     def context(self, x: Tensor) -> Tensor:
         """What the posterior's flow reads for x: all of q(z|x) that does not depend on the sample."""
@@ -167,11 +204,25 @@ class VAE(nn.Module):
             raise ValueError("posterior: expected one that reads features, got one whose flow takes no context")
         return context
 
-    def evaluate(self, x: Tensor, context: Tensor, sample_shape: tuple[int, ...] = ()) -> VAEOutput:
+    def evaluate(
+        self, x: Tensor, context: Tensor, sample_shape: tuple[int, ...] = (), gradient: str = "standard"
+    ) -> VAEOutput:
         """As `forward`, for a context that is known, and without the closed-form KL."""
+        if gradient not in _GRADIENTS:
+            raise ValueError(f"gradient: expected one of {', '.join(_GRADIENTS)}, got {gradient!r}")
         sample = self.posterior.sample_at(context, sample_shape)
-        log_likelihood = self.likelihood.log_prob(self.decode(sample.z, math.prod(x.shape[1:])), x.flatten(1))
-        return VAEOutput(log_likelihood, standard_normal_log_prob(sample.z), sample.log_prob, None, sample)
+        if gradient != "dreg":
+            log_q = sample.log_prob if gradient == "standard" else self.posterior.path_log_prob_at(sample, context)
+            return VAEOutput(*self.log_joint(x, sample.z), log_q, None, sample)
+        z, zeros, more_zeros = reweigh(sample.z)
+        log_likelihood, log_prior = self.log_joint(x, z)
+        log_q = self.posterior.path_log_prob_at(sample._replace(z=z), context)
+        return VAEOutput(log_likelihood + zeros, log_prior, log_q + more_zeros, None, sample)
+
+    def log_joint(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The log p(x|z) and log p(z), each ``(*samples, B)``, for x ``(B, *event)`` and z ``(*samples, B, dim)``."""
+        log_likelihood = self.likelihood.log_prob(self.decode(z, math.prod(x.shape[1:])), x.flatten(1))
+        return log_likelihood, standard_normal_log_prob(z)
 
     def decode(self, z: Tensor, elements: int) -> Tensor:
         """The likelihood's numbers ``(*batch, numbers, elements)`` for z ``(*batch, dim)``."""
@@ -183,3 +234,10 @@ class VAE(nn.Module):
                 f"decoder: expected {numbers} x {elements} outputs per example for {name}, got {outputs.shape[1]}"
             )
         return outputs.view(*z.shape[:-1], numbers, elements)
+
+
+def _factorized(posterior: FlowPosterior) -> bool:
+    """Whether every step acts on each latent alone."""
+    steps = [module for module in posterior.flow.modules() if isinstance(module, Bijector)]
+    leaves = [step for step in steps if sum(isinstance(part, Bijector) for part in step.modules()) == 1]
+    return all(isinstance(leaf, (Affine, Scale)) for leaf in leaves)

@@ -48,8 +48,19 @@ ALLOWED = {
     "flowpost._format": set(),
     "flowpost.files": PARTS | {"flowpost._format", "flowpost.posterior", "flowpost.recipes", "flowpost.vae"},
     "flowpost.objectives": set(),
-    "flowpost.vae": {"flowpost.bijectors.base", "flowpost.objectives", "flowpost.posterior"},
-    "flowpost.evaluation": {"flowpost.bijectors.base", "flowpost.objectives", "flowpost.posterior", "flowpost.vae"},
+    "flowpost.schedules": set(),
+    "flowpost.vae": {
+        "flowpost.bijectors.affine",
+        "flowpost.bijectors.base",
+        "flowpost.objectives",
+        "flowpost.posterior",
+    },
+    "flowpost.evaluation": {
+        "flowpost.bijectors.base",
+        "flowpost.importance",
+        "flowpost.objectives",
+        "flowpost.vae",
+    },
 }
 
 
