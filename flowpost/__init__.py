@@ -1,6 +1,6 @@
 """Flexible posteriors for variational autoencoders: features in, z and log q(z|x) out, in one pass."""
 
-from flowpost import evaluation, functional, objectives, schedules, testing, vae
+from flowpost import evaluation, functional, importance, objectives, schedules, testing, vae
 from flowpost.bijectors.affine import Affine, Scale
 from flowpost.bijectors.autoregressive import Autoregressive
 from flowpost.bijectors.base import Bijector
@@ -42,6 +42,7 @@ __all__ = [
     "full_covariance",
     "functional",
     "iaf",
+    "importance",
     "load",
     "objectives",
     "planar",

@@ -1,13 +1,18 @@
-"""What to report: log p(x) by importance sampling."""
+"""What to report: log p(x) by importance sampling and whether to trust it, KL per latent, active units, ELBO terms."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flowpost.bijectors.base import check_int
+from flowpost.importance import ImportanceEstimate, summarize, warn_unreliable
+from flowpost.objectives import latent_kl
 from flowpost.vae import VAE
 
 _EXAMPLES = 100
@@ -18,7 +23,7 @@ def log_marginal(vae: VAE, x: Tensor, samples: int = 1000, *, pairs: int = 1000)
 
     A lower bound in expectation, tighter with more samples: report how many. Samples stream through in chunks and are
     accumulated by a float64 logsumexp, so memory does not grow with `samples`; the encoder runs once. The model is used
-    in the mode it is in: call ``vae.eval()`` first where that matters.
+    in the mode it is in: call ``vae.eval()`` first where that matters. `importance_estimate` says whether to trust it.
 
     Args:
         vae: the model.
@@ -35,18 +40,207 @@ def log_marginal(vae: VAE, x: Tensor, samples: int = 1000, *, pairs: int = 1000)
     Reference:
         Kingma & Welling (2019), section 2.6; Rezende et al. (2014), appendix E.
     """
+    return torch.cat([_log_mean(chunks, samples) for chunks in _log_weights(vae, x, samples, pairs)])
+
+
+def importance_estimate(vae: VAE, x: Tensor, samples: int = 1000, *, pairs: int = 1000) -> ImportanceEstimate:
+    """`log_marginal` with its standard error, effective sample size and Pareto k-hat, for each x.
+
+    The same samples, and the tail of about ``3 sqrt(samples)`` weights for each example besides. Where k-hat is above
+    0.7 for any of them it says so in an `UnreliableEstimateWarning`. Posterior mass that no sample has reached shows
+    in none of these numbers.
+
+    Args:
+        vae: the model.
+        x: ``(B, *event)``.
+        samples: number of samples for each example; k-hat needs 21.
+        pairs: how many (sample, example) pairs are decoded at once.
+
+    Returns:
+        ``ImportanceEstimate(log_p, standard_error, ess, k_hat)``.
+
+    Raises:
+        ValueError: if `samples` or `pairs` is below 1.
+
+    Reference:
+        Vehtari et al. (2024), Pareto Smoothed Importance Sampling; Yao et al. (2018), Yes, but Did It Work?
+
+    Example:
+        >>> vae = VAE(nn.Linear(9, 16), flowpost.diagonal(16, dim=2), nn.Linear(2, 9), Bernoulli())
+        >>> log_p, standard_error, ess, k_hat = importance_estimate(vae, torch.ones(5, 9), samples=100)
+        >>> k_hat.shape
+        torch.Size([5])
+    """
+    parts = [summarize(chunks, samples) for chunks in _log_weights(vae, x, samples, pairs)]
+    estimate = ImportanceEstimate(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    warn_unreliable(estimate, samples)
+    return estimate
+
+
+def kl_per_latent(vae: VAE, x: Tensor) -> Tensor:
+    """KL(q(z_i|x) || N(0, 1)) of each latent, from the closed-form marginals of a Gaussian posterior.
+
+    Adds up to the whole KL where the posterior is factorized; else to less, by the latents' total correlation.
+
+    Args:
+        vae: the model, with a Gaussian posterior.
+        x: ``(B, *event)``.
+
+    Returns:
+        ``(B, dim)``, float64, without gradient.
+
+    Raises:
+        TypeError: if the posterior is not Gaussian: a flow's marginals have no closed form.
+
+    Example:
+        >>> vae = VAE(nn.Linear(9, 16), flowpost.diagonal(16, dim=2), nn.Linear(2, 9), Bernoulli())
+        >>> kl_per_latent(vae, torch.ones(5, 9)).shape
+        torch.Size([5, 2])
+    """
+    with torch.no_grad():
+        parts = [vae.posterior.gaussian_at(vae.context(part)) for part in x.split(_EXAMPLES)]
+        return torch.cat([latent_kl(loc.double(), tril.double().norm(dim=-1)) for loc, tril in parts])
+
+
+class ActiveUnits(NamedTuple):
+    """How much each latent's posterior mean varies over data, each ``(dim,)``."""
+
+    variance: Tensor
+    """``Var_x(E_q(z|x)[z_i])``, float64"""
+    active: Tensor
+    """Whether it exceeds the threshold."""
+
+
+def active_units(vae: VAE, x: Tensor, samples: int = 64, *, threshold: float = 0.01, pairs: int = 1000) -> ActiveUnits:
+    """Burda et al.'s rule: latent i is active where ``Var_x(E_q(z|x)[z_i]) > threshold``, 0.01 in the paper.
+
+    The posterior's mean is exact where it is Gaussian. Else it is the mean of `samples`, whose own variance is taken
+    off: 1/S of the posterior's would alone exceed the threshold. The difference is unbiased, and can be below 0.
+
+    Args:
+        vae: the model.
+        x: ``(N, *event)``, at least 2 examples, as many as there are to be had.
+        samples: number of samples for each example, at least 2, where the posterior is not Gaussian.
+        threshold: above which a latent is active.
+        pairs: how many (sample, example) pairs are drawn at once.
+
+    Returns:
+        ``ActiveUnits(variance, active)``; ``active.sum()`` is the number to report.
+
+    Raises:
+        ValueError: if `samples` is below 2 or `pairs` below 1.
+
+    Reference:
+        Burda, Grosse & Salakhutdinov (2016), section 5.2.
+
+    Example:
+        >>> vae = VAE(nn.Linear(9, 16), flowpost.planar(16, dim=2), nn.Linear(2, 9), Bernoulli())
+        >>> active_units(vae, torch.rand(50, 9).round()).active.shape
+        torch.Size([2])
+    """
+    check_int("samples", samples, minimum=2)
+    check_int("pairs", pairs, minimum=1)
+    with torch.no_grad():
+        parts = [_means(vae, part, samples) for part in x.split(max(1, pairs // samples))]
+    means, noise = (torch.cat(column) for column in zip(*parts, strict=True))
+    variance = means.var(0) - noise.mean(0)
+    return ActiveUnits(variance, variance > threshold)
+
+
+class ELBODecomposition(NamedTuple):
+    """The ELBO's terms over a set of examples, each ``(N,)``, float64: the terms are their means.
+
+    ``ELBO = reconstruction - mutual_information - marginal_kl``, for every example and sample exactly.
+    """
+
+    reconstruction: Tensor
+    """``E_q(z|x_n)[log p(x_n|z)]``"""
+    mutual_information: Tensor
+    """``KL(q(z|x_n) || q(z))``; its mean is that of the code z and the example's index, at most log N."""
+    marginal_kl: Tensor
+    """``E_q(z|x_n)[log q(z) / p(z)]``; its mean is KL(q(z) || p(z))."""
+
+
+def decompose_elbo(vae: VAE, x: Tensor, samples: int = 1, *, pairs: int = 100_000) -> ELBODecomposition:
+    """Split the KL into what z tells about the example and how far all z together are from the prior.
+
+    ``q(z) = 1/N sum_n q(z|x_n)``, the aggregate over the N examples given, is evaluated exactly at samples from it: for
+    these N examples the estimate is unbiased. As an estimate for the data they come from, mutual information is biased
+    low, and the marginal KL high by the same amount, for N examples tell at most log N: little where it is well below
+    that, everything where it is close.
+
+    Args:
+        vae: the model.
+        x: ``(N, *event)``, as many examples as there are to be had.
+        samples: of z for each example; N of them are enough where N is large.
+        pairs: how many log q(z|x_n) are computed at once, of ``samples * N^2`` in all, each by the flow's inverse.
+
+    Returns:
+        ``ELBODecomposition(reconstruction, mutual_information, marginal_kl)``.
+
+    Raises:
+        ValueError: if `samples` or `pairs` is below 1.
+
+    Reference:
+        Hoffman & Johnson (2016), ELBO Surgery: Yet Another Way to Carve Up the Variational Evidence Lower Bound.
+
+    Example:
+        >>> vae = VAE(nn.Linear(9, 16), flowpost.diagonal(16, dim=2), nn.Linear(2, 9), Bernoulli())
+        >>> terms = decompose_elbo(vae, torch.rand(50, 9).round(), samples=4)
+        >>> bool(terms.mutual_information.mean() < math.log(50))
+        True
+    """
     check_int("samples", samples, minimum=1)
     check_int("pairs", pairs, minimum=1)
     with torch.no_grad():
-        return torch.cat([_log_marginal(vae, part, samples, pairs) for part in x.split(min(_EXAMPLES, pairs))])
+        contexts = torch.cat([vae.context(part) for part in x.split(_EXAMPLES)])
+        rows = torch.arange(len(x), device=x.device).split(max(1, min(_EXAMPLES, pairs // samples)))
+        parts = [_decompose(vae, x[row], row, contexts, samples, pairs) for row in rows]
+    return ELBODecomposition(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def _log_marginal(vae: VAE, x: Tensor, samples: int, pairs: int) -> Tensor:
+def _decompose(vae: VAE, x: Tensor, row: Tensor, contexts: Tensor, samples: int, pairs: int) -> ELBODecomposition:
+    """The terms of the examples `row` of all those whose contexts are given."""
+    out = vae.evaluate(x, contexts[row], (samples,))
+    z, own = out.sample.z.unsqueeze(-2), out.log_q.double()
+    total = torch.full_like(own, -math.inf)
+    for columns in torch.arange(len(contexts), device=row.device).split(max(1, pairs // max(1, own.numel()))):
+        log_q = vae.posterior.log_prob_at(z, contexts[columns]).double()  # (samples, B, columns)
+        log_q = torch.where(log_q.isnan(), -math.inf, log_q)  # overflowed on the way back: there is no density there
+        log_q = torch.where(row.unsqueeze(-1) == columns, own.unsqueeze(-1), log_q)  # known without an inverse
+        total = torch.logaddexp(total, log_q.logsumexp(-1))
+    aggregate = total - math.log(len(contexts))
+    terms = out.log_likelihood.double(), own - aggregate, aggregate - out.log_prior.double()
+    return ELBODecomposition(*(term.mean(0) for term in terms))
+
+
+def _means(vae: VAE, x: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    """E_q[z] and the variance of its estimate, each ``(B, dim)``."""
     context = vae.context(x)
-    chunk = max(1, pairs // max(1, len(x)))
-    total = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
-    for start in range(0, samples, chunk):
-        out = vae.evaluate(x, context, (min(chunk, samples - start),))
-        weights = out.log_likelihood.double() + out.log_prior.double() - out.log_q.double()
-        total = torch.logaddexp(total, weights.logsumexp(0))
-    return total - math.log(samples)
+    if vae.posterior.is_gaussian:
+        loc = vae.posterior.gaussian_at(context)[0].double()
+        return loc, torch.zeros_like(loc)
+    z = vae.posterior.sample_at(context, (samples,)).z.double()
+    return z.mean(0), z.var(0) / samples
+
+
+def _log_weights(vae: VAE, x: Tensor, samples: int, pairs: int) -> Iterator[Iterator[Tensor]]:
+    """For each part of x its log-weights in chunks ``(n, B)``, to be read before the next part."""
+    check_int("samples", samples, minimum=1)
+    check_int("pairs", pairs, minimum=1)
+    for part in x.split(min(_EXAMPLES, pairs)):
+        yield _chunks(vae, part, samples, max(1, pairs // max(1, len(part))))
+
+
+def _chunks(vae: VAE, x: Tensor, samples: int, size: int) -> Iterator[Tensor]:
+    with torch.no_grad():
+        context = vae.context(x)
+    for start in range(0, samples, size):
+        with torch.no_grad():  # not around `yield`: the reader would run without gradient too
+            out = vae.evaluate(x, context, (min(size, samples - start),))
+            log_w = out.log_likelihood.double() + out.log_prior.double() - out.log_q.double()
+        yield log_w
+
+
+def _log_mean(chunks: Iterator[Tensor], samples: int) -> Tensor:
+    return reduce(torch.logaddexp, (chunk.logsumexp(0) for chunk in chunks)) - math.log(samples)

@@ -1,0 +1,161 @@
+"""Importance weights in a stream: log of their mean, its error, and how heavy their tail is (Pareto k-hat)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LIMIT = 0.7
+"""Above it an importance-sampling estimate is not to be trusted (Vehtari et al. 2024)."""
+
+
+class UnreliableEstimateWarning(UserWarning):
+    """Importance weights whose tail is too heavy for their mean to be trusted."""
+
+
+class ImportanceEstimate(NamedTuple):
+    """An importance-sampling estimate of log p(x) and what says whether to trust it, each ``(B,)``, float64."""
+
+    log_p: Tensor
+    """``log 1/S sum_s w_s``"""
+    standard_error: Tensor
+    """Of log_p, in nats, to first order: ``sd(w) / (sqrt(S) mean(w))``; too small where k_hat is above 0.7."""
+    ess: Tensor
+    """Effective sample size ``(sum w)^2 / sum w^2``, from 1 to S."""
+    k_hat: Tensor
+    """Pareto k of the weights' tail: below 0.5 good, up to 0.7 usable, above it not to be trusted."""
+
+
+@torch.no_grad()
+def summarize(chunks: Iterable[Tensor], samples: int) -> ImportanceEstimate:
+    """What log-weights that stream through say, of any model: log p(x) and its diagnostics, without a warning.
+
+    Args:
+        chunks: log-weights ``log p(x, z_s) - log q(z_s|x)``, each ``(n, B)``.
+        samples: how many there are for each example, over all chunks.
+
+    Returns:
+        ``ImportanceEstimate(log_p, standard_error, ess, k_hat)``; the error is nan for one sample.
+
+    Raises:
+        ValueError: if the chunks do not have `samples` rows together.
+
+    Example:
+        >>> estimate = summarize([torch.zeros(30, 2), torch.zeros(70, 2)], samples=100)
+        >>> estimate.log_p, estimate.ess
+        (tensor([0., 0.], dtype=torch.float64), tensor([100., 100.], dtype=torch.float64))
+    """
+    keep, count = tail_size(samples) + 1, 0
+    total = square = tail = None
+    for chunk in chunks:
+        log_w = chunk.double()
+        count += len(log_w)
+        sums = log_w.logsumexp(0), (2 * log_w).logsumexp(0)
+        total = sums[0] if total is None else torch.logaddexp(total, sums[0])
+        square = sums[1] if square is None else torch.logaddexp(square, sums[1])
+        tail = log_w if tail is None else torch.cat([tail, log_w])
+        if len(tail) > 2 * keep:  # not at every chunk: most of the time goes to the decoder, not here
+            tail = tail.topk(keep, dim=0).values
+    if total is None or square is None or tail is None or count != samples:
+        raise ValueError(f"samples: expected {count}, the rows of all chunks, got {samples}")
+    ess = torch.exp(2 * total - square).clamp(1, samples)
+    # Var(w) / (S mean(w)^2), with the variance's S - 1
+    error = ((samples / ess - 1) / (samples - 1)).sqrt() if samples > 1 else torch.full_like(ess, math.nan)
+    k_hat = pareto_k(tail.topk(min(keep, samples), dim=0).values, samples)
+    return ImportanceEstimate(total - math.log(samples), error, ess, k_hat)
+
+
+def warn_unreliable(estimate: ImportanceEstimate, samples: int) -> None:
+    """Say in plain words where an estimate is not to be trusted."""
+    bad = ~(estimate.k_hat <= LIMIT)
+    if not bool(bad.any()):
+        return
+    if tail_size(samples) < 5:
+        why = f"{samples} samples are too few for k-hat, which needs 21, so nothing says whether to trust it"
+    else:
+        why = (
+            f"not to be trusted for {int(bad.sum())} of {bad.numel()} examples, whose Pareto k-hat is above {LIMIT} "
+            f"(largest {estimate.k_hat.max().item():.2g}): a few samples carry all the weight, so the estimate is "
+            f"probably too low and its standard error too small; a posterior closer to p(z|x) helps, more samples "
+            f"help slowly"
+        )
+    warnings.warn(f"log p(x): {why}", UnreliableEstimateWarning, stacklevel=3)
+
+
+def tail_size(samples: int) -> int:
+    """How many of the largest weights are the tail, ``min(samples / 5, 3 sqrt(samples))``, rounded up.
+
+    Reference:
+        Vehtari, Simpson, Gelman, Yao & Gabry (2024), Pareto Smoothed Importance Sampling.
+
+    Example:
+        >>> tail_size(1000)
+        95
+    """
+    return math.ceil(min(0.2 * samples, 3 * math.sqrt(samples)))
+
+
+def pareto_k(tail: Tensor, samples: int) -> Tensor:
+    """The shape k of a generalized Pareto distribution fitted to the tail of importance weights, for each example.
+
+    The weights have ``1/k`` finite moments. Below 0.5 a sum of them converges as usual; up to 0.7 more slowly, but its
+    standard error still means something; above, neither. A heavy tail that no sample has reached cannot be seen.
+
+    Args:
+        tail: log of the ``tail_size(samples) + 1`` largest weights, ``(M + 1, *batch)``; the smallest of them is the
+            threshold.
+        samples: how many weights there were.
+
+    Returns:
+        k-hat ``(*batch)``, float64, drawn towards 0.5 as much as ten more tail values of that shape would. Infinite for
+        a tail below 5, where nothing can be said, so below 21 samples; minus infinite where the
+        tail's weights are all equal; nan where a weight is.
+
+    Reference:
+        Vehtari et al. (2024); Zhang & Stephens (2009), A New and Efficient Estimation Method for the Generalized Pareto
+        Distribution.
+    """
+    size = tail_size(samples)
+    if size < 5:
+        return torch.full(tail.shape[1:], math.inf, dtype=torch.float64, device=tail.device)
+    tail = tail.double().sort(0).values
+    top = tail[-1]
+    threshold = (tail[0] - top).exp()
+    shape = fit_pareto((tail[1:] - top).exp() - threshold)
+    shape = (size * shape + 10 * 0.5) / (size + 10)
+    level = 1 - threshold < 100 * torch.finfo(torch.float64).eps
+    return torch.where(top.isfinite(), torch.where(level, -math.inf, shape), math.nan)
+
+
+def fit_pareto(excess: Tensor) -> Tensor:
+    """Zhang & Stephens' estimate of the shape k of ``p(x) ~ (1 + k x / sigma)^(-1/k - 1)``, for each example.
+
+    With ``theta = k / sigma`` the likelihood's best k is ``mean log(1 + theta x)``. Theta is the mean of a grid, which
+    stands for a prior that depends on the data, weighted by the profile likelihood ``n (log(theta / k) - k - 1)``.
+
+    Args:
+        excess: values over a threshold, ``(n, *batch)``, ascending, not negative, the last positive.
+
+    Returns:
+        ``(*batch)``.
+
+    Reference:
+        Zhang & Stephens (2009), with the sign of k turned.
+    """
+    count = len(excess)
+    points = 30 + math.isqrt(count)
+    quartile = excess[math.floor(count / 4 + 0.5) - 1].clamp_min(torch.finfo(excess.dtype).tiny)
+    thetas, fits = [], []
+    for i in range(1, points + 1):  # one row at a time: points * n values for each example would be much memory
+        theta = (math.sqrt(points / (i - 0.5)) - 1) / (3 * quartile) - 1 / excess[-1]
+        k = torch.log1p(theta * excess).mean(0)
+        thetas.append(theta)
+        fits.append(count * (torch.log(theta / k) - k - 1))
+    weights = torch.stack(fits).softmax(0)
+    theta = (weights * torch.stack(thetas)).sum(0)
+    return torch.log1p(theta * excess).mean(0)
