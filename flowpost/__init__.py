@@ -1,6 +1,6 @@
 """Flexible posteriors for variational autoencoders: features in, z and log q(z|x) out, in one pass."""
 
-from flowpost import evaluation, functional, importance, objectives, schedules, testing, vae
+from flowpost import evaluation, functional, gaps, importance, objectives, schedules, testing, vae
 from flowpost.bijectors.affine import Affine, Scale
 from flowpost.bijectors.autoregressive import Autoregressive
 from flowpost.bijectors.base import Bijector
@@ -41,6 +41,7 @@ __all__ = [
     "evaluation",
     "full_covariance",
     "functional",
+    "gaps",
     "iaf",
     "importance",
     "load",

@@ -62,6 +62,13 @@ ALLOWED = {
         "flowpost.objectives",
         "flowpost.vae",
     },
+    "flowpost.gaps": {
+        "flowpost.bijectors.base",
+        "flowpost.bijectors.compose",
+        "flowpost.importance",
+        "flowpost.posterior",
+        "flowpost.vae",
+    },
 }
 
 
