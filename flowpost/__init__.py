@@ -1,6 +1,6 @@
 """Flexible posteriors for variational autoencoders: features in, z and log q(z|x) out, in one pass."""
 
-from flowpost import evaluation, functional, gaps, importance, objectives, schedules, testing, vae
+from flowpost import calibration, evaluation, functional, gaps, importance, objectives, schedules, testing, vae
 from flowpost.bijectors.affine import Affine, Scale
 from flowpost.bijectors.autoregressive import Autoregressive
 from flowpost.bijectors.base import Bijector
@@ -36,6 +36,7 @@ __all__ = [
     "Scale",
     "Shared",
     "UnitLowerTriangular",
+    "calibration",
     "checking",
     "diagonal",
     "evaluation",

@@ -69,6 +69,7 @@ ALLOWED = {
         "flowpost.posterior",
         "flowpost.vae",
     },
+    "flowpost.calibration": {"flowpost.bijectors.base"},
 }
 
 
