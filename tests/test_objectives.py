@@ -7,11 +7,13 @@ to fail when the seed was chosen, and has a control that must fail.
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import cast
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
@@ -521,6 +523,22 @@ def test_a_training_step_compiles_whole() -> None:
 def _with_noise(posterior: FlowPosterior) -> Callable[..., Sample]:
     real, noise = posterior.sample_at, torch.randn(6, 5, 3, dtype=torch.float64)
     return lambda context, sample_shape: real(context, sample_shape, noise)
+
+
+@pytest.mark.parametrize("unused", [False, True])
+def test_dreg_under_data_parallel(tmp_path: Path, unused: bool) -> None:  # noqa: FBT001
+    """Looking for unused parameters the wrapper returns copies of its outputs: a hook on them would see nothing."""
+    vae, x = small_vae("planar", dim=2), torch.randn(3, 4, dtype=torch.float64)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(vae, find_unused_parameters=unused)
+        torch.manual_seed(1)
+        iwae(*model(x, (5,), "dreg")[:3]).mean().backward()
+        found = torch.cat([p.grad.flatten() for p in vae.parameters() if p.grad is not None])
+    finally:
+        dist.destroy_process_group()
+    torch.manual_seed(1)
+    torch.testing.assert_close(found, gradients(objective(vae, x, 5, "dreg").mean(), vae))
 
 
 def test_an_unknown_gradient() -> None:
