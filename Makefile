@@ -9,10 +9,14 @@ FILES := pyproject.toml constraints.txt
 # An environment variable, unlike `-c`, also holds for the isolated environment the package is built in.
 INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: bench test test-plain test-deep mutants mass lint clean
+.PHONY: bench speed test test-plain test-deep mutants mass lint clean
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# Times beside dense layers and public libraries: ten minutes on an otherwise idle machine.
+speed: $(VENV)/.peers
+	$(BIN)/python -m benchmarks speed $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto $(ARGS)
@@ -46,6 +50,10 @@ $(VENV)/.bench: $(FILES) | $(BIN)/python
 
 $(VENV)/.test: $(FILES) | $(BIN)/python
 	$(INSTALL) -e '.[bench,files,test]'
+	touch $@
+
+$(VENV)/.peers: $(FILES) | $(BIN)/python
+	$(INSTALL) -e '.[bench,files,peers]'
 	touch $@
 
 $(VENV)/.lint: $(FILES) | $(BIN)/python
