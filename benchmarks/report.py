@@ -130,8 +130,8 @@ class Report:
             "summary": {name: summarize(runs) for name, runs in by_posterior(self.finished).items()},
             "runs": self.runs,
         }
-        _replace(self.folder / "results.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
-        _replace(self.folder / "table.md", self.markdown())
+        replace_text(self.folder / "results.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
+        replace_text(self.folder / "table.md", self.markdown())
 
     def rows(self) -> list[list[str]]:
         """The table's header, then a row for each posterior."""
@@ -257,7 +257,8 @@ def _commit() -> str | None:
     return result.stdout.strip() or None
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
+    """Write a file in one go: never half of it."""
     part = path.with_name(f"{path.name}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
