@@ -23,6 +23,7 @@ from benchmarks.models import POSTERIORS, build, count_parameters
 from benchmarks.plots import draw
 from benchmarks.reliability import reliability
 from benchmarks.report import Report, Run, by_posterior, evaluate
+from benchmarks.speed import speed
 from benchmarks.train import History, TrainingError, seeded, train_one
 from flowpost.vae import VAE
 
@@ -36,6 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(reliability)
+app.command()(speed)
 # Newer typers bring a click of their own, and none exports the base class of its errors: it is reached through one.
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
 
@@ -48,6 +50,7 @@ Examples:
   python -m benchmarks --data mnist-static --posterior diagonal,iaf --seeds 1
   python -m benchmarks --resume runs/NAME  go on with a job that was stopped
   python -m benchmarks reliability         hard uses, flowpost beside public libraries
+  python -m benchmarks speed               times, beside dense layers and public libraries
 """
 
 

@@ -1,0 +1,109 @@
+"""The contests: who takes part at which size, after everyone's work has been checked."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+
+from benchmarks.speed import others
+from benchmarks.speed.dense import Dense, products
+from benchmarks.speed.hall import Hall, build
+from benchmarks.speed.memory import peak_bytes
+from benchmarks.speed.ours import Flowpost
+from benchmarks.speed.results import DENSE, EAGER, OURS, PRODUCTS, Contest, Goal, MemoryGoal
+from benchmarks.speed.sizes import DEEP, MINI, SMALL, WIDE, Size
+from benchmarks.speed.steps import Step, captured, compiled, scoring, scoring_step, training_step
+from benchmarks.speed.timing import Call, Rounds, contest
+from benchmarks.speed.work import check_scoring, check_training
+
+TRAINING, FORWARD, BACKWARD = "training step", "log q at an external z", "log q at an external z, and its gradients"
+FULL_COVARIANCE, PLANAR = "full covariance", f"planar, {others.STEPS} steps"
+
+TRAINING_GOALS = {SMALL: 0.95, WIDE: 0.75, DEEP: 0.85}
+EXTERNAL_GOALS = {SMALL: 20.0, WIDE: 40.0}
+
+
+def training(hall: Hall, size: Size, *, rounds: Rounds | None = None) -> Contest:
+    """The training step, eager."""
+    flows, left_out = build(hall, size, check_training, hall.contestants)
+    steps = {name: training_step(flow) for name, flow in flows.items()}
+    calls: dict[str, Call] = {**steps, PRODUCTS: products(size, hall.device)}
+    seconds = contest(calls, hall.device, rounds or hall.rounds)
+    bound = TRAINING_GOALS.get(size)
+    goal = Goal(bound, DENSE) if bound and rounds is None else None
+    memory = {} if rounds else {name: peak_bytes(step, step.clear, hall.device) for name, step in steps.items()}
+    flat = MemoryGoal(1.0, OURS, DENSE) if goal else None
+    return Contest(TRAINING, str(size), EAGER, seconds, goal, memory, flat, left_out, asdict(size))
+
+
+def training_compiled(hall: Hall, size: Size) -> Contest:
+    """The training step compiled, beside the eager one; ours has to be no slower than that."""
+    own = {OURS: Flowpost, DENSE: Dense}
+    flows, left_out = build(hall, size, check_training, own)
+    torch._dynamo.reset()
+    calls: dict[str, Call] = {f"{OURS}, eager": training_step(flows[OURS])}
+    calls |= {name: compiled(training_step(flow), hall.mode) for name, flow in flows.items()}
+    seconds = contest(calls, hall.device, hall.rounds)
+    mode = f"compiled{f', {hall.mode}' if hall.mode else ''}"
+    return Contest(TRAINING, str(size), mode, seconds, Goal(1.0, f"{OURS}, eager"), {}, None, left_out, asdict(size))
+
+
+def training_captured(hall: Hall, size: Size) -> Contest:
+    """The training step as one CUDA graph, for everyone whose step can be captured."""
+    flows, left_out = build(hall, size, check_training, hall.contestants)
+    calls: dict[str, Call] = {f"{OURS}, eager": training_step(flows[OURS]), PRODUCTS: products(size, hall.device)}
+    for name, flow in flows.items():
+        try:
+            calls[name] = captured(training_step(flow))
+        except RuntimeError as error:  # a host read or a copy from pageable memory inside the step
+            left_out[name] = f"cannot be captured: {str(error).splitlines()[0]}"
+    seconds = contest(calls, hall.device, hall.rounds)
+    return Contest(TRAINING, str(size), "CUDA graph", seconds, None, {}, None, left_out, asdict(size))
+
+
+def external(hall: Hall, size: Size, *, backward: bool, rounds: Rounds | None = None) -> Contest:
+    """The log q of a z from elsewhere. That inverses are right is checked at a small size, where all are fast."""
+    invertible = {name: make for name, make in hall.contestants.items() if make.invertible}
+    _, left_out = build(hall, MINI, check_scoring, invertible)
+    fit = {name: make for name, make in invertible.items() if name not in left_out}
+    flows, wrong = build(hall, size, check_training, fit)
+    calls = {name: (scoring_step if backward else scoring)(flow) for name, flow in flows.items()}
+    seconds = contest(calls, hall.device, rounds or hall.rounds)
+    bound = EXTERNAL_GOALS.get(size)
+    goal = Goal(bound, faster=True) if bound and rounds is None else None
+    what = BACKWARD if backward else FORWARD
+    return Contest(what, str(size), EAGER, seconds, goal, {}, None, left_out | wrong, asdict(size))
+
+
+def full_covariance(hall: Hall) -> Contest:
+    """Sample, log q and gradients of a Gaussian, beside torch's own."""
+    dim, batch, flow = hall.plan.dim, hall.plan.batch, others.full_covariance(hall.plan.dim)
+    numbers = others.numbers_for(flow, batch, hall.device)
+    torchs = {
+        "MultivariateNormal": others.multivariate_normal(dim, hall.device, copying=False),
+        "MultivariateNormal, index_copy": others.multivariate_normal(dim, hall.device, copying=True),
+    }
+    for name, sampler in torchs.items():
+        others.check_gaussian(name, sampler, numbers, dim)
+    return _numbers_contest(hall, FULL_COVARIANCE, {OURS: others.ours(flow), **torchs}, numbers)
+
+
+def planar(hall: Hall) -> Contest:
+    """Sample, log q and gradients of planar steps, beside pyro's where it is installed."""
+    flow = others.planar(hall.plan.dim)
+    samplers = {OURS: others.ours(flow.to(hall.device))}
+    if "pyro" in hall.contestants:
+        samplers["pyro"] = others.pyro_planar(hall.plan.dim)
+    return _numbers_contest(hall, PLANAR, samplers, others.numbers_for(flow, hall.plan.batch, hall.device))
+
+
+def _numbers_contest(hall: Hall, what: str, samplers: dict[str, others.Sampler], numbers: torch.Tensor) -> Contest:
+    for name, sampler in samplers.items():
+        others.check_sampler(name, sampler, numbers, hall.plan.dim)
+    leaves = {name: numbers.detach().clone().requires_grad_() for name in samplers}
+    steps: dict[str, Step] = {name: others.sampling_step(sampler, leaves[name]) for name, sampler in samplers.items()}
+    seconds = contest(steps, hall.device, hall.rounds)
+    memory = {name: peak_bytes(step, step.clear, hall.device) for name, step in steps.items()}
+    size = {"dim": hall.plan.dim, "batch": hall.plan.batch}
+    return Contest(what, f"({size['dim']}, {size['batch']})", EAGER, seconds, Goal(3.0, faster=True), memory, at=size)

@@ -1,0 +1,83 @@
+"""What is timed, as calls: a training step, log q at an external z; eager, compiled, or captured in a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from benchmarks.speed.flows import Flow, features, training_loss
+from benchmarks.speed.timing import Call
+
+
+@dataclass(frozen=True)
+class Step:
+    """Forget the last gradients, compute a loss, and take its gradient in every leaf."""
+
+    leaves: Sequence[Tensor]
+    loss: Callable[[], Tensor]
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        for leaf in self.leaves:
+            leaf.grad = None
+
+    def __call__(self) -> None:
+        """The whole of it."""
+        self.clear()
+        self.loss().backward()
+
+
+def training_step(flow: Flow) -> Step:
+    """Draw z and its log q, and take the gradients in all weights and in h."""
+    h = features(flow.size, next(flow.parameters()).device)
+    return Step([h, *flow.parameters()], lambda: training_loss(*flow.sample(h)))
+
+
+def scoring_step(flow: Flow) -> Step:
+    """The log q of a z from elsewhere, and its gradients in all weights, in h and in z."""
+    z, h = _external(flow)
+    return Step([z, h, *flow.parameters()], lambda: flow.log_prob(z, h).sum())
+
+
+def scoring(flow: Flow) -> Call:
+    """The log q of a z from elsewhere, alone."""
+    z, h = _external(flow)
+    return torch.no_grad()(lambda: flow.log_prob(z, h))
+
+
+def _external(flow: Flow) -> tuple[Tensor, Tensor]:
+    h = features(flow.size, next(flow.parameters()).device)
+    generator = torch.Generator().manual_seed(2)
+    z = 0.5 * torch.randn(flow.size.batch, flow.size.dim, generator=generator)
+    return z.to(h.device).requires_grad_(), h
+
+
+def compiled(step: Step, mode: str | None = None) -> Step:
+    """The loss by `torch.compile`, whole; called twice, so that no compilation is timed."""
+    loss = torch.compile(step.loss, fullgraph=True, dynamic=False, mode=mode)
+
+    def marked() -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return loss()
+
+    result = replace(step, loss=loss if mode is None else marked)
+    result()
+    result()
+    return result
+
+
+def captured(step: Step) -> Call:
+    """The whole step as one CUDA graph, gradients into the same memory each time; the replay is what is called."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # lazy initializations happen here, not in the graph
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay

@@ -1,0 +1,120 @@
+"""A run's findings as tables, on the terminal and in `speed.md`: goals first, then everyone's times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from rich import box
+from rich.table import Table
+
+from benchmarks.speed.results import DENSE, OURS, Contest
+from benchmarks.speed.timing import Spread
+
+GOALS = ("what", "size", "mode", "goal", "beside", "measured (quartiles)", "met")
+TIMES = ("size", "who", "time (quartiles)", "over dense", "over flowpost", "peak MB")
+NOBODY = "–"
+
+
+def duration(seconds: float) -> str:
+    """Three digits and a unit."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size:
+            return f"{_digits(seconds / size)} {unit}"
+    return f"{_digits(seconds / 1e-9)} ns"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def _spread(value: Spread | None, show: Callable[[float], str] = _digits) -> str:
+    return NOBODY if value is None else f"{show(value.median)} ({show(value.low)} to {show(value.high)})"
+
+
+def goal_rows(contests: Iterable[Contest]) -> list[list[str]]:
+    """A row for each goal whose contest has somebody to compare with."""
+    rows = []
+    for one in contests:
+        reached = one.reached()
+        if one.goal is not None and reached is not None:
+            met = "yes" if one.goal.met(reached.median) else "no"
+            beside = one.rival() or NOBODY
+            rows.append([one.what, one.size, one.mode, str(one.goal), beside, _spread(reached), met])
+        flat = one.memory_goal
+        if flat is not None and {flat.name, flat.other} <= one.memory.keys():
+            value = one.memory[flat.name] / one.memory[flat.other]
+            met = "yes" if value <= flat.bound else "no"
+            what = f"{one.what}: peak memory"
+            rows.append([what, one.size, one.mode, f"<= {flat.bound:g}", flat.other, _digits(value), met])
+    return rows
+
+
+def time_rows(contests: Iterable[Contest]) -> list[list[str]]:
+    """A row for each contestant of each contest: ours first, then the others by time."""
+    rows = []
+    for one in contests:
+        others = sorted((name for name in one.seconds if name != OURS), key=lambda name: one.time(name).median)
+        for name in (OURS, *others):
+            peak = f"{one.memory[name] / 1e6:.1f}" if name in one.memory else NOBODY
+            ratios = [_spread(one.ratio(name, other)) if name != other else "1" for other in (DENSE, OURS)]
+            rows.append([one.size, name, _spread(one.time(name), duration), *ratios, peak])
+        for name in sorted(one.memory.keys() - one.seconds.keys()):
+            rows.append([one.size, name, *[NOBODY] * 3, f"{one.memory[name] / 1e6:.1f}"])
+    return rows
+
+
+def groups(contests: Sequence[Contest]) -> dict[str, list[Contest]]:
+    """The contests by what is timed and how."""
+    titles = dict.fromkeys(f"{one.what}, {one.mode}" for one in contests)
+    return {title: [one for one in contests if f"{one.what}, {one.mode}" == title] for title in titles}
+
+
+def absences(contests: Iterable[Contest]) -> list[str]:
+    """Who is not timed and why, once each."""
+    found = {f"{one.what}: {name} is left out. {why}" for one in contests for name, why in one.left_out.items()}
+    return sorted(found)
+
+
+def tables(contests: Sequence[Contest]) -> list[Table]:
+    """For a terminal."""
+    parts = groups(contests).items()
+    result = [_table(title, *_filled(TIMES, time_rows(group)), _caption(group)) for title, group in parts]
+    goals = goal_rows(contests)
+    return [*result, *([_table("goals", GOALS, goals, None)] if goals else [])]
+
+
+def _caption(group: Sequence[Contest]) -> str:
+    rounds = "/".join(str(one.rounds) for one in group)
+    return f"median and quartiles over {rounds} rounds; ratios within rounds"
+
+
+def _table(title: str, header: Sequence[str], body: Sequence[Sequence[str]], caption: str | None) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", caption=caption,
+                  caption_justify="left", padding=(0, 1, 0, 0), show_edge=False)  # fmt: skip
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for row in body:
+        table.add_row(*row)
+    return table
+
+
+def markdown(contests: Sequence[Contest], head: str) -> str:
+    """`speed.md`: where and how it was measured, the goals, and every table."""
+    parts = [head, "## Goals", _markdown(GOALS, goal_rows(contests))]
+    for title, group in groups(contests).items():
+        header, rows = _filled(TIMES, time_rows(group))
+        parts += [f"## {title[0].upper()}{title[1:]}", _markdown(header, rows), f"{_caption(group).capitalize()}."]
+    if absent := absences(contests):
+        parts += ["## Left out", "\n".join(f"- {line}" for line in absent)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _filled(header: Sequence[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """Without the columns in which nobody has anything."""
+    kept = [i for i in range(len(header)) if any(row[i] not in (NOBODY, "1") for row in rows)]
+    return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
+def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
