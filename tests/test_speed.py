@@ -289,9 +289,10 @@ def test_everyone_has_a_turn_in_each_round(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_rounds_end_with_the_budget() -> None:
-    rounds = Rounds(budget=10, least=2, most=5)
-    assert not rounds.enough(1, 100)
-    assert rounds.enough(2, 100)
+    rounds = Rounds(budget=10, least=3, most=5)
+    assert not rounds.enough(1, 1000)
+    assert not rounds.enough(2, 26)  # the third ends within four times the budget
+    assert rounds.enough(2, 27)
     assert not rounds.enough(3, 7.5)
     assert rounds.enough(3, 7.6)
     assert rounds.enough(5, 0.1)
@@ -414,12 +415,12 @@ def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 
 
 def test_one_contest_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["speed", "--quick", "--reps", "2", "--only", "full covariance", "--out", str(tmp_path)]
+    arguments = ["speed", "--quick", "--reps", "23", "--only", "full covariance", "--out", str(tmp_path)]
     assert cli.main(arguments) == 0
     capsys.readouterr()
     [one] = json.loads((tmp_path / "speed.json").read_text())["contests"]
     assert one["what"] == "full covariance"
-    assert one["rounds"] == 2
+    assert one["rounds"] == 23  # more than the plan would have
     assert not (tmp_path / "speed.png").exists()
 
 

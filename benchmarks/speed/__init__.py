@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import shlex
 import shutil
 import sys
@@ -72,7 +73,7 @@ def speed(
     if compile_all:
         plan = replace(plan, compiled=plan.training)
     if reps is not None:
-        plan = replace(plan, least=reps, most=reps)
+        plan = replace(plan, least=reps, most=reps, budget=math.inf, curve_budget=math.inf)
     hall = Hall(torch.device(device), plan, None if mode == "default" else mode)
     if not any(only in title for title, _ in programme(hall)):
         raise ConfigError(f"only: expected a part of a contest's title, got {only!r}")

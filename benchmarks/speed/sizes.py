@@ -56,7 +56,7 @@ class Plan:
     )
     budget: float = 15.0
     curve_budget: float = 1.5
-    least: int = 2  # rounds, however long they take
+    least: int = 5  # rounds, unless that takes several times the budget
     most: int = 100  # rounds, however fast they are
 
 
@@ -74,5 +74,6 @@ QUICK = Plan(
     ),
     budget=0.7,
     curve_budget=0.1,
+    least=3,
     most=20,
 )

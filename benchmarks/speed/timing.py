@@ -17,11 +17,15 @@ Call = Callable[[], object]
 BLOCK = 0.01  # seconds: a faster call is repeated until its block takes as long
 SLOW = 1.0  # seconds: a slower call needs no warm-up, its first time is that of the first round
 MOST_CALLS = 200  # in a block
+PATIENCE = 4  # times the budget
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """How many rounds: as many as the budget allows, but neither fewer than `least` nor more than `most`."""
+    """How many rounds: as many as fit into the budget, at most `most`.
+
+    To have `least` of them, a contest may take four times the budget; after that two are enough.
+    """
 
     budget: float  # seconds
     least: int
@@ -29,7 +33,9 @@ class Rounds:
 
     def enough(self, done: int, seconds: float) -> bool:
         """Whether another round would be one too many."""
-        return done >= self.most or (done >= self.least and seconds * (done + 1) / done > self.budget)
+        if done >= self.most or done < 2:
+            return done >= self.most
+        return seconds * (done + 1) / done > self.budget * (1 if done >= self.least else PATIENCE)
 
 
 class Spread(NamedTuple):
