@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.speed.results import DENSE, OURS, PRODUCTS, Contest
 
@@ -56,15 +56,12 @@ def _panel(panel: Axes, axis: str, contests: Sequence[Contest]) -> None:
     panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms", title=f"{contests[0].what}: {_fixed(contests)}")
     panel.title.set_fontsize("small")
     panel.set_xticks([one.at[axis] for one in contests])
-    panel.xaxis.set_minor_locator(NullLocator())
-    for formatter in (
-        panel.xaxis.set_major_formatter,
-        panel.yaxis.set_major_formatter,
-        panel.yaxis.set_minor_formatter,
-    ):
-        formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    panel.tick_params(which="both", labelsize="x-small")
-    panel.grid(alpha=0.3, which="both")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    for ticks in (panel.xaxis, panel.yaxis):
+        ticks.set_minor_locator(NullLocator())
+        ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.tick_params(labelsize="x-small")
+    panel.grid(alpha=0.3)
 
 
 def _fixed(contests: Sequence[Contest]) -> str:
