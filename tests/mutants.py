@@ -10,6 +10,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 from unittest import mock
 
 import torch
@@ -145,10 +146,10 @@ def _context_gradient_dropped(*args: object) -> list[Tensor | None]:
     return [None if first is None else torch.zeros_like(first), *others]
 
 
-def _sweep_back_without_outputs(
-    net: made.MADE, weights: object, slopes: object, grad: Tensor, respond: object
-) -> object:
-    return _TRANSPOSED(net, weights, slopes, grad, lambda k, v, out: out.zero_())  # pyright: ignore[reportArgumentType]
+def _sweep_back_without_outputs(*args: Any) -> None:  # noqa: ANN401
+    net, weights, slopes, sums, grad, _ = args
+    sums[-1][:] = 0
+    _TRANSPOSED(net, weights, slopes, sums, grad, lambda k: None)
 
 
 def _default_dtype_inverse(

@@ -6,10 +6,11 @@ third of them. Where something else than a plain backward looks at the step, the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,7 +20,7 @@ from flowpost.bijectors import passes
 from flowpost.bijectors.base import wide_dtype
 from flowpost.bijectors.gate import REACH, SPREAD, gate, gate_inverse, gate_parameters
 from flowpost.bijectors.made import MADE
-from flowpost.bijectors.sweep import by_variable, plain_sweep, ranked, sweep, transposed_sweep
+from flowpost.bijectors.sweep import arrays, by_variable, plain_sweep, ranked, sweep, transposed_sweep
 
 Network = Callable[[Tensor, Tensor | None], Tensor]
 _tanh_backward = torch.ops.aten.tanh_backward.default
@@ -117,7 +118,7 @@ class GatedInverse(torch.autograd.Function):
     ):
         grouped = ranked(net, passes.grouped(net, parameters), order)
         if known is None:
-            x, values = _solve(net, bias, _columns(z, order), grouped, passes.start(z, context, grouped))
+            x, values = _solve(net, bias, _columns(z, order), grouped, _start(z, context, grouped))
         else:
             x, values = _columns(known, order), _evaluate(net, order, known, context, parameters)
         bounded = values[-1].unflatten(0, (net.dim, 2))
@@ -146,17 +147,22 @@ class GatedInverse(torch.autograd.Function):
         torch.mul(s - 1, grad_log_det.reshape(-1).to(z.dtype), out=fixed.select(1, 0))
         torch.mul(s - 1, x - REACH * bounded.select(1, 1), out=moved.select(1, 0))
         torch.sub(1, 1 / s, out=moved.select(1, 1))
-        fixed, moved = fixed.mul_(slopes).unbind(), moved.mul_(slopes).unbind()
-
-        def respond(k: int, v: Tensor, out: Tensor) -> None:
-            torch.addcmul(fixed[k], v, moved[k], out=out)
-
+        fixed.mul_(slopes)
+        moved.mul_(slopes)
         grouped = passes.grouped(net, parameters)
-        weights = ranked(net, grouped, order).weights
         gradient = passes.KNOWN[net.activation].gradient
         slopes = [gradient(torch.ones_like(value), value) for value in values]
         v = _columns(grad, order).clone()
-        sums = transposed_sweep(net, weights, slopes, v, respond)
+        sums = [torch.empty_like(each) for each in (*values, outputs)]
+        total, fix, move, *written = arrays(v, fixed, moved, *sums)
+        outs = written[-1].reshape(moved.shape)
+
+        def respond(k: int) -> None:
+            outs[k] = fix[k] + total[k] * move[k]
+
+        with np.errstate(all="ignore"):
+            weights = arrays(*ranked(net, grouped, order).weights)
+            transposed_sweep(net, weights, arrays(*slopes) if slopes else [], written, total, respond)
         sums[-1] = _by_output(net, sums[-1], order)
         z_grad = _rows(v / s, order).view(z.shape)
         inputs = [_rows(x, order), *(value.t() for value in values)]
@@ -170,26 +176,39 @@ def _solve(
     net: MADE, bias: float, images: Tensor, parameters: passes.Parameters, start: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
     """The preimages ``(dim, N)`` and the layers' values ``(width, N)``, the last of them the bounded outputs."""
-    count = images.shape[1]
+    x, count = torch.empty_like(images), images.shape[1]
     biases = [each.unsqueeze(1).expand(-1, count) for each in parameters.biases[1:]]
-    values = [each.clone(memory_format=torch.contiguous_format) for each in (start.t(), *biases)]
+    values = [start, *(each.clone(memory_format=torch.contiguous_format) for each in biases)]
     # The bounds' inner scales are taken into the last layer: a call per variable less each.
     last = parameters.weights[-1].clone()
     for rows in (last, values[-1]):
         rows[0::2].mul_(1 / SPREAD)
         rows[1::2].mul_(1 / REACH)
-    outputs = values[-1].unflatten(0, (net.dim, 2))
-    pairs, raws, means = outputs.unbind(), outputs.select(1, 0).unbind(), outputs.select(1, 1).unbind()
-    image, open_by, spread = images.unbind(), math.exp(-bias), images.new_full((), -SPREAD)
+    # (-logit, m) from the bounded outputs.
+    slopes, offsets = images.new_full((2, 1), REACH), images.new_zeros(2, 1)
+    slopes[0].fill_(-SPREAD)
+    offsets[0].fill_(-bias)
+    image, preimage, slope, offset, *states = arrays(images, x, slopes, offsets, *values)
+    pairs = states[-1].reshape(net.dim, 2, count)
+    xp: Any = torch if isinstance(pairs, Tensor) else np
 
-    def solve(k: int, row: Tensor) -> None:
+    def solve(k: int) -> None:
         """``z = m + (z' - m) / s = z' + (z' - m) exp(-logit)``."""
-        pairs[k].tanh_()
-        closed = torch.mul(raws[k], spread).exp_()
-        torch.addcmul(image[k], torch.add(image[k], means[k], alpha=-REACH), closed, value=open_by, out=row)
+        xp.tanh(pairs[k], out=pairs[k])
+        logit, mean = pairs[k] * slope + offset
+        preimage[k] = image[k] + (image[k] - mean) * xp.exp(logit)
 
-    x = sweep(net, [*parameters.weights[:-1], last], values, solve)
+    with np.errstate(all="ignore"):
+        sweep(net, arrays(*parameters.weights[:-1], last), states, preimage, solve)
     return x, values
+
+
+def _start(z: Tensor, context: Tensor | None, parameters: passes.Parameters) -> Tensor:
+    """What the first layer adds to its product, ``(width, N)``."""
+    if context is None or context.shape[:-1] != z.shape[:-1]:
+        return passes.start(z, context, parameters).t().contiguous()
+    context = context.reshape(-1, context.shape[-1])
+    return torch.addmm(parameters.biases[0].unsqueeze(-1), parameters.projection[0], context.t())
 
 
 def _evaluate(

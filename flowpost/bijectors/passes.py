@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,16 +24,31 @@ class Known(NamedTuple):
 
     run: Activation
     """In place."""
+    run_array: Callable[[np.ndarray], object]
+    """In place, for numpy."""
     gradient: Callable[[Tensor, Tensor], Tensor]
     """From the gradient at the value, and the value, to the gradient at the input."""
 
 
-_RELU = Known(torch.relu_, lambda grad, value: _relu_backward(grad, value, 0))
+_ZERO = np.zeros((), dtype=np.float32)  # an array, for a number of Python's is converted on every call
+
+
+def _elu_array(x: np.ndarray) -> None:
+    below = np.expm1(np.minimum(x, _ZERO))
+    np.maximum(x, _ZERO, out=x)
+    x += below
+
+
+_RELU = Known(torch.relu_, lambda x: np.maximum(x, _ZERO, out=x), lambda grad, value: _relu_backward(grad, value, 0))
 KNOWN: dict[Activation, Known] = {
     F.relu: _RELU,
     torch.relu: _RELU,
-    F.elu: Known(partial(F.elu, inplace=True), lambda grad, value: _elu_backward(grad, 1, 1, 1, _OF_ITSELF, value)),
-    torch.tanh: Known(torch.tanh_, torch.ops.aten.tanh_backward.default),
+    F.elu: Known(
+        partial(F.elu, inplace=True),
+        _elu_array,
+        lambda grad, value: _elu_backward(grad, 1, 1, 1, _OF_ITSELF, value),
+    ),
+    torch.tanh: Known(torch.tanh_, lambda x: np.tanh(x, out=x), torch.ops.aten.tanh_backward.default),
 }
 
 

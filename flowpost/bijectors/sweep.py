@@ -7,7 +7,8 @@ small products. By hand the state is ``(units, N)``, where the units of a degree
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from flowpost.bijectors.made import MADE
 from flowpost.bijectors.passes import KNOWN, Parameters
+
+Array = Any  # a tensor, or numpy's view of one: the sweeps are written in what both can do
 
 
 def ranked(net: MADE, parameters: Parameters, order: Tensor | None) -> Parameters:
@@ -73,91 +76,90 @@ def plain_sweep(
     return torch.cat(known[0], dim=-1), torch.stack(outs, dim=-2)
 
 
+def arrays(*tensors: Tensor) -> list[Array]:
+    """On the CPU numpy's view of their memory, where a small operation costs a third of what it costs through torch."""
+    if tensors[0].device.type != "cpu" or torch._C._len_torch_dispatch_stack():
+        return list(tensors)
+    return [tensor.detach().numpy() for tensor in tensors]
+
+
 def sweep(
-    net: MADE, weights: Sequence[Tensor], starts: Sequence[Tensor], solve: Callable[[int, Tensor], object]
-) -> Tensor:
-    """The variables ``(dim, N)``, by hand.
+    net: MADE, weights: Sequence[Array], values: Sequence[Array], x: Array, solve: Callable[[int], object]
+) -> None:
+    """Find the variables by hand, and the layers' values.
 
     Args:
         net: the network.
         weights: its `ranked` ones.
-        starts: what each layer adds to its product, ``(width, N)``; the layers' values are written over it.
-        solve: writes variable k, once its outputs ``(outputs, N)`` are in their place, into the row it is given.
+        values: what each layer adds to its product, ``(width, N)``; the layers' values are written over it.
+        x: the variables ``(dim, N)``, to be written.
+        solve: given k, writes variable k, whose outputs are in their place.
     """
-    run = KNOWN[net.activation].run
-    *hidden, outs = starts
-    x = outs.new_empty(net.dim, outs.shape[-1])
-    corners = [_corner(weight) for weight in weights]
-    parts = [values.split(sizes) for values, sizes in zip(hidden, net.sizes, strict=True)]
-    layers = [*zip(hidden, parts, corners, map(_ends, net.sizes), strict=False)]
-    outputs, last = net.outputs, corners[-1]
-    for k, (row, out) in enumerate(zip(x.unbind(), outs.split(outputs), strict=True)):
+    known = KNOWN[net.activation]
+    run = known.run if isinstance(x, Tensor) else known.run_array
+    ends = [*map(_ends, [*net.sizes, [net.outputs] * net.dim])]
+    layers = [
+        (state, _cut(state, end), _cut(weight, end), end)
+        for state, weight, end in zip(values, weights, ends, strict=True)
+    ]
+    *hidden, (_, outs, last, _) = layers
+    for k in range(net.dim):
         seen, width = x[:k], k
-        for values, part, corner, ends in layers:
-            first, end = ends[k], ends[k + 1]
-            if end > first:
+        for state, parts, rows, end in hidden:
+            part = parts[k]
+            if len(part):
                 if width:
-                    part[k].addmm_(corner(first, end - first, width), seen)
-                run(part[k])
-            seen, width = values[:end], end
+                    part += rows[k][:, :width] @ seen
+                run(part)
+            width = end[k]
+            seen = state[:width]
         if width:
-            out.addmm_(last(k * outputs, outputs, width), seen)
-        solve(k, row)
-    return x
+            out = outs[k]
+            out += last[k][:, :width] @ seen
+        solve(k)
 
 
 def transposed_sweep(
     net: MADE,
-    weights: Sequence[Tensor],
-    slopes: Sequence[Tensor],
-    grad: Tensor,
-    respond: Callable[[int, Tensor, Tensor], object],
-) -> list[Tensor]:
-    """The gradients at the layers' sums, ``(width, N)``, by hand; the variables' totals come to stand in `grad`.
+    weights: Sequence[Array],
+    slopes: Sequence[Array],
+    sums: Sequence[Array],
+    grad: Array,
+    respond: Callable[[int], object],
+) -> None:
+    """Find the gradients at the layers' sums by hand; the variables' total gradients come to stand in `grad`.
 
     Args:
         net: the network.
         weights: its `ranked` ones.
         slopes: of the activations, ``(width, N)`` for every hidden layer.
+        sums: the gradients ``(width, N)`` at every layer's sums, to be written.
         grad: the variables' own gradients, ``(dim, N)``.
-        respond: from k and variable k's total gradient writes the gradient at its outputs, ``(outputs, N)``.
+        respond: given k, writes the gradients at variable k's outputs, whose total gradient is in its place.
     """
-    hidden = [torch.empty_like(slope) for slope in slopes]
-    outs = grad.new_empty(net.dim * net.outputs, grad.shape[-1])
-    blocks = [_transposed(weight) for weight in weights]
-    parts, steep = (
-        [tensor.split(sizes) for tensor, sizes in zip(group, net.sizes, strict=True)] for group in (hidden, slopes)
-    )
-    layers = [*zip(hidden, parts, steep, blocks[1:], map(_ends, net.sizes), strict=True)][::-1]
-    rows, reads = grad.unbind(), weights[0].t()
-    for k, out in reversed([*enumerate(outs.split(net.outputs))]):
-        respond(k, rows[k], out)
-        row, height = k * net.outputs, (net.dim - k) * net.outputs
+    *hidden, outs = sums
+    ends = [*map(_ends, net.sizes)]
+    layers = [
+        (state, weight, _cut(state, end), _cut(slope, end), [0, *end])
+        for state, weight, slope, end in zip(hidden, weights[1:], slopes, ends, strict=True)
+    ][::-1]
+    for k in reversed(range(net.dim)):
+        respond(k)
+        row = k * net.outputs
         above = outs[row:]
-        for sums, part, slope, block, ends in layers:
-            first, end = ends[k], ends[k + 1]
-            if end > first:
-                torch.mm(block(row, height, first, end - first), above, out=part[k]).mul_(slope[k])
-            above, row, height = sums[first:], first, ends[-1] - first
-        if k and height:
-            rows[k - 1].addmv_(above.t(), reads[k - 1][row:])
-    return [*hidden, outs]
+        for state, weight, parts, steep, end in layers:
+            first, part = end[k], parts[k]
+            if len(part):
+                part[:] = (weight[row:, first : end[k + 1]].T @ above) * steep[k]
+            row = first
+            above = state[row:]
+        if k and len(above):
+            grad[k - 1] += weights[0][row:, k - 1] @ above
 
 
 def _ends(sizes: Sequence[int]) -> list[int]:
-    return [0, *accumulate(sizes)]
+    return [*accumulate(sizes)]
 
 
-# One `as_strided` for what slicing two axes does in two calls: between small products that is a tenth of the time.
-
-
-def _corner(weight: Tensor) -> Callable[[int, int, int], Tensor]:
-    """From a row, a number of rows and one of columns to that part of the weight."""
-    strides, offset, cut = weight.stride(), weight.storage_offset(), weight.as_strided
-    return lambda row, height, width: cut((height, width), strides, offset + row * strides[0])
-
-
-def _transposed(weight: Tensor) -> Callable[[int, int, int, int], Tensor]:
-    """From a row and a number of them, a column and a number of them, to that part of the weight, transposed."""
-    (down, right), offset, cut = weight.stride(), weight.storage_offset(), weight.as_strided
-    return lambda row, height, column, width: cut((width, height), (right, down), offset + row * down + column * right)
+def _cut(array: Array, ends: Sequence[int]) -> list[Array]:
+    return [array[start:end] for start, end in pairwise([0, *ends])]
