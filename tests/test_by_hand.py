@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from registry import ENTRIES, Case, Entry, draw, push
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowpost import Autoregressive, Bijector
 from flowpost.bijectors import passes
@@ -76,6 +77,31 @@ def test_by_hand_equals_plain_where_weights_are_cut_into_blocks(
     if direction == "known" and context is not None:
         z = z.expand(*torch.broadcast_shapes(batch, context.shape[:-1]), dim)
     assert_same(step, direction, z, context, monkeypatch)
+
+
+class _NoHostRead(TorchDispatchMode):
+    """What a CUDA graph forbids: a number brought to the host, or a shape that depends on values."""
+
+    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        assert str(func) not in {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.equal.default"}
+        return func(*args, **(kwargs or {}))  # pyright: ignore[reportCallIssue]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: f"{sizes[0]}-{sizes[1]}")
+@pytest.mark.parametrize("direction", ["forward", "inverse", "known"])
+def test_on_tensors_as_on_numpy_and_without_a_host_read(sizes: tuple, direction: str) -> None:
+    """Off the CPU the sweeps run on tensors: so they do here where something watches the operations."""
+    dim, hidden, context_size, activation, order, batch, context_batch = sizes
+    step = Autoregressive(dim, context_size, hidden, activation=activation, order=order).double()
+    push(step, Case(seed=7, push=0.05))
+    shape = batch if context_batch is None else torch.broadcast_shapes(batch, context_batch)
+    known = torch.randn(*shape, dim, dtype=torch.float64)
+    context = None if context_batch is None else torch.randn(*context_batch, context_size, dtype=torch.float64)
+    z = known if direction == "forward" else step(known, context)[0].detach()
+    expected = every_result(step, direction, z, context, known)
+    with _NoHostRead():
+        found = every_result(step, direction, z, context, known)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_blocks_are_cut_and_their_zeros_never_read() -> None:

@@ -92,14 +92,15 @@ def test_posteriors_never_wait_for_the_device(name: str, no_sync: None) -> None:
 
 @pytest.mark.parametrize("name", recipes())
 def test_a_training_step_is_a_cuda_graph(name: str) -> None:
-    """Forward and backward with static noise, captured once and replayed on new data."""
+    """Forward, inverse and backward with static noise, captured once and replayed on new data."""
     posterior = recipes()[name].cuda()
     h, noise = torch.randn(12, 16, device="cuda"), torch.randn(5, 12, 8, device="cuda")
     parameters = list(posterior.parameters())
 
     def step() -> tuple[Tensor, ...]:
         z, log_prob, _ = posterior(h, (5,), noise)
-        loss = (log_prob + z.square().sum(-1)).mean()
+        elsewhere = posterior.log_prob(z.detach() + 0.1, h)
+        loss = (log_prob + z.square().sum(-1) - elsewhere).mean()
         return (loss, *torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
 
     stream = torch.cuda.Stream()
