@@ -701,11 +701,11 @@ def test_an_altered_posterior_needs_into(path: Path) -> None:
 def test_values_that_are_not_finite_are_refused(path: Path) -> None:
     posterior = build("iaf")
     with torch.no_grad():
-        posterior.get_parameter("flow.steps.1.steps.2.net.layers.0.weight").view(-1)[:12] = torch.nan
+        posterior.get_parameter("flow.steps.1.steps.1.net.layers.0.weight").view(-1)[:12] = torch.nan
     flowpost.save(posterior, path)
     into = build("iaf")
     before = bits(into)
-    said = "^checkpoint: parameter 'flow.steps.1.steps.2.net.layers.0.weight' has 12 non-finite values; "
+    said = "^checkpoint: parameter 'flow.steps.1.steps.1.net.layers.0.weight' has 12 non-finite values; "
     for target in (into, None):
         with pytest.raises(ValueError, match=said + "pass allow_nonfinite=True to inspect it$"):
             flowpost.load(path, into=target)
