@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from registry import ENTRIES, Case, Entry, cases, draw
 from scipy import integrate
 from torch import Tensor
@@ -34,7 +34,6 @@ def mass_1d(step: Bijector, context: Tensor | None) -> float:
 
 
 @every
-@settings(max_examples=10)
 @given(case=cases(dim=1))
 def test_one_dimension_at_every_scale(entry: Entry, case: Case) -> None:
     step, _, context = draw(entry, case, batch=())

@@ -338,7 +338,7 @@ def test_a_flipped_bit_in_any_byte_is_found(saved: Path) -> None:
     assert bits(into) == before
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=max(200, settings().max_examples), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(faults=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4))
 def test_changed_bytes_are_found(saved: Path, faults: list[tuple[float, int]]) -> None:
     data = saved.read_bytes()
