@@ -9,10 +9,11 @@ from functools import partial
 from itertools import pairwise
 from typing import cast
 
+import exact
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from registry import BY_NAME, ENTRIES, Case, Entry, cases, draw, jacobian, push, size
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -62,16 +63,15 @@ def test_log_det_is_that_of_the_jacobian(entry: Entry, case: Case) -> None:
     """B1, B2: to 8 eps (N + cond) where cond < 1e8, with one sign everywhere, in both directions."""
     step, z, context = draw(entry, case)
     for function in directions(step).values():
-        z = leaf(z)
-        image, log_det = function(z, context)
-        matrix = jacobian(image, z)
-        cond = torch.linalg.cond(matrix)
-        sign, expected = torch.linalg.slogdet(matrix)
-        tolerance = 8 * torch.finfo(z.dtype).eps * (size(step) + cond)
-        assert ((log_det - expected).abs() <= tolerance)[cond < 1e8].all()
-        assert (sign == sign[0]).all()
-        assert (sign != 0).all()
-        z = image
+        z = exact.judge(function, z, context, size(step))
+
+
+@pytest.mark.parametrize("b", [0.0, 1e-3, -0.02, 0.3])
+def test_log_det_at_the_floor_of_one_dimension(b: float) -> None:
+    """There cond is 1 however flat the map is: a floor off by 1e-13 of itself, as the rounding of k makes it, fails."""
+    z, context = torch.zeros(1, 1, dtype=torch.float64), torch.tensor([[-50.0, 1.0, b]], dtype=torch.float64)
+    for function in directions(Planar(1)).values():
+        z = exact.judge(function, z, context, size(Planar(1)))
 
 
 @every
@@ -1041,7 +1041,6 @@ def test_nested_chains_are_the_flat_chain() -> None:
         torch.testing.assert_close(function(z, context), directions(nested)[name](z, context))
 
 
-@settings(max_examples=10)
 @given(case=cases(dim=4, push=0.3))
 def test_planar_steps_of_a_chain_see_each_other_s_output(case: Case) -> None:
     """The log-det of a chain is the sum along the path, here recomputed with the book's formula at every point."""

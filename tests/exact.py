@@ -1,0 +1,225 @@
+"""Autodiff without its rounding: the judge of a log-det where float64 autodiff is no more exact than what it judges.
+
+A Jacobian by autodiff is that of every operation at the float64 numbers which that operation was given, multiplied up
+in float64. Here the same map is traced to the same operations, and what depends on z is moved by 1e-30, in 80-digit
+arithmetic, around the same float64 numbers: the quotients are the same Jacobian to 20 digits and more. What depends on
+context and weights alone is not rounded at all. No formula for a log-det is used.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import registry
+import torch
+from mpmath import mp, mpf  # what torch's own sympy computes with
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+Map = Callable[..., tuple[Tensor, Tensor]]
+Array = np.ndarray[Any, Any]
+"""Of integers, booleans, or mpmath's numbers (dtype object)."""
+
+DIGITS = 80
+STEP = mpf(10) ** -30
+"""The error of the quotients, times the map's curvature."""
+
+
+def judge(function: Map, z: Tensor, context: Tensor | None, n: int) -> Tensor:
+    """Raise unless `function` holds B1 and B2 in every row, in float64; its image, where it does.
+
+    B1: the log-det is that of the Jacobian to 8 eps (N + cond), where cond < 1e8. B2: its determinant has one sign.
+    Autodiff judges first. Where it finds a log-det over the bound, or a sign turned, all rows are judged again here.
+    """
+    z = z.detach().clone().requires_grad_()
+    image, log_det = function(z, context)
+    matrix = registry.jacobian(image, z)
+    cond = torch.linalg.cond(matrix)
+    fair, bound = cond < 1e8, 8 * torch.finfo(z.dtype).eps * (n + cond)
+    sign, expected = torch.linalg.slogdet(matrix)
+    if not _holds((log_det - expected)[fair], bound[fair], sign):
+        sign, expected = slogdet(function, z, context)
+    if not _holds((log_det - expected)[fair], bound[fair], sign):
+        excess = ((log_det - expected).abs() / bound)[fair].tolist()
+        raise AssertionError(f"log-det: off by {excess} times the bound, signs {sign.tolist()}")
+    return image
+
+
+def _holds(error: Tensor, bound: Tensor, sign: Tensor) -> bool:
+    return bool((error.abs() <= bound).all() and (sign == sign[0]).all() and (sign != 0).all())
+
+
+def slogdet(function: Map, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As `torch.linalg.slogdet` of the Jacobian of ``function(z, context)[0]`` in every row, but rounded only at last.
+
+    Args:
+        function: a bijector or its ``inverse``, in float64, made of operations that have a rule here.
+        z: ``(n, dim)``.
+        context: ``(n, context_size)``, or None.
+    """
+    with mp.workdps(DIGITS):
+        dets = [mp.det(mp.matrix(matrix.tolist())) for matrix in jacobian(function, z, context)]
+        rows = [(float(mp.sign(det)), float(mp.log(abs(det)))) for det in dets]
+    sign, log_abs_det = torch.tensor(rows, dtype=torch.float64).unbind(-1)
+    return sign, log_abs_det
+
+
+def jacobian(function: Map, z: Tensor, context: Tensor | None = None) -> Array:
+    """The Jacobians ``(n, dim, dim)`` of ``function(z, context)[0]``."""
+    given = [tensor.detach() for tensor in (z, context) if tensor is not None]
+    module = make_fx(lambda *inputs: function(*inputs)[0])(*given)
+    module.graph.eliminate_dead_code()  # what only the log-det needs
+    with mp.workdps(DIGITS):
+        point = numbers(z)
+        moved = [point + STEP * unit for unit in np.eye(z.shape[-1], dtype=int)]
+        image = _Exact(module).run(_Value(given[0], point, moved), *map(_still, given[1:]))
+        if not torch.equal(image.rounded, function(*given)[0]):
+            raise AssertionError("function: its traced operations give another image than it does")
+        return np.stack([(to - image.point) / STEP for to in image.moved], -1)
+
+
+def numbers(tensor: Tensor) -> Array:
+    """The values of a tensor, floats as mpmath's numbers."""
+    values = tensor.detach().numpy()
+    return _each(mpf, 1)(values.astype(object)) if tensor.is_floating_point() else values
+
+
+class _Value(NamedTuple):
+    """What stands for a tensor in a traced map."""
+
+    rounded: Tensor
+    """The tensor itself."""
+    point: Array
+    """The same numbers where they depend on z; elsewhere what they would be without rounding."""
+    moved: Sequence[Array]
+    """What becomes of it when z moves along each axis; empty where it does not depend on z."""
+
+
+def _still(tensor: Tensor) -> _Value:
+    return _Value(tensor, numbers(tensor), [])
+
+
+class _Exact(fx.Interpreter):
+    """Runs a traced map on `_Value`s."""
+
+    def fetch_attr(self, target: str) -> _Value:
+        return _still(super().fetch_attr(target))
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+        if target is operator.getitem:
+            return args[0][args[1]]
+        rule = _RULES.get(target.overloadpacket.__name__)
+        if rule is None:
+            raise NotImplementedError(f"function: expected operations with a rule in tests/exact.py, got {target}")
+        options = {name: value for name, value in kwargs.items() if name not in _STORAGE}
+
+        def exactly(choose: Callable[[_Value], Array]) -> Any:  # noqa: ANN401
+            return rule(*tree_map_only(_Value, choose, args, is_leaf=_is_value), **options)
+
+        moves = max((len(x.moved) for x in tree_leaves(args, is_leaf=_is_value) if _is_value(x)), default=0)
+        point = exactly(lambda x: x.point)
+        moved = [exactly(lambda x, i=i: x.moved[i] if x.moved else x.point) for i in range(moves)]
+        # Last, for an operation in place changes what it is given.
+        rounded = target(*tree_map_only(_Value, lambda x: x.rounded, args, is_leaf=_is_value), **kwargs)
+        if isinstance(rounded, Tensor):
+            return _around(rounded, point, moved)
+        return [_around(part, point[i], [to[i] for to in moved]) for i, part in enumerate(rounded)]
+
+
+def _around(rounded: Tensor, point: Array, moved: Sequence[Array]) -> _Value:
+    """Shift what depends on z to where rounding took it."""
+    if not moved or not rounded.is_floating_point():
+        return _Value(rounded, point, moved)
+    there = numbers(rounded)
+    return _Value(rounded, there, [to + (there - point) for to in moved])
+
+
+def _is_value(x: object) -> bool:
+    return isinstance(x, _Value)
+
+
+_STORAGE = {"dtype", "device", "layout", "pin_memory"}
+
+
+def _each(function: Callable[..., object], inputs: int) -> Callable[..., Array]:
+    """Element by element, with broadcasting."""
+    ufunc = np.frompyfunc(function, inputs, 1)
+    return lambda *args: np.asarray(ufunc(*args), dtype=object)
+
+
+def _split(x: Array, sizes: int | Sequence[int], dim: int = 0) -> list[Array]:
+    stops = range(sizes, x.shape[dim], sizes) if isinstance(sizes, int) else np.cumsum(sizes)[:-1]
+    return np.split(x, stops, dim)
+
+
+def _solve(matrix: Array, columns: Array, *, upper: bool, unitriangular: bool) -> Array:
+    """Forward substitution."""
+    if upper or not unitriangular:
+        raise NotImplementedError("linalg_solve_triangular: expected a unit lower-triangular matrix")
+    rows: list[Array] = []
+    for i in range(columns.shape[-2]):
+        rows.append(columns[..., i, :] - sum(matrix[..., i, j, None] * row for j, row in enumerate(rows)))
+    return np.stack(rows, -2)
+
+
+_RULES: dict[str, Callable[..., Any]] = {
+    # Numbers
+    "abs": np.abs,
+    "add": operator.add,
+    "addcmul": lambda x, a, b: x + a * b,
+    "addmm": lambda x, a, b: x + a @ b,
+    "bmm": operator.matmul,
+    "clamp": lambda x, low, high: np.clip(x, low, high),
+    "clamp_min": np.maximum,
+    "copysign": _each(lambda x, y: -abs(x) if y < 0 else abs(x), 2),
+    "div": operator.truediv,
+    "elu": _each(lambda x, alpha: x if x > 0 else alpha * mp.expm1(x), 2),
+    "eq": operator.eq,
+    "exp": _each(mp.exp, 1),
+    "expm1": _each(mp.expm1, 1),
+    "floor_divide": operator.floordiv,
+    "gt": operator.gt,
+    "lerp": lambda a, b, weight: a + weight * (b - a),
+    "linalg_solve_triangular": _solve,
+    "log1p": _each(mp.log1p, 1),
+    "lt": operator.lt,
+    "maximum": np.maximum,
+    "mm": operator.matmul,
+    "mul": operator.mul,
+    "neg": operator.neg,
+    "relu": lambda x: np.maximum(x, 0),
+    "rsub": lambda x, y: y - x,
+    "sigmoid": _each(lambda x: 1 / (1 + mp.exp(-x)), 1),
+    "softplus": _each(lambda x: x if x > 20 else mp.log1p(mp.exp(x)), 1),  # as torch defines it
+    "sub": operator.sub,
+    "sum": lambda x, dims, keepdim=False: np.sum(x, axis=tuple(dims), keepdims=keepdim),
+    "tanh": _each(mp.tanh, 1),
+    "where": np.where,
+    # Places
+    "_to_copy": lambda x: x,
+    "_unsafe_view": np.reshape,
+    "arange": np.arange,
+    "cat": np.concatenate,
+    "constant_pad_nd": lambda x, pad, value: np.concatenate([x, np.full((*x.shape[:-1], pad[1]), mpf(value))], -1),
+    "detach": lambda x: x,  # it stops autodiff, not the map
+    "expand": np.broadcast_to,
+    "flip": np.flip,
+    "index": lambda x, places: x[tuple(slice(None) if place is None else place for place in places)],
+    "index_select": lambda x, dim, places: np.take(x, places, dim),
+    "new_zeros": lambda _, shape: np.full(shape, mpf(0)),
+    "permute": np.transpose,
+    "scalar_tensor": lambda value: np.array(mpf(value)),
+    "split": _split,
+    "split_with_sizes": _split,
+    "squeeze": np.squeeze,
+    "squeeze_": np.squeeze,
+    "t": np.transpose,
+    "transpose": np.swapaxes,
+    "unbind": lambda x, dim: list(np.moveaxis(x, dim, 0)),
+    "unsqueeze": np.expand_dims,
+    "view": np.reshape,
+}
