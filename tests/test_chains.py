@@ -1,10 +1,11 @@
 """Random chains of the families: whatever is put together is a density too."""
 
+import exact
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from registry import BY_NAME
+from registry import BY_NAME, size
 
 from flowpost import Bijector, Chain, Inverse, Planar
 from flowpost.testing import PROPERTIES, push
@@ -53,6 +54,16 @@ def test_random_chains(name: str, chain: Recipe, dim: int, seed: int, amount: fl
     if name == "mass":
         dim, amount = 1 + dim % 2, min(amount, 0.3)
     PROPERTIES[name](Case(chain, dim, 0, torch.float64, seed, amount, context_scale=0.3 if dim == 2 else 1.0))
+
+
+@given(chain=CHAINS, dim=st.integers(1, 6), seed=st.integers(0, 2**20), amount=st.sampled_from([0.0, 0.3, 1.0]))
+def test_log_dets_of_random_chains(chain: Recipe, dim: int, seed: int, amount: float) -> None:
+    """B1 and B2 as they stand, with no allowance for what rounding the inputs does."""
+    step, z, context = Case(chain, dim, 0, torch.float64, seed, amount, context_scale=0.3 if dim == 2 else 1.0).points(
+        2
+    )
+    for function in (step, step.inverse):
+        z = exact.judge(function, z, context, size(step))
 
 
 def test_a_wrong_part_is_noticed() -> None:
