@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from registry import ENTRIES, Case, Entry, cases, draw
+from registry import BY_NAME, ENTRIES, Case, Entry, cases, draw
 from scipy import integrate
 from torch import Tensor
 
@@ -23,14 +23,26 @@ def density(step: Bijector, z: Tensor, context: Tensor | None) -> Tensor:
 
 
 def mass_1d(step: Bijector, context: Tensor | None) -> float:
-    """By Gauss-Legendre between the images of a grid of noise: as fine as the density asks for, wherever it is."""
+    """By adaptive Gauss-Legendre between the images of a grid of noise: a cell whose halves disagree with it is cut."""
     with torch.no_grad():
-        knots = step(torch.linspace(-9, 9, 1801, dtype=torch.float64).unsqueeze(-1), context)[0].squeeze(-1)
+        knots = step(torch.linspace(-9, 9, 601, dtype=torch.float64).unsqueeze(-1), context)[0].squeeze(-1)
     nodes, weights = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(8))
-    half = knots.diff() / 2
-    points = knots[:-1, None] + half[:, None] * (1 + nodes)
-    values = density(step, points.reshape(-1, 1), context).view(points.shape)
-    return (values * weights * half[:, None]).sum().item()
+
+    def masses(ends: Tensor) -> Tensor:
+        half = ends.diff(dim=-1) / 2
+        points = ends[..., :1] + half * (1 + nodes)
+        return (density(step, points.reshape(-1, 1), context).view(points.shape) * weights * half).sum(-1)
+
+    cells, total = torch.stack([knots[:-1], knots[1:]], -1), 0.0
+    for _ in range(30):
+        if not len(cells):
+            break
+        halves = torch.stack([cells[:, 0], cells.mean(-1), cells[:, 1]], -1).unfold(-1, 2, 1)
+        finer = masses(halves).sum(-1)
+        rough = (finer - masses(cells)).abs() > 1e-8
+        total += finer[~rough].sum().item()
+        cells = halves[rough].flatten(0, 1)
+    return total + masses(cells).sum().item()
 
 
 @every
@@ -59,6 +71,12 @@ def mass_2d(step: Bijector, context: Tensor | None) -> float:
     z, slope = t.sinh(), t.cosh() * (t[1] - t[0])
     points = torch.cartesian_prod(z, z)
     return (density(step, points, context) * torch.outer(slope, slope).flatten()).sum().item()
+
+
+def test_one_dimension_where_a_density_is_steep() -> None:
+    """A spike a hundredth of the noise wide: on fixed cells the quadrature was short by 1e-3, the flow by nothing."""
+    step, _, context = draw(BY_NAME["planar_flow"], Case(dim=1, seed=147, push=0.0, context=3.0), batch=())
+    assert mass_1d(step, context) == pytest.approx(1, abs=1e-6)
 
 
 @every
