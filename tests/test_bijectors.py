@@ -130,14 +130,15 @@ def test_inverse_undoes_forward(entry: Entry, dtype: torch.dtype, case: Case) ->
 @every
 @given(case=cases(push=0.3))
 def test_forward_undoes_inverse(entry: Entry, case: Case) -> None:
+    """A rounding of the image moves its preimage by |J^-1| as much; cond would not do, it is 1 in one dimension."""
     step, z, context = draw(entry, case)
     z = leaf(z)
     image, log_det = step(z, context)
     matrix = jacobian(image, z)
     back, log_det_back = step.inverse(image, context)
-    bound = 64 * torch.finfo(z.dtype).eps * size(step) * (1 + image.abs().amax(-1)) * torch.linalg.cond(matrix)
+    bound = 8 * torch.finfo(z.dtype).eps * size(step) * (1 + image.abs().amax(-1)) * norm(torch.linalg.inv(matrix))
     assert ((back - z).abs().amax(-1) <= bound).all()
-    assert ((log_det + log_det_back).abs() <= 1e3 * bound).all()
+    assert ((log_det + log_det_back).abs() <= 100 * bound).all()
 
 
 @every
