@@ -96,7 +96,7 @@ def _planar_no_guard(u: Tensor, w: Tensor) -> Planar3:
 
 def _planar_plus_constant(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     u_hat, wu, _ = _INVERTIBLE(u, w)
-    value, slope = planar._ridge((w * z).sum(-1, keepdim=True) + b)
+    value, slope = planar.ridge((w * z).sum(-1, keepdim=True) + b)
     return z + u_hat * value, torch.log((1 + wu * slope).abs() + 1e-4).squeeze(-1)
 
 
@@ -237,7 +237,7 @@ class ElementwiseRadial(Bijector):
         return x, -self._forward(x, context)[1]
 
 
-_INVERTIBLE, _RIDGE = planar._invertible, planar._ridge
+_INVERTIBLE, _RIDGE = planar._invertible, planar.ridge
 _GATE, _MADE, _UNIT_TRIL = gated.gate, made.MADE.forward, triangular._unit_tril
 _BACKWARD, _PARAMETER_GRADIENTS, _TRANSPOSED = passes.backward, passes.parameter_gradients, sweep.transposed_sweep
 _AUTOREGRESSIVE_INVERSE, _AFFINE_INVERSE = Autoregressive._inverse, Affine._inverse
@@ -264,7 +264,7 @@ MUTANTS = (
     Mutant("planar log(|.| + 1e-4)", "pythae", Planar, ((planar, "planar", _planar_plus_constant),)),
     Mutant("planar u-hat not the identity, no guard", "pyro", Planar, ((planar, "_invertible", _planar_no_guard),)),
     Mutant("planar single where", "flowjax kind", Planar, ((planar, "_invertible", _planar_single_where),)),
-    Mutant("slope wrong in one regime", "flowjax kind", Planar, ((planar, "_ridge", _ridge_one_regime),)),
+    Mutant("slope wrong in one regime", "flowjax kind", Planar, ((planar, "ridge", _ridge_one_regime),)),
     Mutant("root without corrections", "-", Planar, ((planar, "correct", _one_newton),)),
     Mutant("squeeze at batch 1", "pythae", _step, (PLAIN, (gated, "gate", _gate_squeezed))),
     Mutant("element-wise radius", "torchflows", ElementwiseRadial),

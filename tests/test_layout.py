@@ -22,7 +22,8 @@ FILES = sorted((ROOT / "flowpost").rglob("*.py"))
 MODULES = sorted(info.name for info in pkgutil.walk_packages(flowpost.__path__, "flowpost."))
 CHECKS = {"flowpost.checks"}
 CORE = {
-    f"flowpost.bijectors.{name}" for name in ("base", "gate", "gated", "made", "passes", "roots", "staircase", "sweep")
+    f"flowpost.bijectors.{name}"
+    for name in ("base", "cascade", "gate", "gated", "made", "passes", "roots", "staircase", "sweep")
 }
 FAMILIES = {name for name in MODULES if name.startswith("flowpost.bijectors.")} - CORE - {"flowpost.bijectors.compose"}
 COMPOSE = {"flowpost.bijectors.base", "flowpost.bijectors.compose"}
@@ -32,6 +33,7 @@ ALLOWED = {
     "flowpost.bijectors": set(),
     "flowpost.checks": set(),
     "flowpost.bijectors.base": CHECKS,
+    "flowpost.bijectors.cascade": {"flowpost.bijectors.base"},
     "flowpost.bijectors.roots": set(),
     "flowpost.bijectors.staircase": set(),
     "flowpost.bijectors.made": {"flowpost.bijectors.base", "flowpost.bijectors.staircase"},

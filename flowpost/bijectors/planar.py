@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flowpost.bijectors.base import Bijector, by_rows, check_int, columns, wide_dtype
+from flowpost.bijectors.cascade import cascade, gram, ridge
 from flowpost.bijectors.roots import correct, tanh_root
-
-Ctx = Any  # of an autograd function: torch types it without what it stores
 
 _EPS = 1e-3
 _K = -math.expm1(-(1 - _EPS))  # 1 - e^-(1 - eps)
@@ -39,11 +38,6 @@ def _gain(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return move, torch.where(a > -1, a + move, room - 1), room
 
 
-def _ridge(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``tanh(x)`` and its slope, the slope to full relative precision also where tanh has rounded to 1."""
-    return torch.tanh(x), 4 * torch.sigmoid(2 * x) * torch.sigmoid(-2 * x)
-
-
 def _log_slope(wu: Tensor, room: Tensor, value: Tensor, slope: Tensor) -> Tensor:
     """``log(1 + m slope)``: where m is near -1, as ``log((1 + m) slope + value^2)``, a sum of positive terms."""
     return torch.where(wu > -0.5, torch.log1p(wu * slope), torch.log(room * slope + value * value))
@@ -65,7 +59,7 @@ def planar(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         z' ``(*batch, dim)`` and log_det ``(*batch)``.
     """
     u_hat, wu, room = _invertible(u, w)
-    value, slope = _ridge((w * z).sum(-1, keepdim=True) + b)
+    value, slope = ridge((w * z).sum(-1, keepdim=True) + b)
     return z + u_hat * value, _log_slope(wu, room, value, slope).squeeze(-1)
 
 
@@ -87,92 +81,11 @@ def planar_chain(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Te
     u_hat, wu, room = _invertible(u, w)
     with torch.autocast(z.device.type, enabled=False):
         start = columns(by_rows, w, z) if z.ndim >= w.ndim else (w * z.unsqueeze(-2)).sum(-1)
-        inner = _cascade(start + b, _gram(w, u_hat))
-        value, slope = _ridge(inner)
+        inner = cascade(start + b, gram(w, u_hat))
+        value, slope = ridge(inner)
         image = z + columns(by_rows, u_hat.mT, value)
     log_det = _log_slope(wu.squeeze(-1), room.squeeze(-1), value, slope)
     return image, log_det.sum(-1, dtype=wide_dtype(z))
-
-
-def _gram(a: Tensor, b: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():  # as `_cascade`
-        return _Gram.forward(a, b)
-    return cast(Tensor, _Gram.apply(a, b))
-
-
-class _Gram(torch.autograd.Function):
-    """``a @ b.mT``; its gradients lie as a and b do, where autograd's own for b is transposed and slow to add to."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(a: Tensor, b: Tensor) -> Tensor:
-        return a @ b.mT
-
-    @staticmethod
-    def setup_context(ctx: Ctx, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Ctx, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = ctx.saved_tensors
-        return grads[0] @ b, grads[0].mT @ a
-
-    @staticmethod
-    def jvp(ctx: Ctx, *tangents: Tensor) -> Tensor:
-        a, b = ctx.saved_tensors
-        return tangents[0] @ b.mT + a @ tangents[1].mT
-
-
-def _cascade(start: Tensor, gain: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():  # which differentiates the plain code, and takes no function with a jvp
-        return _Cascade.forward(start, gain)
-    return cast(Tensor, _Cascade.apply(start, gain))
-
-
-class _Cascade(torch.autograd.Function):
-    """The x with ``x_k = start_k + sum_{j<k} gain_kj tanh(x_j)``; what is not below gain's diagonal is not read.
-
-    Its derivative is the same recursion backwards; written out, that is a third of the calls that autograd would make.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(start: Tensor, gain: Tensor) -> Tensor:
-        x = start
-        for k, column in enumerate(gain.tril(-1).unbind(-1)[:-1]):
-            x = torch.addcmul(x, column, torch.tanh(x[..., k : k + 1]))
-        return x
-
-    @staticmethod
-    def setup_context(ctx: Ctx, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(output, inputs[1])
-        ctx.save_for_forward(output, inputs[1])
-
-    @staticmethod
-    def backward(ctx: Ctx, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        x, gain = ctx.saved_tensors
-        value, slope = _ridge(x)
-        rows = gain.tril(-1).unbind(-2)
-        total = grads[0]
-        for k in range(len(rows) - 1, 0, -1):
-            total = torch.addcmul(total, rows[k] * slope, total[..., k : k + 1])
-        left, right = total.unsqueeze(-1), value.unsqueeze(-2)
-        extra = left.ndim - gain.ndim
-        if extra > 0:  # samples are summed over by the product, which is never made for each of them
-            left, right = total.flatten(0, extra - 1).movedim(0, -1), value.flatten(0, extra - 1).movedim(0, -2)
-        return total, (left @ right).tril(-1).sum_to_size(gain.shape)
-
-    @staticmethod
-    def jvp(ctx: Ctx, *tangents: Tensor) -> Tensor:
-        x, gain = ctx.saved_tensors
-        value, slope = _ridge(x)
-        total = tangents[0] + columns(by_rows, tangents[1].tril(-1), value)
-        for k, column in enumerate(gain.tril(-1).unbind(-1)[:-1]):
-            total = torch.addcmul(total, column * slope[..., k : k + 1], total[..., k : k + 1])
-        return total
 
 
 def planar_inverse(z: Tensor, u: Tensor, w: Tensor, b: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -192,14 +105,14 @@ def planar_inverse(z: Tensor, u: Tensor, w: Tensor, b: Tensor, known: Tensor | N
     target = (w * z).sum(-1, keepdim=True) + b
 
     def residual(x: Tensor) -> tuple[Tensor, Tensor]:
-        value, slope = _ridge(x)
+        value, slope = ridge(x)
         return x - target + wu * value, 1 + wu * slope
 
     if known is None:
         root = tanh_root(wu, target)
     else:
         root = ((w * known).sum(-1, keepdim=True) + b).detach()
-    value, slope = _ridge(correct(residual, root))
+    value, slope = ridge(correct(residual, root))
     return z - u_hat * value, -_log_slope(wu, room, value, slope).squeeze(-1)
 
 
