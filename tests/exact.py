@@ -11,14 +11,17 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import registry
 import torch
-from mpmath import mp, mpf  # what torch's own sympy computes with
+from mpmath import mp, mpf
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from flowpost.bijectors import passes
 
 Map = Callable[..., tuple[Tensor, Tensor]]
 Array = np.ndarray[Any, Any]
@@ -71,13 +74,16 @@ def slogdet(function: Map, z: Tensor, context: Tensor | None = None) -> tuple[Te
 def jacobian(function: Map, z: Tensor, context: Tensor | None = None) -> Array:
     """The Jacobians ``(n, dim, dim)`` of ``function(z, context)[0]``."""
     given = [tensor.detach() for tensor in (z, context) if tensor is not None]
-    module = make_fx(lambda *inputs: function(*inputs)[0])(*given)
+    # Passes by hand write in place; tests/test_by_hand.py holds them to the plain operations, which are traced here.
+    with mock.patch.object(passes, "by_hand", return_value=False):
+        module = make_fx(lambda *inputs: function(*inputs)[0])(*given)
+        expected = function(*given)[0]
     module.graph.eliminate_dead_code()  # what only the log-det needs
     with mp.workdps(DIGITS):
         point = numbers(z)
         moved = [point + STEP * unit for unit in np.eye(z.shape[-1], dtype=int)]
-        image = _Exact(module).run(_Value(given[0], point, moved), *map(_still, given[1:]))
-        if not torch.equal(image.rounded, function(*given)[0]):
+        image = _Exact(module).run(_value(given[0], point, moved), *map(_still, given[1:]))
+        if not torch.equal(image.rounded, expected):
             raise AssertionError("function: its traced operations give another image than it does")
         return np.stack([(to - image.point) / STEP for to in image.moved], -1)
 
@@ -97,10 +103,16 @@ class _Value(NamedTuple):
     """The same numbers where they depend on z; elsewhere what they would be without rounding."""
     moved: Sequence[Array]
     """What becomes of it when z moves along each axis; empty where it does not depend on z."""
+    version: int
+    """The tensor's when this was written: what has since been changed in place, or its base, stands for it no more."""
+
+
+def _value(rounded: Tensor, point: Array, moved: Sequence[Array] = ()) -> _Value:
+    return _Value(rounded, point, moved, rounded._version)
 
 
 def _still(tensor: Tensor) -> _Value:
-    return _Value(tensor, numbers(tensor), [])
+    return _value(tensor, numbers(tensor))
 
 
 class _Exact(fx.Interpreter):
@@ -112,7 +124,10 @@ class _Exact(fx.Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
         if target is operator.getitem:
             return args[0][args[1]]
-        rule = _RULES.get(target.overloadpacket.__name__)
+        values = [x for x in tree_leaves(args, is_leaf=_is_value) if _is_value(x)]
+        if any(x.rounded._version != x.version for x in values):
+            raise NotImplementedError(f"function: expected no operation to read what was written over, got {target}")
+        rule = _RULES.get(target.overloadpacket.__name__.removesuffix("_"))
         if rule is None:
             raise NotImplementedError(f"function: expected operations with a rule in tests/exact.py, got {target}")
         options = {name: value for name, value in kwargs.items() if name not in _STORAGE}
@@ -120,7 +135,7 @@ class _Exact(fx.Interpreter):
         def exactly(choose: Callable[[_Value], Array]) -> Any:  # noqa: ANN401
             return rule(*tree_map_only(_Value, choose, args, is_leaf=_is_value), **options)
 
-        moves = max((len(x.moved) for x in tree_leaves(args, is_leaf=_is_value) if _is_value(x)), default=0)
+        moves = max((len(x.moved) for x in values), default=0)
         point = exactly(lambda x: x.point)
         moved = [exactly(lambda x, i=i: x.moved[i] if x.moved else x.point) for i in range(moves)]
         # Last, for an operation in place changes what it is given.
@@ -133,16 +148,16 @@ class _Exact(fx.Interpreter):
 def _around(rounded: Tensor, point: Array, moved: Sequence[Array]) -> _Value:
     """Shift what depends on z to where rounding took it."""
     if not moved or not rounded.is_floating_point():
-        return _Value(rounded, point, moved)
+        return _value(rounded, point, moved)
     there = numbers(rounded)
-    return _Value(rounded, there, [to + (there - point) for to in moved])
+    return _value(rounded, there, [to + (there - point) for to in moved])
 
 
 def _is_value(x: object) -> bool:
     return isinstance(x, _Value)
 
 
-_STORAGE = {"dtype", "device", "layout", "pin_memory"}
+_STORAGE = {"dtype", "device", "layout", "memory_format", "pin_memory"}
 
 
 def _each(function: Callable[..., object], inputs: int) -> Callable[..., Array]:
@@ -154,6 +169,14 @@ def _each(function: Callable[..., object], inputs: int) -> Callable[..., Array]:
 def _split(x: Array, sizes: int | Sequence[int], dim: int = 0) -> list[Array]:
     stops = range(sizes, x.shape[dim], sizes) if isinstance(sizes, int) else np.cumsum(sizes)[:-1]
     return np.split(x, stops, dim)
+
+
+_softplus = _each(lambda x, threshold: x if x > threshold else mp.log1p(mp.exp(x)), 2)  # as torch defines it
+
+
+def _expand(x: Array, shape: Sequence[int]) -> Array:
+    kept = (1,) * (len(shape) - x.ndim) + x.shape
+    return np.broadcast_to(x, [old if new == -1 else new for old, new in zip(kept, shape, strict=True)])
 
 
 def _solve(matrix: Array, columns: Array, *, upper: bool, unitriangular: bool) -> Array:
@@ -174,6 +197,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "addmm": lambda x, a, b: x + a @ b,
     "bmm": operator.matmul,
     "clamp": lambda x, low, high: np.clip(x, low, high),
+    "clamp_max": np.minimum,
     "clamp_min": np.maximum,
     "copysign": _each(lambda x, y: -abs(x) if y < 0 else abs(x), 2),
     "div": operator.truediv,
@@ -194,7 +218,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "relu": lambda x: np.maximum(x, 0),
     "rsub": lambda x, y: y - x,
     "sigmoid": _each(lambda x: 1 / (1 + mp.exp(-x)), 1),
-    "softplus": _each(lambda x: x if x > 20 else mp.log1p(mp.exp(x)), 1),  # as torch defines it
+    "softplus": lambda x, beta=1, threshold=20: _softplus(x * beta, threshold) / beta,
     "sub": operator.sub,
     "sum": lambda x, dims, keepdim=False: np.sum(x, axis=tuple(dims), keepdims=keepdim),
     "tanh": _each(mp.tanh, 1),
@@ -204,21 +228,25 @@ _RULES: dict[str, Callable[..., Any]] = {
     "_unsafe_view": np.reshape,
     "arange": np.arange,
     "cat": np.concatenate,
+    "clone": lambda x: x,
     "constant_pad_nd": lambda x, pad, value: np.concatenate([x, np.full((*x.shape[:-1], pad[1]), mpf(value))], -1),
     "detach": lambda x: x,  # it stops autodiff, not the map
-    "expand": np.broadcast_to,
+    "expand": _expand,
+    "eye": lambda size: np.eye(size, dtype=object),
     "flip": np.flip,
     "index": lambda x, places: x[tuple(slice(None) if place is None else place for place in places)],
     "index_select": lambda x, dim, places: np.take(x, places, dim),
     "new_zeros": lambda _, shape: np.full(shape, mpf(0)),
     "permute": np.transpose,
-    "scalar_tensor": lambda value: np.array(mpf(value)),
+    "scalar_tensor": lambda value: np.array(mpf(value) if isinstance(value, float) else value),
+    "slice": lambda x, dim=0, start=None, end=None: x[(slice(None),) * (dim % x.ndim) + (slice(start, end),)],
+    "sort": lambda x: [np.sort(x), np.argsort(x)],
     "split": _split,
     "split_with_sizes": _split,
     "squeeze": np.squeeze,
-    "squeeze_": np.squeeze,
     "t": np.transpose,
     "transpose": np.swapaxes,
+    "tril": np.tril,
     "unbind": lambda x, dim: list(np.moveaxis(x, dim, 0)),
     "unsqueeze": np.expand_dims,
     "view": np.reshape,
