@@ -68,7 +68,7 @@ def test_log_det_is_that_of_the_jacobian(entry: Entry, case: Case) -> None:
 
 @pytest.mark.parametrize("b", [0.0, 1e-3, -0.02, 0.3])
 def test_log_det_at_the_floor_of_one_dimension(b: float) -> None:
-    """There cond is 1 however flat the map is: a floor off by 1e-13 of itself, as the rounding of k makes it, fails."""
+    """There cond is 1 however flat the map is: floors of map and log-det 1e-13 apart, by k's rounding, fail."""
     z, context = torch.zeros(1, 1, dtype=torch.float64), torch.tensor([[-50.0, 1.0, b]], dtype=torch.float64)
     for function in directions(Planar(1)).values():
         z = exact.judge(function, z, context, size(Planar(1)))
@@ -810,6 +810,15 @@ def test_planar_is_monotone_however_far_u_is_on_the_wrong_side(wu: float) -> Non
     z = w * torch.linspace(-3, 3, 61, dtype=torch.float64).unsqueeze(-1)
     image, _ = planar(z, wu * w, w, torch.zeros(1, dtype=torch.float64))
     assert ((image * w).sum(-1).diff() > 0).all()
+
+
+@pytest.mark.parametrize("wu", [-1e7, -1e4, -50.0])
+@both_dtypes
+def test_planar_moves_by_no_more_than_its_log_det_says(wu: float, dtype: torch.dtype) -> None:
+    """Where tanh is 1 the image of 0 is u_hat itself: ``w.u_hat`` is eps - 1 there, to rounding of it and not of u."""
+    w = torch.tensor([0.7, -0.8, 0.3], dtype=dtype)
+    image, _ = planar(torch.zeros(3, dtype=dtype), wu / w.square().sum() * w, w, torch.full((1,), 50.0, dtype=dtype))
+    assert (image.double() * w.double()).sum().item() == pytest.approx(1e-3 - 1, abs=4 * torch.finfo(dtype).eps)
 
 
 def test_planar_without_a_direction_is_a_shift() -> None:
