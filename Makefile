@@ -26,7 +26,7 @@ test-plain: $(VENV)/.test
 	FLOWPOST_PLAIN=1 $(BIN)/python -m pytest -n auto tests/test_bijectors.py tests/test_contract.py \
 		-k "autoregressive or iaf or maf or nested or shared" $(ARGS)
 
-# Random seeds, 500 examples a property, inductor: hours on two cores, for a nightly machine.
+# Random seeds, 500 examples a property, inductor: about an hour on one core, for a nightly machine.
 test-deep: $(VENV)/.test
 	FLOWPOST_DEEP=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
