@@ -18,7 +18,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowpost import Affine, Autoregressive, Bijector, Chain, Inverse, Learned, Planar, UnitLowerTriangular
-from flowpost.bijectors import affine, base, gated, made, passes, planar, roots, staircase, sweep, triangular
+from flowpost.bijectors import (
+    affine,
+    base,
+    gated,
+    gated_inverse,
+    made,
+    operators,
+    passes,
+    planar,
+    roots,
+    staircase,
+    sweep,
+    triangular,
+)
 from flowpost.testing import PROPERTIES, ContractError, check_bijector, push
 
 Build = Callable[[int], Bijector]
@@ -147,9 +160,9 @@ def _context_gradient_dropped(*args: object) -> list[Tensor | None]:
 
 
 def _sweep_back_without_outputs(*args: Any) -> None:  # noqa: ANN401
-    net, weights, slopes, sums, grad, _ = args
+    sizes, weights, slopes, sums, grad, _ = args
     sums[-1][:] = 0
-    _TRANSPOSED(net, weights, slopes, sums, grad, lambda k: None)
+    _TRANSPOSED(sizes, weights, slopes, sums, grad, lambda k: None)
 
 
 def _default_dtype_inverse(
@@ -280,13 +293,21 @@ MUTANTS = (
         "backward by hand drops the context", "-", _step, ((passes, "parameter_gradients", _context_gradient_dropped),)
     ),
     Mutant(
-        "implicit gradient drops the network", "-", _step, ((gated, "transposed_sweep", _sweep_back_without_outputs),)
+        "implicit gradient drops the network",
+        "-",
+        _step,
+        ((operators, "transposed_sweep", _sweep_back_without_outputs),),
     ),
     Mutant("cache by identity", "pyro", lambda dim: Learned(CachedPlanar(dim))),
     Mutant("no check of z", "all", Planar, ((base, "check_tensor", _nothing),)),
     Mutant("no check of the context", "all", Planar, ((base, "check_context", _as_it_came),)),
     Mutant("no floor on the scale", "torch", lambda dim: Affine(dim, torch.exp)),
-    Mutant("no bound on the gate", "-", _step, (PLAIN, (gated, "gate_parameters", lambda a, m, b=2.0: (a + b, m)))),
+    Mutant(
+        "no bound on the gate",
+        "-",
+        _step,
+        (PLAIN, *((owner, "gate_parameters", lambda a, m, b=2.0: (a + b, m)) for owner in (gated, gated_inverse))),
+    ),
     Mutant(
         "log-det of the inverse has the wrong sign", "flowjax", Affine, ((Affine, "_inverse", _inverse_wrong_sign),)
     ),

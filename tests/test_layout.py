@@ -23,7 +23,19 @@ MODULES = sorted(info.name for info in pkgutil.walk_packages(flowpost.__path__, 
 CHECKS = {"flowpost.checks"}
 CORE = {
     f"flowpost.bijectors.{name}"
-    for name in ("base", "cascade", "gate", "gated", "made", "passes", "roots", "staircase", "sweep")
+    for name in (
+        "base",
+        "cascade",
+        "gate",
+        "gated",
+        "gated_inverse",
+        "made",
+        "operators",
+        "passes",
+        "roots",
+        "staircase",
+        "sweep",
+    )
 }
 FAMILIES = {name for name in MODULES if name.startswith("flowpost.bijectors.")} - CORE - {"flowpost.bijectors.compose"}
 COMPOSE = {"flowpost.bijectors.base", "flowpost.bijectors.compose"}
@@ -40,6 +52,12 @@ ALLOWED = {
     "flowpost.bijectors.passes": {"flowpost.bijectors.made"},
     "flowpost.bijectors.gate": set(),
     "flowpost.bijectors.gated": CORE,
+    "flowpost.bijectors.gated_inverse": CORE,
+    "flowpost.bijectors.operators": {
+        "flowpost.bijectors.gate",
+        "flowpost.bijectors.passes",
+        "flowpost.bijectors.sweep",
+    },
     "flowpost.bijectors.sweep": {"flowpost.bijectors.made", "flowpost.bijectors.passes"},
     "flowpost.bijectors.compose": {"flowpost.bijectors.base"},
     **{family: CORE for family in FAMILIES},

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from flowpost.bijectors import passes
 from flowpost.bijectors.base import Bijector, check_order
-from flowpost.bijectors.gated import Gated, GatedInverse, gated, gated_inverse
+from flowpost.bijectors.gated import Gated, gated
+from flowpost.bijectors.gated_inverse import GatedInverse, gated_inverse
 from flowpost.bijectors.made import MADE
 
 

@@ -22,6 +22,7 @@ _OF_ITSELF = True  # the derivative from the value and not from its argument
 class Known(NamedTuple):
     """An activation whose derivative follows from its own value."""
 
+    name: str
     run: Activation
     """In place."""
     run_array: Callable[[np.ndarray], object]
@@ -39,26 +40,31 @@ def _elu_array(x: np.ndarray) -> None:
     x += below
 
 
-_RELU = Known(torch.relu_, lambda x: np.maximum(x, _ZERO, out=x), lambda grad, value: _relu_backward(grad, value, 0))
+_RELU = Known(
+    "relu", torch.relu_, lambda x: np.maximum(x, _ZERO, out=x), lambda grad, value: _relu_backward(grad, value, 0)
+)
 KNOWN: dict[Activation, Known] = {
     F.relu: _RELU,
     torch.relu: _RELU,
     F.elu: Known(
+        "elu",
         partial(F.elu, inplace=True),
         _elu_array,
         lambda grad, value: _elu_backward(grad, 1, 1, 1, _OF_ITSELF, value),
     ),
-    torch.tanh: Known(torch.tanh_, lambda x: np.tanh(x, out=x), torch.ops.aten.tanh_backward.default),
+    torch.tanh: Known("tanh", torch.tanh_, lambda x: np.tanh(x, out=x), torch.ops.aten.tanh_backward.default),
 }
+NAMED = {known.name: known for known in KNOWN.values()}
 
 
 def by_hand(net: MADE, z: Tensor) -> bool:
     """Whether these passes may stand in for the network's own operations.
 
-    A compiler, ``torch.func``, forward-mode differentiation and autocast need to see operations that they know.
+    ``torch.func``, forward-mode differentiation and autocast need to see operations that they know; so does whoever
+    loads an exported program. A compiler traces them.
     """
     return net.activation in KNOWN and not (
-        torch.compiler.is_compiling()
+        (torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling())  # an export
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch.is_autocast_enabled(z.device.type)

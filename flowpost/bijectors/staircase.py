@@ -104,9 +104,9 @@ class Staircase:
         result = grad.new_empty(len(grad), x.shape[1])
         for (rows, stair, full, rest), mask in zip(self.blocks, masks, strict=True):
             weights, grads = result.narrow(0, *rows), grad.narrow(0, *rows)
-            torch.mm(grads, x.narrow(1, *stair), out=weights.narrow(1, *stair)).mul_(mask)
+            weights.narrow(1, *stair).addmm_(grads, x.narrow(1, *stair), beta=0).mul_(mask)
             if full[1]:
-                torch.mm(grads, x.narrow(1, *full), out=weights.narrow(1, *full))
+                weights.narrow(1, *full).addmm_(grads, x.narrow(1, *full), beta=0)
             if rest[1]:
                 weights.narrow(1, *rest).zero_()
         return result

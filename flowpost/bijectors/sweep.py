@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowpost.bijectors.made import MADE
-from flowpost.bijectors.passes import KNOWN, Parameters
+from flowpost.bijectors.passes import Known, Parameters
 
 Array = Any  # a tensor, or numpy's view of one: the sweeps are written in what both can do
 
@@ -84,26 +84,32 @@ def arrays(*tensors: Tensor) -> list[Array]:
 
 
 def sweep(
-    net: MADE, weights: Sequence[Array], values: Sequence[Array], x: Array, solve: Callable[[int], object]
+    sizes: Sequence[Sequence[int]],
+    activation: Known,
+    weights: Sequence[Array],
+    values: Sequence[Array],
+    x: Array,
+    solve: Callable[[int], object],
 ) -> None:
     """Find the variables by hand, and the layers' values.
 
     Args:
-        net: the network.
+        sizes: the network's.
+        activation: the network's.
         weights: its `ranked` ones.
         values: what each layer adds to its product, ``(width, N)``; the layers' values are written over it.
         x: the variables ``(dim, N)``, to be written.
         solve: given k, writes variable k, whose outputs are in their place.
     """
-    known = KNOWN[net.activation]
-    run = known.run if isinstance(x, Tensor) else known.run_array
-    ends = [*map(_ends, [*net.sizes, [net.outputs] * net.dim])]
+    run = activation.run if isinstance(x, Tensor) else activation.run_array
+    dim = len(x)
+    ends = [*map(_ends, [*sizes, [len(weights[-1]) // dim] * dim])]
     layers = [
         (state, _cut(state, end), _cut(weight, end), end)
         for state, weight, end in zip(values, weights, ends, strict=True)
     ]
     *hidden, (_, outs, last, _) = layers
-    for k in range(net.dim):
+    for k in range(dim):
         seen, width = x[:k], k
         for state, parts, rows, end in hidden:
             part = parts[k]
@@ -120,7 +126,7 @@ def sweep(
 
 
 def transposed_sweep(
-    net: MADE,
+    sizes: Sequence[Sequence[int]],
     weights: Sequence[Array],
     slopes: Sequence[Array],
     sums: Sequence[Array],
@@ -130,7 +136,7 @@ def transposed_sweep(
     """Find the gradients at the layers' sums by hand; the variables' total gradients come to stand in `grad`.
 
     Args:
-        net: the network.
+        sizes: the network's.
         weights: its `ranked` ones.
         slopes: of the activations, ``(width, N)`` for every hidden layer.
         sums: the gradients ``(width, N)`` at every layer's sums, to be written.
@@ -138,14 +144,14 @@ def transposed_sweep(
         respond: given k, writes the gradients at variable k's outputs, whose total gradient is in its place.
     """
     *hidden, outs = sums
-    ends = [*map(_ends, net.sizes)]
+    dim, ends = len(grad), [*map(_ends, sizes)]
     layers = [
         (state, weight, _cut(state, end), _cut(slope, end), [0, *end])
         for state, weight, slope, end in zip(hidden, weights[1:], slopes, ends, strict=True)
     ][::-1]
-    for k in reversed(range(net.dim)):
+    for k in reversed(range(dim)):
         respond(k)
-        row = k * net.outputs
+        row = k * (len(outs) // dim)
         above = outs[row:]
         for state, weight, parts, steep, end in layers:
             first, part = end[k], parts[k]

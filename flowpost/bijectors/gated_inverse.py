@@ -1,0 +1,149 @@
+"""The gated autoregressive step's inverse: of plain operations, and by hand as one node of the graph.
+
+Its two sweeps over the variables are in `operators`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flowpost.bijectors import passes
+from flowpost.bijectors.base import wide_dtype
+from flowpost.bijectors.gate import REACH, SPREAD, gate_inverse, gate_parameters
+from flowpost.bijectors.gated import plain_gradients
+from flowpost.bijectors.made import MADE
+from flowpost.bijectors.operators import pull, solve
+from flowpost.bijectors.sweep import by_variable, plain_sweep, ranked
+
+
+def gated_inverse(
+    net: MADE, bias: float, order: Tensor | None, z: Tensor, context: Tensor | None, parameters: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Its inverse of plain operations, for a context whose leading axes broadcast to z's."""
+    images = (z if order is None else z.index_select(-1, order)).unbind(-1)
+
+    def bounded(outputs: Tensor) -> tuple[Tensor, Tensor]:
+        raw, mean = outputs.to(z.dtype).unbind(-1)
+        return gate_parameters(raw, mean, bias)
+
+    def solve_for(k: int, outputs: Tensor) -> Tensor:
+        logit, mean = bounded(outputs)
+        return gate_inverse(images[k].unsqueeze(-1), logit.unsqueeze(-1), mean.unsqueeze(-1))[0].squeeze(-1)
+
+    grouped = ranked(net, passes.grouped(net, parameters), order)
+    preimage, outputs = plain_sweep(net, grouped, context, z.shape[:-1], solve_for)
+    logit, _ = bounded(outputs)
+    if order is not None:
+        preimage = preimage.index_select(-1, torch.argsort(order))
+    return preimage, -F.logsigmoid(logit).sum(-1)
+
+
+class GatedInverse(torch.autograd.Function):
+    """`gated_inverse`, by hand; its gradient is that of the implicit function, which one transposed sweep solves for.
+
+    With ``z' = f(z)`` and g the gradient at z, the one at z' is ``v / s``, v the solution of ``v J / s = g``; what it
+    costs at outputs that are themselves functions of z, and what the log-det adds, is in the same sweep.
+    """
+
+    @staticmethod
+    def forward(  # noqa: ANN205, D102
+        ctx,  # noqa: ANN001
+        net: MADE,
+        bias: float,
+        order: Tensor | None,
+        known: Tensor | None,
+        z: Tensor,
+        context: Tensor | None,
+        *parameters: Tensor,
+    ):
+        grouped = ranked(net, passes.grouped(net, parameters), order)
+        if known is None:
+            start, weights, biases = _start(z, context, grouped), list(grouped.weights), list(grouped.biases[1:])
+            name = passes.KNOWN[net.activation].name
+            x, *values = solve(_columns(z, order), start, weights, biases, bias, _sizes(net), name)
+        else:
+            x, values = _columns(known, order), _evaluate(net, order, known, context, parameters)
+        bounded = values[-1].unflatten(0, (net.dim, 2))
+        logit = bounded.select(1, 0).mul(SPREAD).add_(bias)
+        ctx.net, ctx.bias = net, bias
+        ctx.save_for_backward(order, z, context, x, logit, *parameters, *values)
+        log_det = F.logsigmoid(logit).sum(0, dtype=wide_dtype(z)).neg_().view(z.shape[:-1])
+        return _rows(x, order).view(z.shape), log_det
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, grad_log_det: Tensor):  # noqa: ANN001, ANN205, D102
+        net, needs = ctx.net, ctx.needs_input_grad[4:]
+        order, z, context, x, logit, *rest = ctx.saved_tensors
+        parameters, (*values, outputs) = rest[: len(needs) - 2], rest[len(needs) - 2 :]
+        if torch.is_grad_enabled():
+
+            def plain(z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+                return gated_inverse(net, ctx.bias, order, z, context, parameters)
+
+            return None, None, None, None, *plain_gradients(plain, z, context, parameters, grad, grad_log_det)
+        s = torch.sigmoid(logit)
+        bounded = outputs.unflatten(0, (net.dim, 2))
+        slopes = 1 - bounded * bounded
+        # From v to the gradient at the outputs: what the log-det adds, and what v does.
+        closing = s - 1
+        fixed = closing * grad_log_det.reshape(-1).to(z.dtype)
+        fixed = torch.stack([fixed, torch.zeros_like(fixed)], 1).mul_(slopes)
+        moved = torch.stack([closing * (x - REACH * bounded.select(1, 1)), 1 - 1 / s], 1).mul_(slopes)
+        grouped = passes.grouped(net, parameters)
+        gradient = passes.KNOWN[net.activation].gradient
+        slopes = [gradient(torch.ones_like(value), value) for value in values]
+        weights = list(ranked(net, grouped, order).weights)
+        v, *sums = pull(_columns(grad, order), fixed, moved, weights, slopes, _sizes(net))
+        sums[-1] = _by_output(net, sums[-1], order)
+        z_grad = _rows(v / s, order).view(z.shape)
+        inputs = [_rows(x, order), *(value.t() for value in values)]
+        others = passes.parameter_gradients(
+            net, [each.t() for each in sums], inputs, context, z.shape[:-1], grouped, needs[1:]
+        )
+        return None, None, None, None, z_grad, *others
+
+
+def _start(z: Tensor, context: Tensor | None, parameters: passes.Parameters) -> Tensor:
+    """What the first layer adds to its product, ``(width, N)``."""
+    if context is None or context.shape[:-1] != z.shape[:-1]:
+        return passes.start(z, context, parameters).t().contiguous()
+    context = context.reshape(-1, context.shape[-1])
+    return torch.addmm(parameters.biases[0].unsqueeze(-1), parameters.projection[0], context.t())
+
+
+def _evaluate(
+    net: MADE, order: Tensor | None, known: Tensor, context: Tensor | None, parameters: Sequence[Tensor]
+) -> list[Tensor]:
+    """As `_solve`, where the preimage is known."""
+    *values, outputs = passes.forward(net, known, context, passes.grouped(net, parameters))
+    outputs = by_variable(net, outputs.t(), order).contiguous()
+    outputs[0::2].mul_(1 / SPREAD)
+    outputs[1::2].mul_(1 / REACH)
+    return [*(value.t().contiguous() for value in values), outputs.tanh_()]
+
+
+def _columns(z: Tensor, order: Tensor | None) -> Tensor:
+    """From ``(*batch, dim)`` to ``(dim, N)``, the variables in their order."""
+    columns = z.reshape(-1, z.shape[-1]).t()
+    return columns.contiguous() if order is None else columns.index_select(0, order)
+
+
+def _rows(columns: Tensor, order: Tensor | None) -> Tensor:
+    """From ``(dim, N)``, the variables in their order, to ``(N, dim)``."""
+    columns = columns if order is None else columns.index_select(0, torch.argsort(order))
+    return columns.t().contiguous()
+
+
+def _by_output(net: MADE, rows: Tensor, order: Tensor | None) -> Tensor:
+    """The inverse of `by_variable`."""
+    rows = rows.unflatten(0, (net.dim, net.outputs))
+    rows = rows if order is None else rows.index_select(0, torch.argsort(order))
+    return rows.transpose(0, 1).flatten(0, 1)
+
+
+def _sizes(net: MADE) -> list[int]:
+    return [size for layer in net.sizes for size in layer]
