@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from rich.console import Console
 
-import flowpost
-from benchmarks.checkpoint import Keeper, clear
-from benchmarks.config import Config, ConfigError, configure
-from benchmarks.data import NAMES, Data, DataError, load
-from benchmarks.display import Display
-from benchmarks.models import POSTERIORS, build, count_parameters
-from benchmarks.plots import draw
+from benchmarks.config import GRADIENTS, OBJECTIVES, ConfigError, configure
+from benchmarks.data import NAMES, DataError
+from benchmarks.job import job
+from benchmarks.models import POSTERIORS
 from benchmarks.reliability import reliability
-from benchmarks.report import Report, Run, by_posterior, evaluate
+from benchmarks.report import Report
 from benchmarks.speed import speed
-from benchmarks.train import History, TrainingError, seeded, train_one
-from flowpost.vae import VAE
-
-INTERRUPTED = 130  # the shell's code for Ctrl-C
-CHECKPOINTS = "checkpoints"  # a job's folder of them; gone when it is finished
 
 app = typer.Typer(
     add_completion=False,
@@ -48,6 +35,7 @@ Examples:
   python -m benchmarks                     digits, four posteriors, three seeds
   python -m benchmarks --quick --dim 2     true posteriors beside the fitted ones
   python -m benchmarks --data mnist-static --posterior diagonal,iaf --seeds 1
+  python -m benchmarks --objective iwae --gradient dreg --train-samples 50
   python -m benchmarks --resume runs/NAME  go on with a job that was stopped
   python -m benchmarks reliability         hard uses, flowpost beside public libraries
   python -m benchmarks speed               times, beside dense layers and public libraries
@@ -72,8 +60,26 @@ def main_job(
         int | None, typer.Option(help="Stop after so many epochs without a better validation -ELBO.  [digits: 30]")
     ] = None,
     kl_warmup: Annotated[
-        int | None, typer.Option(help="Epochs over which the KL's weight rises from 0 to 1.  [digits: 20]")
+        int | None,
+        typer.Option(
+            "--kl-warmup", "--warmup", help="Epochs over which the KL's weight rises from 0 to 1.  [digits: 20]"
+        ),
     ] = None,
+    objective: Annotated[str, typer.Option(help=f"What is maximized: {', '.join(OBJECTIVES)}.")] = "elbo",
+    train_samples: Annotated[
+        int | None,
+        typer.Option(help="Samples of z for each image in a training step: K of iwae.  [elbo: 1, iwae: 5]"),
+    ] = None,
+    gradient: Annotated[
+        str,
+        typer.Option(help=f"Of the objective: {', '.join(GRADIENTS)}; stl is for the elbo, dreg for iwae."),
+    ] = "standard",
+    free_bits: Annotated[
+        float, typer.Option(help="Nats of the whole KL, mean over the batch, that cost nothing; elbo only.")
+    ] = 0.0,
+    gaps: Annotated[
+        bool, typer.Option("--gaps", help="Split the gap: the family's part and the encoder's; costs some minutes.")
+    ] = False,
     dim: Annotated[
         int | None,
         typer.Option(help="Size of z; with 2, the true posterior is drawn beside each q(z|x).  [digits: 16]"),
@@ -124,6 +130,11 @@ def main_job(
         epochs=epochs,
         patience=patience,
         kl_warmup=kl_warmup,
+        objective=objective,
+        train_samples=train_samples,
+        gradient=gradient,
+        free_bits=free_bits,
+        gaps=gaps,
         dim=dim,
         width=width,
         batch=batch,
@@ -155,92 +166,6 @@ def _names(given: list[str] | None) -> tuple[str, ...] | None:
 
 def _seeds(count: int | None, first: int, *, quick: bool) -> tuple[int, ...]:
     return tuple(range(first, first + ((1 if quick else 3) if count is None else count)))
-
-
-def job(begun: Config | Report, out: Path | None = None) -> int:
-    """Train, evaluate, write and draw, from the beginning or from where a report stopped; the exit code."""
-    config = begun.config if isinstance(begun, Report) else begun
-    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 110)
-    data = load(config.data)
-    report = begun if isinstance(begun, Report) else _begin(config, out)
-    folder, total, code = report.folder, len(config.seeds) * len(config.posteriors), 0
-    torch.set_num_threads(config.threads)
-    if report.runs:
-        console.print(f"{len(report.runs)} of {total} runs are already finished.")
-    try:
-        with Display(console, total, config.epochs, len(report.runs)) as display:
-            # Seeds outermost: whoever stops early can still compare all posteriors.
-            for seed in config.seeds:
-                for name in config.posteriors:
-                    if not report.has(name, seed):
-                        run_one(data, name, seed, report, display)
-        clear(folder / CHECKPOINTS)
-    except KeyboardInterrupt:
-        code = INTERRUPTED
-        console.print(f"Interrupted: {len(report.runs)} of {total} runs are finished; theirs is what {folder} holds.")
-        console.print(f"Go on with: python -m benchmarks --resume {folder}", soft_wrap=True)
-    if report.finished:
-        console.print(report.table())
-        draw(report, data, models(report, data, console))
-    console.print(f"Table, figures and pictures: {folder}", soft_wrap=True)
-    return code or int(len(report.finished) < len(report.runs))
-
-
-def _begin(config: Config, out: Path | None) -> Report:
-    """A new job's report; checkpoints of another job in its folder are none of its own."""
-    folder = out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{config.data}"
-    clear(folder / CHECKPOINTS)
-    return Report(folder, config)
-
-
-def run_one(data: Data, name: str, seed: int, report: Report, display: Display) -> None:
-    """Train and evaluate one posterior and seed, and report it; without figures where training failed."""
-    start, config = time.perf_counter(), report.config
-    run: Run = {"posterior": name, "seed": seed, "error": None}
-    keeper = Keeper(display.watch(name, seed), report.folder / CHECKPOINTS, name, seed, config, display.say)
-    try:
-        vae, history = train_one(data, name, seed, config, keeper)
-        figures = evaluate(vae, data, config)
-    except TrainingError as error:
-        report.add(run | {"error": str(error)})
-        line = f"{name}, seed {seed} failed: {error}"
-    else:
-        run |= figures | {"parameters": count_parameters(vae), "seconds": time.perf_counter() - start} | asdict(history)
-        keep_model(vae, report, run)
-        report.add(run)
-        line = f"{name}, seed {seed}: -ELBO {run['neg_elbo']:.2f}, NLL {run['nll']:.2f}, best of "
-        line += f"{len(history.valid)} epochs: {history.best_epoch}, {run['seconds']:.0f} s{_skipped(history)}"
-    clear(keeper.folder, keeper.run)
-    display.finish(line)
-
-
-def keep_model(vae: VAE, report: Report, run: Run) -> None:
-    """Write a trained model before its figures are reported: a finished run always has its model."""
-    path = _model_path(report, run)
-    path.parent.mkdir(exist_ok=True)
-    flowpost.save(vae, path)
-
-
-def models(report: Report, data: Data, console: Console) -> dict[str, VAE]:
-    """The trained model of each posterior's first finished run, for the pictures."""
-    config, found = report.config, {}
-    for name, runs in by_posterior(report.finished).items():
-        with seeded(0, torch.device(config.device)):  # the weights drawn here are replaced at once
-            options = dict(config.flows.get(name, {}))
-            vae = build(data, name, dim=config.dim, width=config.width, dropout=config.dropout, options=options)
-        try:
-            found[name] = flowpost.load(_model_path(report, runs[0]), into=vae, device=config.device).eval()
-        except (OSError, ValueError) as error:
-            console.print(f"WARNING: no pictures of {name}: {error}")
-    return found
-
-
-def _model_path(report: Report, run: Run) -> Path:
-    return report.folder / "models" / f"{run['posterior']}-{run['seed']}.safetensors"
-
-
-def _skipped(history: History) -> str:
-    return f", {history.skipped_steps} steps skipped: not finite" if history.skipped_steps else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import flowpost
 from benchmarks.config import Config, ConfigError
-from benchmarks.report import versions
+from benchmarks.environment import versions
 from benchmarks.train import NAMED, SKIPS, History, Loop, Watcher
 from flowpost.files import CorruptFileError
 

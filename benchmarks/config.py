@@ -11,6 +11,10 @@ import torch
 from benchmarks.data import NAMES
 from benchmarks.models import POSTERIORS
 
+OBJECTIVES = ("elbo", "iwae")
+GRADIENTS = ("standard", "stl", "dreg")
+TRAIN_SAMPLES = {"elbo": 1, "iwae": 5}  # of z for each image in a training step, if nothing is said
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; one line says which value, what was expected and what came."""
@@ -45,6 +49,13 @@ class Config:
     batch: int = 128  # images a step
     lr: float = 3e-3  # Adam's, at the start: it falls linearly towards 0 at the last epoch
     dropout: float = 0.0  # share of hidden units dropped in training
+    objective: str = "elbo"
+    train_samples: int = 1  # of z for each image in a training step: K of iwae
+    gradient: str = "standard"  # how the objective is differentiated
+    free_bits: float = 0.0  # nats of the KL, of all latents together, that cost nothing
+    gaps: bool = False  # whether posteriors are fitted to single test images, to split the gap
+    gap_images: int = 100  # of the test part, from its start
+    gap_steps: int = 500  # of each of these fits
     samples: int = 5000  # importance samples for each test image behind NLL
     pairs: int = 4000  # (sample, image) pairs evaluated at once: memory
     threads: int = 1  # of PyTorch on the CPU; these nets are too small to gain from more
@@ -55,8 +66,8 @@ class Config:
         _check_choice("data", self.data, NAMES)
         for name in self.posteriors:
             _check_choice("posterior", name, POSTERIORS)
-        for name in ("epochs", "patience", "dim", "width", "batch", "samples", "pairs", "threads"):
-            _check_range(name, getattr(self, name), 1)
+        for name in ("epochs", "patience", "dim", "width", "batch", "samples", "pairs", "threads", "train_samples"):
+            _check_range(name.replace("_", "-"), getattr(self, name), 1)
         _check_range("seeds", len(self.seeds), 1)
         _check_range("kl-warmup", self.kl_warmup, 0)
         if not 0 < self.lr < math.inf:
@@ -64,6 +75,23 @@ class Config:
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout: expected a share in [0, 1), got {self.dropout}")
         _check_choice("device", self.device.partition(":")[0], ("cpu", "cuda"))
+        self._check_objective()
+
+    def _check_objective(self) -> None:
+        """Refuse what would be biased or mean nothing, before anything runs."""
+        _check_choice("objective", self.objective, OBJECTIVES)
+        _check_choice("gradient", self.gradient, GRADIENTS)
+        if self.gradient == "dreg" and self.objective != "iwae":
+            raise ConfigError(
+                "gradient: expected standard or stl for the elbo, whose samples have no weights, got dreg"
+            )
+        if self.gradient == "stl" and self.objective == "iwae" and self.train_samples > 1:
+            got = f"got stl with train-samples {self.train_samples}"
+            raise ConfigError(f"gradient: expected standard or dreg for iwae, where stl is biased, {got}")
+        if not 0 <= self.free_bits < math.inf:
+            raise ConfigError(f"free-bits: expected a finite number of nats >= 0, got {self.free_bits}")
+        if self.free_bits and self.objective == "iwae":
+            raise ConfigError(f"free-bits: expected 0 for iwae, which has no KL to spare, got {self.free_bits}")
 
 
 # Both flows are sized like the net they sit in. Chosen on validation data, for all posteriors at once.
@@ -71,12 +99,28 @@ _SMALL_FLOWS = {"planar": {"steps": 4}, "iaf": {"steps": 2, "hidden": (64, 64), 
 _LARGE_FLOWS = {"planar": {"steps": 8}, "iaf": {"steps": 2, "hidden": (320, 320), "context_size": 64}}
 _DIGITS = Config(flows=_SMALL_FLOWS)
 _LARGE = Config(
-    epochs=100, patience=10, kl_warmup=10, dim=32, width=400, lr=1e-3, samples=500, threads=2, flows=_LARGE_FLOWS
+    epochs=100,
+    patience=10,
+    kl_warmup=10,
+    dim=32,
+    width=400,
+    lr=1e-3,
+    samples=500,
+    threads=2,
+    flows=_LARGE_FLOWS,
 )
 _FREY = replace(_LARGE, epochs=300, patience=30, kl_warmup=20, width=256, batch=64, pairs=400)
 DEFAULTS: dict[str, Config] = {name: replace(_LARGE, data=name) for name in NAMES}
 DEFAULTS |= {"digits": _DIGITS, "freyfaces": replace(_FREY, data="freyfaces")}
-QUICK = {"epochs": 40, "patience": 20, "kl_warmup": 5, "samples": 500, "seeds": (0,)}
+QUICK = {
+    "epochs": 40,
+    "patience": 20,
+    "kl_warmup": 5,
+    "samples": 500,
+    "seeds": (0,),
+    "gap_images": 50,
+    "gap_steps": 200,
+}
 
 
 def configure(data: str = "digits", *, quick: bool = False, **given: object) -> Config:
@@ -87,7 +131,8 @@ def configure(data: str = "digits", *, quick: bool = False, **given: object) -> 
     """
     _check_choice("data", data, NAMES)
     values = {name: value for name, value in given.items() if value is not None}
-    changes = (QUICK if quick else {}) | values
+    usual = {"train_samples": TRAIN_SAMPLES.get(str(values.get("objective")), 1)}
+    changes = usual | (QUICK if quick else {}) | values
     return check_device(replace(DEFAULTS[data], **changes))  # pyright: ignore[reportArgumentType]
 
 

@@ -14,11 +14,12 @@ from benchmarks.train import History
 class Display:
     """One live line for the run in hand, where there is a terminal, and a line for each finished run."""
 
-    def __init__(self, console: Console, runs: int, epochs: int, done: int = 0) -> None:
+    def __init__(self, console: Console, runs: int, epochs: int, done: int = 0, bound: str = "-ELBO") -> None:
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[left]}"))
         self.progress = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
         self.task = self.progress.add_task("", total=runs, left="", completed=done)
         self.epochs, self.done, self.begun, self.start = epochs, done, done, time.perf_counter()
+        self.bound = bound
 
     def __enter__(self) -> Display:
         self.progress.start()
@@ -36,7 +37,7 @@ class Display:
             left = (self.progress.tasks[0].total or 0) - share
             seconds = (time.perf_counter() - self.start) * left / (share - self.begun)
             train = history.train[-1]
-            text = f"{name} seed {seed}  epoch {epoch}/{self.epochs}  -ELBO train {train or float('nan'):.2f} "
+            text = f"{name} seed {seed}  epoch {epoch}/{self.epochs}  {self.bound} train {train or float('nan'):.2f} "
             text += f"valid {history.valid[-1]:.2f}"
             time_left = f"at most {seconds // 60:.0f}:{seconds % 60:02.0f} left"
             self.progress.update(self.task, completed=share, description=text, left=time_left)

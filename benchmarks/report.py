@@ -1,62 +1,33 @@
-"""What is read off the test part, and how it is written: `results.json`, `table.md`, a table on the terminal."""
+"""How figures are written: `results.json`, `table.md`, a table on the terminal."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import platform
 import statistics
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from rich import box
 from rich.table import Table
-from torch import Tensor
 
-import flowpost
 from benchmarks.config import Config, ConfigError, check_device, from_json
-from benchmarks.data import Data
-from benchmarks.train import EVALUATION_SEED, negative_elbo, seeded
-from flowpost.evaluation import log_marginal
-from flowpost.vae import VAE
+from benchmarks.environment import environment, versions
+from benchmarks.figures import ACTIVE, INFORMATION_IMAGES, TEST_SAMPLES
+from benchmarks.objective import objective_words
 
-TEST_SAMPLES = 64  # samples of z for each test image behind -ELBO and the active units
-ACTIVE = 0.01  # a unit is active where Var_x(E_q[z]) exceeds this (Burda et al. 2016)
-SPREAD = {"neg_elbo", "nll", "neg_elbo_bits", "nll_bits"}  # figures whose sd the table shows; results.json has all
+SPREAD = {
+    "neg_elbo",
+    "nll",
+    "local_nll",
+    "neg_elbo_bits",
+    "nll_bits",
+}  # figures whose sd the table shows; results.json has all
 
 Run = dict[str, Any]
-
-
-def evaluate(vae: VAE, data: Data, config: Config) -> dict[str, float]:
-    """What the table says of a trained model, in nats per image: the one place where the test part decides a figure."""
-    x = data.test.to(config.device)
-    with torch.no_grad(), seeded(EVALUATION_SEED, x.device):
-        outs = [vae(part, (TEST_SAMPLES,)) for part in x.split(max(1, config.pairs // TEST_SAMPLES))]
-        neg_elbo = torch.cat([negative_elbo(out) for out in outs]).double().mean().item()
-        nll = -log_marginal(vae, x, config.samples, pairs=config.pairs).mean().item()
-        units = active_units(torch.cat([out.sample.z for out in outs], dim=1))
-    figures = {"neg_elbo": neg_elbo, "nll": nll, "gap": neg_elbo - nll, "active_units": units}
-    if data.likelihood == "categorical":
-        bits = 1 / (x[0].numel() * math.log(2))
-        figures |= {"neg_elbo_bits": neg_elbo * bits, "nll_bits": nll * bits}
-    return figures
-
-
-def active_units(z: Tensor) -> int:
-    """How many units have Var_x(E_q[z]) > `ACTIVE`, from samples z ``(samples, images, dim)``.
-
-    The variance of a mean of S samples contains 1/S of the samples' own, which alone would exceed the threshold.
-    """
-    z = z.double()
-    noise = z.var(0).mean(0) / len(z)  # (dim,)
-    return int((z.mean(0).var(0) - noise > ACTIVE).sum())
 
 
 class Report:
@@ -148,9 +119,13 @@ class Report:
         config = self.config
         seeds = "/".join(str(len(runs)) for runs in by_posterior(self.finished).values()) or "0"
         return (
-            f"{config.data}, test part; nats per image, mean (sd) over seeds ({seeds} runs); "
+            f"{config.data}, test part; trained on {objective_words(config)}; "
+            f"nats per image, mean (sd) over seeds ({seeds} runs); "
             f"-ELBO: {TEST_SAMPLES} samples per image; NLL: {config.samples} importance samples per image; "
-            f"gap: -ELBO - NLL; active: units of z's {config.dim} with Var_x(E_q[z]) > {ACTIVE}; "
+            f"gap: -ELBO - NLL; {_gap_words(config)}"
+            f"ESS: effective ones of NLL's samples; k>0.7: share of images whose NLL is not to be trusted; "
+            f"active: units of z's {config.dim} with Var_x(E_q[z]) > {ACTIVE}; "
+            f"MI: of z and the image's index, at most log of {INFORMATION_IMAGES} images or of all there are; "
             f"ms/step: median, {self.environment['device']}, CPU threads: {config.threads}"
         )
 
@@ -205,56 +180,28 @@ def _mean_sd(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else None}
 
 
+def _gap_words(config: Config) -> str:
+    if not config.gaps:
+        return ""
+    what = f"NLL local, approx, amort: of {config.gap_images} images, a q fitted to each for {config.gap_steps} steps"
+    return f"{what}, the gap split into its family's and the encoder's; "
+
+
 def _columns(config: Config) -> list[tuple[str, str, int]]:
     """Key, title and decimals of the table's figures."""
-    bits = [("neg_elbo_bits", "-ELBO bits/dim", 3), ("nll_bits", "NLL bits/dim", 3)]
     nats = [("neg_elbo", "-ELBO", 2), ("nll", "NLL", 2), ("gap", "gap", 2)]
-    rest = [("active_units", "active", 1), ("parameters", "params", 0), ("step_ms", "ms/step", 1)]
-    return [*nats, *(bits if config.data == "freyfaces" else []), *rest]
+    split = [("local_nll", "NLL local", 2), ("approximation_gap", "approx", 2), ("amortization_gap", "amort", 2)]
+    bits = [("neg_elbo_bits", "-ELBO bits/dim", 3), ("nll_bits", "NLL bits/dim", 3)]
+    trust = [("ess", "ESS", 0), ("heavy_tails", "k>0.7", 2)]
+    rest = [("active_units", "active", 1), ("mutual_information", "MI", 2)]
+    cost = [("parameters", "params", 0), ("step_ms", "ms/step", 1)]
+    optional = (split if config.gaps else []) + (bits if config.data == "freyfaces" else [])
+    return [*nats, *optional, *trust, *rest, *cost]
 
 
 def _cell(figure: Mapping[str, float | None], digits: int, *, spread: bool) -> str:
     mean, sd = figure["mean"], figure["sd"]
     return f"{mean:,.{digits}f}" + (f" ({sd:.{digits}f})" if spread and sd is not None else "")
-
-
-def environment(config: Config) -> dict[str, object]:
-    """What the figures may depend on besides the configuration: versions and hardware."""
-    device = torch.device(config.device)
-    cpu = _cpu_name()
-    return {
-        "python": platform.python_version(),
-        **versions(),
-        "commit": _commit(),
-        "system": platform.platform(),
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
-    }
-
-
-def versions() -> dict[str, str]:
-    """The versions that a job must keep to: another one may change its figures' last bits."""
-    return {"torch": str(torch.__version__), "numpy": np.__version__, "flowpost": flowpost.__version__}
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(iter(names), platform.processor() or platform.machine())
-
-
-def _commit() -> str | None:
-    """The checkout's commit, marked where files differ from it; None outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip() or None
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -18,15 +18,16 @@ from torch import Tensor
 from benchmarks.config import Config
 from benchmarks.data import Data, binarize
 from benchmarks.models import build
-from flowpost.objectives import elbo
-from flowpost.vae import VAE, VAEOutput
+from benchmarks.objective import negative_bound, objective_loss, objective_pass
+from flowpost import schedules
+from flowpost.vae import VAE
 
 CLIP_NORM = 100.0  # a longer gradient is shortened to this: rare, it tames a step gone wild
 BAD_STEPS = 10  # steps in a row without a finite loss and gradient after which a run gives up
 NAMED = 3  # tensors named of each skipped step: the first whose gradient was not finite
 SKIPS = 100  # skipped steps told one by one; the others are only counted
 WARM_STEPS = 5  # steps left out of the timing: the first ones also allocate
-VALID_SAMPLES = 4  # samples of z for each validation image, of the same noise in every epoch
+VALID_SAMPLES = 4  # samples of z for each validation image, of the same noise in every epoch; iwae has its own K
 EVALUATION_SEED = 2019  # of the noise of validation and test: the same for every model
 
 
@@ -38,8 +39,8 @@ class TrainingError(RuntimeError):
 class History:
     """What training leaves behind, besides the weights."""
 
-    train: list[float | None] = field(default_factory=list)  # -ELBO at KL weight 1, mean over the epoch
-    valid: list[float] = field(default_factory=list)  # -ELBO at KL weight 1, after the epoch
+    train: list[float | None] = field(default_factory=list)  # negative bound at KL weight 1, mean over the epoch
+    valid: list[float] = field(default_factory=list)  # the same, after the epoch
     best_epoch: int = 0  # counted from 1
     skipped_steps: int = 0
     skips: list[dict[str, Any]] = field(default_factory=list)  # epoch, step and tensors of the first `SKIPS` of them
@@ -144,7 +145,7 @@ def fit(vae: VAE, data: Data, config: Config, seed: int, on_epoch: Callable[[His
     history, times = loop.history, []
     watcher.start(loop)
     while not loop.is_over(config):
-        kl_weight = min(1.0, (loop.epoch + 1) / max(1, config.kl_warmup))
+        kl_weight = schedules.linear(loop.epoch + 1, config.kl_warmup)
         for group in optimizer.param_groups:
             group["lr"] = config.lr * (1 - loop.epoch / config.epochs)
         losses = []
@@ -153,7 +154,7 @@ def fit(vae: VAE, data: Data, config: Config, seed: int, on_epoch: Callable[[His
             x = train[index.to(device)]  # (batch, H, W)
             x = binarize(x, pixels) if data.dynamic else x  # the same draw for encoder and likelihood
             start = time.perf_counter()
-            loss = step(vae, optimizer, x, kl_weight)
+            loss = step(vae, optimizer, x, kl_weight, config)
             times.append(time.perf_counter() - start)  # `step` has read its result from the device
             loop.steps += 1
             if loss is None:
@@ -174,11 +175,11 @@ def fit(vae: VAE, data: Data, config: Config, seed: int, on_epoch: Callable[[His
     return history
 
 
-def step(vae: VAE, optimizer: torch.optim.Optimizer, x: Tensor, kl_weight: float) -> float | None:
-    """One optimizer step; -ELBO at KL weight 1, or None where it was skipped: nothing finite to follow."""
+def step(vae: VAE, optimizer: torch.optim.Optimizer, x: Tensor, kl_weight: float, config: Config) -> float | None:
+    """One optimizer step; the negative bound at KL weight 1, or None where it was skipped: nothing finite to follow."""
     optimizer.zero_grad()
-    out = vae(x)
-    loss = negative_elbo(out, kl_weight).mean()
+    out = objective_pass(vae, x, config)
+    loss = objective_loss(out, kl_weight, config)
     loss.backward()
     try:
         torch.nn.utils.clip_grad_norm_(vae.parameters(), CLIP_NORM, error_if_nonfinite=True)
@@ -187,7 +188,7 @@ def step(vae: VAE, optimizer: torch.optim.Optimizer, x: Tensor, kl_weight: float
     if not math.isfinite(loss.item()):
         return None
     optimizer.step()
-    return negative_elbo(out, 1.0).mean().item()
+    return negative_bound(out, config).mean().item()
 
 
 def nonfinite_gradients(vae: VAE) -> list[str]:
@@ -197,14 +198,10 @@ def nonfinite_gradients(vae: VAE) -> list[str]:
     return list(islice(bad, NAMED))
 
 
-def negative_elbo(out: VAEOutput, kl_weight: float = 1.0) -> Tensor:
-    """-ELBO of each image ``(B,)``, in nats."""
-    return -elbo(out.log_likelihood, out.log_prior, out.log_q, out.kl, kl_weight=kl_weight)
-
-
 def validate(vae: VAE, x: Tensor, config: Config) -> float:
-    """Mean -ELBO at KL weight 1, in eval mode, always with the same noise."""
+    """Mean negative bound at KL weight 1, in eval mode, always with the same noise."""
     vae.eval()
-    parts = x.split(max(1, config.pairs // VALID_SAMPLES))
+    samples = config.train_samples if config.objective == "iwae" else VALID_SAMPLES
     with torch.no_grad(), seeded(EVALUATION_SEED, x.device):
-        return torch.cat([negative_elbo(vae(part, (VALID_SAMPLES,))) for part in parts]).double().mean().item()
+        outs = [vae(part, (samples,)) for part in x.split(max(1, config.pairs // samples))]
+        return torch.cat([negative_bound(out, config) for out in outs]).double().mean().item()

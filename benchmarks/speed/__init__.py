@@ -23,8 +23,9 @@ from rich.console import Console
 
 import flowpost
 from benchmarks.config import Config, ConfigError, configure
+from benchmarks.environment import environment
 from benchmarks.reliability.libraries import DISTRIBUTIONS
-from benchmarks.report import environment, replace_text
+from benchmarks.report import replace_text
 from benchmarks.speed.hall import Hall
 from benchmarks.speed.peers import PEERS
 from benchmarks.speed.plot import Curves, draw

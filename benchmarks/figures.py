@@ -1,0 +1,66 @@
+"""What is read off the test part: the one place where it decides a figure."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+
+from benchmarks.config import Config
+from benchmarks.data import Data
+from benchmarks.objective import negative_elbo
+from benchmarks.train import EVALUATION_SEED, seeded
+from flowpost.evaluation import active_units, decompose_elbo, importance_estimate
+from flowpost.gaps import inference_gaps
+from flowpost.importance import LIMIT, UnreliableEstimateWarning
+from flowpost.vae import VAE
+
+TEST_SAMPLES = 64  # samples of z for each test image behind -ELBO and the active units
+ACTIVE = 0.01  # a unit is active where Var_x(E_q[z]) exceeds this (Burda et al. 2016)
+INFORMATION_IMAGES = 1000  # at most, of the test part: mutual information takes the square of them
+
+Figures = dict[str, float]
+
+
+def evaluate(vae: VAE, data: Data, config: Config) -> Figures:
+    """What the table says of a trained model, in nats per image."""
+    x = data.test.to(config.device)
+    with seeded(EVALUATION_SEED, x.device), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnreliableEstimateWarning)  # the table has the share of such images
+        figures = _bounds(vae, x, config) | _codes(vae, x, config) | (_gaps(vae, x, config) if config.gaps else {})
+    if data.likelihood == "categorical":
+        bits = 1 / (x[0].numel() * math.log(2))
+        figures |= {f"{key}_bits": figures[key] * bits for key in ("neg_elbo", "nll")}
+    return figures
+
+
+def _bounds(vae: VAE, x: Tensor, config: Config) -> Figures:
+    """-ELBO, NLL, and how far the importance samples behind NLL can be trusted."""
+    parts = x.split(max(1, config.pairs // TEST_SAMPLES))
+    with torch.no_grad():
+        neg_elbo = torch.cat([negative_elbo(vae(part, (TEST_SAMPLES,))) for part in parts]).double().mean().item()
+    estimate = importance_estimate(vae, x, config.samples, pairs=config.pairs)
+    nll = -estimate.log_p.mean().item()
+    heavy = ~(estimate.k_hat <= LIMIT)  # nan counts as heavy
+    figures = {"neg_elbo": neg_elbo, "nll": nll, "gap": neg_elbo - nll}
+    return figures | {"ess": estimate.ess.mean().item(), "heavy_tails": heavy.double().mean().item()}
+
+
+def _codes(vae: VAE, x: Tensor, config: Config) -> Figures:
+    """How many units are active, and how much they tell about which image it is."""
+    units = active_units(vae, x, TEST_SAMPLES, threshold=ACTIVE, pairs=config.pairs)
+    terms = decompose_elbo(vae, x[:INFORMATION_IMAGES], pairs=10 * config.pairs)
+    information = terms.mutual_information.mean().item()
+    return {"active_units": int(units.active.sum()), "mutual_information": information}
+
+
+def _gaps(vae: VAE, x: Tensor, config: Config) -> Figures:
+    """The gap of the first test images, split: what the family loses, and what the encoder does."""
+    gaps = inference_gaps(
+        vae, x[: config.gap_images], steps=config.gap_steps, samples=config.samples, pairs=config.pairs
+    )
+    figures = {"approximation_gap": gaps.approximation, "amortization_gap": gaps.amortization}
+    figures |= {"local_nll": -gaps.estimate.log_p, "local_heavy_tails": (~(gaps.estimate.k_hat <= LIMIT)).double()}
+    return {name: figure.mean().item() for name, figure in figures.items()}
