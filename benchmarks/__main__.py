@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from benchmarks.compare import compare
 from benchmarks.config import GRADIENTS, OBJECTIVES, ConfigError, configure
 from benchmarks.data import NAMES, DataError
 from benchmarks.job import job
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(compare)
 app.command()(reliability)
 app.command()(speed)
 # Newer typers bring a click of their own, and none exports the base class of its errors: it is reached through one.
@@ -37,6 +39,7 @@ Examples:
   python -m benchmarks --data mnist-static --posterior diagonal,iaf --seeds 1
   python -m benchmarks --objective iwae --gradient dreg --train-samples 50
   python -m benchmarks --resume runs/NAME  go on with a job that was stopped
+  python -m benchmarks compare runs/*      finished jobs in one table, with differences
   python -m benchmarks reliability         hard uses, flowpost beside public libraries
   python -m benchmarks speed               times, beside dense layers and public libraries
 """

@@ -12,15 +12,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from benchmarks import inference
+from benchmarks.canvas import blank, colour, title
 from benchmarks.data import Data
 from benchmarks.models import codes, mean_images, posterior_grid
+from benchmarks.objective import bound_name
 from benchmarks.report import Report, by_posterior
 from benchmarks.train import EVALUATION_SEED, seeded
 from flowpost.vae import VAE
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
-COLOURS = {"diagonal": "#0072B2", "full_covariance": "#D55E00", "planar": "#009E73", "iaf": "#CC79A7"}
-OTHER = "#56B4E9"
 DPI = 130
 COLUMNS = 10  # images a row
 TRUE_POSTERIORS = 3  # test images whose true posterior is drawn
@@ -31,6 +31,8 @@ Models = Mapping[str, VAE]
 def draw(report: Report, data: Data, models: Models) -> None:
     """Draw every picture into the report's folder; `models` has one trained VAE for each posterior."""
     figures = {"curves": curves(report), "nll": bounds(report)}
+    if report.config.gaps:
+        figures["gaps"] = inference.gaps(report)
     device = torch.device(report.config.device)
     with torch.no_grad(), seeded(EVALUATION_SEED, device):
         figures |= {
@@ -38,6 +40,7 @@ def draw(report: Report, data: Data, models: Models) -> None:
             "samples": samples(models, data, device),
             "interpolation": interpolation(models, data, device),
             "latent": latent(models, data, device),
+            "calibration": inference.calibration(models, data, device),
         }
         if report.config.dim == 2:
             figures["true_posterior"] = true_posteriors(models, data, device)
@@ -45,39 +48,27 @@ def draw(report: Report, data: Data, models: Models) -> None:
         figure.savefig(report.folder / f"{name}.png", dpi=DPI)
 
 
-def _figure(width: float, height: float) -> Figure:
-    """A figure of its own, which no global state holds on to."""
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _colour(name: str) -> str:
-    return COLOURS.get(name, OTHER)
-
-
 def _ink(data: Data) -> str:
     """Strokes are dark on white; photographs' levels are light."""
     return "gray" if data.likelihood == "categorical" else "gray_r"
 
 
-def _title(name: str) -> str:
-    return name.replace("_", " ")
-
-
 def curves(report: Report) -> Figure:
-    """-ELBO against epochs, a panel for each posterior, a line for each seed."""
+    """The negative bound against epochs, a panel for each posterior, a line for each seed."""
     groups = by_posterior(report.finished)
-    figure = _figure(3.2 * len(groups) + 0.6, 3.4)
+    figure = blank(3.2 * len(groups) + 0.6, 3.4)
     panels = np.atleast_1d(figure.subplots(1, len(groups), sharey=True))
     for panel, (name, runs) in zip(panels, groups.items(), strict=True):
         for i, run in enumerate(runs):
-            _curve(panel, run, _colour(name), labelled=i == 0)
-        panel.set(title=_title(name), xlabel="epoch")
+            _curve(panel, run, colour(name), labelled=i == 0)
+        panel.set(title=title(name), xlabel="epoch")
         panel.grid(alpha=0.3)
     values = [value for run in report.finished for value in run["train"] + run["valid"] if value is not None]
     low, high = min(values), np.quantile(values, 0.95)
-    panels[0].set(ylabel="-ELBO (nats per image)", ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)))
+    bound = bound_name(report.config)
+    panels[0].set(ylabel=f"{bound} (nats per image)", ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)))
     panels[0].legend(loc="upper right", fontsize="small")
-    figure.suptitle(f"Training on {report.config.data}: -ELBO at KL weight 1, a line for each seed")
+    figure.suptitle(f"Training on {report.config.data}: {bound} at KL weight 1, a line for each seed")
     return figure
 
 
@@ -94,21 +85,21 @@ def _curve(panel: Axes, run: dict, colour: str, *, labelled: bool) -> None:
 def bounds(report: Report) -> Figure:
     """A bar from NLL to -ELBO for each posterior: its length is the gap; dots are seeds, whiskers their sd."""
     groups = by_posterior(report.finished)
-    figure = _figure(1.5 * len(groups) + 2.2, 4)
+    figure = blank(1.5 * len(groups) + 2.2, 4)
     panel = figure.subplots()
     for i, (name, runs) in enumerate(groups.items()):
         ends = np.array([[run["nll"], run["neg_elbo"]] for run in runs])
         low, high = ends.mean(0)
-        panel.bar(i, high - low, bottom=low, width=0.6, color=_colour(name), alpha=0.35)
+        panel.bar(i, high - low, bottom=low, width=0.6, color=colour(name), alpha=0.35)
         panel.text(i, (low + high) / 2, f"gap {high - low:.2f}", ha="center", va="center", fontsize="small")
         for column, marker in ((0, "o"), (1, "^")):
             spread = ends[:, column].std(ddof=1) if len(runs) > 1 else 0.0
-            panel.errorbar(i, ends[:, column].mean(), yerr=spread, color=_colour(name), capsize=12, linewidth=1.5)
+            panel.errorbar(i, ends[:, column].mean(), yerr=spread, color=colour(name), capsize=12, linewidth=1.5)
             offsets = i + 0.09 * (np.arange(len(runs)) - (len(runs) - 1) / 2)
-            panel.plot(offsets, ends[:, column], marker, color=_colour(name), markersize=5, markeredgecolor="black")
+            panel.plot(offsets, ends[:, column], marker, color=colour(name), markersize=5, markeredgecolor="black")
     panel.plot([], [], "ko", label=f"NLL, {report.config.samples} importance samples")
     panel.plot([], [], "k^", label="-ELBO")
-    panel.set_xticks(range(len(groups)), [_title(name) for name in groups])
+    panel.set_xticks(range(len(groups)), [title(name) for name in groups])
     panel.set(ylabel="nats per image (lower is better; axis not from 0)", title=f"Test part of {report.config.data}")
     panel.use_sticky_edges = False
     panel.margins(y=0.12)
@@ -121,7 +112,7 @@ def reconstructions(models: Models, data: Data, device: torch.device) -> Figure:
     """Test images, and below each what every model makes of its code."""
     x = data.test[:COLUMNS].to(device)
     rows = [("test image", x)]
-    rows += [(_title(name), mean_images(vae, codes(vae, x)[0], x.shape[1:])) for name, vae in models.items()]
+    rows += [(title(name), mean_images(vae, codes(vae, x)[0], x.shape[1:])) for name, vae in models.items()]
     return _gallery(rows, data, "Reconstructions: E[x|z] at one z drawn from q(z|x)")
 
 
@@ -132,7 +123,7 @@ def samples(models: Models, data: Data, device: torch.device) -> Figure:
         noise = torch.Generator().manual_seed(EVALUATION_SEED)
         z = torch.randn(2 * COLUMNS, vae.posterior.dim, generator=noise).to(device)
         first, second = mean_images(vae, z, data.test.shape[1:]).split(COLUMNS)
-        rows += [(_title(name), first), ("", second)]
+        rows += [(title(name), first), ("", second)]
     return _gallery(rows, data, "Samples: E[x|z], z drawn from the prior N(0, I)")
 
 
@@ -143,13 +134,13 @@ def interpolation(models: Models, data: Data, device: torch.device) -> Figure:
     rows = []
     for name, vae in models.items():
         start, end = codes(vae, x, 64).mean(0)
-        rows.append((_title(name), mean_images(vae, torch.lerp(start, end, share), x.shape[1:])))
+        rows.append((title(name), mean_images(vae, torch.lerp(start, end, share), x.shape[1:])))
     return _gallery(rows, data, "Between two test images: E[x|z] in equal steps from one mean of q(z|x) to the other")
 
 
 def _gallery(rows: Sequence[tuple[str, Tensor]], data: Data, title: str) -> Figure:
     height, width = data.test.shape[1:]
-    figure = _figure(9, 0.5 + 0.75 * len(rows) * height / width)
+    figure = blank(9, 0.5 + 0.75 * len(rows) * height / width)
     panels = figure.subplots(len(rows), COLUMNS, squeeze=False)
     for line, (name, images) in zip(panels, rows, strict=True):
         for panel, image in zip(line, images.cpu().numpy(), strict=False):
@@ -164,13 +155,13 @@ def _gallery(rows: Sequence[tuple[str, Tensor]], data: Data, title: str) -> Figu
 def latent(models: Models, data: Data, device: torch.device) -> Figure:
     """Above, the test images' codes by PCA; below, each unit's distribution over them against the prior."""
     x = data.test[:2000].to(device)
-    figure = _figure(3.2 * len(models) + 0.8, 6.2)
+    figure = blank(3.2 * len(models) + 0.8, 6.2)
     panels = figure.subplots(2, len(models), squeeze=False)
     for (scatter, histogram), (name, vae) in zip(panels.T, models.items(), strict=True):
         z = codes(vae, x, 16).cpu()
         _pca(scatter, z[0], data.labels)
-        _marginals(histogram, z.flatten(0, 1), _colour(name))
-        scatter.set_title(_title(name))
+        _marginals(histogram, z.flatten(0, 1), colour(name))
+        scatter.set_title(title(name))
     panels[0, 0].set_ylabel("second principal axis")
     panels[1, 0].set_ylabel("density")
     panels[1, 0].legend(fontsize="small", loc="upper right")
@@ -210,7 +201,7 @@ def _marginals(panel: Axes, z: Tensor, colour: str) -> None:
 def true_posteriors(models: Models, data: Data, device: torch.device) -> Figure:
     """For a few test images and every model: p(z|x) of its decoder on a grid, and its q(z|x) on the same grid."""
     x = data.test[:TRUE_POSTERIORS].to(device)
-    figure = _figure(1.2 + 2.5 * len(models), 1 + 4.6 * len(x))
+    figure = blank(1.2 + 2.5 * len(models), 1 + 4.6 * len(x))
     panels = figure.subplots(2 * len(x), len(models) + 1, squeeze=False, width_ratios=[0.5] + [1] * len(models))
     for panel in panels[:, 0]:
         panel.axis("off")
@@ -218,7 +209,7 @@ def true_posteriors(models: Models, data: Data, device: torch.device) -> Figure:
         panels[2 * i, 0].imshow(image.cpu().numpy(), cmap=_ink(data), vmin=0, vmax=data.levels)
         panels[2 * i, 0].set_title(f"test image {i + 1}", fontsize="small")
         for (above, below), (name, vae) in zip(panels[2 * i : 2 * i + 2, 1:].T, models.items(), strict=True):
-            _true_and_fitted(above, below, _title(name), vae, image.unsqueeze(0))
+            _true_and_fitted(above, below, title(name), vae, image.unsqueeze(0))
     figure.suptitle("Above, each decoder's true posterior p(z|x); below, the fitted q(z|x). White: contours of p(z|x)")
     return figure
 

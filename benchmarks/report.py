@@ -48,11 +48,15 @@ class Report:
         self.write()
 
     @classmethod
-    def resume(cls, folder: Path) -> Report:
-        """The report of an interrupted job, with its configuration and finished runs; nothing is written yet.
+    def read(cls, folder: Path, expected: str = "folder: expected that of a job") -> Report:
+        """The report of a job, with its configuration and finished runs; nothing is written.
+
+        Args:
+            folder: of the job.
+            expected: what an error's message begins with.
 
         Raises:
-            ConfigError: there is no such job, or other versions of torch, numpy or flowpost ran it.
+            ConfigError: there is no such job.
         """
         path = folder / "results.json"
         report = cls.__new__(cls)
@@ -65,12 +69,23 @@ class Report:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             what = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise ConfigError(f"resume: expected the folder of an interrupted job, got {path}: {what}") from error
+            raise ConfigError(f"{expected}, got {path}: {what}") from error
         report.begun = datetime.now().astimezone()
+        return report
+
+    @classmethod
+    def resume(cls, folder: Path) -> Report:
+        """The report of an interrupted job, to go on with.
+
+        Raises:
+            ConfigError: there is no such job, or other versions of torch, numpy or flowpost ran it.
+        """
+        report = cls.read(folder, "resume: expected the folder of an interrupted job")
         check_device(report.config)
         then = report.environment
         changed = [f"{key} {then.get(key)} != {now}" for key, now in versions().items() if then.get(key) != now]
         if changed:
+            path = folder / "results.json"
             raise ConfigError(
                 f"resume: expected the versions that {path} began with (then != now): {', '.join(changed)}"
             )
@@ -135,11 +150,8 @@ class Report:
 
     def markdown(self) -> str:
         """`table.md`."""
-        head, *body = self.rows()
-        lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         notes = "".join(f"\n- {note}" for note in self.notes())
-        return f"{table}\n\n{self.caption()}.\n{notes}"
+        return f"{markdown_table(self.rows())}\n\n{self.caption()}.\n{notes}"
 
     def table(self) -> Table:
         """The same for a terminal."""
@@ -154,6 +166,12 @@ class Report:
         for row in body:
             table.add_row(*row)
         return table
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """A header and lines in Markdown, all but the first column to the right."""
+    head, *body = rows
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] + ["---:"] * (len(head) - 1), *body])
 
 
 def _note(run: Run) -> str:

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import __main__ as cli
-from benchmarks import checkpoint
+from benchmarks import checkpoint, job
 from benchmarks.checkpoint import KEPT, PARTS, Keeper
 from benchmarks.config import Config, ConfigError, configure
 from benchmarks.data import Data, load
+from benchmarks.figures import evaluate
 from benchmarks.models import build
-from benchmarks.report import evaluate
 from benchmarks.train import BAD_STEPS, History, TrainingError, fit, train_one, validate
 from flowpost.vae import VAE
 
@@ -28,8 +28,8 @@ TIMINGS = {"seconds", "step_ms", "resumed_after"}
 JOB = ["--epochs", "25", "--width", "16", "--samples", "20", "--dim", "3", "--kl-warmup", "1", "--seeds", "2"]
 JOB += ["--posterior", "diagonal,iaf", "--dropout", "0.1"]
 # A process of its own: every epoch is kept, and no picture is drawn, which would take longer than the training.
-CODE = "import sys, benchmarks.checkpoint as c, benchmarks.__main__ as m; c.CHECKPOINT_SECONDS = 0; "
-CODE += "m.draw = lambda *_: None; sys.exit(m.main(sys.argv[1:]))"
+CODE = "import sys, benchmarks.checkpoint as c, benchmarks.job as j, benchmarks.__main__ as m; "
+CODE += "c.CHECKPOINT_SECONDS = 0; j.draw = lambda *_: None; sys.exit(m.main(sys.argv[1:]))"
 
 
 @pytest.fixture(autouse=True)
@@ -166,7 +166,16 @@ def test_without_a_whole_checkpoint_the_run_begins_anew(
 
 
 @pytest.mark.parametrize(
-    ("change", "said"), [({"lr": 0.5}, "lr 0.003 != 0.5"), ({"epochs": 9}, "curves"), ({"width": 8}, "(8, 2)")]
+    ("change", "said"),
+    [
+        ({"lr": 0.5}, "lr 0.003 != 0.5"),
+        ({"epochs": 9}, "curves"),
+        ({"width": 8}, "(8, 2)"),
+        ({"objective": "iwae"}, "objective elbo != iwae"),
+        ({"train_samples": 2}, "train_samples 1 != 2"),
+        ({"gradient": "stl"}, "gradient standard != stl"),
+        ({"free_bits": 1.0}, "free_bits 0.0 != 1.0"),
+    ],
 )
 def test_a_checkpoint_of_another_configuration_is_refused(
     data: Data, config: Config, tmp_path: Path, change: dict, said: str
@@ -362,5 +371,5 @@ def test_a_new_job_in_an_old_folder_takes_up_nothing(tmp_path: Path, data: Data,
     folder = tmp_path / "checkpoints"
     Training(data, config, folder).stop(1)
     (folder / ".0123.tmp").write_bytes(b"half")
-    cli._begin(config, tmp_path)
+    job._begin(config, tmp_path)
     assert not folder.exists()

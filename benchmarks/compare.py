@@ -1,0 +1,76 @@
+"""`python -m benchmarks compare FOLDER ...`: finished jobs in one table, and how far each row is from the first."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from benchmarks.config import Config, ConfigError
+from benchmarks.objective import bound_name
+from benchmarks.report import Report, Run, by_posterior, markdown_table
+
+# Jobs whose figures of a run mean the same.
+SHARED = ("data", "samples", "gap_images")
+
+Row = tuple[Config, str, list[Run]]
+
+
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of finished jobs, on the same data.", file_okay=False)],
+) -> None:
+    """One table of several jobs: means and standard errors over seeds, and the difference from the first row.
+
+    A difference is that of runs of equal seeds, which begin with equal weights and see the images in the same order.
+    """
+    reports = [Report.read(folder) for folder in folders]
+    rows = [(report.config, name, runs) for report in reports for name, runs in by_posterior(report.finished).items()]
+    _check_comparable([report.config for report in reports])
+    if not rows:
+        raise ConfigError("folders: expected finished runs, got none")
+    console = Console(markup=False, highlight=False)
+    console.print(markdown_table(table(rows)), soft_wrap=True)
+
+
+def _check_comparable(configs: Sequence[Config]) -> None:
+    for name in SHARED:
+        values = sorted({str(getattr(config, name)) for config in configs})
+        if len(values) > 1:
+            raise ConfigError(f"folders: expected jobs of one {name.replace('_', '-')}, got {', '.join(values)}")
+
+
+def table(rows: Sequence[Row]) -> list[list[str]]:
+    """A header, then a line for each posterior of each job; `mean ± standard error` where there are two seeds."""
+    keys = {"neg_elbo": "-ELBO", "nll": "NLL"}
+    if all(config.gaps for config, _, _ in rows):
+        keys |= {"local_nll": "NLL local", "approximation_gap": "approx", "amortization_gap": "amort"}
+    decisive = "local_nll" if "local_nll" in keys else "nll"
+    header = ["posterior", "trained on", "dim", "seeds", *keys.values(), f"{keys[decisive]}, less the first's"]
+    body = []
+    for config, name, runs in rows:
+        figures = [mean_error([run[key] for run in runs]) for key in keys]
+        trained = (
+            f"{bound_name(config)[1:]} {config.gradient}" if config.gradient != "standard" else bound_name(config)[1:]
+        )
+        difference = mean_error(differences(runs, rows[0][2], decisive), signed=True)
+        body.append([name, trained, str(config.dim), str(len(runs)), *figures, difference])
+    return [header, *body]
+
+
+def differences(runs: Sequence[Run], others: Sequence[Run], key: str) -> list[float]:
+    """Of a figure, for each seed that both have."""
+    theirs = {run["seed"]: run[key] for run in others}
+    return [run[key] - theirs[run["seed"]] for run in runs if run["seed"] in theirs]
+
+
+def mean_error(values: Sequence[float], *, signed: bool = False) -> str:
+    """`mean ± standard error`, the error where there are two values; a dash where there is none."""
+    if not values:
+        return "-"
+    mean = f"{statistics.fmean(values):{'+' if signed else ''}.2f}"
+    return f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}" if len(values) > 1 else mean
