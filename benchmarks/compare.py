@@ -48,7 +48,8 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
     """A header, then a line for each posterior of each job; `mean ± standard error` where there are two seeds."""
     keys = {"neg_elbo": "-ELBO", "nll": "NLL"}
     if all(config.gaps for config, _, _ in rows):
-        keys |= {"local_nll": "NLL local", "approximation_gap": "approx", "amortization_gap": "amort"}
+        keys |= {"approximation_gap": "approx", "amortization_gap": "amort"}
+        keys |= {"local_nll": "local", "local_heavy_tails": "k local"}
     decisive = "local_nll" if "local_nll" in keys else "nll"
     header = ["posterior", "trained on", "dim", "seeds", *keys.values(), f"{keys[decisive]}, less the first's"]
     body = []

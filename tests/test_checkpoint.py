@@ -302,11 +302,11 @@ def kill_in_training(folder: Path, job: subprocess.Popen, delay: float) -> None:
 
 
 def test_a_killed_job_goes_on_to_the_same_results(whole_job: Path, tmp_path: Path) -> None:
-    """SIGKILL at random times, in different runs of the job, one after the other."""
-    delays, killed = random.Random(0), 0
+    """SIGKILL at random times, in different runs of the job, one after the other; the last right after a checkpoint."""
+    draws, killed = random.Random(0), 0
     job = process(*JOB, "--out", tmp_path)
-    for _ in range(3):
-        kill_in_training(tmp_path, job, delays.uniform(0, 1.2))
+    for delay in (draws.uniform(0, 1.2), draws.uniform(0, 1.2), 0.0):
+        kill_in_training(tmp_path, job, delay)
         killed += job.returncode != 0
         job = process("--resume", tmp_path)
     out, err = job.communicate(timeout=60)
@@ -324,7 +324,7 @@ def test_a_finished_job_resumed_draws_its_pictures_again(
     whole_job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = []
-    monkeypatch.setattr(cli, "draw", lambda report, data, models: drawn.append(sorted(models)))
+    monkeypatch.setattr(job, "draw", lambda report, data, models: drawn.append(sorted(models)))
     before = figures(whole_job)
     threads = torch.get_num_threads()
     assert cli.main(["--resume", str(whole_job)]) == 0
