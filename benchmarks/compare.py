@@ -50,16 +50,15 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
     if all(config.gaps for config, _, _ in rows):
         keys |= {"approximation_gap": "approx", "amortization_gap": "amort"}
         keys |= {"local_nll": "local", "local_heavy_tails": "k local"}
-    decisive = "local_nll" if "local_nll" in keys else "nll"
-    header = ["posterior", "trained on", "dim", "seeds", *keys.values(), f"{keys[decisive]}, less the first's"]
+    decisive = ("neg_elbo", "local_nll" if "local_nll" in keys else "nll")
+    apart = [f"less the first's {keys[key]}" for key in decisive]
+    header = ["posterior", "trained on", "dim", "seeds", *keys.values(), *apart]
     body = []
     for config, name, runs in rows:
         figures = [mean_error([run[key] for run in runs]) for key in keys]
-        trained = (
-            f"{bound_name(config)[1:]} {config.gradient}" if config.gradient != "standard" else bound_name(config)[1:]
-        )
-        difference = mean_error(differences(runs, rows[0][2], decisive), signed=True)
-        body.append([name, trained, str(config.dim), str(len(runs)), *figures, difference])
+        trained = bound_name(config)[1:] + (f" {config.gradient}" if config.gradient != "standard" else "")
+        figures += [mean_error(differences(runs, rows[0][2], key), signed=True) for key in decisive]
+        body.append([name, trained, str(config.dim), str(len(runs)), *figures])
     return [header, *body]
 
 
