@@ -31,7 +31,7 @@ CHECKPOINTS = "checkpoints"  # a job's folder of them; gone when it is finished
 def job(begun: Config | Report, out: Path | None = None) -> int:
     """Train, evaluate, write and draw, from the beginning or from where a report stopped; the exit code."""
     config = begun.config if isinstance(begun, Report) else begun
-    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 110)
+    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 120)
     data = load(config.data)
     report = begun if isinstance(begun, Report) else _begin(config, out)
     folder, total, code = report.folder, len(config.seeds) * len(config.posteriors), 0
