@@ -60,6 +60,7 @@ def inference_gaps(
     steps: int = 500,
     step_samples: int = 16,
     lr: float = 1e-2,
+    weights_lr: float = 1e-3,
     samples: int = 1000,
     examples: int = 50,
     pairs: int = 1000,
@@ -81,7 +82,9 @@ def inference_gaps(
             ``Chain(UnitLowerTriangular(dim), Affine(dim))`` for a diagonal Gaussian; None for the same family alone.
         steps: Adam steps of each fit; 0 leaves every posterior at its start.
         step_samples: samples of z for each example and step.
-        lr: Adam's rate at the first step.
+        lr: Adam's rate for the contexts, at the first step.
+        weights_lr: Adam's rate for the flow's weights, each of which moves all of a network's outputs: at the contexts'
+            rate some fits diverge.
         samples: samples of z for each example behind the ELBOs and log p(x).
         examples: how many examples are fitted at once; memory grows with it and with the flow's weights.
         pairs: how many (sample, example) pairs are decoded at once in the evaluation.
@@ -106,13 +109,16 @@ def inference_gaps(
     numbers = {"step_samples": step_samples, "samples": samples, "examples": examples, "pairs": pairs}
     for name, number in numbers.items():
         check_int(name, number, minimum=1)
-    if not 0 < lr < math.inf:
-        raise ValueError(f"lr: expected a positive finite number, got {lr}")
+    for name, rate in {"lr": lr, "weights_lr": weights_lr}.items():
+        if not 0 < rate < math.inf:
+            raise ValueError(f"{name}: expected a positive finite number, got {rate}")
     flows = [vae.posterior.flow]
     if richer is not None:
         flows.append(Chain(vae.posterior.flow, richer))
     size = max(1, pairs // min(examples, max(1, len(x))))
-    parts = [_gaps(vae, part, flows, (steps, step_samples, lr), (samples, size)) for part in x.split(examples)]
+    parts = [
+        _gaps(vae, part, flows, (steps, step_samples, (lr, weights_lr)), (samples, size)) for part in x.split(examples)
+    ]
     elbos, found = (torch.cat(columns, dim=-1) for columns in zip(*parts, strict=True))
     estimate = ImportanceEstimate(*found)
     warn_unreliable(estimate, samples)
@@ -120,7 +126,7 @@ def inference_gaps(
 
 
 def _gaps(
-    vae: VAE, x: Tensor, flows: list[Bijector], fitting: tuple[int, int, float], reading: tuple[int, int]
+    vae: VAE, x: Tensor, flows: list[Bijector], fitting: tuple[int, int, tuple[float, float]], reading: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """The posteriors' ELBOs ``(posteriors, B)``, and the rows of the best one's `ImportanceEstimate`, ``(4, B)``."""
     with torch.no_grad():
@@ -167,12 +173,14 @@ def _start(flow: Bijector, context: Tensor) -> Tensor:
 
 
 @torch.enable_grad()
-def _fit(vae: VAE, x: Tensor, start: _Local, steps: int, samples: int, lr: float) -> _Local:
+def _fit(vae: VAE, x: Tensor, start: _Local, steps: int, samples: int, rates: tuple[float, float]) -> _Local:
     local = start.copy()
     leaves = [local.context, *local.weights.values()]
-    optimizer = torch.optim.Adam(leaves, lr=lr)
+    groups = zip((leaves[:1], leaves[1:]), rates, strict=True)
+    optimizer = torch.optim.Adam([{"params": params, "rate": rate} for params, rate in groups])
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * (1 - step / steps)
         # Examples have no number in common, so the sum's gradient is each one's own; the decoder's is not computed.
         elbo = _log_weights(vae, x, local, _noise(vae, local.context, samples)).mean(0)
         for leaf, gradient in zip(leaves, torch.autograd.grad(-elbo.sum(), leaves), strict=True):

@@ -1,6 +1,7 @@
 """Local posteriors and inference gaps, against closed forms of a linear-Gaussian VAE."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_a_flow_s_weights_are_fitted_too() -> None:
     model = vae.decoder
     assert isinstance(model, LinearGaussian)
     x = model.draw(4)[1]
-    gaps = inference_gaps(vae, x, steps=400, samples=2000, pairs=8000, lr=3e-2)
+    gaps = inference_gaps(vae, x, steps=400, samples=2000, pairs=8000, lr=3e-2, weights_lr=3e-2)
     torch.testing.assert_close(gaps.estimate.log_p, model.evidence(x), rtol=0, atol=0.02)
     assert (gaps.approximation.abs() < 0.1).all()
     assert (gaps.amortization > 0.5).all()
@@ -129,6 +130,7 @@ def test_float32_and_a_binary_decoder() -> None:
         ({"step_samples": 0}, "step_samples: expected an int >= 1, got 0"),
         ({"examples": 0}, "examples: expected an int >= 1, got 0"),
         ({"lr": 0.0}, "lr: expected a positive finite number, got 0.0"),
+        ({"weights_lr": math.inf}, "weights_lr: expected a positive finite number, got inf"),
         ({"richer": Planar(3)}, r"Chain: expected steps of one dim, got \[2, 3\]"),
     ],
 )
