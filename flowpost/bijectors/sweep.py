@@ -62,15 +62,13 @@ def plain_sweep(
         (weight.split(size), start.expand(*batch, -1).split(size, dim=-1))
         for weight, start, size in zip(parameters.weights, starts, sizes, strict=True)
     ]
-    known: list[list[Tensor]] = [[] for _ in layers]
+    # Each list starts with no columns, so that a weight that reads nothing at all has a gradient too: zeros.
+    known = [[starts[0].new_empty(*batch, 0)] for _ in layers]
     outs = []
     for k in range(net.dim):
-        values = None
         for (rows, start), inputs, group in zip(layers, known, [*known[1:], outs], strict=True):
-            values = start[k]
-            if inputs:
-                seen = torch.cat(inputs, dim=-1)
-                values = values + F.linear(seen, rows[k].narrow(1, 0, seen.shape[-1]))
+            seen = torch.cat(inputs, dim=-1)
+            values = start[k] + F.linear(seen, rows[k].narrow(1, 0, seen.shape[-1]))
             group.append(values if group is outs else net.activation(values))
         known[0].append(solve(k, outs[k]).unsqueeze(-1))
     return torch.cat(known[0], dim=-1), torch.stack(outs, dim=-2)
