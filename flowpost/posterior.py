@@ -201,10 +201,16 @@ class FlowPosterior(nn.Module):
             preimage, log_det = self.flow._inverse(z, fixed, noise)
             return _score(preimage, -log_det).sum()
 
-        # Under no_grad `grad` follows z and nothing else: no parameter has to be frozen, or un-frozen, for it.
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             fixed = self.flow._check(z, context)
-            slope = torch.func.grad(total)(z)
+            if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+                # It follows z and nothing else: no parameter has to be frozen, or un-frozen, for it.
+                slope = torch.func.grad(total)(z)
+            else:  # the same through the passes by hand, where nothing is searched; no parameter's grad is touched
+                leaf = z.detach().requires_grad_()
+                fixed = None if fixed is None else fixed.detach()
+                with torch.enable_grad():
+                    (slope,) = torch.autograd.grad(total(leaf), leaf)
         return log_prob.detach() + ((z - z.detach()) * slope).sum(-1)
 
     def gaussian_at(self, context: Tensor | None) -> tuple[Tensor, Tensor]:

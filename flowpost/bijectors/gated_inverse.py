@@ -118,7 +118,7 @@ def _start(z: Tensor, context: Tensor | None, parameters: passes.Parameters) -> 
 def _evaluate(
     net: MADE, order: Tensor | None, known: Tensor, context: Tensor | None, parameters: Sequence[Tensor]
 ) -> list[Tensor]:
-    """As `_solve`, where the preimage is known."""
+    """The layers' values as `solve` gives them, where the preimage is known."""
     *values, outputs = passes.forward(net, known, context, passes.grouped(net, parameters))
     outputs = by_variable(net, outputs.t(), order).contiguous()
     outputs[0::2].mul_(1 / SPREAD)
