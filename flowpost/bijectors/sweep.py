@@ -63,7 +63,7 @@ def plain_sweep(
         for weight, start, size in zip(parameters.weights, starts, sizes, strict=True)
     ]
     # Each list starts with no columns, so that a weight that reads nothing at all has a gradient too: zeros.
-    known = [[starts[0].new_empty(*batch, 0)] for _ in layers]
+    known = [[starts[0].new_zeros(*batch, 0)] for _ in layers]
     outs = []
     for k in range(net.dim):
         for (rows, start), inputs, group in zip(layers, known, [*known[1:], outs], strict=True):
