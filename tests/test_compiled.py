@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from flowpost import Autoregressive
 from flowpost.bijectors import operators
+from flowpost.bijectors.staircase import Staircase
 
 STEPS: dict[str, dict[str, Any]] = {
     "plain": {"hidden": (20, 17)},
     "no hidden layer, order": {"hidden": (), "order": [2, 0, 1, 5, 3, 4]},
     "blocks, reversed": {"hidden": (300, 260), "order": range(5, -1, -1), "activation": F.relu},
+    "four blocks": {"hidden": (300, 400), "activation": F.relu},
     "no context": {"hidden": (20,), "context_size": 0, "activation": torch.tanh},
 }
 SWEEPS = {torch.ops.flowpost.gated_solve.default, torch.ops.flowpost.gated_pull.default}
@@ -176,3 +178,24 @@ def test_operators_keep_their_word(widths: list[int]) -> None:
     pulled = (images, fixed, moved, weights, slopes, sizes)
     torch.library.opcheck(torch.ops.flowpost.gated_pull.default, pulled)
     torch.testing.assert_close(torch.ops.flowpost.gated_pull(*pulled), operators.pull(*pulled))
+
+
+def test_products_of_many_blocks_are_operators_under_a_compiler() -> None:
+    """Their schemas and fakes hold, and each gives what autodiff gives for ``x (W mask)^T``."""
+    layout = Staircase(range(200), [i // 2 for i in range(400)])
+    masks, runs = [mask.double() for mask in layout.masks()], layout._runs
+    assert len(masks) > 2
+    x, weight = torch.randn(3, 200, dtype=torch.float64), torch.randn(400, 200, dtype=torch.float64)
+    y = torch.randn(3, 400, dtype=torch.float64)
+    product, vjp = torch.func.vjp(lambda x, weight: x @ (weight * layout.mask()).T, x, weight)
+    ops = torch.ops.flowpost
+    for operator, inputs in (
+        (ops.add_product.default, (y.clone(), x, weight, masks, runs)),
+        (ops.input_gradient.default, (y, weight, masks, runs)),
+        (ops.weight_gradient.default, (y, x, masks, runs)),
+    ):
+        torch.library.opcheck(operator, inputs)
+    total = y.clone()
+    ops.add_product(total, x, weight, masks, runs)
+    found = [total - y, ops.input_gradient(y, weight, masks, runs), ops.weight_gradient(y, x, masks, runs)]
+    torch.testing.assert_close(found, [product, *vjp(y)], rtol=1e-12, atol=1e-12)

@@ -68,10 +68,12 @@ class GatedInverse(torch.autograd.Function):
             name = passes.KNOWN[net.activation].name
             images = _columns(z, order)
             x, *values = solve(images, start, weights, biases, bias, _sizes(net), name)
-            if _may_differ(values):
-                values = _evaluate(net, order, _rows(x, order).view(z.shape), context, parameters)
+            large = _large(values)
+            if not on_host(large) or bool(large.any()):
+                evaluated = _evaluate(net, order, _rows(x, order).view(z.shape), context, parameters)
+                values = [torch.where(large, *pair) for pair in zip(evaluated, values, strict=True)]
                 logit, mean = _bounded(values, bias)
-                x = images + (images - mean) * torch.exp(-logit)
+                x = torch.where(large, images + (images - mean) * torch.exp(-logit), x)
         else:
             x, values = _columns(known, order), _evaluate(net, order, known, context, parameters)
         logit, _ = _bounded(values, bias)
@@ -121,17 +123,15 @@ def _start(z: Tensor, context: Tensor | None, parameters: passes.Parameters) -> 
     return torch.addmm(parameters.biases[0].unsqueeze(-1), parameters.projection[0], context.t())
 
 
-def _may_differ(values: Sequence[Tensor]) -> bool:
-    """Whether a pass, which sums in another order than the sweep, may find other numbers than it did.
+def _large(values: Sequence[Tensor]) -> Tensor:
+    """In which rows ``(N,)`` the sums, of which the layers' values tell, are large, or not finite.
 
-    Then its numbers must stand in for the sweep's, or mapping back would not give z'. They must where the sums, of
-    which the values tell, are large. Only the CPU's are read.
+    There the rounding of the sweep's, which are taken in another order than a pass's, would show in mapping back: the
+    pass's numbers are to stand in for them.
     """
-    if not on_host(values[0]):
-        return True
     *hidden, outputs = values
-    means = outputs[1::2].abs().amax() * REACH
-    return not all(bool(most <= _LARGE) for most in (means, *(value.amax() for value in hidden)))
+    sums = (outputs[1::2].abs() * REACH, *hidden)
+    return ~torch.stack([each.amax(0) for each in sums]).amax(0).le(_LARGE)
 
 
 def _bounded(values: Sequence[Tensor], bias: float) -> tuple[Tensor, Tensor]:

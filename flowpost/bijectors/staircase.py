@@ -53,6 +53,7 @@ class Staircase:
             firsts = range(0, len(self.units), len(units))
             rows = [(first + start, stop - start) for first in firsts for start, stop in pairwise(stops)]
             self.blocks = [_block(self.inputs, self.units, run) for run in rows]
+        self._runs = [number for block in self.blocks for run in block for number in run]
 
     def mask(self) -> Tensor:
         """The whole mask, ``(out, in)``."""
@@ -73,43 +74,87 @@ class Staircase:
         """Add ``x W^T`` to y ``(N, out)`` for x ``(N, in)``."""
         if len(masks) == 1:
             y.addmm_(x, (weight * masks[0]).t())
-            return
-        for (rows, stair, full, _), mask in zip(self.blocks, masks, strict=True):
-            part, weights = y.narrow(1, *rows), weight.narrow(0, *rows)
-            part.addmm_(x.narrow(1, *stair), (weights.narrow(1, *stair) * mask).t())
-            if full[1]:
-                part.addmm_(x.narrow(1, *full), weights.narrow(1, *full).t())
+        else:
+            (_add_operator if _opaque(masks) else _add_product)(y, x, weight, masks, self._runs)
 
     def input_gradient(self, grad: Tensor, weight: Tensor, masks: Sequence[Tensor]) -> Tensor:
         """The product ``grad W`` for grad ``(N, out)``."""
         if len(masks) == 1:
             return grad @ (weight * masks[0])
-        result = grad.new_empty(len(grad), weight.shape[1])
-        beta = 0  # the last block, which reads most, writes; the others add
-        for (rows, stair, full, rest), mask in zip(self.blocks[::-1], masks[::-1], strict=True):
-            part, weights = grad.narrow(1, *rows), weight.narrow(0, *rows)
-            result.narrow(1, *stair).addmm_(part, weights.narrow(1, *stair) * mask, beta=beta)
-            if full[1]:
-                result.narrow(1, *full).addmm_(part, weights.narrow(1, *full), beta=beta)
-            if rest[1] and not beta:
-                result.narrow(1, *rest).zero_()
-            beta = 1
-        return result
+        return (_input_operator if _opaque(masks) else _input_gradient)(grad, weight, masks, self._runs)
 
     def weight_gradient(self, grad: Tensor, x: Tensor, masks: Sequence[Tensor]) -> Tensor:
         """The product ``grad^T x``, zero where the weight is not read."""
-        grad = grad.t()
         if len(masks) == 1:
-            return (grad @ x).mul_(masks[0])
-        result = grad.new_empty(len(grad), x.shape[1])
-        for (rows, stair, full, rest), mask in zip(self.blocks, masks, strict=True):
-            weights, grads = result.narrow(0, *rows), grad.narrow(0, *rows)
-            weights.narrow(1, *stair).addmm_(grads, x.narrow(1, *stair), beta=0).mul_(mask)
-            if full[1]:
-                weights.narrow(1, *full).addmm_(grads, x.narrow(1, *full), beta=0)
-            if rest[1]:
-                weights.narrow(1, *rest).zero_()
-        return result
+            return (grad.t() @ x).mul_(masks[0])
+        return (_weight_operator if _opaque(masks) else _weight_gradient)(grad, x, masks, self._runs)
+
+
+def _opaque(masks: Sequence[Tensor]) -> bool:
+    """Whether a compiler is to see an operator: it copies a whole matrix for each block that is written into it."""
+    return torch.compiler.is_compiling() and len(masks) > 2
+
+
+def _blocks(runs: Sequence[int]) -> list[Block]:
+    pairs = list(zip(runs[0::2], runs[1::2], strict=True))
+    return [Block(*pairs[first : first + 4]) for first in range(0, len(pairs), 4)]
+
+
+def _add_product(y: Tensor, x: Tensor, weight: Tensor, masks: Sequence[Tensor], runs: Sequence[int]) -> None:
+    for (rows, stair, full, _), mask in zip(_blocks(runs), masks, strict=True):
+        part, weights = y.narrow(1, *rows), weight.narrow(0, *rows)
+        part.addmm_(x.narrow(1, *stair), (weights.narrow(1, *stair) * mask).t())
+        if full[1]:
+            part.addmm_(x.narrow(1, *full), weights.narrow(1, *full).t())
+
+
+def _input_gradient(grad: Tensor, weight: Tensor, masks: Sequence[Tensor], runs: Sequence[int]) -> Tensor:
+    result = grad.new_empty(len(grad), weight.shape[1])
+    beta = 0  # the last block, which reads most, writes; the others add
+    for (rows, stair, full, rest), mask in zip(_blocks(runs)[::-1], masks[::-1], strict=True):
+        part, weights = grad.narrow(1, *rows), weight.narrow(0, *rows)
+        result.narrow(1, *stair).addmm_(part, weights.narrow(1, *stair) * mask, beta=beta)
+        if full[1]:
+            result.narrow(1, *full).addmm_(part, weights.narrow(1, *full), beta=beta)
+        if rest[1] and not beta:
+            result.narrow(1, *rest).zero_()
+        beta = 1
+    return result
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, masks: Sequence[Tensor], runs: Sequence[int]) -> Tensor:
+    grad = grad.t()
+    result = grad.new_empty(len(grad), x.shape[1])
+    for (rows, stair, full, rest), mask in zip(_blocks(runs), masks, strict=True):
+        weights, grads = result.narrow(0, *rows), grad.narrow(0, *rows)
+        weights.narrow(1, *stair).addmm_(grads, x.narrow(1, *stair), beta=0).mul_(mask)
+        if full[1]:
+            weights.narrow(1, *full).addmm_(grads, x.narrow(1, *full), beta=0)
+        if rest[1]:
+            weights.narrow(1, *rest).zero_()
+    return result
+
+
+_add_operator = torch.library.custom_op(
+    "flowpost::add_product",
+    _add_product,
+    mutates_args={"y"},
+    schema="(Tensor(a!) y, Tensor x, Tensor weight, Tensor[] masks, int[] runs) -> ()",
+)
+_input_operator = torch.library.custom_op(
+    "flowpost::input_gradient",
+    _input_gradient,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor weight, Tensor[] masks, int[] runs) -> Tensor",
+)
+_weight_operator = torch.library.custom_op(
+    "flowpost::weight_gradient",
+    _weight_gradient,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor[] masks, int[] runs) -> Tensor",
+)
+_input_operator.register_fake(lambda grad, weight, masks, runs: grad.new_empty(len(grad), weight.shape[1]))
+_weight_operator.register_fake(lambda grad, x, masks, runs: grad.new_empty(grad.shape[1], x.shape[1]))
 
 
 def _linear(x: Tensor, block: Block, weight: Tensor, mask: Tensor) -> Tensor:
