@@ -81,6 +81,7 @@ class Affine(Bijector):
     """
 
     triangular = True
+    elementwise = True
 
     def __init__(self, dim: int, scale: Callable[[Tensor], Tensor] = softplus_scale) -> None:
         super().__init__(dim, 2 * check_int("dim", dim, minimum=1))

@@ -23,8 +23,9 @@ class Bijector(nn.Module, ABC):
 
     A subclass gives ``_forward(z, context)`` and ``_inverse(z, context, known)``. Both may return a log-det of wider
     dtype than z (a chain sums in float64) or of fewer leading axes (a constant); z' must have the broadcast batch
-    shape. It may override ``initial_context`` and ``context_gain``, and ``_push_gaussian`` where it is ``triangular``.
-    Nothing checks that ``_inverse`` inverts ``_forward``: ``flowpost.testing.check_bijector`` does.
+    shape. It may override ``initial_context`` and ``context_gain``, and ``_push_gaussian`` where it is ``triangular``;
+    a map of one variable at a time says that it is ``elementwise``. Nothing checks that ``_inverse`` inverts
+    ``_forward``: ``flowpost.testing.check_bijector`` does.
 
     Args:
         dim: size of the last axis of z, at least 1.
@@ -39,6 +40,13 @@ class Bijector(nn.Module, ABC):
     """How many last axes of z make one event; the channel axis, ``dim`` wide, is the first of them."""
     triangular = False
     """Whether ``z' = loc + L z`` for every context, L lower-triangular with a positive diagonal."""
+    elementwise = False
+    """Whether ``z'_i = f(z_i; c_i)``, the context being ``(numbers, dim)`` flattened, at least one number a variable.
+
+    Variable i reads column i alone, and ``_forward`` and ``_inverse`` read no ``dim``: they take any number of
+    variables, with a context of as many columns. So a network may give the numbers of one variable after the other
+    (`Masked`), or those of half of them (`Coupling`).
+    """
 
     def __init__(self, dim: int, context_size: int = 0) -> None:
         super().__init__()

@@ -283,6 +283,7 @@ class Inverse(Bijector):
         super().__init__(step.dim, step.context_size)
         self.step = step
         self.event_ndim = step.event_ndim
+        self.elementwise = step.elementwise
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return self.step._inverse(z, context, None)
