@@ -7,11 +7,12 @@ from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.compose import Chain, Conditioned, Inverse, Learned, Shared
 from flowpost.bijectors.permute import Permute, Reverse
 from flowpost.bijectors.planar import Planar
+from flowpost.bijectors.radial import Radial
 from flowpost.bijectors.triangular import UnitLowerTriangular
 from flowpost.checks import IllConditionedWarning, InversionError, NonFiniteError, checking
 from flowpost.files import CorruptFileError, load, save
 from flowpost.posterior import FlowDistribution, FlowPosterior, Sample
-from flowpost.recipes import diagonal, full_covariance, iaf, planar
+from flowpost.recipes import diagonal, full_covariance, iaf, planar, radial
 from flowpost.wrap import wrap
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "NonFiniteError",
     "Permute",
     "Planar",
+    "Radial",
     "Reverse",
     "Sample",
     "Scale",
@@ -48,6 +50,7 @@ __all__ = [
     "load",
     "objectives",
     "planar",
+    "radial",
     "save",
     "schedules",
     "testing",

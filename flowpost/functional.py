@@ -9,4 +9,6 @@ from flowpost.bijectors.gate import gate_parameters as gate_parameters
 from flowpost.bijectors.planar import planar as planar
 from flowpost.bijectors.planar import planar_chain as planar_chain
 from flowpost.bijectors.planar import planar_inverse as planar_inverse
+from flowpost.bijectors.radial import radial as radial
+from flowpost.bijectors.radial import radial_inverse as radial_inverse
 from flowpost.bijectors.triangular import unit_lower_triangular as unit_lower_triangular

@@ -12,6 +12,7 @@ from flowpost.bijectors.autoregressive import Autoregressive
 from flowpost.bijectors.base import check_int
 from flowpost.bijectors.compose import Chain, Shared
 from flowpost.bijectors.planar import Planar
+from flowpost.bijectors.radial import Radial
 from flowpost.bijectors.triangular import UnitLowerTriangular
 from flowpost.posterior import FlowPosterior
 
@@ -95,6 +96,24 @@ def planar(features: int, dim: int, steps: int = 8) -> FlowPosterior:
 
 
 @recorded
+def radial(features: int, dim: int, steps: int = 8) -> FlowPosterior:
+    """Diagonal Gaussian followed by radial steps, all amortized (Rezende & Mohamed 2015, eq. 14).
+
+    Args:
+        features: size of the encoder's features; 0 for a posterior without an encoder.
+        dim: size of z.
+        steps: number of radial steps.
+
+    Returns:
+        A posterior that starts near N(0, I).
+
+    Example:
+        >>> z, log_prob, noise = flowpost.radial(16, dim=2, steps=8)(torch.randn(8, 16), sample_shape=(50,))
+    """
+    return FlowPosterior(features, Chain(Affine(dim), *radial_steps(dim, steps)))
+
+
+@recorded
 def iaf(
     features: int, dim: int, steps: int = 4, hidden: Sequence[int] = (320, 320), context_size: int = 64
 ) -> FlowPosterior:
@@ -123,6 +142,11 @@ def planar_steps(dim: int, steps: int) -> list[Planar]:
     return [Planar(dim) for _ in range(check_int("steps", steps, minimum=1))]
 
 
+def radial_steps(dim: int, steps: int) -> list[Radial]:
+    """`steps` radial steps, each with a point of its own."""
+    return [Radial(dim) for _ in range(check_int("steps", steps, minimum=1))]
+
+
 def iaf_steps(dim: int, steps: int, hidden: Sequence[int] = (320, 320), context_size: int = 64) -> list[Autoregressive]:
     """`steps` autoregressive steps, every other one in the reverse order: the variables stay where they are."""
     orders = [None, range(check_int("dim", dim, minimum=1))[::-1]]
@@ -134,6 +158,7 @@ RECIPES: Mapping[str, Callable[..., FlowPosterior]] = {
     "diagonal": diagonal,
     "full_covariance": full_covariance,
     "planar": planar,
+    "radial": radial,
     "iaf": iaf,
 }
 """Every recipe by its name; each takes ``(features, dim, **options)``."""

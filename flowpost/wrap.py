@@ -13,7 +13,7 @@ from flowpost.bijectors.compose import Chain, Shared, linear_head
 from flowpost.bijectors.triangular import UnitLowerTriangular
 from flowpost.checks import active, check_finite
 from flowpost.posterior import FlowPosterior, Sample
-from flowpost.recipes import RECIPES, iaf_steps, planar_steps
+from flowpost.recipes import RECIPES, iaf_steps, planar_steps, radial_steps
 
 
 def wrap(
@@ -37,7 +37,7 @@ def wrap(
         features: width of the encoder's last axis, for an encoder that returns one tensor.
         example: an input to learn the width from (a tuple for several inputs, a dict for keywords). The encoder runs
             once on it, in eval mode and without gradient, and is left as it was.
-        flow: a recipe's name (``"diagonal"``, ``"full_covariance"``, ``"planar"``, ``"iaf"``) or a bijector.
+        flow: a recipe's name (``"diagonal"``, ``"iaf"``, or another key of ``flowpost.recipes.RECIPES``) or a bijector.
         **flow_options: the recipe's options, such as ``steps=2``.
 
     Returns:
@@ -142,6 +142,7 @@ _STARTS: Mapping[str, Callable[..., list]] = {
     "diagonal": lambda dim: [],
     "full_covariance": lambda dim: [UnitLowerTriangular(dim)],
     "planar": lambda dim, steps=8: planar_steps(dim, steps),
+    "radial": lambda dim, steps=8: radial_steps(dim, steps),
     "iaf": _iaf_start,
 }
 

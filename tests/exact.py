@@ -219,6 +219,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "rsub": lambda x, y: y - x,
     "sigmoid": _each(lambda x: 1 / (1 + mp.exp(-x)), 1),
     "softplus": lambda x, beta=1, threshold=20: _softplus(x * beta, threshold) / beta,
+    "sqrt": _each(mp.sqrt, 1),
     "sub": operator.sub,
     "sum": lambda x, dims, keepdim=False: np.sum(x, axis=tuple(dims), keepdims=keepdim),
     "tanh": _each(mp.tanh, 1),

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowpost import Affine, Autoregressive, Bijector, Chain, Inverse, Learned, Planar, UnitLowerTriangular
+from flowpost import Affine, Autoregressive, Bijector, Chain, Inverse, Learned, Planar, Radial, UnitLowerTriangular
 from flowpost.bijectors import (
     affine,
     base,
@@ -27,6 +27,7 @@ from flowpost.bijectors import (
     operators,
     passes,
     planar,
+    radial,
     roots,
     staircase,
     sweep,
@@ -111,6 +112,18 @@ def _planar_plus_constant(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[T
     u_hat, wu, _ = _INVERTIBLE(u, w)
     value, slope = planar.ridge((w * z).sum(-1, keepdim=True) + b)
     return z + u_hat * value, torch.log((1 + wu * slope).abs() + 1e-4).squeeze(-1)
+
+
+def _radial_all_tangents(ratio: Tensor, room: Tensor, radius: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _RADIAL_GAIN(ratio, room, radius, dim + 1)
+
+
+def _radial_unconstrained(raw: Tensor) -> tuple[Tensor, Tensor]:
+    return raw, 1 + raw
+
+
+def _length_no_guard(offset: Tensor) -> Tensor:
+    return (offset * offset).sum(-1, keepdim=True).sqrt()
 
 
 def _ridge_one_regime(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,6 +264,7 @@ class ElementwiseRadial(Bijector):
 
 
 _INVERTIBLE, _RIDGE = planar._invertible, planar.ridge
+_RADIAL_GAIN = radial._gain
 _GATE, _MADE, _UNIT_TRIL = gated.gate, made.MADE.forward, triangular._unit_tril
 _BACKWARD, _PARAMETER_GRADIENTS, _TRANSPOSED = passes.backward, passes.parameter_gradients, sweep.transposed_sweep
 _AUTOREGRESSIVE_INVERSE, _AFFINE_INVERSE = Autoregressive._inverse, Affine._inverse
@@ -279,6 +293,9 @@ MUTANTS = (
     Mutant("planar single where", "flowjax kind", Planar, ((planar, "_invertible", _planar_single_where),)),
     Mutant("slope wrong in one regime", "flowjax kind", Planar, ((planar, "ridge", _ridge_one_regime),)),
     Mutant("root without corrections", "-", Planar, ((planar, "correct", _one_newton),)),
+    Mutant("radial with dim tangents", "-", Radial, ((radial, "_gain", _radial_all_tangents),)),
+    Mutant("radial without its constraint", "-", Radial, ((radial, "_ratio", _radial_unconstrained),)),
+    Mutant("norm without a gradient at 0", "-", Radial, ((radial, "_length", _length_no_guard),)),
     Mutant("squeeze at batch 1", "pythae", _step, (PLAIN, (gated, "gate", _gate_squeezed))),
     Mutant("element-wise radius", "torchflows", ElementwiseRadial),
     Mutant("float32 log-det in float64", "pythae", _step, (PLAIN, (gated, "gate", _gate_float32_log_det))),

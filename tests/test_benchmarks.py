@@ -68,8 +68,8 @@ def test_help_names_every_option_and_an_example(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--posterior", "foo"], "posterior: expected one of diagonal, full_covariance, planar, iaf, got 'foo'"),
-        (["--posterior", "iaf,foo"], "posterior: expected one of diagonal, full_covariance, planar, iaf, got 'foo'"),
+        (["--posterior", "foo"], f"posterior: expected one of {', '.join(POSTERIORS)}, got 'foo'"),
+        (["--posterior", "iaf,foo"], f"posterior: expected one of {', '.join(POSTERIORS)}, got 'foo'"),
         (["--data", "foo"], f"data: expected one of {', '.join(DEFAULTS)}, got 'foo'"),
         (["--epochs", "0"], "epochs: expected an integer of at least 1, got 0"),
         (["--seeds", "0"], "seeds: expected an integer of at least 1, got 0"),

@@ -723,6 +723,8 @@ COMPILED = [
     ("unit_lower_triangular", "inverse", (3, 5)),
     ("planar", "forward", (3, 5)),
     ("planar", "inverse", (3,)),
+    ("radial", "forward", (3, 5)),
+    ("radial", "inverse", (3,)),
     ("learned_planar", "forward", (3, 5)),
     ("autoregressive_2_context", "forward", (3, 5)),
     ("autoregressive_order", "inverse", (3, 5)),

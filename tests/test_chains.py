@@ -17,6 +17,7 @@ PARTS = [
     "scale",
     "unit_lower_triangular",
     "planar",
+    "radial",
     "autoregressive_2_context",
     "autoregressive_order",
     "permute",
@@ -24,6 +25,7 @@ PARTS = [
     "learned_planar",
     "conditioned_autoregressive",
     "inverse_planar",
+    "inverse_radial",
     "inverse_autoregressive",
     "shared_planar",
 ]

@@ -29,6 +29,7 @@ from flowpost import (
     UnitLowerTriangular,
 )
 from flowpost.evaluation import log_marginal
+from flowpost.recipes import RECIPES
 from flowpost.vae import VAE, Bernoulli, Binomial, Categorical
 
 every = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
@@ -282,7 +283,7 @@ def test_features_for_a_posterior_without_an_encoder() -> None:
 
 
 def test_a_posterior_takes_empty_batches() -> None:
-    for recipe in (flowpost.diagonal, flowpost.full_covariance, flowpost.planar, flowpost.iaf):
+    for recipe in RECIPES.values():
         q = recipe(3, 4)
         z, log_prob, noise = q(H[:0], (5,))
         assert z.shape == noise.shape == (5, 0, 4)

@@ -17,6 +17,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("full_covariance", {}),
     ("planar", {"steps": 1}),
     ("planar", {"steps": 4}),
+    ("radial", {"steps": 2}),
     *(("iaf", {"steps": steps, "hidden": (16,), "context_size": 5}) for steps in (1, 2, 3, 4)),
 ]
 flows = pytest.mark.parametrize(("flow", "options"), OPTIONS, ids=lambda value: str(value))
@@ -181,7 +182,7 @@ def test_what_is_refused() -> None:
     raises(ValueError, neither, lambda: wrap(nn.Linear(6, 7), 3))
     width = "features: expected 7, the width of the encoder's output, got 8"
     raises(ValueError, width, lambda: wrap(nn.Linear(6, 7), 3, features=8, example=X))
-    unknown = "flow: expected one of diagonal, full_covariance, planar, iaf, got 'glow'"
+    unknown = f"flow: expected one of {', '.join(RECIPES)}, got 'glow'"
     raises(ValueError, unknown, lambda: wrap(nn.Linear(6, 7), 3, features=7, flow="glow"))
     raises(ValueError, "dim: expected an int >= 1, got 0", lambda: wrap(nn.Linear(6, 7), 0, features=7))
     raises(ValueError, "features: expected an int >= 1, got 0", lambda: wrap(nn.Linear(6, 7), 3, features=0))

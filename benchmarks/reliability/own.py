@@ -34,6 +34,7 @@ def flowpost_models() -> list[Model]:
         "Scale": lambda dim: fp.Scale(dim, 0.3),
         "UnitLowerTriangular": fp.UnitLowerTriangular,
         "Planar ×2": lambda dim: fp.Chain(fp.Planar(dim), fp.Planar(dim)),
+        "Radial ×2": lambda dim: fp.Chain(fp.Radial(dim), fp.Radial(dim)),
         "Autoregressive ×2": lambda dim: fp.Chain(ar(dim), ar(dim)),
         "Autoregressive ×2, amortized": lambda dim: fp.Shared(ar(dim, CONTEXT), ar(dim, CONTEXT)),
         "Reverse": fp.Reverse,

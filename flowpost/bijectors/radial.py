@@ -1,0 +1,139 @@
+"""The radial flow: a stretch or squeeze around a point."""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flowpost.bijectors.base import Bijector, check_int
+
+_EPS = 1e-3
+_K = -math.expm1(-(1 - _EPS))  # 1 - e^-(1 - eps)
+_LOGIT_K = math.log(_K / (1 - _K))
+_FLOOR = 1e-3
+_SHIFT = math.log(math.expm1(1 - _FLOOR))
+
+
+def _ratio(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """``beta / alpha = m(raw) = log1p(k expm1(raw))`` and ``1 + m >= eps``, neither of which cancels; m(0) = 0."""
+    room = _EPS + F.softplus(raw + _LOGIT_K, threshold=40)
+    small = torch.log1p(_K * torch.expm1(raw.clamp(-1, 1)))
+    return torch.where(raw.abs() < 1, small, room - 1), room
+
+
+def _length(offset: Tensor) -> Tensor:
+    """The norm, whose gradient at 0 is 0."""
+    square = (offset * offset).sum(-1, keepdim=True)
+    none = square < torch.finfo(square.dtype).tiny
+    return torch.where(none, 0, torch.where(none, 1, square).sqrt())
+
+
+def _gain(ratio: Tensor, room: Tensor, radius: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``m t``, ``1 + m t`` and the log-det, from the radius in units of alpha, for which ``t = 1 / (1 + radius)``.
+
+    Where m is near -1 what is left of 1 is a sum of positive terms: ``1 + m t = (1 + m) t + (1 - t)``.
+    """
+    near = 1 / (1 + radius)
+    far = radius * near  # 1 - t
+    low = ratio < -0.5
+    move = ratio * near
+    gain = torch.where(low, room * near + far, 1 + move)
+    around = torch.where(low, gain.log(), torch.log1p(move.clamp_min(-0.5)))
+    bend = move * near
+    slope = torch.where(low, torch.log(room * near * near + far * (1 + near)), torch.log1p(bend.clamp_min(-0.5)))
+    return move, gain, ((dim - 1) * around + slope).squeeze(-1)
+
+
+def radial(z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """Radial map ``z' = z + b h (z - z0)``, ``h = 1 / (a + r)``, ``r = |z - z0|``.
+
+    ``log_det = (dim - 1) log(1 + b h) + log(1 + b h + b h' r)``. The numbers are made valid here:
+    ``a = softplus(alpha + c) + 1e-3`` and ``b = a m(beta)`` with ``m >= 1e-3 - 1`` and m(0) = 0, so that ``b > -a``,
+    which makes the map invertible, and ``beta = 0`` is the identity (Rezende & Mohamed 2015, eq. 14 and A.2).
+
+    Args:
+        z: ``(*batch, dim)``.
+        center: z0, ``(*batch, dim)``.
+        alpha: ``(*batch, 1)``, unconstrained.
+        beta: ``(*batch, 1)``, unconstrained.
+
+    Returns:
+        z' ``(*batch, dim)`` and log_det ``(*batch)``.
+    """
+    offset, (ratio, room) = z - center, _ratio(beta)
+    move, gain, log_det = _gain(ratio, room, _length(offset) / _width(alpha), z.shape[-1])
+    return torch.where(ratio.abs() < 0.5, z + move * offset, center + gain * offset), log_det
+
+
+def radial_inverse(z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """Undo `radial`: along a ray it is one quadratic equation, ``r (r + a + b) = r' (r + a)``.
+
+    Args:
+        z: the image z', ``(*batch, dim)``.
+        center: z0, ``(*batch, dim)``.
+        alpha: ``(*batch, 1)``, unconstrained.
+        beta: ``(*batch, 1)``, unconstrained.
+
+    Returns:
+        The preimage ``(*batch, dim)`` and the log-det of the inverse ``(*batch)``.
+    """
+    offset, (ratio, room) = z - center, _ratio(beta)
+    image = _length(offset) / _width(alpha)
+    half = 0.5 * (room - image)
+    root = torch.sqrt(half * half + image)
+    up = half > 0  # of the two forms of the positive root, the one that adds
+    radius = torch.where(up, image / (root + half.clamp_min(0)), root - half.clamp_max(0))
+    move, gain, log_det = _gain(ratio, room, radius, z.shape[-1])
+    back = torch.where(ratio.abs() < 0.5, z - move / gain * offset, center + offset / gain)
+    return back, -log_det
+
+
+def _width(alpha: Tensor) -> Tensor:
+    return F.softplus(alpha + _SHIFT) + _FLOOR
+
+
+class Radial(Bijector):
+    """Radial flow ``z' = z + b h (z - z0)``, ``h = 1 / (a + |z - z0|)``: it stretches or squeezes z around a point z0.
+
+    Invertible for every context: ``a > 0`` and ``b > -a`` are made so, with floors that keep the log-det finite.
+    Identity where ``beta = 0``, around any point z0, which is drawn at random when the step is built. Forward, inverse
+    and log-det cost O(dim): the inverse is the stable root of a quadratic in the radius. The log-det has a kink at z0,
+    where its gradient is 0.
+
+    Args:
+        dim: size of z.
+
+    Shapes:
+        z ``(*batch, dim)``, context ``(*batch, dim + 2)``: z0, alpha and beta.
+
+    Reference:
+        Rezende & Mohamed (2015), Variational Inference with Normalizing Flows, eq. 14 and A.2.
+
+    Example:
+        >>> step = Radial(2)
+        >>> z = torch.randn(5, 2)
+        >>> image, log_det = step(z, torch.randn(5, 4))
+    """
+
+    start: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, check_int("dim", dim, minimum=1) + 2)
+        self.register_buffer("start", torch.cat([torch.randn(dim), torch.zeros(2)]), persistent=False)
+
+    def initial_context(self) -> Tensor:
+        """No stretch, around a random point: around one and the same, K steps would be clones."""
+        return self.start.clone()
+
+    def _numbers(self, context: Tensor | None) -> tuple[Tensor, ...]:
+        return cast(Tensor, context).split([self.dim, 1, 1], dim=-1)
+
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return radial(z, *self._numbers(context))
+
+    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+        return radial_inverse(z, *self._numbers(context))
