@@ -5,6 +5,7 @@ from flowpost.bijectors.affine import Affine, Scale
 from flowpost.bijectors.autoregressive import Autoregressive
 from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.compose import Chain, Conditioned, Inverse, Learned, Shared
+from flowpost.bijectors.convex import ConvexCombination
 from flowpost.bijectors.permute import Permute, Reverse
 from flowpost.bijectors.planar import Planar
 from flowpost.bijectors.radial import Radial
@@ -12,7 +13,7 @@ from flowpost.bijectors.triangular import UnitLowerTriangular
 from flowpost.checks import IllConditionedWarning, InversionError, NonFiniteError, checking
 from flowpost.files import CorruptFileError, load, save
 from flowpost.posterior import FlowDistribution, FlowPosterior, Sample
-from flowpost.recipes import diagonal, full_covariance, iaf, planar, radial
+from flowpost.recipes import cc_lin_iaf, diagonal, full_covariance, iaf, planar, radial
 from flowpost.wrap import wrap
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "Bijector",
     "Chain",
     "Conditioned",
+    "ConvexCombination",
     "CorruptFileError",
     "FlowDistribution",
     "FlowPosterior",
@@ -39,6 +41,7 @@ __all__ = [
     "Shared",
     "UnitLowerTriangular",
     "calibration",
+    "cc_lin_iaf",
     "checking",
     "diagonal",
     "evaluation",

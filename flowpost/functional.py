@@ -3,6 +3,7 @@
 from flowpost.bijectors.affine import affine as affine
 from flowpost.bijectors.affine import log_var_scale as log_var_scale
 from flowpost.bijectors.affine import softplus_scale as softplus_scale
+from flowpost.bijectors.convex import convex_combination as convex_combination
 from flowpost.bijectors.gate import gate as gate
 from flowpost.bijectors.gate import gate_inverse as gate_inverse
 from flowpost.bijectors.gate import gate_parameters as gate_parameters

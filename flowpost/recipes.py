@@ -11,6 +11,7 @@ from flowpost.bijectors.affine import Affine
 from flowpost.bijectors.autoregressive import Autoregressive
 from flowpost.bijectors.base import check_int
 from flowpost.bijectors.compose import Chain, Shared
+from flowpost.bijectors.convex import ConvexCombination
 from flowpost.bijectors.planar import Planar
 from flowpost.bijectors.radial import Radial
 from flowpost.bijectors.triangular import UnitLowerTriangular
@@ -114,6 +115,26 @@ def radial(features: int, dim: int, steps: int = 8) -> FlowPosterior:
 
 
 @recorded
+def cc_lin_iaf(features: int, dim: int, combinations: int = 5) -> FlowPosterior:
+    """Convex combination linear IAF (Tomczak & Welling 2017): a diagonal Gaussian, then ``sum_k y_k L_k``, amortized.
+
+    The posterior is Gaussian, with a full covariance.
+
+    Args:
+        features: size of the encoder's features; 0 for a posterior without an encoder.
+        dim: size of z; the head grows with ``combinations * dim^2 / 2``.
+        combinations: number of lower-triangular matrices.
+
+    Returns:
+        A posterior that starts near N(0, I).
+
+    Example:
+        >>> loc, scale_tril = flowpost.cc_lin_iaf(16, dim=2, combinations=3).gaussian(torch.randn(8, 16))
+    """
+    return FlowPosterior(features, Chain(Affine(dim), ConvexCombination(dim, combinations)))
+
+
+@recorded
 def iaf(
     features: int, dim: int, steps: int = 4, hidden: Sequence[int] = (320, 320), context_size: int = 64
 ) -> FlowPosterior:
@@ -159,6 +180,7 @@ RECIPES: Mapping[str, Callable[..., FlowPosterior]] = {
     "full_covariance": full_covariance,
     "planar": planar,
     "radial": radial,
+    "cc_lin_iaf": cc_lin_iaf,
     "iaf": iaf,
 }
 """Every recipe by its name; each takes ``(features, dim, **options)``."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from flowpost.bijectors.affine import Affine, Scale, log_var_scale
 from flowpost.bijectors.base import Bijector, check_int
 from flowpost.bijectors.compose import Chain, Shared, linear_head
+from flowpost.bijectors.convex import ConvexCombination
 from flowpost.bijectors.triangular import UnitLowerTriangular
 from flowpost.checks import active, check_finite
 from flowpost.posterior import FlowPosterior, Sample
@@ -143,6 +144,7 @@ _STARTS: Mapping[str, Callable[..., list]] = {
     "full_covariance": lambda dim: [UnitLowerTriangular(dim)],
     "planar": lambda dim, steps=8: planar_steps(dim, steps),
     "radial": lambda dim, steps=8: radial_steps(dim, steps),
+    "cc_lin_iaf": lambda dim, combinations=5: [ConvexCombination(dim, combinations)],
     "iaf": _iaf_start,
 }
 

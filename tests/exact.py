@@ -192,6 +192,7 @@ def _solve(matrix: Array, columns: Array, *, upper: bool, unitriangular: bool) -
 _RULES: dict[str, Callable[..., Any]] = {
     # Numbers
     "abs": np.abs,
+    "_softmax": lambda x, dim, _: _each(mp.exp, 1)(x) / np.sum(_each(mp.exp, 1)(x), axis=dim, keepdims=True),
     "add": operator.add,
     "addcmul": lambda x, a, b: x + a * b,
     "addmm": lambda x, a, b: x + a @ b,

@@ -17,12 +17,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowpost import Affine, Autoregressive, Bijector, Chain, Inverse, Learned, Planar, Radial, UnitLowerTriangular
+from flowpost import (
+    Affine,
+    Autoregressive,
+    Bijector,
+    Chain,
+    ConvexCombination,
+    Inverse,
+    Learned,
+    Planar,
+    Radial,
+    UnitLowerTriangular,
+)
 from flowpost.bijectors import (
     affine,
     base,
+    convex,
     gated,
     gated_inverse,
+    lower,
     made,
     operators,
     passes,
@@ -120,6 +133,12 @@ def _radial_all_tangents(ratio: Tensor, room: Tensor, radius: Tensor, dim: int) 
 
 def _radial_unconstrained(raw: Tensor) -> tuple[Tensor, Tensor]:
     return raw, 1 + raw
+
+
+def _combination_not_convex(z: Tensor, entries: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    weights = logits.sigmoid()
+    image = lower.multiply(z, (weights.unsqueeze(-1) * entries).sum(-2))
+    return image + (weights.sum(-1, keepdim=True) - 1) * z, z.new_zeros(())
 
 
 def _length_no_guard(offset: Tensor) -> Tensor:
@@ -265,7 +284,7 @@ class ElementwiseRadial(Bijector):
 
 _INVERTIBLE, _RIDGE = planar._invertible, planar.ridge
 _RADIAL_GAIN = radial._gain
-_GATE, _MADE, _UNIT_TRIL = gated.gate, made.MADE.forward, triangular._unit_tril
+_GATE, _MADE, _UNIT_TRIL = gated.gate, made.MADE.forward, lower.unit_tril
 _BACKWARD, _PARAMETER_GRADIENTS, _TRANSPOSED = passes.backward, passes.parameter_gradients, sweep.transposed_sweep
 _AUTOREGRESSIVE_INVERSE, _AFFINE_INVERSE = Autoregressive._inverse, Affine._inverse
 
@@ -296,6 +315,13 @@ MUTANTS = (
     Mutant("radial with dim tangents", "-", Radial, ((radial, "_gain", _radial_all_tangents),)),
     Mutant("radial without its constraint", "-", Radial, ((radial, "_ratio", _radial_unconstrained),)),
     Mutant("norm without a gradient at 0", "-", Radial, ((radial, "_length", _length_no_guard),)),
+    Mutant(
+        "weights that do not add up to 1",
+        "-",
+        lambda dim: ConvexCombination(dim, 2),
+        ((convex, "convex_combination", _combination_not_convex),),
+        dims=(2, 5),
+    ),
     Mutant("squeeze at batch 1", "pythae", _step, (PLAIN, (gated, "gate", _gate_squeezed))),
     Mutant("element-wise radius", "torchflows", ElementwiseRadial),
     Mutant("float32 log-det in float64", "pythae", _step, (PLAIN, (gated, "gate", _gate_float32_log_det))),

@@ -725,6 +725,7 @@ COMPILED = [
     ("planar", "inverse", (3,)),
     ("radial", "forward", (3, 5)),
     ("radial", "inverse", (3,)),
+    ("convex_combination", "inverse", (3, 5)),
     ("learned_planar", "forward", (3, 5)),
     ("autoregressive_2_context", "forward", (3, 5)),
     ("autoregressive_order", "inverse", (3, 5)),

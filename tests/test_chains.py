@@ -17,6 +17,7 @@ PARTS = [
     "scale",
     "unit_lower_triangular",
     "planar",
+    "convex_combination",
     "radial",
     "autoregressive_2_context",
     "autoregressive_order",

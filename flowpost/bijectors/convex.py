@@ -1,0 +1,88 @@
+"""The convex combination of unit lower-triangular linear maps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flowpost.bijectors.base import Bijector, check_int
+from flowpost.bijectors.lower import multiply, push_gaussian, solve
+
+
+def convex_combination(z: Tensor, entries: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Volume-preserving linear map ``z' = (sum_k y_k L_k) z``, ``y = softmax(logits)``, ``log_det = 0``.
+
+    Args:
+        z: ``(*batch, dim)``.
+        entries: ``(*batch, K, dim (dim - 1) / 2)``, every L_k below its unit diagonal, row by row.
+        logits: ``(*batch, K)``.
+
+    Returns:
+        z' ``(*batch, dim)`` and log_det, zero.
+    """
+    return multiply(z, combine(entries, logits)), z.new_zeros(())
+
+
+def combine(entries: Tensor, logits: Tensor) -> Tensor:
+    """The combined matrix's entries; its diagonal is 1, since the weights add up to 1."""
+    return (logits.softmax(-1).unsqueeze(-1) * entries).sum(-2)
+
+
+class ConvexCombination(Bijector):
+    """Linear map ``z' = (sum_k y_k L_k) z``: a convex combination of K lower-triangular maps with unit diagonals.
+
+    The combination has a unit diagonal too, so the map is invertible for every context and keeps volumes: after an
+    `Affine` it is the convex combination linear IAF. Identity where all L_k are; there the weights are drawn at random
+    when the step is built, since equal ones would keep the L_k equal. Forward costs O(K dim^2) an example, one product
+    a sample, for the matrices are combined first; the log-det is 0; the inverse is a triangular solve.
+
+    Args:
+        dim: size of z.
+        combinations: K, how many matrices; with one it is `UnitLowerTriangular`, and reads no weights.
+
+    Shapes:
+        z ``(*batch, dim)``, context ``(*batch, K * dim * (dim - 1) / 2 + K)``: every L_k below its diagonal, row by
+        row, then the logits of the weights. None at dim 1, where there is nothing to combine.
+
+    Reference:
+        Tomczak & Welling (2017), Improving Variational Auto-Encoders using convex combination linear Inverse
+        Autoregressive Flow.
+
+    Example:
+        >>> step = ConvexCombination(2, combinations=2)
+        >>> step(torch.tensor([1.0, 1.0]), torch.tensor([1.0, 3.0, 0.0, 0.0]))[0]
+        tensor([1., 3.])
+    """
+
+    triangular = True
+    start: Tensor
+
+    def __init__(self, dim: int, combinations: int) -> None:
+        self.combinations = check_int("combinations", combinations, minimum=1)
+        below = check_int("dim", dim, minimum=1) * (dim - 1) // 2
+        weights = combinations if below and combinations > 1 else 0
+        super().__init__(dim, combinations * below + weights)
+        start = torch.cat([torch.zeros(combinations * below), torch.randn(weights)])
+        self.register_buffer("start", start, persistent=False)
+
+    def initial_context(self) -> Tensor:
+        """Identities, with random weights."""
+        return self.start.clone()
+
+    def _numbers(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        if context is None:  # at dim 1
+            return z.new_zeros(1, 0), z.new_zeros(1)
+        count = self.combinations
+        weights = count if count > 1 else 0
+        entries, logits = context.split([context.shape[-1] - weights, weights], dim=-1)
+        logits = logits if weights else context.new_zeros(1)
+        return entries.unflatten(-1, (count, -1)), logits
+
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return convex_combination(z, *self._numbers(z, context))
+
+    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+        return solve(z, combine(*self._numbers(z, context))), z.new_zeros(())
+
+    def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return push_gaussian(loc, tril, combine(*self._numbers(loc, context)))
