@@ -1,0 +1,68 @@
+"""Householder reflections, and orthonormal columns made of them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def reflect(z: Tensor, v: Tensor) -> Tensor:
+    """The mirror image of z in the plane across v, ``z - 2 v (v.z) / |v|^2``; the length of v does not matter.
+
+    Args:
+        z: ``(*batch, dim)``.
+        v: ``(*batch, dim)``, any numbers; where there is no direction in them (zeros), the first axis stands in.
+
+    Returns:
+        z' ``(*batch, dim)``.
+    """
+    v = _sized(v)
+    return z - (2 * (v * z).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True)) * v
+
+
+def orthonormal(v: Tensor, rank: int) -> Tensor:
+    """The first `rank` columns of the product ``H_1 ... H_K`` of reflections ``H_k = I - 2 v_k v_k^T / |v_k|^2``.
+
+    The product is ``I - V^T S^-1 V`` with V the rows v_k and S the triangle of ``V V^T`` from its halved diagonal up
+    (the compact WY form): one triangular solve, whose inverse has no entry above 4. Cost: O(K dim (K + rank)).
+
+    Args:
+        v: ``(*batch, K, dim)``, any numbers, as in `reflect`.
+        rank: from 1 to dim.
+
+    Returns:
+        Q ``(*batch, dim, rank)`` with ``Q^T Q = I``.
+    """
+    v = _sized(v)
+    count, dim = v.shape[-2:]
+    eye = torch.eye(dim, rank, dtype=v.dtype, device=v.device)
+    half = 1 - 0.5 * torch.eye(count, dtype=v.dtype, device=v.device)
+    with torch.autocast(v.device.type, enabled=False):
+        triangle = (v @ v.mT).triu() * half
+        return eye - v.mT @ torch.linalg.solve_triangular(triangle, v[..., :rank], upper=True)
+
+
+def pivoted(numbers: Tensor) -> Tensor:
+    """Vectors ``(*batch, K, dim)``, none of them short, from ``(*batch, K, dim - 1)`` numbers.
+
+    The k-th has a 1 as its entry k (modulo dim): as its length does not matter, one entry is free. Numbers of variance
+    ``1 / dim`` make directions that are nearly uniform.
+    """
+    count, dim = numbers.shape[-2], numbers.shape[-1] + 1
+    row = (torch.arange(count, device=numbers.device) % dim).unsqueeze(-1)
+    column = torch.arange(dim, device=numbers.device)
+    after = torch.where(column == row, 1.0, F.pad(numbers, (1, 0)))
+    return torch.where(column < row, F.pad(numbers, (0, 1)), after)
+
+
+def _sized(v: Tensor) -> Tensor:
+    """Give v a largest entry of 1, so that its square neither overflows nor underflows.
+
+    The divisor carries no gradient: what is made of a direction does not depend on it, so its gradient is zero.
+    """
+    size = v.detach().abs().amax(-1, keepdim=True)
+    limits = torch.finfo(v.dtype)
+    short = size < limits.tiny / limits.eps**2  # its derivative, of the order of 1 / |v|, would leave the range
+    first = torch.eye(1, v.shape[-1], dtype=v.dtype, device=v.device).squeeze(0)
+    return torch.where(short, first, v / torch.where(short, 1.0, size))
