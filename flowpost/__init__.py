@@ -6,6 +6,7 @@ from flowpost.bijectors.autoregressive import Autoregressive
 from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.compose import Chain, Conditioned, Inverse, Learned, Shared
 from flowpost.bijectors.convex import ConvexCombination
+from flowpost.bijectors.householder import Householder
 from flowpost.bijectors.permute import Permute, Reverse
 from flowpost.bijectors.planar import Planar
 from flowpost.bijectors.radial import Radial
@@ -13,7 +14,7 @@ from flowpost.bijectors.triangular import UnitLowerTriangular
 from flowpost.checks import IllConditionedWarning, InversionError, NonFiniteError, checking
 from flowpost.files import CorruptFileError, load, save
 from flowpost.posterior import FlowDistribution, FlowPosterior, Sample
-from flowpost.recipes import cc_lin_iaf, diagonal, full_covariance, iaf, planar, radial
+from flowpost.recipes import cc_lin_iaf, diagonal, full_covariance, householder, iaf, planar, radial
 from flowpost.wrap import wrap
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "CorruptFileError",
     "FlowDistribution",
     "FlowPosterior",
+    "Householder",
     "IllConditionedWarning",
     "Inverse",
     "InversionError",
@@ -48,6 +50,7 @@ __all__ = [
     "full_covariance",
     "functional",
     "gaps",
+    "householder",
     "iaf",
     "importance",
     "load",

@@ -7,6 +7,7 @@ from flowpost.bijectors.convex import convex_combination as convex_combination
 from flowpost.bijectors.gate import gate as gate
 from flowpost.bijectors.gate import gate_inverse as gate_inverse
 from flowpost.bijectors.gate import gate_parameters as gate_parameters
+from flowpost.bijectors.householder import householder as householder
 from flowpost.bijectors.planar import planar as planar
 from flowpost.bijectors.planar import planar_chain as planar_chain
 from flowpost.bijectors.planar import planar_inverse as planar_inverse

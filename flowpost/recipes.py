@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from flowpost.bijectors.autoregressive import Autoregressive
 from flowpost.bijectors.base import check_int
 from flowpost.bijectors.compose import Chain, Shared
 from flowpost.bijectors.convex import ConvexCombination
+from flowpost.bijectors.householder import Householder
 from flowpost.bijectors.planar import Planar
 from flowpost.bijectors.radial import Radial
 from flowpost.bijectors.triangular import UnitLowerTriangular
@@ -135,6 +137,27 @@ def cc_lin_iaf(features: int, dim: int, combinations: int = 5) -> FlowPosterior:
 
 
 @recorded
+def householder(features: int, dim: int, steps: int = 8) -> FlowPosterior:
+    """Householder flow (Tomczak & Welling 2016): a diagonal Gaussian, then reflections, all amortized.
+
+    It is a Gaussian of covariance ``Q diag(scale^2) Q^T``; dim - 1 reflections make any orthogonal Q up to a sign.
+    Every direction comes from the features by a linear layer, where the paper has one from the other.
+
+    Args:
+        features: size of the encoder's features; 0 for a posterior without an encoder.
+        dim: size of z.
+        steps: number of reflections; an even number starts as the identity, two by two.
+
+    Returns:
+        A posterior that starts near N(0, I).
+
+    Example:
+        >>> z, log_prob, noise = flowpost.householder(16, dim=2, steps=2)(torch.randn(8, 16), sample_shape=(50,))
+    """
+    return FlowPosterior(features, Chain(Affine(dim), *householder_steps(dim, steps)))
+
+
+@recorded
 def iaf(
     features: int, dim: int, steps: int = 4, hidden: Sequence[int] = (320, 320), context_size: int = 64
 ) -> FlowPosterior:
@@ -168,6 +191,12 @@ def radial_steps(dim: int, steps: int) -> list[Radial]:
     return [Radial(dim) for _ in range(check_int("steps", steps, minimum=1))]
 
 
+def householder_steps(dim: int, steps: int) -> list[Householder]:
+    """`steps` reflections, two by two in a direction of their own: two equal ones are the identity."""
+    pairs = [Householder(dim) for _ in range((check_int("steps", steps, minimum=1) + 1) // 2)]
+    return [copy.deepcopy(pairs[index // 2]) for index in range(steps)]
+
+
 def iaf_steps(dim: int, steps: int, hidden: Sequence[int] = (320, 320), context_size: int = 64) -> list[Autoregressive]:
     """`steps` autoregressive steps, every other one in the reverse order: the variables stay where they are."""
     orders = [None, range(check_int("dim", dim, minimum=1))[::-1]]
@@ -180,6 +209,7 @@ RECIPES: Mapping[str, Callable[..., FlowPosterior]] = {
     "full_covariance": full_covariance,
     "planar": planar,
     "radial": radial,
+    "householder": householder,
     "cc_lin_iaf": cc_lin_iaf,
     "iaf": iaf,
 }

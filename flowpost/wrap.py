@@ -14,7 +14,7 @@ from flowpost.bijectors.convex import ConvexCombination
 from flowpost.bijectors.triangular import UnitLowerTriangular
 from flowpost.checks import active, check_finite
 from flowpost.posterior import FlowPosterior, Sample
-from flowpost.recipes import RECIPES, iaf_steps, planar_steps, radial_steps
+from flowpost.recipes import RECIPES, householder_steps, iaf_steps, planar_steps, radial_steps
 
 
 def wrap(
@@ -144,6 +144,7 @@ _STARTS: Mapping[str, Callable[..., list]] = {
     "full_covariance": lambda dim: [UnitLowerTriangular(dim)],
     "planar": lambda dim, steps=8: planar_steps(dim, steps),
     "radial": lambda dim, steps=8: radial_steps(dim, steps),
+    "householder": lambda dim, steps=8: householder_steps(dim, steps),
     "cc_lin_iaf": lambda dim, combinations=5: [ConvexCombination(dim, combinations)],
     "iaf": _iaf_start,
 }

@@ -35,6 +35,7 @@ from flowpost.bijectors import (
     convex,
     gated,
     gated_inverse,
+    householder,
     lower,
     made,
     operators,
@@ -46,6 +47,7 @@ from flowpost.bijectors import (
     sweep,
     triangular,
 )
+from flowpost.recipes import householder_steps
 from flowpost.testing import PROPERTIES, ContractError, check_bijector, push
 
 Build = Callable[[int], Bijector]
@@ -139,6 +141,14 @@ def _combination_not_convex(z: Tensor, entries: Tensor, logits: Tensor) -> tuple
     weights = logits.sigmoid()
     image = lower.multiply(z, (weights.unsqueeze(-1) * entries).sum(-2))
     return image + (weights.sum(-1, keepdim=True) - 1) * z, z.new_zeros(())
+
+
+def _reflect_by_length(z: Tensor, v: Tensor) -> Tensor:
+    return z - 2 * (v * z).sum(-1, keepdim=True) / v.norm(dim=-1, keepdim=True) * v
+
+
+def _reflect_no_guard(z: Tensor, v: Tensor) -> Tensor:
+    return z - 2 * (v * z).sum(-1, keepdim=True) / (v * v).sum(-1, keepdim=True) * v
 
 
 def _length_no_guard(offset: Tensor) -> Tensor:
@@ -293,6 +303,10 @@ def _step(dim: int) -> Bijector:
     return Autoregressive(dim, 6, (16, 16))
 
 
+def _reflections(dim: int) -> Bijector:
+    return Chain(*householder_steps(dim, 2))
+
+
 def _nothing(*args: object, **kwargs: object) -> None:
     return None
 
@@ -321,6 +335,10 @@ MUTANTS = (
         lambda dim: ConvexCombination(dim, 2),
         ((convex, "convex_combination", _combination_not_convex),),
         dims=(2, 5),
+    ),
+    Mutant("reflection |v| for |v|^2", "-", _reflections, ((householder, "reflect", _reflect_by_length),), dims=(2, 5)),
+    Mutant(
+        "reflection in no direction", "-", _reflections, ((householder, "reflect", _reflect_no_guard),), dims=(2, 5)
     ),
     Mutant("squeeze at batch 1", "pythae", _step, (PLAIN, (gated, "gate", _gate_squeezed))),
     Mutant("element-wise radius", "torchflows", ElementwiseRadial),

@@ -17,6 +17,7 @@ from flowpost import (
     Chain,
     Conditioned,
     ConvexCombination,
+    Householder,
     Inverse,
     Learned,
     Permute,
@@ -28,6 +29,7 @@ from flowpost import (
     UnitLowerTriangular,
 )
 from flowpost.functional import log_var_scale
+from flowpost.recipes import householder_steps
 
 SCALES = (0.03, 1.0, 3.0)
 """Every parameter tensor is moved by a scale of its own: with one common scale some bugs cancel."""
@@ -65,6 +67,7 @@ ENTRIES = [
     Entry("planar", Planar, identity=True),
     Entry("radial", Radial, identity=True),
     Entry("convex_combination", lambda dim: ConvexCombination(dim, 2), identity=True),
+    Entry("householder", Householder),
     Entry("autoregressive_linear", lambda dim: _ar(dim, 0, ())),
     Entry("autoregressive_linear_context", lambda dim: _ar(dim, 3, ())),
     Entry("autoregressive_1", lambda dim: _ar(dim)),
@@ -96,6 +99,7 @@ ENTRIES = [
     Entry("planar_flow", lambda dim: Chain(Affine(dim), *(Planar(dim) for _ in range(4))), identity=True),
     Entry("radial_flow", lambda dim: Chain(Affine(dim), *(Radial(dim) for _ in range(3))), identity=True),
     Entry("cc_lin_iaf", lambda dim: Chain(Affine(dim), ConvexCombination(dim, 3)), identity=True),
+    Entry("householder_flow", lambda dim: Chain(Affine(dim), *householder_steps(dim, 2)), identity=True),
     Entry("iaf", lambda dim: Chain(Affine(dim), Shared(_ar(dim, 3), Reverse(dim), _ar(dim, 3)))),
     Entry("maf", lambda dim: Chain(Inverse(_ar(dim, 2)), Permute(_order(dim)), Inverse(_ar(dim, 2)))),
     Entry("shared_planar", lambda dim: Shared(Planar(dim), Reverse(dim), Planar(dim))),

@@ -24,6 +24,7 @@ from flowpost import (
     Bijector,
     Chain,
     Conditioned,
+    Householder,
     Inverse,
     Learned,
     Permute,
@@ -88,10 +89,10 @@ def test_float32_log_det_is_that_of_float64(entry: Entry, case: Case) -> None:
 
 @pytest.mark.parametrize("dim", [1, 2, 5])
 def test_orientation_is_the_family_s_own(dim: int) -> None:
-    """B2: every family keeps orientation, for every context; only a permutation may turn it."""
+    """B2: every family keeps orientation, for every context; only a permutation or a reflection may turn it."""
     for entry in ENTRIES:
         parts = [type(part) for part in entry.make(dim, 0).modules()]
-        if Reverse in parts or Permute in parts:
+        if {Reverse, Permute, Householder} & set(parts):
             continue
         for seed in range(8):
             step, z, context = draw(entry, Case(dim, seed, push=1.0, spread=3.0, context=3.0))
@@ -726,6 +727,7 @@ COMPILED = [
     ("radial", "forward", (3, 5)),
     ("radial", "inverse", (3,)),
     ("convex_combination", "inverse", (3, 5)),
+    ("householder", "forward", (3, 5)),
     ("learned_planar", "forward", (3, 5)),
     ("autoregressive_2_context", "forward", (3, 5)),
     ("autoregressive_order", "inverse", (3, 5)),

@@ -17,6 +17,7 @@ PARTS = [
     "scale",
     "unit_lower_triangular",
     "planar",
+    "householder",
     "convex_combination",
     "radial",
     "autoregressive_2_context",

@@ -13,6 +13,7 @@ COMPILED = {
     "affine",
     "unit_lower_triangular",
     "planar",
+    "householder",
     "convex_combination",
     "radial",
     "autoregressive_2_context",

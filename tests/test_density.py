@@ -26,6 +26,7 @@ def mass_1d(step: Bijector, context: Tensor | None) -> float:
     """By adaptive Gauss-Legendre between the images of a grid of noise: a cell whose halves disagree with it is cut."""
     with torch.no_grad():
         knots = step(torch.linspace(-9, 9, 601, dtype=torch.float64).unsqueeze(-1), context)[0].squeeze(-1)
+    knots = torch.where(knots[0] < knots[-1], knots, knots.flip(0))  # a reflection turns them
     nodes, weights = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(8))
 
     def masses(ends: Tensor) -> Tensor:

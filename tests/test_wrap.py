@@ -18,6 +18,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("planar", {"steps": 1}),
     ("planar", {"steps": 4}),
     ("radial", {"steps": 2}),
+    ("householder", {"steps": 4}),
     ("cc_lin_iaf", {"combinations": 3}),
     *(("iaf", {"steps": steps, "hidden": (16,), "context_size": 5}) for steps in (1, 2, 3, 4)),
 ]

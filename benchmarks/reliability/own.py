@@ -36,6 +36,7 @@ def flowpost_models() -> list[Model]:
         "Planar ×2": lambda dim: fp.Chain(fp.Planar(dim), fp.Planar(dim)),
         "Radial ×2": lambda dim: fp.Chain(fp.Radial(dim), fp.Radial(dim)),
         "ConvexCombination": lambda dim: fp.ConvexCombination(dim, 3),
+        "Householder ×2": lambda dim: fp.Chain(fp.Householder(dim), fp.Householder(dim)),
         "Autoregressive ×2": lambda dim: fp.Chain(ar(dim), ar(dim)),
         "Autoregressive ×2, amortized": lambda dim: fp.Shared(ar(dim, CONTEXT), ar(dim, CONTEXT)),
         "Reverse": fp.Reverse,

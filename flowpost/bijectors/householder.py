@@ -1,0 +1,62 @@
+"""The Householder flow: reflections, which turn a diagonal Gaussian into one with a full covariance."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flowpost.bijectors.base import Bijector, check_int
+from flowpost.bijectors.reflections import reflect
+
+
+def householder(z: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The mirror image ``z' = (I - 2 v v^T / |v|^2) z`` of z in the plane across v, ``log_det = 0``; its own inverse.
+
+    Args:
+        z: ``(*batch, dim)``.
+        v: ``(*batch, dim)``, of any length; where it is zero, the first axis stands in.
+
+    Returns:
+        z' ``(*batch, dim)`` and log_det, zero.
+    """
+    return reflect(z, v), z.new_zeros(())
+
+
+class Householder(Bijector):
+    """Householder flow ``z' = (I - 2 v v^T / |v|^2) z``: z in a mirror across v, so no volume changes.
+
+    Its own inverse, for every context; only the direction of v matters, and where v is zero the first axis stands in.
+    No context makes one reflection the identity: two equal ones in a row are. The direction is drawn at random when the
+    step is built. Forward and inverse cost O(dim); the log-det is 0.
+
+    Args:
+        dim: size of z.
+
+    Shapes:
+        z ``(*batch, dim)``, context v ``(*batch, dim)``; none at dim 1, where ``z' = -z`` whatever v.
+
+    Reference:
+        Tomczak & Welling (2016), Improving Variational Auto-Encoders using Householder Flow.
+
+    Example:
+        >>> z, log_det = Householder(2)(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 0.0]))
+        >>> z
+        tensor([-1.,  2.])
+    """
+
+    start: Tensor
+
+    def __init__(self, dim: int) -> None:
+        size = check_int("dim", dim, minimum=1) if dim != 1 else 0
+        super().__init__(dim, size)
+        self.register_buffer("start", torch.randn(size), persistent=False)
+
+    def initial_context(self) -> Tensor:
+        """A random direction; zero would be a point without gradient."""
+        return self.start.clone()
+
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return householder(z, z.new_ones(1) if context is None else context)
+
+    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._forward(z, context)

@@ -1,0 +1,81 @@
+"""The Householder flow against its formula, and what a product of reflections is."""
+
+import pytest
+import torch
+
+import flowpost
+from flowpost import Affine, Chain, Householder
+
+
+def matrix_by_the_book(v: torch.Tensor) -> torch.Tensor:
+    """``I - 2 v v^T / |v|^2``, entry by entry."""
+    square = sum(float(x) ** 2 for x in v)
+    size = range(len(v))
+    rows = [[float(i == j) - 2 * float(v[i]) * float(v[j]) / square for j in size] for i in size]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("length", [1e-150, 1.0, 1e150])
+def test_it_is_the_paper_s_whatever_the_length_of_v(length: float) -> None:
+    z, v = torch.randn(50, 4, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+    image, log_det = Householder(5)(z, length * v)
+    assert (log_det == 0).all()
+    for i in range(4):
+        matrix = matrix_by_the_book(v[i])
+        torch.testing.assert_close(matrix @ matrix.T, torch.eye(5, dtype=torch.float64))
+        torch.testing.assert_close(image[:, i], z[:, i] @ matrix.T, rtol=1e-12, atol=1e-12)
+
+
+def test_it_undoes_itself_and_keeps_lengths() -> None:
+    step, z, v = Householder(6), torch.randn(9, 6, dtype=torch.float64), torch.randn(9, 6, dtype=torch.float64)
+    image, _ = step(z, v)
+    torch.testing.assert_close(step(image, v)[0], z)
+    torch.testing.assert_close(image.norm(dim=-1), z.norm(dim=-1))
+    torch.testing.assert_close((image * v).sum(-1), -(z * v).sum(-1))
+    assert (torch.linalg.det(torch.stack([matrix_by_the_book(row) for row in v])) < 0).all()
+
+
+def test_one_dimension_is_a_change_of_sign() -> None:
+    step, z = Householder(1), torch.randn(4, 1)
+    assert step.context_size == 0
+    assert torch.equal(step(z)[0], -z)
+
+
+def test_at_zero_the_first_axis_stands_in_and_gradients_are_finite() -> None:
+    v = torch.zeros(3, requires_grad=True)
+    image, _ = Householder(3)(torch.tensor([1.0, 2.0, 3.0]), v)
+    assert image.tolist() == [-1.0, 2.0, 3.0]
+    assert torch.autograd.grad(image.sum(), v)[0].isfinite().all()
+
+
+def test_pairs_start_as_the_identity_and_in_directions_of_their_own() -> None:
+    flow = flowpost.householder(3, 4, steps=4).flow
+    assert isinstance(flow, Chain)
+    assert [type(step) for step in flow] == [Affine, *[Householder] * 4]
+    start = flow.initial_context()[8:].view(4, 4)
+    assert torch.equal(start[0], start[1])
+    assert not torch.equal(start[1], start[2])
+    z, context = torch.randn(5, 4), flow.initial_context().requires_grad_()
+    image, _ = flow(z, context)
+    torch.testing.assert_close(image, z)
+    (gradient,) = torch.autograd.grad((image * torch.randn(5, 4)).sum(), context)
+    assert (gradient[8:] != 0).all()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_the_posterior_is_a_gaussian_turned(steps: int) -> None:
+    """Mean Q loc and covariance ``Q diag(scale^2) Q^T``, Q the product of the reflections, the last one leftmost."""
+    posterior = flowpost.householder(3, 4, steps=steps).double()
+    for parameter in posterior.parameters():
+        torch.nn.init.normal_(parameter)
+    h = torch.randn(6, 3, dtype=torch.float64)
+    sample, context = posterior(h, (7,)), posterior.context(h)
+    assert context is not None
+    for i, numbers in enumerate(context.detach()):
+        loc, scale = numbers[:4], flowpost.functional.softplus_scale(numbers[4:8])
+        product = torch.eye(4, dtype=torch.float64)
+        for v in numbers[8:].view(steps, 4):
+            product = matrix_by_the_book(v) @ product
+        covariance = product @ torch.diag(scale**2) @ product.T
+        normal = torch.distributions.MultivariateNormal(product @ loc, covariance)
+        torch.testing.assert_close(sample.log_prob[:, i], normal.log_prob(sample.z[:, i]), rtol=1e-9, atol=1e-9)
