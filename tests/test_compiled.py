@@ -187,7 +187,8 @@ def test_products_of_many_blocks_are_operators_under_a_compiler() -> None:
     assert len(masks) > 2
     x, weight = torch.randn(3, 200, dtype=torch.float64), torch.randn(400, 200, dtype=torch.float64)
     y = torch.randn(3, 400, dtype=torch.float64)
-    product, vjp = torch.func.vjp(lambda x, weight: x @ (weight * layout.mask()).T, x, weight)
+    pulled: Any = torch.func.vjp(lambda x, weight: x @ (weight * layout.mask()).T, x, weight)
+    product, vjp = pulled
     ops = torch.ops.flowpost
     for operator, inputs in (
         (ops.add_product.default, (y.clone(), x, weight, masks, runs)),

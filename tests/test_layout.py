@@ -37,6 +37,7 @@ CORE = {
         "roots",
         "staircase",
         "sweep",
+        "tracing",
     )
 }
 FAMILIES = {name for name in MODULES if name.startswith("flowpost.bijectors.")} - CORE - {"flowpost.bijectors.compose"}
@@ -48,12 +49,12 @@ ALLOWED = {
     "flowpost.checks": set(),
     "flowpost.bijectors.base": CHECKS,
     "flowpost.bijectors.cascade": {"flowpost.bijectors.base"},
-    "flowpost.bijectors.lower": {"flowpost.bijectors.base"},
+    "flowpost.bijectors.lower": {"flowpost.bijectors.base", "flowpost.bijectors.tracing"},
     "flowpost.bijectors.reflections": set(),
     "flowpost.bijectors.roots": set(),
     "flowpost.bijectors.staircase": set(),
     "flowpost.bijectors.made": {"flowpost.bijectors.base", "flowpost.bijectors.staircase"},
-    "flowpost.bijectors.passes": {"flowpost.bijectors.made"},
+    "flowpost.bijectors.passes": {"flowpost.bijectors.made", "flowpost.bijectors.tracing"},
     "flowpost.bijectors.gate": set(),
     "flowpost.bijectors.gated": CORE,
     "flowpost.bijectors.gated_inverse": CORE,
@@ -62,7 +63,12 @@ ALLOWED = {
         "flowpost.bijectors.passes",
         "flowpost.bijectors.sweep",
     },
-    "flowpost.bijectors.sweep": {"flowpost.bijectors.made", "flowpost.bijectors.passes"},
+    "flowpost.bijectors.sweep": {
+        "flowpost.bijectors.made",
+        "flowpost.bijectors.passes",
+        "flowpost.bijectors.tracing",
+    },
+    "flowpost.bijectors.tracing": set(),
     "flowpost.bijectors.compose": {"flowpost.bijectors.base"},
     **{family: CORE for family in FAMILIES},
     "flowpost.functional": FAMILIES | {"flowpost.bijectors.gate"},

@@ -17,7 +17,8 @@ from flowpost.bijectors.gate import REACH, SPREAD, gate_inverse, gate_parameters
 from flowpost.bijectors.gated import plain_gradients, plain_network
 from flowpost.bijectors.made import MADE
 from flowpost.bijectors.operators import pull, solve
-from flowpost.bijectors.sweep import by_variable, on_host, plain_sweep, ranked
+from flowpost.bijectors.sweep import by_variable, plain_sweep, ranked
+from flowpost.bijectors.tracing import on_host
 
 _LARGE = 16.0  # where a sum's rounding, of 300 terms with weights of some units each, stays below half of B3's bound
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flowpost.bijectors.base import by_rows, columns
+from flowpost.bijectors.tracing import on_host, unwatched
 
 Ctx = Any  # of an autograd function: torch types it without what it stores
 
@@ -15,6 +17,9 @@ Ctx = Any  # of an autograd function: torch types it without what it stores
 def multiply(z: Tensor, entries: Tensor) -> Tensor:
     """``L z``, of z ``(*batch, dim)`` and the entries ``(*batch, dim (dim - 1) / 2)`` of L, row by row."""
     with torch.autocast(z.device.type, enabled=False):
+        once = 0 < z.shape[:-1].numel() <= entries.shape[:-1].numel() and entries.shape[-1]
+        if once and on_host(z) and unwatched(z):
+            return z + cast(Tensor, _SumRows.apply(z, entries))
         return z + columns(by_rows, strict_tril(entries, z.shape[-1]), z)
 
 
@@ -40,6 +45,34 @@ def strict_tril(entries: Tensor, dim: int) -> Tensor:
     if torch.compiler.is_compiling():  # which differentiates the plain code, and takes no function with a jvp
         return _Unpack.forward(entries, dim)
     return cast(Tensor, _Unpack.apply(entries, dim))
+
+
+class _SumRows(torch.autograd.Function):
+    """``(L - I) z`` on the CPU, from L's rows as they lie: for one point an example L costs more than the product."""
+
+    @staticmethod
+    def forward(ctx: Ctx, z: Tensor, entries: Tensor) -> Tensor:
+        ctx.save_for_backward(z, entries)
+        dim = z.shape[-1]
+        products = z.index_select(-1, torch.tril_indices(dim, dim, -1)[1]) * entries
+        sums = products.new_zeros(*products.shape[:-1], dim)
+        starts = np.arange(1, dim) * np.arange(dim - 1) // 2
+        with np.errstate(all="ignore"):
+            np.add.reduceat(products.numpy(), starts, axis=-1, out=sums.numpy()[..., 1:])
+        return sums
+
+    @staticmethod
+    def backward(ctx: Ctx, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (grad,), dim = grads, grads[0].shape[-1]
+        z, entries = ctx.saved_tensors
+        z_grad = entries_grad = None
+        if ctx.needs_input_grad[0]:
+            z_grad = columns(by_rows, strict_tril(entries, dim).mT, grad).sum_to_size(z.shape)
+        if ctx.needs_input_grad[1]:
+            row, column = torch.tril_indices(dim, dim, -1)
+            product = grad.index_select(-1, row) * z.index_select(-1, column)
+            entries_grad = product.sum_to_size(entries.shape)
+        return z_grad, entries_grad
 
 
 class _Unpack(torch.autograd.Function):

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from flowpost.bijectors.made import MADE, Activation
+from flowpost.bijectors.tracing import unwatched
 
 _relu_backward = torch.ops.aten.threshold_backward.default
 _elu_backward = torch.ops.aten.elu_backward.default
@@ -58,17 +58,8 @@ NAMED = {known.name: known for known in KNOWN.values()}
 
 
 def by_hand(net: MADE, z: Tensor) -> bool:
-    """Whether these passes may stand in for the network's own operations.
-
-    ``torch.func``, forward-mode differentiation and autocast need to see operations that they know; so does whoever
-    loads an exported program. A compiler traces them.
-    """
-    return net.activation in KNOWN and not (
-        (torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling())  # an export
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch.is_autocast_enabled(z.device.type)
-    )
+    """Whether these passes may stand in for the network's own operations."""
+    return net.activation in KNOWN and unwatched(z)
 
 
 class Parameters(NamedTuple):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flowpost.bijectors.made import MADE
 from flowpost.bijectors.passes import Known, Parameters
+from flowpost.bijectors.tracing import on_host
 
 Array = Any  # a tensor, or numpy's view of one: the sweeps are written in what both can do
 
@@ -77,12 +78,6 @@ def plain_sweep(
 def arrays(*tensors: Tensor) -> list[Array]:
     """On the CPU numpy's view of their memory, where a small operation costs a third of what it costs through torch."""
     return [tensor.detach().numpy() for tensor in tensors] if on_host(tensors[0]) else list(tensors)
-
-
-def on_host(tensor: Tensor) -> bool:
-    """Whether its numbers can be read at once: on the CPU, where nobody traces."""
-    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    return tensor.device.type == "cpu" and not traced
 
 
 def sweep(

@@ -1,0 +1,27 @@
+"""Who sees a step's operations: whether passes by hand, or numpy, may stand in for them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def unwatched(z: Tensor) -> bool:
+    """Whether a function with a backward of its own may stand in for the plain operations on z.
+
+    ``torch.func``, forward-mode differentiation and autocast need to see operations that they know; so does whoever
+    loads an exported program. A compiler traces such a function.
+    """
+    return not (
+        (torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling())  # an export
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.is_autocast_enabled(z.device.type)
+    )
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether its numbers can be read at once: on the CPU, where nobody traces."""
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    return tensor.device.type == "cpu" and not traced
