@@ -18,7 +18,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "plain": {"hidden": (20, 17)},
     "no hidden layer, order": {"hidden": (), "order": [2, 0, 1, 5, 3, 4]},
     "blocks, reversed": {"hidden": (300, 260), "order": range(5, -1, -1), "activation": F.relu},
-    "four blocks": {"hidden": (300, 400), "activation": F.relu},
+    "three blocks": {"hidden": (400, 400), "activation": F.relu},
     "no context": {"hidden": (20,), "context_size": 0, "activation": torch.tanh},
 }
 SWEEPS = {torch.ops.flowpost.gated_solve.default, torch.ops.flowpost.gated_pull.default}
@@ -182,11 +182,11 @@ def test_operators_keep_their_word(widths: list[int]) -> None:
 
 def test_products_of_many_blocks_are_operators_under_a_compiler() -> None:
     """Their schemas and fakes hold, and each gives what autodiff gives for ``x (W mask)^T``."""
-    layout = Staircase(range(200), [i // 2 for i in range(400)])
+    layout = Staircase(range(300), [i // 2 for i in range(600)])
     masks, runs = [mask.double() for mask in layout.masks()], layout._runs
     assert len(masks) > 2
-    x, weight = torch.randn(3, 200, dtype=torch.float64), torch.randn(400, 200, dtype=torch.float64)
-    y = torch.randn(3, 400, dtype=torch.float64)
+    x, weight = torch.randn(3, 300, dtype=torch.float64), torch.randn(600, 300, dtype=torch.float64)
+    y = torch.randn(3, 600, dtype=torch.float64)
     pulled: Any = torch.func.vjp(lambda x, weight: x @ (weight * layout.mask()).T, x, weight)
     product, vjp = pulled
     ops = torch.ops.flowpost
