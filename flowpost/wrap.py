@@ -73,7 +73,12 @@ def wrap(
 
 
 class WrappedPosterior(nn.Module):
-    """An encoder and the posterior on its output, as one module; made by `wrap`."""
+    """An encoder and the posterior on its output, as one module; made by `wrap`.
+
+    What else a `FlowPosterior` has needs the features of one and the same pass of the encoder (with dropout, a second
+    pass would give others): ``h = wrapped.features(x)``, ``sample = wrapped.posterior(h)``, and then
+    ``wrapped.posterior.path_log_prob(sample, h)``.
+    """
 
     def __init__(self, encoder: nn.Module, posterior: FlowPosterior, *, pair: bool) -> None:
         super().__init__()

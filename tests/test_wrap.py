@@ -130,6 +130,20 @@ def test_training_reaches_the_encoder_and_leaves_the_start(flow: str, options: d
             assert (parameter.grad != 0).any(), name
 
 
+@flows
+def test_the_path_gradient_by_features_of_one_pass(flow: str, options: dict[str, Any]) -> None:
+    """The gradient of log q at z with everything else held, through an encoder with dropout."""
+    torch.manual_seed(0)
+    posterior = wrap(nn.Sequential(nn.Linear(6, 7), nn.Dropout(0.5)), 3, features=7, flow=flow, **options).double()
+    h = posterior.features(X.double())
+    sample = posterior.posterior(h)
+    path = posterior.posterior.path_log_prob(sample, h)
+    (found,) = torch.autograd.grad(path.sum(), sample.z)
+    z = sample.z.detach().requires_grad_()
+    (expected,) = torch.autograd.grad(posterior.posterior.log_prob(z, h.detach()).sum(), z)
+    torch.testing.assert_close((path, found), (sample.log_prob, expected), rtol=1e-8, atol=1e-8)
+
+
 def test_the_example_leaves_the_encoder_as_it_was() -> None:
     encoder = nn.Sequential(nn.Linear(6, 7), nn.BatchNorm1d(7), nn.Dropout(0.5), nn.Sequential(nn.Dropout(0.1)))
     encoder[2].eval()
