@@ -40,11 +40,12 @@ def gate(z: Tensor, logit: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         z' ``(*batch, dim)`` and log_det ``(*batch)``.
     """
-    return torch.lerp(mean, z, torch.sigmoid(logit)), F.logsigmoid(logit).sum(-1)
+    # As z + (1 - s) (m - z): where the gate is nearly open, 1 - s as a difference would cost a large m its digits.
+    return torch.lerp(z, mean, torch.sigmoid(-logit)), F.logsigmoid(logit).sum(-1)
 
 
 def gate_inverse(z: Tensor, logit: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Undo `gate` for known logit and mean: ``z = m + (z' - m) / s``.
+    """Undo `gate` for known logit and mean: ``z = z' + (z' - m) (1 - s) / s``.
 
     Args:
         z: the image z', ``(*batch, dim)``.
@@ -54,4 +55,4 @@ def gate_inverse(z: Tensor, logit: Tensor, mean: Tensor) -> tuple[Tensor, Tensor
     Returns:
         The preimage ``(*batch, dim)`` and the log-det of the inverse ``(*batch)``.
     """
-    return mean + (z - mean) / torch.sigmoid(logit), -F.logsigmoid(logit).sum(-1)
+    return z + (z - mean) * torch.exp(-logit), -F.logsigmoid(logit).sum(-1)

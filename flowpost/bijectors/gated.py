@@ -42,21 +42,21 @@ class Gated(torch.autograd.Function):
         mean.mul_(1 / REACH)
         bounded.tanh_()
         logit, mean = raw.mul(SPREAD).add_(bias), mean.mul(REACH)
-        s = torch.sigmoid(logit)
+        closed = torch.sigmoid(-logit)
         ctx.net, ctx.bias = net, bias
-        ctx.save_for_backward(z, context, bounded, s, mean, *parameters, *values)
-        return torch.lerp(mean, z, s), F.logsigmoid(logit).sum(-1, dtype=wide_dtype(z))
+        ctx.save_for_backward(z, context, bounded, closed, mean, *parameters, *values)
+        return torch.lerp(z, mean, closed), F.logsigmoid(logit).sum(-1, dtype=wide_dtype(z))
 
     @staticmethod
     def backward(ctx, grad: Tensor, grad_log_det: Tensor):  # noqa: ANN001, ANN205, D102
         net, needs = ctx.net, ctx.needs_input_grad[2:]
-        z, context, bounded, s, mean, *rest = ctx.saved_tensors
+        z, context, bounded, closed, mean, *rest = ctx.saved_tensors
         parameters, values = rest[: len(needs) - 2], rest[len(needs) - 2 :]
         if torch.is_grad_enabled():
             network = plain_network(net, parameters)
             plain = partial(gated, network, ctx.bias)
             return None, None, *plain_gradients(plain, z, context, parameters, grad, grad_log_det)
-        closed, z_grad = 1 - s, grad * s
+        z_grad = grad * (1 - closed)
         raw_grad = torch.addcmul(grad_log_det.to(z.dtype).unsqueeze(-1), z_grad, z - mean).mul_(closed)
         outputs = _tanh_backward(torch.stack([raw_grad, grad * closed], -2), bounded).view(-1, 2 * net.dim)
         grouped = passes.grouped(net, parameters)

@@ -94,14 +94,13 @@ class GatedInverse(torch.autograd.Function):
                 return gated_inverse(net, ctx.bias, order, z, context, parameters)
 
             return None, None, None, None, *plain_gradients(plain, z, context, parameters, grad, grad_log_det)
-        s = torch.sigmoid(logit)
+        s, closing = torch.sigmoid(logit), -torch.sigmoid(-logit)
         bounded = outputs.unflatten(0, (net.dim, 2))
         slopes = 1 - bounded * bounded
         # From v to the gradient at the outputs: what the log-det adds, and what v does.
-        closing = s - 1
         fixed = closing * grad_log_det.reshape(-1).to(z.dtype)
         fixed = torch.stack([fixed, torch.zeros_like(fixed)], 1).mul_(slopes)
-        moved = torch.stack([closing * (x - REACH * bounded.select(1, 1)), 1 - 1 / s], 1).mul_(slopes)
+        moved = torch.stack([closing * (x - REACH * bounded.select(1, 1)), closing / s], 1).mul_(slopes)
         grouped = passes.grouped(net, parameters)
         gradient = passes.KNOWN[net.activation].gradient
         slopes = [gradient(torch.ones_like(value), value) for value in values]
