@@ -7,6 +7,7 @@ from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.compose import Chain, Conditioned, Inverse, Learned, Shared
 from flowpost.bijectors.convex import ConvexCombination
 from flowpost.bijectors.householder import Householder
+from flowpost.bijectors.lu import LULinear
 from flowpost.bijectors.permute import Permute, Reverse
 from flowpost.bijectors.planar import Planar
 from flowpost.bijectors.radial import Radial
@@ -32,6 +33,7 @@ __all__ = [
     "IllConditionedWarning",
     "Inverse",
     "InversionError",
+    "LULinear",
     "Learned",
     "NonFiniteError",
     "Permute",

@@ -179,14 +179,19 @@ def _expand(x: Array, shape: Sequence[int]) -> Array:
     return np.broadcast_to(x, [old if new == -1 else new for old, new in zip(kept, shape, strict=True)])
 
 
-def _solve(matrix: Array, columns: Array, *, upper: bool, unitriangular: bool) -> Array:
-    """Forward substitution."""
-    if upper or not unitriangular:
-        raise NotImplementedError("linalg_solve_triangular: expected a unit lower-triangular matrix")
-    rows: list[Array] = []
-    for i in range(columns.shape[-2]):
-        rows.append(columns[..., i, :] - sum(matrix[..., i, j, None] * row for j, row in enumerate(rows)))
-    return np.stack(rows, -2)
+def _solve(matrix: Array, columns: Array, *, upper: bool, unitriangular: bool = False) -> Array:
+    """Substitution, from the row that has one unknown on."""
+    rows: dict[int, Array] = {}
+    for i in range(columns.shape[-2])[:: -1 if upper else 1]:
+        total = columns[..., i, :] - sum(matrix[..., i, j, None] * row for j, row in rows.items())
+        rows[i] = total if unitriangular else total / matrix[..., i, i, None]
+    return np.stack([rows[i] for i in sorted(rows)], -2)
+
+
+def _diag_embed(x: Array, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Array:
+    if (offset, dim1, dim2) != (0, -2, -1):
+        raise NotImplementedError("diag_embed: expected the main diagonal of the last two axes")
+    return np.expand_dims(x, -1) * np.eye(x.shape[-1], dtype=object)
 
 
 _RULES: dict[str, Callable[..., Any]] = {
@@ -196,6 +201,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "add": operator.add,
     "addcmul": lambda x, a, b: x + a * b,
     "addmm": lambda x, a, b: x + a @ b,
+    "amax": lambda x, dims, keepdim=False: np.max(x, axis=tuple(dims), keepdims=keepdim),
     "bmm": operator.matmul,
     "clamp": lambda x, low, high: np.clip(x, low, high),
     "clamp_max": np.minimum,
@@ -216,6 +222,8 @@ _RULES: dict[str, Callable[..., Any]] = {
     "mm": operator.matmul,
     "mul": operator.mul,
     "neg": operator.neg,
+    "pow": lambda x, power: x**power,
+    "reciprocal": lambda x: 1 / x,
     "relu": lambda x: np.maximum(x, 0),
     "rsub": lambda x, y: y - x,
     "sigmoid": _each(lambda x: 1 / (1 + mp.exp(-x)), 1),
@@ -232,9 +240,10 @@ _RULES: dict[str, Callable[..., Any]] = {
     "cat": np.concatenate,
     "clone": lambda x: x,
     "constant_pad_nd": lambda x, pad, value: np.concatenate([x, np.full((*x.shape[:-1], pad[1]), mpf(value))], -1),
+    "diag_embed": _diag_embed,
     "detach": lambda x: x,  # it stops autodiff, not the map
     "expand": _expand,
-    "eye": lambda size: np.eye(size, dtype=object),
+    "eye": lambda *sizes: np.eye(*sizes, dtype=object),
     "flip": np.flip,
     "index": lambda x, places: x[tuple(slice(None) if place is None else place for place in places)],
     "index_select": lambda x, dim, places: np.take(x, places, dim),

@@ -25,6 +25,7 @@ from flowpost import (
     ConvexCombination,
     Inverse,
     Learned,
+    LULinear,
     Planar,
     Radial,
     UnitLowerTriangular,
@@ -37,6 +38,7 @@ from flowpost.bijectors import (
     gated_inverse,
     householder,
     lower,
+    lu,
     made,
     operators,
     passes,
@@ -149,6 +151,10 @@ def _reflect_by_length(z: Tensor, v: Tensor) -> Tensor:
 
 def _reflect_no_guard(z: Tensor, v: Tensor) -> Tensor:
     return z - 2 * (v * z).sum(-1, keepdim=True) / (v * v).sum(-1, keepdim=True) * v
+
+
+def _solve_transposed(matrix: Tensor, columns: Tensor) -> Tensor:
+    return torch.linalg.solve_triangular(matrix.mT, columns, upper=False)
 
 
 def _length_no_guard(offset: Tensor) -> Tensor:
@@ -340,6 +346,7 @@ MUTANTS = (
     Mutant(
         "reflection in no direction", "-", _reflections, ((householder, "reflect", _reflect_no_guard),), dims=(2, 5)
     ),
+    Mutant("U solved as L", "-", LULinear, ((lu, "_solve_upper", _solve_transposed),)),
     Mutant("squeeze at batch 1", "pythae", _step, (PLAIN, (gated, "gate", _gate_squeezed))),
     Mutant("element-wise radius", "torchflows", ElementwiseRadial),
     Mutant("float32 log-det in float64", "pythae", _step, (PLAIN, (gated, "gate", _gate_float32_log_det))),

@@ -17,6 +17,7 @@ PARTS = [
     "scale",
     "unit_lower_triangular",
     "planar",
+    "lu_linear_order",
     "householder",
     "convex_combination",
     "radial",

@@ -11,21 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowpost.bijectors.base import Bijector, check_int
-
-_FLOOR = 1e-3
-_SHIFT = math.log(math.expm1(1 - _FLOOR))
-
-
-def softplus_scale(raw: Tensor) -> Tensor:
-    """A scale ``softplus(raw + c) + 1e-3`` that is 1 at ``raw = 0`` and never below 1e-3.
-
-    Args:
-        raw: unconstrained numbers, any shape, float32 or float64.
-
-    Returns:
-        Positive numbers of the same shape and dtype.
-    """
-    return F.softplus(raw + _SHIFT) + _FLOOR
+from flowpost.bijectors.scales import softplus_scale
 
 
 def log_var_scale(log_var: Tensor) -> Tensor:

@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowpost.bijectors.base import Bijector, check_int
+from flowpost.bijectors.scales import softplus_scale
 
 _EPS = 1e-3
 _K = -math.expm1(-(1 - _EPS))  # 1 - e^-(1 - eps)
 _LOGIT_K = math.log(_K / (1 - _K))
-_FLOOR = 1e-3
-_SHIFT = math.log(math.expm1(1 - _FLOOR))
 
 
 def _ratio(raw: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +64,7 @@ def radial(z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tens
         z' ``(*batch, dim)`` and log_det ``(*batch)``.
     """
     offset, (ratio, room) = z - center, _ratio(beta)
-    move, gain, log_det = _gain(ratio, room, _length(offset) / _width(alpha), z.shape[-1])
+    move, gain, log_det = _gain(ratio, room, _length(offset) / softplus_scale(alpha), z.shape[-1])
     return torch.where(ratio.abs() < 0.5, z + move * offset, center + gain * offset), log_det
 
 
@@ -82,7 +81,7 @@ def radial_inverse(z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor) -> tu
         The preimage ``(*batch, dim)`` and the log-det of the inverse ``(*batch)``.
     """
     offset, (ratio, room) = z - center, _ratio(beta)
-    image = _length(offset) / _width(alpha)
+    image = _length(offset) / softplus_scale(alpha)
     half = 0.5 * (room - image)
     root = torch.sqrt(half * half + image)
     up = half > 0  # of the two forms of the positive root, the one that adds
@@ -90,10 +89,6 @@ def radial_inverse(z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor) -> tu
     move, gain, log_det = _gain(ratio, room, radius, z.shape[-1])
     back = torch.where(ratio.abs() < 0.5, z - move / gain * offset, center + offset / gain)
     return back, -log_det
-
-
-def _width(alpha: Tensor) -> Tensor:
-    return F.softplus(alpha + _SHIFT) + _FLOOR
 
 
 class Radial(Bijector):
