@@ -1,6 +1,7 @@
 """Flexible posteriors for variational autoencoders: features in, z and log q(z|x) out, in one pass."""
 
 from flowpost import calibration, evaluation, functional, gaps, importance, objectives, schedules, testing, vae
+from flowpost.bijectors.actnorm import ActNorm
 from flowpost.bijectors.affine import Affine, Scale
 from flowpost.bijectors.autoregressive import Autoregressive
 from flowpost.bijectors.base import Bijector
@@ -20,6 +21,7 @@ from flowpost.wrap import wrap
 
 __version__ = "0.1.0"
 __all__ = [
+    "ActNorm",
     "Affine",
     "Autoregressive",
     "Bijector",

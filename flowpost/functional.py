@@ -1,5 +1,6 @@
 """The families as pure functions of tensors: ``(z, parameters) -> (z', log_det)``."""
 
+from flowpost.bijectors.actnorm import act_norm as act_norm
 from flowpost.bijectors.affine import affine as affine
 from flowpost.bijectors.affine import log_var_scale as log_var_scale
 from flowpost.bijectors.convex import convex_combination as convex_combination

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowpost import (
+    ActNorm,
     Affine,
     Autoregressive,
     Bijector,
@@ -31,6 +32,7 @@ from flowpost import (
     UnitLowerTriangular,
 )
 from flowpost.bijectors import (
+    actnorm,
     affine,
     base,
     convex,
@@ -155,6 +157,11 @@ def _reflect_no_guard(z: Tensor, v: Tensor) -> Tensor:
 
 def _solve_transposed(matrix: Tensor, columns: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(matrix.mT, columns, upper=False)
+
+
+def _act_norm_mean(z: Tensor, center: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+    image, log_det = _ACT_NORM(z, center, log_scale)
+    return image, log_det / len(center)
 
 
 def _length_no_guard(offset: Tensor) -> Tensor:
@@ -299,7 +306,7 @@ class ElementwiseRadial(Bijector):
 
 
 _INVERTIBLE, _RIDGE = planar._invertible, planar.ridge
-_RADIAL_GAIN = radial._gain
+_ACT_NORM, _RADIAL_GAIN = actnorm.act_norm, radial._gain
 _GATE, _MADE, _UNIT_TRIL = gated.gate, made.MADE.forward, lower.unit_tril
 _BACKWARD, _PARAMETER_GRADIENTS, _TRANSPOSED = passes.backward, passes.parameter_gradients, sweep.transposed_sweep
 _AUTOREGRESSIVE_INVERSE, _AFFINE_INVERSE = Autoregressive._inverse, Affine._inverse
@@ -347,6 +354,7 @@ MUTANTS = (
         "reflection in no direction", "-", _reflections, ((householder, "reflect", _reflect_no_guard),), dims=(2, 5)
     ),
     Mutant("U solved as L", "-", LULinear, ((lu, "_solve_upper", _solve_transposed),)),
+    Mutant("mean for sum in a log-det", "-", ActNorm, ((actnorm, "act_norm", _act_norm_mean),), dims=(2, 5)),
     Mutant("squeeze at batch 1", "pythae", _step, (PLAIN, (gated, "gate", _gate_squeezed))),
     Mutant("element-wise radius", "torchflows", ElementwiseRadial),
     Mutant("float32 log-det in float64", "pythae", _step, (PLAIN, (gated, "gate", _gate_float32_log_det))),

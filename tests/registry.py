@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flowpost import (
+    ActNorm,
     Affine,
     Autoregressive,
     Bijector,
@@ -71,6 +72,7 @@ ENTRIES = [
     Entry("householder", Householder),
     Entry("lu_linear", LULinear, identity=True),
     Entry("lu_linear_order", lambda dim: LULinear(dim, _order(dim))),
+    Entry("act_norm", ActNorm, identity=True),
     Entry("autoregressive_linear", lambda dim: _ar(dim, 0, ())),
     Entry("autoregressive_linear_context", lambda dim: _ar(dim, 3, ())),
     Entry("autoregressive_1", lambda dim: _ar(dim)),
@@ -96,6 +98,7 @@ ENTRIES = [
     Entry("inverse_radial", lambda dim: Inverse(Radial(dim)), identity=True),
     Entry("inverse_convex_combination", lambda dim: Inverse(ConvexCombination(dim, 2)), identity=True),
     Entry("inverse_lu_linear", lambda dim: Inverse(LULinear(dim)), identity=True),
+    Entry("inverse_act_norm", lambda dim: Inverse(ActNorm(dim)), identity=True),
     Entry("inverse_autoregressive", lambda dim: Inverse(_ar(dim, 2, (8,)))),
     Entry("inverse_autoregressive_order", lambda dim: Inverse(_ar(dim, 0, (8,), order=_order(dim)))),
     Entry("inverse_learned_planar", lambda dim: Inverse(Learned(Planar(dim))), identity=True),

@@ -17,6 +17,7 @@ PARTS = [
     "scale",
     "unit_lower_triangular",
     "planar",
+    "act_norm",
     "lu_linear_order",
     "householder",
     "convex_combination",

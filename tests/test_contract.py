@@ -13,6 +13,7 @@ COMPILED = {
     "affine",
     "unit_lower_triangular",
     "planar",
+    "act_norm",
     "lu_linear_order",
     "householder",
     "convex_combination",

@@ -38,6 +38,7 @@ def flowpost_models() -> list[Model]:
         "ConvexCombination": lambda dim: fp.ConvexCombination(dim, 3),
         "Householder ×2": lambda dim: fp.Chain(fp.Householder(dim), fp.Householder(dim)),
         "LULinear": fp.LULinear,
+        "ActNorm": fp.ActNorm,
         "Autoregressive ×2": lambda dim: fp.Chain(ar(dim), ar(dim)),
         "Autoregressive ×2, amortized": lambda dim: fp.Shared(ar(dim, CONTEXT), ar(dim, CONTEXT)),
         "Reverse": fp.Reverse,
