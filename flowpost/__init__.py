@@ -12,8 +12,9 @@ from flowpost.bijectors.lu import LULinear
 from flowpost.bijectors.permute import Permute, Reverse
 from flowpost.bijectors.planar import Planar
 from flowpost.bijectors.radial import Radial
+from flowpost.bijectors.squash import Sigmoid, Softplus, Tanh
 from flowpost.bijectors.triangular import UnitLowerTriangular
-from flowpost.checks import IllConditionedWarning, InversionError, NonFiniteError, checking
+from flowpost.checks import DomainError, IllConditionedWarning, InversionError, NonFiniteError, checking
 from flowpost.files import CorruptFileError, load, save
 from flowpost.posterior import FlowDistribution, FlowPosterior, Sample
 from flowpost.recipes import cc_lin_iaf, diagonal, full_covariance, householder, iaf, planar, radial
@@ -29,6 +30,7 @@ __all__ = [
     "Conditioned",
     "ConvexCombination",
     "CorruptFileError",
+    "DomainError",
     "FlowDistribution",
     "FlowPosterior",
     "Householder",
@@ -45,6 +47,9 @@ __all__ = [
     "Sample",
     "Scale",
     "Shared",
+    "Sigmoid",
+    "Softplus",
+    "Tanh",
     "UnitLowerTriangular",
     "calibration",
     "cc_lin_iaf",

@@ -17,6 +17,10 @@ class NonFiniteError(ValueError):
     """A value that must be finite is not, under `checking`."""
 
 
+class DomainError(ValueError):
+    """A value lies where a bijector or its inverse is not defined, under `checking`."""
+
+
 class InversionError(ArithmeticError):
     """An inverse does not map back to what it inverted, under `checking`."""
 
@@ -29,10 +33,12 @@ class IllConditionedWarning(UserWarning):
 def checking() -> Iterator[None]:
     """Turn value checks on within a ``with`` block, in this thread or task; code under `torch.compile` ignores it.
 
-    Inputs are checked for nan and inf, each inverse by mapping back, each ``log_prob`` by moving z a few roundings.
+    Inputs are checked for nan and inf, and that they lie where the map is defined; each inverse by mapping back; each
+    ``log_prob`` by moving z a few roundings.
 
     Raises:
         NonFiniteError: inside the block, for rows of z, context or h that are not finite.
+        DomainError: inside the block, for rows of z outside the domain of a bijector, or of an inverse.
         InversionError: inside the block, for an inverse that is not accurate.
 
     Example:
@@ -62,6 +68,20 @@ def check_finite(name: str, value: Tensor | None, hint: str = "") -> None:
     raise NonFiniteError(
         f"{name}: {count} of {len(rows)} rows are not finite (first: row {row}, feature {feature} = "
         f"{rows[row, feature].item()}){hint}"
+    )
+
+
+def check_inside(name: str, value: Tensor, interval: tuple[float, float]) -> None:
+    """Raise `DomainError` naming the rows and the first feature that lie outside an open interval."""
+    low, high = interval
+    outside = (value <= low) | (value >= high)
+    if not bool(outside.any()):
+        return
+    rows, bad = value.detach().reshape(-1, value.shape[-1]), outside.reshape(-1, value.shape[-1])
+    row, feature = (int(i) for i in bad.nonzero()[0])
+    raise DomainError(
+        f"{name}: expected numbers between {low} and {high}, got {int(bad.any(-1).sum())} of {len(rows)} rows outside "
+        f"(first: row {row}, feature {feature} = {rows[row, feature].item()})"
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from flowpost.bijectors.base import Bijector, check_int, check_tensor, wide, wide_dtype
+from flowpost.bijectors.base import LINE, Bijector, check_int, check_tensor, wide, wide_dtype
 from flowpost.bijectors.compose import Learned, linear_head
 from flowpost.checks import active, check_finite, warn_moved
 
@@ -41,7 +41,7 @@ class FlowPosterior(nn.Module):
 
     Raises:
         TypeError: if `flow` is no Bijector.
-        ValueError: if `features` is negative.
+        ValueError: if `features` is negative, or the flow's domain is not the line.
 
     Reference:
         Rezende & Mohamed (2015); Kingma & Welling (2019), sections 2.5 and 3.1.
@@ -59,6 +59,8 @@ class FlowPosterior(nn.Module):
         self.features = check_int("features", features, minimum=0)
         if not isinstance(flow, Bijector):
             raise TypeError(f"flow: expected a Bijector, got {type(flow).__name__}")
+        if flow.domain != LINE:
+            raise ValueError(f"flow: expected one from all real numbers, where noise lies, got domain {flow.domain}")
         self.flow = flow if features or not flow.context_size else Learned(flow)
         if head is None and features and flow.context_size:
             head = linear_head(features, flow)

@@ -216,6 +216,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "gt": operator.gt,
     "lerp": lambda a, b, weight: a + weight * (b - a),
     "linalg_solve_triangular": _solve,
+    "log": _each(mp.log, 1),
     "log1p": _each(mp.log1p, 1),
     "lt": operator.lt,
     "maximum": np.maximum,

@@ -29,6 +29,8 @@ from flowpost import (
     LULinear,
     Planar,
     Radial,
+    Softplus,
+    Tanh,
     UnitLowerTriangular,
 )
 from flowpost.bijectors import (
@@ -47,6 +49,7 @@ from flowpost.bijectors import (
     planar,
     radial,
     roots,
+    squash,
     staircase,
     sweep,
     triangular,
@@ -86,8 +89,8 @@ _push = push
 def killers(mutant: Mutant, *, first: bool = False) -> list[str]:
     """Names of the properties, or of the first, that fail on the mutant and not on the step it is planted in."""
     tried = [name for name in PROPERTIES if name != "compiles"]  # as slow as all others together
-    if mutant.build in (_step, HiddenOrder):
-        tried.remove("identity")  # a gate and a permutation have none
+    if mutant.build in (_step, HiddenOrder, Tanh, Softplus):
+        tried.remove("identity")  # a gate, a permutation and a map onto an interval have none
     found = []
     with mutant.planted():
         for name in tried:
@@ -162,6 +165,11 @@ def _solve_transposed(matrix: Tensor, columns: Tensor) -> Tensor:
 def _act_norm_mean(z: Tensor, center: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
     image, log_det = _ACT_NORM(z, center, log_scale)
     return image, log_det / len(center)
+
+
+def _tanh_plus_constant(z: Tensor) -> tuple[Tensor, Tensor]:
+    image = torch.tanh(z)
+    return image, torch.log(1 - image * image + 1e-6).sum(-1)
 
 
 def _length_no_guard(offset: Tensor) -> Tensor:
@@ -355,6 +363,8 @@ MUTANTS = (
     ),
     Mutant("U solved as L", "-", LULinear, ((lu, "_solve_upper", _solve_transposed),)),
     Mutant("mean for sum in a log-det", "-", ActNorm, ((actnorm, "act_norm", _act_norm_mean),), dims=(2, 5)),
+    Mutant("tanh log(1 - t^2 + 1e-6)", "many", Tanh, ((squash, "tanh", _tanh_plus_constant),)),
+    Mutant("softplus linear from 20 on", "torch", Softplus, ((squash, "_softplus", F.softplus),)),
     Mutant("squeeze at batch 1", "pythae", _step, (PLAIN, (gated, "gate", _gate_squeezed))),
     Mutant("element-wise radius", "torchflows", ElementwiseRadial),
     Mutant("float32 log-det in float64", "pythae", _step, (PLAIN, (gated, "gate", _gate_float32_log_det))),

@@ -28,10 +28,15 @@ from flowpost import (
     Reverse,
     Scale,
     Shared,
+    Sigmoid,
+    Softplus,
+    Tanh,
     UnitLowerTriangular,
 )
+from flowpost.bijectors.base import LINE
 from flowpost.functional import log_var_scale
 from flowpost.recipes import householder_steps
+from flowpost.testing.cases import place
 
 SCALES = (0.03, 1.0, 3.0)
 """Every parameter tensor is moved by a scale of its own: with one common scale some bugs cancel."""
@@ -73,6 +78,9 @@ ENTRIES = [
     Entry("lu_linear", LULinear, identity=True),
     Entry("lu_linear_order", lambda dim: LULinear(dim, _order(dim))),
     Entry("act_norm", ActNorm, identity=True),
+    Entry("sigmoid", Sigmoid),
+    Entry("softplus", Softplus),
+    Entry("tanh", Tanh),
     Entry("autoregressive_linear", lambda dim: _ar(dim, 0, ())),
     Entry("autoregressive_linear_context", lambda dim: _ar(dim, 3, ())),
     Entry("autoregressive_1", lambda dim: _ar(dim)),
@@ -99,6 +107,7 @@ ENTRIES = [
     Entry("inverse_convex_combination", lambda dim: Inverse(ConvexCombination(dim, 2)), identity=True),
     Entry("inverse_lu_linear", lambda dim: Inverse(LULinear(dim)), identity=True),
     Entry("inverse_act_norm", lambda dim: Inverse(ActNorm(dim)), identity=True),
+    Entry("inverse_sigmoid", lambda dim: Inverse(Sigmoid(dim))),
     Entry("inverse_autoregressive", lambda dim: Inverse(_ar(dim, 2, (8,)))),
     Entry("inverse_autoregressive_order", lambda dim: Inverse(_ar(dim, 0, (8,), order=_order(dim)))),
     Entry("inverse_learned_planar", lambda dim: Inverse(Learned(Planar(dim))), identity=True),
@@ -107,6 +116,7 @@ ENTRIES = [
     Entry("radial_flow", lambda dim: Chain(Affine(dim), *(Radial(dim) for _ in range(3))), identity=True),
     Entry("cc_lin_iaf", lambda dim: Chain(Affine(dim), ConvexCombination(dim, 3)), identity=True),
     Entry("householder_flow", lambda dim: Chain(Affine(dim), *householder_steps(dim, 2)), identity=True),
+    Entry("positive_flow", lambda dim: Chain(Affine(dim), Radial(dim), Softplus(dim))),
     Entry("iaf", lambda dim: Chain(Affine(dim), Shared(_ar(dim, 3), Reverse(dim), _ar(dim, 3)))),
     Entry("maf", lambda dim: Chain(Inverse(_ar(dim, 2)), Permute(_order(dim)), Inverse(_ar(dim, 2)))),
     Entry("shared_planar", lambda dim: Shared(Planar(dim), Reverse(dim), Planar(dim))),
@@ -157,15 +167,34 @@ def cases(**fixed: float) -> st.SearchStrategy[Case]:
 def draw(
     entry: Entry, case: Case, *, dtype: torch.dtype = torch.float64, batch: Sequence[int] = (5,)
 ) -> tuple[Bijector, Tensor, Tensor | None]:
-    """A pushed step, points and contexts for it, all of `dtype`, drawn in float64."""
+    """A pushed step, points and contexts for it, all of `dtype`, drawn in float64.
+
+    The points lie in the step's domain, and where its codomain has an end, no image rounds to it.
+    """
     step = push(entry.make(case.dim, case.seed).double(), case)
     generator = torch.Generator().manual_seed(case.seed + 1)
-    z = case.spread * torch.randn(*batch, case.dim, dtype=torch.float64, generator=generator)
+    z = place(case.spread * torch.randn(*batch, case.dim, dtype=torch.float64, generator=generator), step.domain)
     context = None
     if step.context_size:
         noise = torch.randn(*batch, step.context_size, dtype=torch.float64, generator=generator)
         context = (step.initial_context() + case.context * noise).to(dtype)
+    if step.codomain != LINE:
+        z = step.inverse(place(z, step.codomain), context)[0].detach()
     return step.to(dtype), z.to(dtype), context
+
+
+def carry(step: Bijector, z: Tensor) -> Tensor:
+    """Points of a step's domain carried, by order alone, to its codomain: those themselves where the two are one."""
+    if step.codomain == step.domain:
+        return z
+    return place(z if step.domain == LINE else torch.logit(z), step.codomain)
+
+
+def backward(step: Bijector) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The inverse, for points of the domain, which it carries to the codomain first."""
+    if step.codomain == step.domain:
+        return step.inverse
+    return lambda z, context=None, **known: step.inverse(carry(step, z), context, **known)
 
 
 def push(step: Bijector, case: Case) -> Bijector:

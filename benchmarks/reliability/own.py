@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -39,6 +40,9 @@ def flowpost_models() -> list[Model]:
         "Householder ×2": lambda dim: fp.Chain(fp.Householder(dim), fp.Householder(dim)),
         "LULinear": fp.LULinear,
         "ActNorm": fp.ActNorm,
+        "Sigmoid": fp.Sigmoid,
+        "Softplus": fp.Softplus,
+        "Tanh": fp.Tanh,
         "Autoregressive ×2": lambda dim: fp.Chain(ar(dim), ar(dim)),
         "Autoregressive ×2, amortized": lambda dim: fp.Shared(ar(dim, CONTEXT), ar(dim, CONTEXT)),
         "Reverse": fp.Reverse,
@@ -66,7 +70,9 @@ def _step(name: str, build: Callable[[int], Bijector]) -> Model:
     def width(dim: int) -> int:
         return build(dim).context_size
 
-    return Model(name, lambda dim, _: build(dim), forward, inverse, width, lambda dim: width(dim) or None,
+    # The uses draw points of the line: an inverse that is defined elsewhere is not asked.
+    slow = inverse if build(2).codomain == (-math.inf, math.inf) else None
+    return Model(name, lambda dim, _: build(dim), forward, slow, width, lambda dim: width(dim) or None,
                  reload=_flowpost_files())  # fmt: skip
 
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from flowpost.checks import active, check_finite, check_residual
+from flowpost.checks import active, check_finite, check_inside, check_residual
 
+LINE = (-math.inf, math.inf)
 _FLOATS = (torch.float32, torch.float64)
 
 
@@ -40,6 +41,10 @@ class Bijector(nn.Module, ABC):
     """How many last axes of z make one event; the channel axis, ``dim`` wide, is the first of them."""
     triangular = False
     """Whether ``z' = loc + L z`` for every context, L lower-triangular with a positive diagonal."""
+    domain = LINE
+    """The open interval ``(low, high)`` in which every variable of z lies; outside, results are not finite."""
+    codomain = LINE
+    """The open interval onto which each is mapped, and the domain of the inverse."""
     elementwise = False
     """Whether ``z'_i = f(z_i; c_i)``, the context being ``(numbers, dim)`` flattened, at least one number a variable.
 
@@ -73,7 +78,10 @@ class Bijector(nn.Module, ABC):
             TypeError: for a z or context that is no floating tensor, or a z of another dtype than the parameters.
             ValueError: for a wrong shape or device, a missing context, or one that is not read.
         """
-        return self._finish(z, *self._forward(z, self._check(z, context)))
+        context = self._check(z, context)
+        if active():
+            check_inside("z", z, self.domain)
+        return self._finish(z, *self._forward(z, context))
 
     def inverse(
         self, z: Tensor, context: Tensor | None = None, *, known: Tensor | None = None
@@ -91,12 +99,15 @@ class Bijector(nn.Module, ABC):
         Raises:
             TypeError: as ``forward``.
             ValueError: as ``forward``.
+            DomainError: under ``flowpost.checking()``, if z' lies outside the codomain.
             InversionError: under ``flowpost.checking()``, if mapping back does not give z'.
         """
         context = self._check(z, context)
         if known is not None:
             check_tensor("known", known, self.dim, self.event_ndim)
             known = known.detach()
+        if active():
+            check_inside("z", z, self.codomain)
         preimage, log_det = self._finish(z, *self._inverse(z, context, known))
         if active():
             self._check_inverse(z, context, preimage, log_det)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from functools import reduce
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -21,6 +22,7 @@ class _Steps(Bijector):
         self.steps = nn.ModuleList(steps)
         self.event_ndim = steps[0].event_ndim
         self.triangular = all(step.triangular for step in steps)
+        self.domain, self.codomain = steps[0].domain, steps[-1].codomain
 
     def __iter__(self) -> Iterator[Bijector]:
         return iter(cast("Iterator[Bijector]", self.steps))
@@ -82,6 +84,12 @@ def _check_steps(name: str, steps: tuple[Bijector, ...]) -> None:
         raise ValueError(f"{name}: expected steps of one dim, got {sizes}")
     if len({step.event_ndim for step in steps}) > 1:
         raise ValueError(f"{name}: expected steps of one event_ndim, got {[step.event_ndim for step in steps]}")
+    for before, after in pairwise(steps):
+        if before.codomain != after.domain:
+            raise ValueError(
+                f"{name}: expected steps that start where the one before ends, got {type(before).__name__} onto "
+                f"{before.codomain} and {type(after).__name__} from {after.domain}"
+            )
 
 
 class Chain(_Steps):
@@ -96,7 +104,7 @@ class Chain(_Steps):
 
     Raises:
         TypeError: for a step that is no Bijector.
-        ValueError: for no step, or steps of different ``dim``.
+        ValueError: for no step, steps of different ``dim``, or one whose codomain is not the domain of the next.
 
     Example:
         >>> flow = Chain(Affine(2), Planar(2))
@@ -187,6 +195,7 @@ class _Wrapper(Bijector):
         self.step = step
         self.event_ndim = step.event_ndim
         self.triangular = step.triangular
+        self.domain, self.codomain = step.domain, step.codomain
 
     @abstractmethod
     def _read(self, context: Tensor | None) -> Tensor | None: ...
@@ -284,6 +293,7 @@ class Inverse(Bijector):
         self.step = step
         self.event_ndim = step.event_ndim
         self.elementwise = step.elementwise
+        self.domain, self.codomain = step.codomain, step.domain
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return self.step._inverse(z, context, None)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from flowpost.bijectors.base import Bijector
+from flowpost.bijectors.base import LINE, Bijector
 
 Make = Callable[..., Bijector]
 """``make(dim, context_size, dtype, seed, push)``, called with keywords, builds a step."""
@@ -39,6 +42,20 @@ def push(step: Bijector, amount: float, seed: int) -> Bijector:
     return step
 
 
+def place(z: Tensor, interval: tuple[float, float]) -> Tensor:
+    """Numbers of the line carried into an open interval, 1e-5 of it from its ends; those not finite stay."""
+    low, high = interval
+    if interval == LINE:
+        return z
+    if high == math.inf:
+        inside = low + F.softplus(z.clamp_min(-12))
+    elif low == -math.inf:
+        inside = high - F.softplus(z.clamp_min(-12))
+    else:
+        inside = low + (high - low) * torch.sigmoid(z.clamp(-12, 12))
+    return torch.where(z.isfinite(), inside, z)
+
+
 @dataclass(frozen=True)
 class Case:
     """One step under one condition; equal cases give equal steps and numbers."""
@@ -65,8 +82,12 @@ class Case:
         return step.to(self.device)
 
     def z(self, *batch: int, scale: float = 1.0) -> Tensor:
-        """Points ``(*batch, dim)`` on the step's domain, normal with the given scale."""
-        return self._normal(*batch, self.dim, scale=scale, salt=1)
+        """Points ``(*batch, dim)`` in the step's domain: normal with the given scale, if that is the line."""
+        return place(self._normal(*batch, self.dim, scale=scale, salt=1), self._ends[0])
+
+    def y(self, *batch: int, scale: float = 1.0) -> Tensor:
+        """Points in the step's codomain, for its inverse; those of `z` where it is the domain."""
+        return place(self._normal(*batch, self.dim, scale=scale, salt=1), self._ends[1])
 
     def context(self, *batch: int, scale: float | None = None) -> Tensor | None:
         """Contexts ``(*batch, context_size)`` around the step's initial one; None where it reads none."""
@@ -77,9 +98,27 @@ class Case:
         return noise + step.initial_context().to(noise)
 
     def points(self, count: int = 8) -> tuple[Bijector, Tensor, Tensor | None]:
-        """The step, points at every scale, and a context for each point."""
-        z = torch.cat([self.z(count, scale=scale) for scale in SCALES])
-        return self.step(), z, self.context(len(z))
+        """The step, points at every scale, and a context for each point; no image rounds to an end of the codomain."""
+        step, z = self.step(), torch.cat([self.z(count, scale=scale) for scale in SCALES])
+        context = self.context(len(z))
+        if step.codomain != LINE:
+            y = torch.cat([self.y(count, scale=scale) for scale in SCALES])
+            z = step.inverse(y, context)[0].detach()
+        return step, z, context
+
+    def images(self, count: int = 8) -> tuple[Bijector, Tensor, Tensor | None]:
+        """As `points`, for the inverse: no preimage rounds to an end of the domain."""
+        step, y = self.step(), torch.cat([self.y(count, scale=scale) for scale in SCALES])
+        context = self.context(len(y))
+        if step.domain != LINE:
+            z = torch.cat([self.z(count, scale=scale) for scale in SCALES])
+            y = step(z, context)[0].detach()
+        return step, y, context
+
+    @cached_property
+    def _ends(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        step = self.step()
+        return step.domain, step.codomain
 
     def _normal(self, *shape: int, scale: float, salt: int) -> Tensor:
         generator = torch.Generator().manual_seed(1_000_003 * salt + self.seed)

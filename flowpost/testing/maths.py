@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from flowpost.bijectors.base import Bijector
+from flowpost.bijectors.base import LINE, Bijector
 from flowpost.bijectors.compose import Chain, Inverse
 from flowpost.posterior import FlowPosterior
 from flowpost.testing.cases import Case, eps, in_float64, jacobian, require, size, within
@@ -52,7 +52,7 @@ def orientation(case: Case) -> float:
 
 def round_trip(case: Case) -> float:
     """B3: ``f(f^-1(y)) = y`` up to rounding, that of a context which the map amplifies included."""
-    step, y, context = case.points()
+    step, y, context = case.images()
     x = step.inverse(y, context)[0].detach()
     back, _ = step(x, context)
     bound = 64 * eps(case) * (size(step, case.dim) * (1 + y.abs() + x.abs().amax(-1, keepdim=True))).amin(-1)
@@ -82,7 +82,7 @@ def _sensitivity(step: Bijector, z: Tensor, context: Tensor | None, rows: Tensor
 
 def cancel(case: Case) -> float:
     """B4: the inverse's log-det is minus the forward's at the preimage."""
-    step, y, context = case.points()
+    step, y, context = case.images()
     x, inverse = step.inverse(y, context)
     _, forward = step(x, context)
     n = size(step, case.dim)
@@ -123,6 +123,8 @@ def structure(case: Case) -> float:
 def sampling(case: Case) -> float:
     """B16: the log q that comes with a sample is the one that inverting the sample gives, in the median."""
     step = case.step()
+    if step.domain != LINE:
+        return 0.0
     posterior = FlowPosterior(step.context_size, step, head=nn.Identity())
     context, noise = case.context(64), case.z(64)
     sample = posterior(context, noise=noise) if context is not None else posterior(sample_shape=(64,), noise=noise)
@@ -145,7 +147,8 @@ def gradients(case: Case) -> float:
     inputs = (z,) if context is None else (z, context.requires_grad_())
     torch.autograd.gradcheck(lambda *args: step(*args), inputs)
     torch.autograd.gradgradcheck(lambda *args: step(*args), inputs, atol=1e-4)
-    torch.autograd.gradcheck(lambda *args: step.inverse(*args), inputs, atol=1e-4, rtol=1e-2)
+    images = (case.y(2).requires_grad_(), *inputs[1:])
+    torch.autograd.gradcheck(lambda *args: step.inverse(*args), images, atol=1e-4, rtol=1e-2)
     return 0.0
 
 
@@ -164,6 +167,8 @@ def mass(case: Case) -> float:
         return 0.0
     # Sharper two-dimensional densities defeat the grid, not the flow.
     step, context = case.step(), case.context(1, scale=case.context_scale if case.dim == 1 else 0.3)
+    if step.domain != LINE:
+        return 0.0
     return within("mass - 1", (total_mass(step, context, case.device) - 1).abs(), 1e-3 if case.dim == 1 else 1e-2, case)
 
 
@@ -201,6 +206,8 @@ def _mass_2d(step: Bijector, context: Tensor | None, device: str, cells: int = 2
 def composition(case: Case) -> float:
     """B21: Chain and Inverse of the step hold B1 too; ``Inverse(Inverse(step))`` is the step; log-dets add."""
     first, second = case.step(), case.step(case.seed + 1)
+    if first.codomain != second.domain:
+        second = Inverse(second)
     twice = Inverse(Inverse(first))
     require(twice is first or isinstance(first, Inverse), case, "Inverse(Inverse(step)) is not the step")
     z = case.z(8)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.compose import Inverse
-from flowpost.testing.cases import Case, require, within
+from flowpost.testing.cases import Case, Pair, place, require, within
 
 Inputs = tuple[Bijector, Tensor, Tensor | None]
 
@@ -21,9 +21,15 @@ def _loose(case: Case) -> float:
     return 1e-10 if case.dtype == torch.float64 else 1e-5
 
 
-def _both(step: Bijector, z: Tensor, context: Tensor | None) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-    yield "forward", step(z, context)
-    yield "inverse", step.inverse(z, context)
+def _sides(case: Case, step: Bijector, *batch: int) -> Iterator[tuple[str, Callable[..., Pair], Tensor]]:
+    """Both directions, with points where they are defined."""
+    yield "forward", step, case.z(*batch)
+    yield "inverse", step.inverse, case.y(*batch)
+
+
+def _both(case: Case, step: Bijector, context: Tensor | None, *batch: int) -> Iterator[tuple[str, Pair]]:
+    for name, direction, z in _sides(case, step, *batch):
+        yield name, direction(z, context)
 
 
 def _same(name: str, found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], bound: float, case: Case) -> float:
@@ -42,14 +48,14 @@ def shapes(case: Case) -> float:
     """B5: any leading axes, also none and empty ones, expanded and transposed inputs, equal to the flat batch."""
     step, worst = case.step(), 0.0
     for batch in [(), (1,), (0,), (3,), (2, 3), (2, 0, 3), (1, 1), (3, 1)]:
-        z, context = case.z(*batch), case.context(*batch)
-        for name, (image, log_det) in _both(step, z, context):
-            require(image.shape == z.shape, case, f"{name}: {tuple(z.shape)} became {tuple(image.shape)}")
+        for name, (image, log_det) in _both(case, step, case.context(*batch), *batch):
+            shape = (*batch, case.dim)
+            require(image.shape == shape, case, f"{name}: {shape} became {tuple(image.shape)}")
             require(log_det.shape == batch, case, f"{name}: batch {batch} has log-det {tuple(log_det.shape)}")
-    step, z, context = case.step(), case.z(4, 3), case.context(3)
+    context = case.context(3)
     full = None if context is None else context.expand(4, -1, -1)
     flat = None if full is None else full.reshape(12, -1)
-    for direction in (step, step.inverse):
+    for _, direction, z in _sides(case, step, 4, 3):
         wanted = direction(z.reshape(12, -1), flat)
         wanted = (wanted[0].view(4, 3, -1), wanted[1].view(4, 3))
         worst = max(worst, _same("context with fewer axes", direction(z, context), wanted, _loose(case), case))
@@ -61,11 +67,11 @@ def shapes(case: Case) -> float:
 def dtypes(case: Case) -> float:
     """B6 and B20: outputs have z's dtype and device, whatever the default dtype and autocast say."""
     step, z, context = case.step(), case.z(3), case.context(3)
-    wanted = [result for _, result in _both(step, z, context)]
+    wanted = [result for _, result in _both(case, step, context, 3)]
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32 if case.dtype == torch.float64 else torch.float64)
     try:
-        found = [result for _, result in _both(step, z, context)]
+        found = [result for _, result in _both(case, step, context, 3)]
     finally:
         torch.set_default_dtype(default)
     for one, other in zip(found, wanted, strict=True):
@@ -95,9 +101,10 @@ def rows(case: Case) -> float:
     step, z, context = case.step(), case.z(6), case.context(6)
     others = torch.tensor([0, 1, 3, 4, 5], device=z.device)
     for poison in (torch.nan, torch.inf, 1e6):
-        bad = z.clone()
-        bad[2] = poison
-        for (name, found), (_, wanted) in zip(_both(step, bad, context), _both(step, z, context), strict=True):
+        for name, direction, good in _sides(case, step, 6):
+            bad = good.clone()
+            bad[2] = poison
+            found, wanted = direction(bad, context), direction(good, context)
             clean = _equal(tuple(t[others] for t in found), tuple(t[others] for t in wanted))
             require(clean, case, f"rows: {poison} in row 2 changes other rows ({name})")
             finite = bool(found[0][2].isfinite().all() and found[1][2].isfinite())
@@ -111,8 +118,8 @@ def purity(case: Case) -> float:
     """B8 and B22: inputs unchanged; equal calls, equal bits; a refilled input or a moved weight, a fresh answer."""
     step, z, context = case.step(), case.z(4), case.context(4)
     before, state = z.clone(), torch.random.get_rng_state()
-    first = [result for _, result in _both(step, z, context)]
-    again = [result for _, result in _both(step, z, context)]
+    first = [result for _, result in _both(case, step, context, 4)]
+    again = [result for _, result in _both(case, step, context, 4)]
     require(all(_equal(a, b) for a, b in zip(first, again, strict=True)), case, "purity: a second call differs")
     require(torch.equal(z, before), case, "purity: the input was changed")
     require(torch.equal(state, torch.random.get_rng_state()), case, "purity: the global random state was used")
@@ -148,8 +155,9 @@ def extremes(case: Case) -> float:
             context = case.context(len(values), scale=scale)
             if context is not None and scale == 0:
                 context = torch.zeros_like(context)
-            for direction in (step.forward, step.inverse):
-                finite = all(bool(t.isfinite().all()) for t in _with_gradients(direction, step, z, context))
+            for direction, interval in ((step.forward, step.domain), (step.inverse, step.codomain)):
+                results = _with_gradients(direction, step, place(z, interval), context)
+                finite = all(bool(t.isfinite().all()) for t in results)
                 name = direction.__name__
                 require(finite, case, f"extremes: {name} not finite at push {amount}, context scale {scale}")
     return 0.0
@@ -169,7 +177,8 @@ def state(case: Case) -> float:
         ("deepcopy", copy.deepcopy(step)),
         ("pickle", pickle.loads(pickle.dumps(step))),
     ):
-        for (_, found), (_, wanted) in zip(_both(copied, z, context), _both(step, z, context), strict=True):
+        results = zip(_both(case, copied, context, 3), _both(case, step, context, 3), strict=True)
+        for (_, found), (_, wanted) in results:
             require(_equal(found, wanted), case, f"state: {name} gives another answer")
     return 0.0
 
@@ -180,9 +189,9 @@ def transforms(case: Case) -> float:
     axes = (0, None if context is None else 0)
     bound = 1e-8 if case.dtype == torch.float64 else 1e-4
     worst = 0.0
-    for direction in (step, step.inverse):
-        mapped = torch.func.vmap(lambda a, c, f=direction: f(a, c), in_dims=axes)(z, context)
-        worst = max(worst, _same("vmap", mapped, direction(z, context), bound, case))
+    for _, direction, points in _sides(case, step, 3):
+        mapped = torch.func.vmap(lambda a, c, f=direction: f(a, c), in_dims=axes)(points, context)
+        worst = max(worst, _same("vmap", mapped, direction(points, context), bound, case))
     slopes = torch.func.vmap(torch.func.jacrev(lambda a, c: step(a, c)[0]), in_dims=axes)(z, context)
     sign, log_det = torch.linalg.slogdet(slopes)
     require(bool((sign != 0).all()), case, "jacrev: singular")
@@ -195,9 +204,8 @@ def transforms(case: Case) -> float:
 def compiles(case: Case) -> float:
     """B18: fullgraph compile of both directions: values and all gradients equal eager."""
     step, worst = case.step(), 0.0
-    z, context = case.z(3), case.context(3)
-    bound = 1e-10 if case.dtype == torch.float64 else 1e-4
-    for direction in (step.forward, step.inverse):
+    context, bound = case.context(3), 1e-10 if case.dtype == torch.float64 else 1e-4
+    for direction, z in ((step.forward, case.z(3)), (step.inverse, case.y(3))):
         torch._dynamo.reset()
         compiled = torch.compile(direction, backend="aot_eager", fullgraph=True)
         results = [_with_gradients(f, step, z, context) for f in (compiled, direction)]
