@@ -283,12 +283,22 @@ class FlowDistribution(Distribution):
     """
 
     arg_constraints = {}  # pyright: ignore[reportAssignmentType]
-    support = constraints.real_vector  # pyright: ignore[reportAssignmentType]
     has_rsample = True
 
     def __init__(self, posterior: FlowPosterior, h: Tensor | None = None, *, validate_args: bool | None = None) -> None:
         self.posterior, self.h = posterior, posterior._check_features(h)
         super().__init__(torch.Size(_batch(h)), torch.Size((posterior.dim,)), validate_args=validate_args)
+
+    @constraints.dependent_property(is_discrete=False, event_dim=1)
+    def support(self) -> constraints.Constraint:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Where z lies: the flow's codomain, in every variable."""
+        low, high = self.posterior.flow.codomain
+        if (low, high) == LINE:
+            return constraints.real_vector
+        if low == -math.inf:
+            return constraints.independent(constraints.less_than(high), 1)
+        each = constraints.greater_than(low) if high == math.inf else constraints.interval(low, high)
+        return constraints.independent(each, 1)
 
     def expand(self, batch_shape: tuple[int, ...], _instance: Distribution | None = None) -> FlowDistribution:
         """The same distribution over a larger batch shape; needs an encoder's features to expand."""

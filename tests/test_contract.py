@@ -13,6 +13,8 @@ COMPILED = {
     "affine",
     "unit_lower_triangular",
     "planar",
+    "sigmoid",
+    "tanh",
     "act_norm",
     "lu_linear_order",
     "householder",

@@ -118,6 +118,15 @@ def test_a_sample_s_log_q_is_the_density_by_hand(family: type[Bijector]) -> None
     torch.testing.assert_close(log_prob, other.log_prob(z), rtol=1e-9, atol=1e-9)
 
 
+@every
+def test_the_distribution_s_support_is_the_codomain(family: type[Bijector]) -> None:
+    distribution = flowpost.FlowDistribution(FlowPosterior(0, family(2)), validate_args=True)
+    distribution.log_prob(distribution.sample((5,)))
+    with pytest.raises(ValueError, match="within the support"):
+        distribution.log_prob(torch.tensor([0.5, -1.5]))
+    assert distribution.support.check(torch.tensor([[0.5, 0.5], [0.5, 1.5]])).tolist() == [True, family is Softplus]
+
+
 def test_domains_of_wholes_are_those_of_their_parts() -> None:
     up, unit = (0.0, math.inf), (0.0, 1.0)
     assert (Softplus(2).domain, Softplus(2).codomain) == (LINE, up)
