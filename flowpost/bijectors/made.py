@@ -117,6 +117,12 @@ class MADE(nn.Module):
         """The layers, in a list."""
         return cast("list[MaskedLinear]", list(self.layers))
 
+    def last_parameters(self) -> list[Tensor]:
+        """Those that add to the outputs: the last layer's and, where it is the first too, the projection's."""
+        last = self.stack[-1]
+        project = [] if self.project is None or len(self.layers) > 1 else [self.project.weight]
+        return [last.weight, last.bias, *project]
+
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Outputs for every variable; see the class."""
         first, *others = self.stack
