@@ -2,13 +2,14 @@
 
 from flowpost import calibration, evaluation, functional, gaps, importance, objectives, schedules, testing, vae
 from flowpost.bijectors.actnorm import ActNorm
-from flowpost.bijectors.affine import Affine, Scale
+from flowpost.bijectors.affine import Affine, Scale, Shift
 from flowpost.bijectors.autoregressive import Autoregressive
 from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.compose import Chain, Conditioned, Inverse, Learned, Shared
 from flowpost.bijectors.convex import ConvexCombination
 from flowpost.bijectors.householder import Householder
 from flowpost.bijectors.lu import LULinear
+from flowpost.bijectors.masked import Masked
 from flowpost.bijectors.permute import Permute, Reverse
 from flowpost.bijectors.planar import Planar
 from flowpost.bijectors.radial import Radial
@@ -39,6 +40,7 @@ __all__ = [
     "InversionError",
     "LULinear",
     "Learned",
+    "Masked",
     "NonFiniteError",
     "Permute",
     "Planar",
@@ -47,6 +49,7 @@ __all__ = [
     "Sample",
     "Scale",
     "Shared",
+    "Shift",
     "Sigmoid",
     "Softplus",
     "Tanh",

@@ -2,6 +2,7 @@
 
 from flowpost.bijectors.actnorm import act_norm as act_norm
 from flowpost.bijectors.affine import affine as affine
+from flowpost.bijectors.affine import exp_scale as exp_scale
 from flowpost.bijectors.affine import log_var_scale as log_var_scale
 from flowpost.bijectors.convex import convex_combination as convex_combination
 from flowpost.bijectors.gate import gate as gate

@@ -22,19 +22,21 @@ from flowpost import (
     Inverse,
     Learned,
     LULinear,
+    Masked,
     Permute,
     Planar,
     Radial,
     Reverse,
     Scale,
     Shared,
+    Shift,
     Sigmoid,
     Softplus,
     Tanh,
     UnitLowerTriangular,
 )
 from flowpost.bijectors.base import LINE
-from flowpost.functional import log_var_scale
+from flowpost.functional import exp_scale, log_var_scale
 from flowpost.recipes import householder_steps
 from flowpost.testing.cases import place
 
@@ -69,6 +71,7 @@ def _ar(dim: int, context_size: int = 0, hidden: Sequence[int] = (12,), **option
 ENTRIES = [
     Entry("affine", Affine, identity=True),
     Entry("affine_log_var", lambda dim: Affine(dim, log_var_scale), identity=True),
+    Entry("shift", Shift, identity=True),
     Entry("scale", lambda dim: Scale(dim, 0.3)),
     Entry("unit_lower_triangular", UnitLowerTriangular, identity=True),
     Entry("planar", Planar, identity=True),
@@ -91,6 +94,13 @@ ENTRIES = [
     Entry("autoregressive_narrow", lambda dim: _ar(dim, 2, (2,))),
     # 300 units, 2 and more blocks in MaskedLinear.
     Entry("autoregressive_wide", lambda dim: _ar(dim, 3, (300, 260))),
+    Entry("masked_affine", lambda dim: Masked(Affine(dim, exp_scale), 0, (8,)), identity=True),
+    Entry(
+        "masked_affine_context",
+        lambda dim: Masked(Affine(dim), 3, (8, 8), order=_order(dim), activation=torch.tanh),
+        identity=True,
+    ),
+    Entry("masked_shift", lambda dim: Masked(Inverse(Shift(dim)), 2, ()), identity=True),
     Entry("reverse", Reverse, identity=False),
     Entry("permute", lambda dim: Permute(_order(dim))),
     Entry("learned_affine", lambda dim: Learned(Affine(dim)), identity=True),
@@ -110,6 +120,9 @@ ENTRIES = [
     Entry("inverse_sigmoid", lambda dim: Inverse(Sigmoid(dim))),
     Entry("inverse_autoregressive", lambda dim: Inverse(_ar(dim, 2, (8,)))),
     Entry("inverse_autoregressive_order", lambda dim: Inverse(_ar(dim, 0, (8,), order=_order(dim)))),
+    Entry(
+        "inverse_masked_affine", lambda dim: Inverse(Masked(Inverse(Affine(dim, exp_scale)), 2, (8,))), identity=True
+    ),
     Entry("inverse_learned_planar", lambda dim: Inverse(Learned(Planar(dim))), identity=True),
     Entry("full_covariance", lambda dim: Chain(UnitLowerTriangular(dim), Affine(dim)), identity=True),
     Entry("planar_flow", lambda dim: Chain(Affine(dim), *(Planar(dim) for _ in range(4))), identity=True),

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowpost.bijectors.base import Bijector, check_int
+from flowpost.bijectors.gate import SPREAD
 from flowpost.bijectors.scales import softplus_scale
 
 
@@ -27,6 +28,20 @@ def log_var_scale(log_var: Tensor) -> Tensor:
     """
     v = log_var.clamp(-1e3, 1e3)  # where the slope has long underflowed: keeps v - softplus(v - 20) exact
     return torch.exp(0.5 * (v - F.softplus(v - 20) + F.softplus(-v - 20)))
+
+
+def exp_scale(raw: Tensor) -> Tensor:
+    """A scale ``exp(4 tanh(raw / 4))``: an exponential, softly bounded to between 0.018 and 55; 1 at ``raw = 0``.
+
+    The bound is what keeps the inverse of an autoregressive step well-conditioned, as `gate_parameters` does.
+
+    Args:
+        raw: unconstrained numbers, any shape, float32 or float64.
+
+    Returns:
+        Positive numbers of the same shape and dtype.
+    """
+    return torch.exp(SPREAD * torch.tanh(raw / SPREAD))
 
 
 def affine(z: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,8 +66,8 @@ class Affine(Bijector):
 
     Args:
         dim: size of z.
-        scale: element-wise function from raw numbers to positive ones, 1 at 0: `softplus_scale`, or `log_var_scale`
-            where the context is a VAE's ``(loc, log_var)``.
+        scale: element-wise function from raw numbers to positive ones, 1 at 0: `softplus_scale`, `exp_scale`, or
+            `log_var_scale` where the context is a VAE's ``(loc, log_var)``.
 
     Shapes:
         z ``(*batch, dim)``, context ``(*batch, 2 * dim)``.
@@ -88,6 +103,39 @@ class Affine(Bijector):
         shift, scale = self._loc_scale(context)
         tril = torch.diag_embed(scale) if tril is None else scale.unsqueeze(-1) * tril
         return shift + scale * loc, tril
+
+
+class Shift(Bijector):
+    """Element-wise shift ``z' = z + loc``, ``log_det = 0``: what an additive coupling does (Dinh et al. 2015, eq. 9).
+
+    Invertible for every context, and the identity at zeros. Forward and inverse cost O(dim), the log-det nothing.
+
+    Args:
+        dim: size of z.
+
+    Shapes:
+        z ``(*batch, dim)``, context ``(*batch, dim)``.
+
+    Example:
+        >>> Shift(2)(torch.zeros(2), torch.tensor([1.0, -1.0]))[0]
+        tensor([ 1., -1.])
+    """
+
+    triangular = True
+    elementwise = True
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, check_int("dim", dim, minimum=1))
+
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return z + cast(Tensor, context), z.new_zeros(())
+
+    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+        return z - cast(Tensor, context), z.new_zeros(())
+
+    def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        tril = torch.eye(self.dim, dtype=loc.dtype, device=loc.device) if tril is None else tril
+        return loc + cast(Tensor, context), tril
 
 
 class Scale(Bijector):

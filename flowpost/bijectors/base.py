@@ -139,7 +139,7 @@ class Bijector(nn.Module, ABC):
 
     def causal_order(self) -> Tensor | None:
         """The variables in an order in which the Jacobian is lower-triangular for every context, where there is one."""
-        return torch.arange(self.dim) if self.triangular else None
+        return torch.arange(self.dim) if self.triangular or self.elementwise else None
 
     def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Push N(loc, tril tril^T) through a ``triangular`` step; tril None is the identity."""

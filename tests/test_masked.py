@@ -1,0 +1,239 @@
+"""Masked: the papers' formulae written out, what the wrapper promises of any step, and the plain affine gate."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from registry import Case, jacobian, push
+from torch import Tensor
+
+from flowpost import Affine, Autoregressive, Bijector, Inverse, Masked, Planar, Shift
+from flowpost.bijectors.made import MADE
+from flowpost.functional import exp_scale, gate_parameters, softplus_scale
+
+F64 = torch.float64
+
+
+def network_by_hand(
+    net: MADE, z: list[float], h: list[float], order: Sequence[int], widths: list[int]
+) -> list[list[float]]:
+    """MADE in loops over units (Germain et al. 2015, eq. 8 to 10), from degrees that are worked out here."""
+    dim = len(z)
+    place = {variable: k for k, variable in enumerate(order)}
+    weights = [layer.weight.tolist() for layer in net.stack]
+    biases = [layer.bias.tolist() for layer in net.stack]
+    projection = [] if net.project is None else net.project.weight.tolist()
+    values, degrees = list(z), [place[i] + 1 for i in range(dim)]
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        last = layer == len(weights) - 1
+        units = [place[i % dim] if last else i * dim // widths[layer] for i in range(len(bias))]
+        sums = []
+        for unit, degree in enumerate(units):
+            total = bias[unit]
+            for j, value in enumerate(values):
+                total += weight[unit][j] * value if degrees[j] <= degree else 0.0
+            if layer == 0:
+                total += sum(w * x for w, x in zip(projection[unit], h, strict=True)) if projection else 0.0
+            sums.append(total if last else math.tanh(total))
+        values, degrees = sums, units
+    return [values[k * dim : (k + 1) * dim] for k in range(len(values) // dim)]
+
+
+SIZES = [(1, (3,), 2, [0]), (3, (), 2, [0, 1, 2]), (3, (), 0, [2, 0, 1]), (4, (6,), 0, [3, 2, 1, 0]),
+         (4, (5, 9), 3, [1, 3, 0, 2])]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dim", "hidden", "context_size", "order"), SIZES)
+@pytest.mark.parametrize("kind", ["iaf", "maf"])
+def test_it_is_the_papers_affine_flow(
+    dim: int, hidden: tuple[int, ...], context_size: int, order: list[int], kind: str
+) -> None:
+    """In loops, in Python's floats.
+
+    IAF ``z' = mu + sigma z`` with log-det ``sum log sigma``, of the noise before it (Kingma et al. 2016, eq. 9, 10);
+    MAF ``x_i = u_i exp(alpha_i) + mu_i``, of the x before it (Papamakarios et al. 2017, eq. 3).
+    """
+    affine = Affine(dim, exp_scale)
+    inner = affine if kind == "iaf" else Inverse(affine)
+    step = Masked(inner, context_size, hidden, order=order, activation=torch.tanh).double()
+    push(step, Case(seed=dim, push=0.3))
+    noise, h = torch.randn(dim, dtype=F64), torch.randn(context_size, dtype=F64)
+    flow = step if kind == "iaf" else Inverse(step)
+    found, log_det = flow(noise, h if context_size else None)
+    image, total = [0.0] * dim, 0.0
+    for i in order:
+        seen = noise.tolist() if kind == "iaf" else image
+        mean, raw = network_by_hand(step.net, seen, h.tolist(), order, list(hidden))
+        alpha = 4 * math.tanh(raw[i] / 4)
+        image[i] = noise[i].item() * math.exp(alpha) + mean[i]
+        total += alpha
+    torch.testing.assert_close(found, torch.tensor(image, dtype=F64), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(log_det, torch.tensor(total, dtype=F64), rtol=1e-11, atol=1e-11)
+
+
+def test_the_gated_step_is_a_masked_affine_one() -> None:
+    """Eq. 13, 14 of Kingma et al. 2016 against eq. 9, 10: ``sigma = s`` and ``mu = (1 - s) m``."""
+
+    class Gate(Bijector):
+        elementwise = True
+
+        def __init__(self, dim: int) -> None:
+            super().__init__(dim, 2 * dim)
+
+        def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+            assert context is not None
+            raw, mean = context.chunk(2, dim=-1)
+            logit, mean = gate_parameters(raw, mean)
+            s = torch.sigmoid(logit)
+            return (1 - s) * mean + s * z, s.log().sum(-1)
+
+        def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+            assert context is not None
+            raw, mean = context.chunk(2, dim=-1)
+            logit, mean = gate_parameters(raw, mean)
+            s = torch.sigmoid(logit)
+            return (z - (1 - s) * mean) / s, -s.log().sum(-1)
+
+    gated, order = Autoregressive(5, 2, (7, 9), order=[4, 2, 0, 3, 1]).double(), [4, 2, 0, 3, 1]
+    push(gated, Case(seed=1, push=0.3))
+    masked = Masked(Gate(5), 2, (7, 9), order=order).double()
+    masked.load_state_dict(gated.state_dict())
+    z, h = torch.randn(3, 5, dtype=F64), torch.randn(3, 2, dtype=F64)
+    torch.testing.assert_close(masked(z, h), gated(z, h), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(masked.inverse(z, h), gated.inverse(z, h), rtol=1e-9, atol=1e-9)
+
+
+def test_the_jacobian_is_triangular_whatever_the_weights() -> None:
+    step = Masked(Affine(5), 2, (30, 20), order=[2, 0, 4, 1, 3]).double()
+    for parameter in step.parameters():
+        torch.nn.init.normal_(parameter)
+    z = torch.randn(4, 5, dtype=F64, requires_grad=True)
+    matrix = jacobian(step(z, torch.randn(4, 2, dtype=F64))[0], z)
+    order = step.causal_order()
+    ordered = matrix[:, order][:, :, order]
+    assert (ordered.triu(1) == 0).all()
+    assert (ordered.tril() != 0).sum() == 4 * 15
+    assert (ordered.diagonal(dim1=-2, dim2=-1) > 0).all()
+
+
+class Recording(Affine):
+    """An affine step that keeps what its inverse was called with."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.calls: list[tuple[Tensor, Tensor | None]] = []
+
+    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+        self.calls.append((z, known))
+        return super()._inverse(z, context, known)
+
+
+def test_the_inverse_asks_for_one_variable_after_the_other_and_hands_on_what_is_known() -> None:
+    step, order = Masked(Recording(3), 0, (8,), order=[2, 0, 1]).double(), [2, 0, 1]
+    push(step, Case(push=0.3))
+    known = torch.randn(6, 3, dtype=F64)
+    image, _ = step(known)
+    back, _ = step.inverse(image, known=known)
+    torch.testing.assert_close(back, known)
+    assert isinstance(step.step, Recording)
+    *one_by_one, (all_asked, all_known) = step.step.calls
+    for (asked, column), variable in zip(one_by_one, order, strict=True):
+        assert torch.equal(asked, image[:, [variable]])
+        assert column is not None
+        assert torch.equal(column, known[:, [variable]])
+    assert torch.equal(all_asked, image)
+    assert all_known is not None
+    assert torch.equal(all_known, known)
+    step.step.calls.clear()
+    step.inverse(image)
+    assert [column for _, column in step.step.calls] == [None] * 4
+
+
+def test_an_order_is_loaded_with_the_weights() -> None:
+    first, second = (Masked(Affine(4), 2, (9,), order=order).double() for order in ([3, 1, 0, 2], [0, 2, 1, 3]))
+    push(first, Case(push=0.3))
+    z, h = torch.randn(5, 4, dtype=F64), torch.randn(5, 2, dtype=F64)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second(z, h)[0], first(z, h)[0])
+    assert second.causal_order().tolist() == [3, 1, 0, 2]
+
+
+@pytest.mark.parametrize("context_size", [0, 3])
+@pytest.mark.parametrize("hidden", [(), (8,)], ids=str)
+def test_a_fresh_step_is_the_step_at_its_initial_context(context_size: int, hidden: tuple[int, ...]) -> None:
+    class Doubling(Affine):
+        def initial_context(self) -> Tensor:
+            return torch.arange(2.0 * self.dim)  # loc 0, 1, 2, raw 3, 4, 5
+
+    step = Masked(Doubling(3), context_size, hidden, order=[1, 2, 0]).double()
+    z = torch.randn(4, 3, dtype=F64)
+    image, log_det = step(z, torch.randn(4, context_size, dtype=F64) if context_size else None)
+    scale = softplus_scale(torch.tensor([3.0, 4.0, 5.0], dtype=F64))
+    torch.testing.assert_close(image, torch.tensor([0.0, 1.0, 2.0], dtype=F64) + scale * z)
+    torch.testing.assert_close(log_det, scale.log().sum().expand(4))
+
+
+def test_autocast_s_log_det_is_that_of_the_numbers_it_used() -> None:
+    """B19: only the network loses digits."""
+    step, z, context = draw_masked()
+    outputs: list[Tensor] = []
+    hook = step.net.register_forward_hook(lambda module, inputs, output: outputs.append(output.detach()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        image, log_det = step(z, context)
+    hook.remove()
+    (used,) = outputs
+    assert not torch.equal(used, step.net(z, context))
+    loc, raw = used.double().unbind(-2)
+    scale = torch.exp(4 * torch.tanh(raw / 4))
+    torch.testing.assert_close(image.double(), loc + scale * z.double(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(log_det.double(), scale.log().sum(-1), rtol=1e-6, atol=1e-6)
+
+
+def draw_masked() -> tuple[Masked, Tensor, Tensor | None]:
+    step = Masked(Affine(3, exp_scale), 2, (8,))
+    push(step, Case(push=0.3))
+    return step, torch.randn(5, 3), torch.randn(5, 2)
+
+
+def test_a_masked_shift_keeps_volume() -> None:
+    step = Masked(Shift(4), 0, (8,)).double()
+    push(step, Case(push=1.0))
+    z = torch.randn(6, 4, dtype=F64, requires_grad=True)
+    image, log_det = step(z)
+    assert torch.equal(log_det, torch.zeros(6, dtype=F64))
+    assert (image - z).abs().max() > 0.1
+    torch.testing.assert_close(torch.linalg.det(jacobian(image, z)), torch.ones(6, dtype=F64))
+
+
+def test_what_it_cannot_wrap() -> None:
+    with pytest.raises(ValueError, match=r"^step: expected an element-wise one, got Planar$"):
+        Masked(Planar(3))
+    with pytest.raises(TypeError, match=r"^step: expected a Bijector, got Linear$"):
+        Masked(torch.nn.Linear(2, 2))  # pyright: ignore[reportArgumentType]
+
+
+def test_exp_scale_is_an_exponential_softly_bounded() -> None:
+    raw = torch.tensor([-1e4, -1e-3, 0.0, 1e-3, 1.0, 1e4], dtype=F64, requires_grad=True)
+    scale = exp_scale(raw)
+    expected = [math.exp(-4), math.exp(-1e-3), 1.0, math.exp(1e-3), math.exp(4 * math.tanh(0.25)), math.exp(4)]
+    torch.testing.assert_close(scale, torch.tensor(expected, dtype=F64), rtol=1e-9, atol=0)
+    (slope,) = torch.autograd.grad(scale.log().sum(), raw)
+    torch.testing.assert_close(slope, 1 - torch.tanh(raw.detach() / 4) ** 2)
+    far = exp_scale(torch.tensor([-20.0, 20.0], dtype=F64, requires_grad=True))
+    assert ((far > math.exp(-4)) & (far < math.exp(4))).all()
+
+
+@pytest.mark.parametrize("kind", ["inverse", "known"])
+def test_the_inverse_s_gradient_is_that_of_the_implicit_function(kind: str) -> None:
+    """By ``J^-T g`` from the forward's Jacobian, and not by differentiating the sweep."""
+    step, _, context = draw_masked()
+    step, z = step.double(), torch.randn(1, 3, dtype=F64, requires_grad=True)
+    context = None if context is None else context[:1].double()
+    image, _ = step(z, context)
+    matrix = jacobian(image, z)[0]
+    y = image.detach().requires_grad_()
+    back, _ = step.inverse(y, context, known=z if kind == "known" else None)
+    grad = torch.randn(1, 3, dtype=F64)
+    (found,) = torch.autograd.grad(back, y, grad)
+    torch.testing.assert_close(found[0], torch.linalg.solve(matrix.mT, grad[0]))
