@@ -7,6 +7,7 @@ from flowpost.bijectors.autoregressive import Autoregressive
 from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.compose import Chain, Conditioned, Inverse, Learned, Shared
 from flowpost.bijectors.convex import ConvexCombination
+from flowpost.bijectors.coupling import Coupling
 from flowpost.bijectors.householder import Householder
 from flowpost.bijectors.lu import LULinear
 from flowpost.bijectors.masked import Masked
@@ -31,6 +32,7 @@ __all__ = [
     "Conditioned",
     "ConvexCombination",
     "CorruptFileError",
+    "Coupling",
     "DomainError",
     "FlowDistribution",
     "FlowPosterior",

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowpost import (
     ActNorm,
@@ -18,6 +18,7 @@ from flowpost import (
     Chain,
     Conditioned,
     ConvexCombination,
+    Coupling,
     Householder,
     Inverse,
     Learned,
@@ -64,6 +65,11 @@ def _order(dim: int) -> list[int]:
     return torch.randperm(dim).tolist()
 
 
+def _half(dim: int) -> int:
+    """How many variables a coupling moves."""
+    return dim - dim // 2
+
+
 def _ar(dim: int, context_size: int = 0, hidden: Sequence[int] = (12,), **options: object) -> Autoregressive:
     return Autoregressive(dim, context_size, hidden, **options)  # pyright: ignore[reportArgumentType]
 
@@ -101,6 +107,19 @@ ENTRIES = [
         identity=True,
     ),
     Entry("masked_shift", lambda dim: Masked(Inverse(Shift(dim)), 2, ()), identity=True),
+    Entry("coupling_shift", lambda dim: Coupling(dim, Shift(_half(dim)), 0, (8,)), identity=True),
+    Entry(
+        "coupling_affine_context",
+        lambda dim: Coupling(dim, Affine(_half(dim), exp_scale), 3, (8, 8), order=_order(dim), activation=F.relu),
+        identity=True,
+    ),
+    Entry(
+        "coupling_any_step_and_network",
+        lambda dim: Coupling(
+            dim, Planar(_half(dim)), 2, network=lambda n, m: nn.Sequential(nn.Linear(n, 6), nn.Tanh(), nn.Linear(6, m))
+        ),
+        identity=True,
+    ),
     Entry("reverse", Reverse, identity=False),
     Entry("permute", lambda dim: Permute(_order(dim))),
     Entry("learned_affine", lambda dim: Learned(Affine(dim)), identity=True),

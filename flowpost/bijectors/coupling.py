@@ -1,0 +1,181 @@
+"""Coupling: some variables pass, and with h they give the numbers of a step on the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowpost.bijectors.base import Bijector, check_int, check_order
+from flowpost.bijectors.networked import Networked, broadcast
+
+
+class Coupling(Networked):
+    """Coupling ``z'_a = z_a``, ``z'_b = f(z_b; c(z_a, h))``: a step on some variables, whose numbers the others give.
+
+    With `Shift` it is additive (NICE, volume-preserving), with `Affine` affine (RealNVP); any step will do. Invertible
+    because z_a is there on both sides, and f is: forward, inverse and log-det are one pass of the network c and one of
+    f. A fresh coupling is f at its ``initial_context``, the identity where f has one.
+
+    Args:
+        dim: size of z.
+        step: the bijector f of the variables that move, which reads a context; the other ``dim - step.dim`` pass. If
+            all of them move, the network reads h alone, and without h it is a constant.
+        context_size: size of h; 0 for none.
+        hidden: widths of the network's hidden layers, any number of them.
+        order: the variables, first those that pass; by default as they come.
+        activation: element-wise, between the layers.
+        network: from its number of inputs, those that pass and then h's, and its number of outputs to any module
+            ``(*batch, inputs) -> (*batch, outputs)``, in place of `hidden` and `activation`. Its outputs are multiplied
+            by gains that start at 0.
+
+    Shapes:
+        z ``(*batch, dim)``, context ``(*batch, context_size)``.
+
+    Raises:
+        TypeError: for a step that is no Bijector.
+        ValueError: for a step of more variables than `dim`, or one that reads no context.
+
+    Reference:
+        Dinh et al. (2015), NICE: Non-linear Independent Components Estimation, eq. 5 to 9;
+        Dinh et al. (2017), Density Estimation using Real NVP, eq. 4 to 8.
+
+    Example:
+        >>> step = Coupling(4, Affine(2), context_size=8, hidden=(32, 32))
+        >>> z, log_det = step(torch.randn(50, 16, 4), torch.randn(16, 8))
+        >>> log_det.shape
+        torch.Size([50, 16])
+    """
+
+    order: Tensor | None
+
+    def __init__(
+        self,
+        dim: int,
+        step: Bijector,
+        context_size: int = 0,
+        hidden: Sequence[int] = (320, 320),
+        *,
+        order: Sequence[int] | None = None,
+        activation: Callable[[Tensor], Tensor] = F.elu,
+        network: Callable[[int, int], nn.Module] | None = None,
+    ) -> None:
+        super().__init__(dim, context_size)
+        _check_step(step, dim)
+        self.step, self.passing = step, dim - step.dim
+        start, inputs = step.initial_context(), self.passing + context_size
+        if not inputs:
+            self.net = Constant(start)
+        elif network is None:
+            self.net = Perceptron(inputs, hidden, start, activation)
+        else:
+            self.net = Gained(network(inputs, len(start)), start)
+        self.register_buffer("order", None if order is None else torch.tensor(check_order(order, dim)))
+        self._draw_start()
+
+    def causal_order(self) -> Tensor | None:
+        """Those that pass, then the step's own order, where it has one."""
+        own = self.step.causal_order()
+        if own is None:
+            return None
+        order = torch.cat([torch.arange(self.passing), self.passing + own])
+        return order if self.order is None else self.order[order]
+
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        passed, moved = self._split(z)
+        moved, log_det = self.step._forward(moved, self._numbers(passed, context))
+        return self._join(passed, moved), log_det
+
+    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+        passed, moved = self._split(z)
+        known = None if known is None else self._split(known)[1]
+        moved, log_det = self.step._inverse(moved, self._numbers(passed, context), known)
+        return self._join(passed, moved), log_det
+
+    def _numbers(self, passed: Tensor, context: Tensor | None) -> Tensor:
+        # Under autocast the network may run in half precision; the step does not.
+        return self.net(passed, context).to(passed.dtype)
+
+    def _split(self, z: Tensor) -> Sequence[Tensor]:
+        z = z if self.order is None else z.index_select(-1, self.order)
+        return z.split([self.passing, self.step.dim], dim=-1)
+
+    def _join(self, passed: Tensor, moved: Tensor) -> Tensor:
+        z = torch.cat([passed.expand(*moved.shape[:-1], -1), moved], dim=-1)
+        return z if self.order is None else z.index_select(-1, torch.argsort(self.order))
+
+
+class Perceptron(nn.Module):
+    """A multilayer perceptron of variables and h; its last layer starts at 0, with the bias `start`.
+
+    h is projected once however many samples of the variables share it.
+
+    Args:
+        inputs: how many numbers both have together.
+        hidden: widths of the hidden layers.
+        start: the outputs at the start.
+        activation: element-wise.
+    """
+
+    def __init__(
+        self, inputs: int, hidden: Sequence[int], start: Tensor, activation: Callable[[Tensor], Tensor]
+    ) -> None:
+        super().__init__()
+        widths = [inputs, *(check_int("hidden", width, minimum=1) for width in hidden), len(start)]
+        self.layers = nn.ModuleList(nn.Linear(*sizes) for sizes in pairwise(widths))
+        self.activation = activation
+        last = cast(nn.Linear, self.layers[-1])
+        nn.init.zeros_(last.weight)
+        with torch.no_grad():
+            last.bias.copy_(start)
+
+    def forward(self, z: Tensor, context: Tensor | None) -> Tensor:
+        """Outputs for z ``(*batch, variables)`` and the context."""
+        first, *others = cast("list[nn.Linear]", list(self.layers))
+        of_z, of_context = first.weight.split([z.shape[-1], first.in_features - z.shape[-1]], dim=1)
+        x = F.linear(z, of_z, first.bias)
+        if context is not None:
+            x = x + F.linear(context, of_context)
+        for layer in others:
+            x = layer(self.activation(x))
+        return x
+
+
+class Constant(nn.Module):
+    """Where nothing passes and there is no h: the outputs `start`, to be learned."""
+
+    def __init__(self, start: Tensor) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(start)
+
+    def forward(self, z: Tensor, context: Tensor | None) -> Tensor:
+        """Outputs, the same for all."""
+        return self.bias
+
+
+class Gained(nn.Module):
+    """Any network of variables and h side by side, ``start + gain * network``, with gains that start at 0."""
+
+    def __init__(self, network: nn.Module, start: Tensor) -> None:
+        super().__init__()
+        self.network = network
+        self.gain, self.bias = nn.Parameter(torch.zeros_like(start)), nn.Parameter(start)
+
+    def forward(self, z: Tensor, context: Tensor | None) -> Tensor:
+        """Outputs for z ``(*batch, variables)`` and the context."""
+        if context is not None:
+            z = torch.cat(broadcast(context, z, context), dim=-1)
+        return torch.addcmul(self.bias, self.gain, self.network(z))
+
+
+def _check_step(step: Bijector, dim: int) -> None:
+    if not isinstance(step, Bijector):
+        raise TypeError(f"step: expected a Bijector, got {type(step).__name__}")
+    if step.dim > dim:
+        raise ValueError(f"step: expected one of at most dim={dim} variables, got dim={step.dim}")
+    if not step.context_size:
+        raise ValueError(f"step: expected one that reads a context, got {type(step).__name__} with context_size=0")
