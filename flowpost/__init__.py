@@ -19,7 +19,19 @@ from flowpost.bijectors.triangular import UnitLowerTriangular
 from flowpost.checks import DomainError, IllConditionedWarning, InversionError, NonFiniteError, checking
 from flowpost.files import CorruptFileError, load, save
 from flowpost.posterior import FlowDistribution, FlowPosterior, Sample
-from flowpost.recipes import cc_lin_iaf, diagonal, full_covariance, householder, iaf, planar, radial
+from flowpost.recipes import (
+    affine_iaf,
+    cc_lin_iaf,
+    diagonal,
+    full_covariance,
+    householder,
+    iaf,
+    maf,
+    nice,
+    planar,
+    radial,
+    realnvp,
+)
 from flowpost.wrap import wrap
 
 __version__ = "0.1.0"
@@ -56,6 +68,7 @@ __all__ = [
     "Softplus",
     "Tanh",
     "UnitLowerTriangular",
+    "affine_iaf",
     "calibration",
     "cc_lin_iaf",
     "checking",
@@ -68,9 +81,12 @@ __all__ = [
     "iaf",
     "importance",
     "load",
+    "maf",
+    "nice",
     "objectives",
     "planar",
     "radial",
+    "realnvp",
     "save",
     "schedules",
     "testing",

@@ -8,12 +8,14 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import ParamSpec
 
-from flowpost.bijectors.affine import Affine
+from flowpost.bijectors.affine import Affine, Shift, exp_scale
 from flowpost.bijectors.autoregressive import Autoregressive
-from flowpost.bijectors.base import check_int
-from flowpost.bijectors.compose import Chain, Shared
+from flowpost.bijectors.base import Bijector, check_int
+from flowpost.bijectors.compose import Chain, Inverse, Shared
 from flowpost.bijectors.convex import ConvexCombination
+from flowpost.bijectors.coupling import Coupling
 from flowpost.bijectors.householder import Householder
+from flowpost.bijectors.masked import Masked
 from flowpost.bijectors.planar import Planar
 from flowpost.bijectors.radial import Radial
 from flowpost.bijectors.triangular import UnitLowerTriangular
@@ -181,6 +183,110 @@ def iaf(
     return FlowPosterior(features, Chain(Affine(dim), Shared(*iaf_steps(dim, steps, hidden, context_size))))
 
 
+@recorded
+def affine_iaf(
+    features: int, dim: int, steps: int = 4, hidden: Sequence[int] = (320, 320), context_size: int = 64
+) -> FlowPosterior:
+    """Inverse autoregressive flow in its plain form ``z' = mu + sigma z`` (Kingma et al. 2016, eq. 9, 10).
+
+    As `iaf`, which has the gate that the paper trains with; sigma is `exp_scale`.
+
+    Args:
+        features: size of the encoder's features; 0 for a posterior without an encoder.
+        dim: size of z.
+        steps: number of autoregressive steps.
+        hidden: widths of each step's hidden layers.
+        context_size: size of h, which every step's network reads.
+
+    Returns:
+        A posterior that starts near N(0, I).
+
+    Example:
+        >>> z, log_prob, noise = flowpost.affine_iaf(16, dim=2, hidden=(32, 32))(torch.randn(8, 16), sample_shape=(50,))
+    """
+    return FlowPosterior(
+        features, Chain(Affine(dim), Shared(*masked_steps(_exp_affine, dim, steps, hidden, context_size)))
+    )
+
+
+@recorded
+def maf(
+    features: int, dim: int, steps: int = 4, hidden: Sequence[int] = (320, 320), context_size: int = 64
+) -> FlowPosterior:
+    """Masked autoregressive flow (Papamakarios et al. 2017): each variable is ``mu + sigma noise``, of the z before it.
+
+    The density of any z is fast, a sample takes dim steps one after another: the flow for a z that something else
+    draws. Otherwise as `affine_iaf`, whose steps run the other way.
+
+    Args:
+        features: size of the encoder's features; 0 for a posterior without an encoder.
+        dim: size of z.
+        steps: number of autoregressive steps.
+        hidden: widths of each step's hidden layers.
+        context_size: size of h, which every step's network reads.
+
+    Returns:
+        A posterior that starts near N(0, I).
+
+    Example:
+        >>> log_prob = flowpost.maf(16, dim=2, hidden=(32, 32)).log_prob(torch.randn(8, 2), torch.randn(8, 16))
+    """
+    masked = masked_steps(lambda size: Inverse(_exp_affine(size)), dim, steps, hidden, context_size)
+    return FlowPosterior(features, Chain(Affine(dim), Shared(*(Inverse(step) for step in masked))))
+
+
+@recorded
+def nice(
+    features: int, dim: int, steps: int = 4, hidden: Sequence[int] = (320, 320), context_size: int = 64
+) -> FlowPosterior:
+    """NICE (Dinh et al. 2015): a diagonal Gaussian, then additive couplings, which keep volume, sharing h.
+
+    The Gaussian's scale is the paper's. One half of the variables and the other pass in turn. At dim 1 each step is a
+    shift by a function of h.
+
+    Args:
+        features: size of the encoder's features; 0 for a posterior without an encoder.
+        dim: size of z.
+        steps: number of couplings.
+        hidden: widths of the hidden layers of each coupling's network.
+        context_size: size of h, which every coupling's network reads.
+
+    Returns:
+        A posterior that starts near N(0, I).
+
+    Example:
+        >>> z, log_prob, noise = flowpost.nice(16, dim=2, hidden=(32, 32))(torch.randn(8, 16), sample_shape=(50,))
+    """
+    return FlowPosterior(features, Chain(Affine(dim), Shared(*coupling_steps(Shift, dim, steps, hidden, context_size))))
+
+
+@recorded
+def realnvp(
+    features: int, dim: int, steps: int = 4, hidden: Sequence[int] = (320, 320), context_size: int = 64
+) -> FlowPosterior:
+    """RealNVP (Dinh et al. 2017): a diagonal Gaussian, then affine couplings ``z' = t + exp(s) z`` sharing h.
+
+    s is softly bounded, by `exp_scale`. One half of the variables and the other pass in turn. At dim 1 each step is an
+    affine map by functions of h.
+
+    Args:
+        features: size of the encoder's features; 0 for a posterior without an encoder.
+        dim: size of z.
+        steps: number of couplings.
+        hidden: widths of the hidden layers of each coupling's network.
+        context_size: size of h, which every coupling's network reads.
+
+    Returns:
+        A posterior that starts near N(0, I).
+
+    Example:
+        >>> z, log_prob, noise = flowpost.realnvp(16, dim=2, hidden=(32, 32))(torch.randn(8, 16), sample_shape=(50,))
+    """
+    return FlowPosterior(
+        features, Chain(Affine(dim), Shared(*coupling_steps(_exp_affine, dim, steps, hidden, context_size)))
+    )
+
+
 def planar_steps(dim: int, steps: int) -> list[Planar]:
     """`steps` planar steps, each with a direction of its own."""
     return [Planar(dim) for _ in range(check_int("steps", steps, minimum=1))]
@@ -199,9 +305,41 @@ def householder_steps(dim: int, steps: int) -> list[Householder]:
 
 def iaf_steps(dim: int, steps: int, hidden: Sequence[int] = (320, 320), context_size: int = 64) -> list[Autoregressive]:
     """`steps` autoregressive steps, every other one in the reverse order: the variables stay where they are."""
+    return [Autoregressive(dim, context_size, hidden, order=order) for order in _orders(dim, steps)]
+
+
+def masked_steps(
+    step: Callable[[int], Bijector],
+    dim: int,
+    steps: int,
+    hidden: Sequence[int] = (320, 320),
+    context_size: int = 64,
+) -> list[Masked]:
+    """`steps` autoregressive steps of what `step` makes of `dim`, every other one in the reverse order."""
+    return [Masked(step(dim), context_size, hidden, order=order) for order in _orders(dim, steps)]
+
+
+def coupling_steps(
+    step: Callable[[int], Bijector],
+    dim: int,
+    steps: int,
+    hidden: Sequence[int] = (320, 320),
+    context_size: int = 64,
+) -> list[Coupling]:
+    """`steps` couplings of what `step` makes of a number of variables: those that pass in one move in the next."""
+    moving = [dim - dim // 2, max(dim // 2, 1)]
+    orders = enumerate(_orders(dim, steps))
+    return [Coupling(dim, step(moving[index % 2]), context_size, hidden, order=order) for index, order in orders]
+
+
+def _exp_affine(dim: int) -> Affine:
+    return Affine(dim, exp_scale)
+
+
+def _orders(dim: int, steps: int) -> list[Sequence[int] | None]:
+    """An order for each step: the variables as they come and reversed, in turn."""
     orders = [None, range(check_int("dim", dim, minimum=1))[::-1]]
-    count = check_int("steps", steps, minimum=1)
-    return [Autoregressive(dim, context_size, hidden, order=orders[index % 2]) for index in range(count)]
+    return [orders[index % 2] for index in range(check_int("steps", steps, minimum=1))]
 
 
 RECIPES: Mapping[str, Callable[..., FlowPosterior]] = {
@@ -212,5 +350,9 @@ RECIPES: Mapping[str, Callable[..., FlowPosterior]] = {
     "householder": householder,
     "cc_lin_iaf": cc_lin_iaf,
     "iaf": iaf,
+    "affine_iaf": affine_iaf,
+    "maf": maf,
+    "nice": nice,
+    "realnvp": realnvp,
 }
 """Every recipe by its name; each takes ``(features, dim, **options)``."""

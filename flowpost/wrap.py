@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +117,7 @@ class WrappedPosterior(nn.Module):
 
 def _around_pair(dim: int, flow: str | Bijector, options: Mapping[str, object]) -> FlowPosterior:
     """A posterior on ``(loc, log_var)`` whose steps act on the noise before ``loc + exp(log_var / 2) * z``."""
-    steps = _STARTS[flow](dim, **options) if isinstance(flow, str) else [flow]
+    steps = _steps(flow, dim, options) if isinstance(flow, str) else [flow]
     chain = Chain(*steps, Affine(dim, log_var_scale))
     return FlowPosterior(2 * dim, chain, head=_PairHead(dim, Chain(*steps) if steps else None))
 
@@ -142,6 +143,14 @@ def _iaf_start(dim: int, steps: int = 4, **options: object) -> list[Bijector]:
     parts = iaf_steps(dim, steps, **options)  # pyright: ignore[reportArgumentType]
     gate = torch.sigmoid(torch.tensor(2.0, dtype=torch.float64)).item()
     return [Shared(*parts), Scale(dim, gate**-steps)]
+
+
+def _steps(flow: str, dim: int, options: Mapping[str, object]) -> list[Bijector]:
+    """A recipe's steps but for the diagonal Gaussian that it starts with."""
+    if flow in _STARTS:
+        return _STARTS[flow](dim, **options)
+    _, *steps = cast(Chain, RECIPES[flow](1, dim, **options).flow)
+    return steps
 
 
 _STARTS: Mapping[str, Callable[..., list]] = {

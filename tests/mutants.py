@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -24,9 +24,11 @@ from flowpost import (
     Bijector,
     Chain,
     ConvexCombination,
+    Coupling,
     Inverse,
     Learned,
     LULinear,
+    Masked,
     Planar,
     Radial,
     Softplus,
@@ -54,6 +56,7 @@ from flowpost.bijectors import (
     sweep,
     triangular,
 )
+from flowpost.functional import exp_scale
 from flowpost.recipes import householder_steps
 from flowpost.testing import PROPERTIES, ContractError, check_bijector, push
 
@@ -207,6 +210,25 @@ def _unmasked(self: staircase.Staircase, x: Tensor, weight: Tensor, masks: objec
     return F.linear(x, weight)
 
 
+def _numbers_the_other_way(self: Masked, z: Tensor, context: Tensor | None) -> Tensor:
+    return self.net(z, context).mT.flatten(-2)
+
+
+def _inverse_in_the_order_they_come(self: Masked, z: Tensor) -> Sequence[Tensor]:
+    return z.split(1, dim=-1)
+
+
+def _all_of_z(self: Coupling, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Reads a variable that moves."""
+    moving = self._split(z)[1][..., :1]
+    image, log_det = _COUPLING(self, z, context)
+    return image + 0.1 * moving.sin() * moving.new_tensor([1.0] + [0.0] * (self.dim - 1)), log_det
+
+
+def _joined_in_the_order_they_come(self: Coupling, passed: Tensor, moved: Tensor) -> Tensor:
+    return torch.cat([passed.expand(*moved.shape[:-1], -1), moved], dim=-1)
+
+
 def _context_ignored(self: made.MADE, z: Tensor, context: Tensor | None = None) -> Tensor:
     return _MADE(self, z, None if context is None else torch.zeros_like(context))
 
@@ -315,6 +337,8 @@ class ElementwiseRadial(Bijector):
 
 _INVERTIBLE, _RIDGE = planar._invertible, planar.ridge
 _ACT_NORM, _RADIAL_GAIN = actnorm.act_norm, radial._gain
+_COUPLING = Coupling._forward
+_RADIAL_GAIN = radial._gain
 _GATE, _MADE, _UNIT_TRIL = gated.gate, made.MADE.forward, lower.unit_tril
 _BACKWARD, _PARAMETER_GRADIENTS, _TRANSPOSED = passes.backward, passes.parameter_gradients, sweep.transposed_sweep
 _AUTOREGRESSIVE_INVERSE, _AFFINE_INVERSE = Autoregressive._inverse, Affine._inverse
@@ -326,6 +350,14 @@ def _step(dim: int) -> Bijector:
 
 def _reflections(dim: int) -> Bijector:
     return Chain(*householder_steps(dim, 2))
+
+
+def _masked(dim: int) -> Bijector:
+    return Masked(Affine(dim, exp_scale), 3, (8,), order=range(dim)[::-1])
+
+
+def _coupling(dim: int) -> Bijector:
+    return Coupling(dim, Affine(dim - dim // 2, exp_scale), 6, (16,), order=range(dim)[::-1])
 
 
 def _nothing(*args: object, **kwargs: object) -> None:
@@ -372,6 +404,25 @@ MUTANTS = (
     Mutant("default dtype in the inverse", "pyro", _step, ((Autoregressive, "_inverse", _default_dtype_inverse),)),
     Mutant("mask not strict", "-", _step, ((staircase.Staircase, "mask", _mask_not_strict),)),
     Mutant("no mask", "-", _step, (PLAIN, (staircase.Staircase, "linear", _unmasked))),
+    Mutant(
+        "numbers of one variable go to another",
+        "-",
+        _masked,
+        ((Masked, "_numbers", _numbers_the_other_way),),
+        dims=(2, 5),
+    ),
+    Mutant(
+        "inverse in another order", "-", _masked, ((Masked, "_columns", _inverse_in_the_order_they_come),), dims=(2, 5)
+    ),
+    Mutant("coupling reads what moves", "-", _coupling, ((Coupling, "_forward", _all_of_z),)),
+    Mutant(
+        "coupling forgets its order",
+        "-",
+        _coupling,
+        ((Coupling, "_join", _joined_in_the_order_they_come),),
+        dims=(2, 5),
+    ),
+    Mutant("no bound on the exponential scale", "-", lambda dim: Masked(Affine(dim, torch.exp), 3, (8,))),
     Mutant("state outside state_dict", "torchflows", HiddenOrder),
     Mutant("context ignored", "nflows, normflows", _step, (PLAIN, (made.MADE, "forward", _context_ignored))),
     Mutant("backward by hand skips an activation", "-", _step, ((passes, "backward", _backward_without_activation),)),

@@ -24,6 +24,8 @@ PARTS = [
     "radial",
     "autoregressive_2_context",
     "autoregressive_order",
+    "masked_affine_context",
+    "coupling_affine_context",
     "permute",
     "reverse",
     "learned_planar",

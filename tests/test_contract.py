@@ -22,6 +22,8 @@ COMPILED = {
     "radial",
     "autoregressive_2_context",
     "autoregressive_order",
+    "masked_affine_context",
+    "coupling_affine_context",
     "permute",
     "learned_full_covariance",
     "conditioned_planar",

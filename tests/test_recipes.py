@@ -8,7 +8,19 @@ import torch
 from torch import Tensor
 
 import flowpost
-from flowpost import Affine, Autoregressive, Chain, FlowPosterior, Planar, Shared, UnitLowerTriangular
+from flowpost import (
+    Affine,
+    Autoregressive,
+    Bijector,
+    Chain,
+    Coupling,
+    FlowPosterior,
+    Inverse,
+    Masked,
+    Planar,
+    Shared,
+    UnitLowerTriangular,
+)
 from flowpost.recipes import RECIPES
 
 GATE = 1 / (1 + math.exp(-2))
@@ -78,6 +90,53 @@ def test_iaf_mixes_all_variables_in_two_steps() -> None:
     assert (matrix != 0).sum() == 16
 
 
+def shared_steps(posterior: FlowPosterior) -> list[Bijector]:
+    """What follows the diagonal Gaussian."""
+    flow = posterior.flow
+    assert isinstance(flow, Chain)
+    first, shared = flow
+    assert isinstance(first, Affine)
+    assert isinstance(shared, Shared)
+    return list(shared)
+
+
+@pytest.mark.parametrize("name", ["affine_iaf", "maf"])
+def test_plain_autoregressive_flows_reverse_the_order_between_steps_that_share_h(name: str) -> None:
+    steps = shared_steps(RECIPES[name](6, 4, steps=3, hidden=(8, 9), context_size=5))
+    masked = [step.step if isinstance(step, Inverse) else step for step in steps]
+    assert [isinstance(step, Inverse) for step in steps] == [name == "maf"] * 3
+    for step, order in zip(masked, [[0, 1, 2, 3], [3, 2, 1, 0], [0, 1, 2, 3]], strict=True):
+        assert isinstance(step, Masked)
+        assert step.causal_order().tolist() == order
+        assert [len(layer.bias) for layer in step.net.stack] == [8, 9, 8]
+        assert step.context_size == 5
+
+
+@pytest.mark.parametrize("name", ["nice", "realnvp"])
+@pytest.mark.parametrize(("dim", "halves"), [(1, [[], []]), (4, [[0, 1], [2, 3]]), (5, [[0, 1], [2, 3, 4]])])
+def test_couplings_pass_one_half_and_then_the_other(name: str, dim: int, halves: list[list[int]]) -> None:
+    steps = shared_steps(RECIPES[name](6, dim, steps=3, hidden=(8, 9), context_size=5))
+    z, h = torch.randn(7, dim), torch.randn(7, 5)
+    for step, variables in zip(steps, [*halves, halves[0]], strict=True):
+        assert isinstance(step, Coupling)
+        for parameter in step.parameters():
+            torch.nn.init.normal_(parameter)
+        image, log_det = step(z, h)
+        assert (image == z).all(0).nonzero().flatten().tolist() == variables
+        assert (log_det == 0).all() == (name == "nice")
+
+
+@pytest.mark.parametrize("name", ["affine_iaf", "maf", "nice", "realnvp"])
+@pytest.mark.parametrize("dim", [2, 5])
+def test_alternating_mixes_all_variables(name: str, dim: int) -> None:
+    posterior = RECIPES[name](0, dim, steps=3, hidden=(32,), context_size=2).double()
+    for parameter in posterior.flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    matrix = torch.autograd.functional.jacobian(lambda x: posterior(noise=x).z, torch.randn(dim, dtype=torch.float64))
+    assert isinstance(matrix, Tensor)
+    assert (matrix != 0).all()
+
+
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("features", [6, 0])
 @pytest.mark.parametrize("dim", [1, 3, 40])
@@ -118,10 +177,17 @@ TARGETS: list[tuple[Callable[[], FlowPosterior], float, float]] = [
     (lambda: flowpost.diagonal(0, 2), 0.51, 0.01),
     (lambda: flowpost.iaf(0, 2, steps=2, hidden=(16,), context_size=4), 0.0, 0.02),
     (lambda: flowpost.planar(0, 2, steps=4), 0.0, 0.51),
+    (lambda: flowpost.affine_iaf(0, 2, steps=2, hidden=(16,), context_size=4), 0.0, 0.02),
+    (lambda: flowpost.nice(0, 2, steps=2, hidden=(16,), context_size=4), 0.0, 0.02),
+    (lambda: flowpost.realnvp(0, 2, steps=2, hidden=(16,), context_size=4), 0.0, 0.02),
+    (lambda: flowpost.maf(0, 2, steps=2, hidden=(16,), context_size=4), 0.0, 0.02),
 ]
 
 
-@pytest.mark.parametrize(("make", "kl", "tolerance"), TARGETS, ids=["full", "diagonal", "iaf", "planar"])
+KINDS = ["full", "diagonal", "iaf", "planar", "affine_iaf", "nice", "realnvp", "maf"]
+
+
+@pytest.mark.parametrize(("make", "kl", "tolerance"), TARGETS, ids=KINDS)
 def test_reverse_kl_to_a_known_target(make: Callable[[], FlowPosterior], kl: float, tolerance: float) -> None:
     """Trained on a target with a known normalizer, the KL is its known best and never below zero."""
     mean, cov = linear_gaussian()

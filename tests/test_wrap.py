@@ -20,6 +20,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("radial", {"steps": 2}),
     ("householder", {"steps": 4}),
     ("cc_lin_iaf", {"combinations": 3}),
+    *((name, {"steps": 3, "hidden": (16,), "context_size": 5}) for name in ("affine_iaf", "maf", "nice", "realnvp")),
     *(("iaf", {"steps": steps, "hidden": (16,), "context_size": 5}) for steps in (1, 2, 3, 4)),
 ]
 flows = pytest.mark.parametrize(("flow", "options"), OPTIONS, ids=lambda value: str(value))

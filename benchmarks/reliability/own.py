@@ -30,6 +30,9 @@ def flowpost_models() -> list[Model]:
     def ar(dim: int, context: int = 0) -> fp.Autoregressive:
         return fp.Autoregressive(dim, context, (HIDDEN,))
 
+    def masked(dim: int, context: int) -> fp.Masked:
+        return fp.Masked(fp.Affine(dim), context, (HIDDEN,))
+
     steps: dict[str, Callable[[int], fp.Bijector]] = {
         "Affine": fp.Affine,
         "Scale": lambda dim: fp.Scale(dim, 0.3),
@@ -45,6 +48,11 @@ def flowpost_models() -> list[Model]:
         "Tanh": fp.Tanh,
         "Autoregressive ×2": lambda dim: fp.Chain(ar(dim), ar(dim)),
         "Autoregressive ×2, amortized": lambda dim: fp.Shared(ar(dim, CONTEXT), ar(dim, CONTEXT)),
+        "Masked(Affine) ×2, amortized": lambda dim: fp.Shared(masked(dim, CONTEXT), masked(dim, CONTEXT)),
+        "Coupling ×2": lambda dim: fp.Chain(
+            fp.Coupling(dim, fp.Affine(dim - dim // 2), 0, (HIDDEN,)),
+            fp.Coupling(dim, fp.Shift(dim - dim // 2), 0, (HIDDEN,), order=range(dim)[::-1]),
+        ),
         "Reverse": fp.Reverse,
         "Permute": lambda dim: fp.Permute(torch.randperm(dim).tolist()),
         "Learned(Planar) ×2": lambda dim: fp.Chain(*(fp.Learned(fp.Planar(dim)) for _ in range(2))),
