@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowpost import Autoregressive, Bijector
+from flowpost import Affine, Autoregressive, Bijector, Masked
 from flowpost.bijectors import passes
 from flowpost.bijectors.made import MADE
 from flowpost.bijectors.staircase import Staircase
@@ -151,9 +151,10 @@ def test_forward_mode_runs_plain_and_agrees(direction: str) -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_only_what_is_needed_is_computed() -> None:
+@pytest.mark.parametrize("make", [lambda: Autoregressive(4, 2, (9, 8)), lambda: Masked(Affine(4), 2, (9, 8))])
+def test_only_what_is_needed_is_computed(make: Callable[[], Bijector]) -> None:
     """Frozen parameters, a z or a context without gradient."""
-    step = Autoregressive(4, 2, (9, 8)).double()
+    step = make().double()
     push(step, Case(seed=5))
     expected = dict(step.named_parameters())
     z, context = (torch.randn(3, size, dtype=torch.float64, requires_grad=True) for size in (4, 2))

@@ -11,6 +11,7 @@ from torch import Tensor
 from flowpost.bijectors import passes
 from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.networked import Causal, broadcast
+from flowpost.bijectors.outputs import outputs
 from flowpost.bijectors.sweep import plain_sweep, ranked
 
 
@@ -29,7 +30,7 @@ class Masked(Causal):
         context_size: size of h, which the network's first layer reads; 0 for none.
         hidden: widths of the network's hidden layers, any number of them.
         order: the variables in the order in which they are computed; by default as they come.
-        activation: element-wise.
+        activation: element-wise; ``F.elu``, ``F.relu`` and ``torch.tanh`` have a backward by hand.
 
     Shapes:
         z ``(*batch, dim)``, context ``(*batch, context_size)``.
@@ -69,7 +70,7 @@ class Masked(Causal):
 
     def _numbers(self, z: Tensor, context: Tensor | None) -> Tensor:
         # Under autocast the network may run in half precision; the step does not.
-        return self.net(z, context).to(z.dtype).flatten(-2)
+        return outputs(self.net, z, context).to(z.dtype).flatten(-2)
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return self.step._forward(z, self._numbers(z, context))
@@ -79,8 +80,8 @@ class Masked(Causal):
         images = self._columns(z)
         knowns = [None] * self.dim if known is None else self._columns(known)
 
-        def solve(k: int, outputs: Tensor) -> Tensor:
-            return self.step._inverse(images[k], outputs.to(z.dtype), knowns[k])[0].squeeze(-1)
+        def solve(k: int, numbers: Tensor) -> Tensor:
+            return self.step._inverse(images[k], numbers.to(z.dtype), knowns[k])[0].squeeze(-1)
 
         parameters = passes.grouped(self.net, list(passes.flat(self.net).values()))
         preimage, _ = plain_sweep(self.net, ranked(self.net, parameters, self.order), context, z.shape[:-1], solve)
