@@ -9,6 +9,7 @@ from registry import Case, jacobian, push
 from torch import Tensor
 
 from flowpost import Affine, Autoregressive, Bijector, Inverse, Masked, Planar, Shift
+from flowpost.bijectors import passes
 from flowpost.bijectors.made import MADE
 from flowpost.functional import exp_scale, gate_parameters, softplus_scale
 
@@ -129,25 +130,29 @@ class Recording(Affine):
         return super()._inverse(z, context, known)
 
 
-def test_the_inverse_asks_for_one_variable_after_the_other_and_hands_on_what_is_known() -> None:
+@pytest.mark.parametrize("plain", [True, False])
+def test_the_inverse_asks_for_one_variable_after_the_other_unless_the_preimage_is_known(
+    plain: bool,  # noqa: FBT001
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of plain operations it asks so for known ones too, whose columns it hands on."""
+    if plain:
+        monkeypatch.setattr(passes, "by_hand", lambda net, z: False)
     step, order = Masked(Recording(3), 0, (8,), order=[2, 0, 1]).double(), [2, 0, 1]
     push(step, Case(push=0.3))
-    known = torch.randn(6, 3, dtype=F64)
-    image, _ = step(known)
-    back, _ = step.inverse(image, known=known)
-    torch.testing.assert_close(back, known)
     assert isinstance(step.step, Recording)
-    *one_by_one, (all_asked, all_known) = step.step.calls
-    for (asked, column), variable in zip(one_by_one, order, strict=True):
-        assert torch.equal(asked, image[:, [variable]])
-        assert column is not None
-        assert torch.equal(column, known[:, [variable]])
-    assert torch.equal(all_asked, image)
-    assert all_known is not None
-    assert torch.equal(all_known, known)
-    step.step.calls.clear()
-    step.inverse(image)
-    assert [column for _, column in step.step.calls] == [None] * 4
+    known = torch.randn(6, 3, dtype=F64)
+    image = step(known)[0].detach()
+    for given in (known, None):
+        step.step.calls.clear()
+        torch.testing.assert_close(step.inverse(image, known=given)[0], known)
+        *one_by_one, (all_asked, all_known) = step.step.calls
+        assert torch.equal(all_asked, image)
+        assert all_known is given if given is None else all_known is not None and torch.equal(all_known, given)
+        assert len(one_by_one) == (3 if plain or given is None else 0)
+        for (asked, column), variable in zip(one_by_one, order, strict=False):
+            assert torch.equal(asked, image[:, [variable]])
+            assert column is None if given is None else column is not None and torch.equal(column, given[:, [variable]])
 
 
 def test_an_order_is_loaded_with_the_weights() -> None:
@@ -204,6 +209,42 @@ def test_a_masked_shift_keeps_volume() -> None:
     assert torch.equal(log_det, torch.zeros(6, dtype=F64))
     assert (image - z).abs().max() > 0.1
     torch.testing.assert_close(torch.linalg.det(jacobian(image, z)), torch.ones(6, dtype=F64))
+
+
+class Stretched(Affine):
+    """An element-wise step with a parameter of its own."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.raw = torch.nn.Parameter(torch.zeros(()))
+
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        image, log_det = super()._forward(z, context)
+        return self.raw.exp() * image, log_det + self.raw * z.shape[-1]
+
+    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+        preimage, log_det = super()._inverse(z * torch.exp(-self.raw), context, known)
+        return preimage, log_det - self.raw * z.shape[-1]
+
+
+def test_a_step_with_a_parameter_of_its_own_learns_in_both_directions() -> None:
+    step = Masked(Stretched(3), 0, (8,)).double()
+    push(step, Case(push=0.3))
+    z = torch.randn(5, 3, dtype=F64)
+    image, log_det = step(z)
+    back, back_log_det = step.inverse(image.detach())
+    torch.testing.assert_close(back, z)
+    torch.testing.assert_close(back_log_det, -log_det)
+    raw = step.get_parameter("step.raw")
+    assert torch.autograd.grad(log_det.sum(), raw)[0] == 15
+    (slope,) = torch.autograd.grad(back_log_det.sum(), raw)
+    with torch.no_grad():
+        sums = []
+        for move in (1e-5, -1e-5):
+            raw.add_(move)
+            sums.append(step.inverse(image)[1].sum())
+            raw.sub_(move)
+    torch.testing.assert_close(slope, (sums[0] - sums[1]) / 2e-5, rtol=1e-6, atol=1e-6)
 
 
 def test_what_it_cannot_wrap() -> None:

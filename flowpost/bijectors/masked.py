@@ -10,9 +10,9 @@ from torch import Tensor
 
 from flowpost.bijectors import passes
 from flowpost.bijectors.base import Bijector
+from flowpost.bijectors.masked_inverse import MaskedInverse, by_hand, masked_inverse
 from flowpost.bijectors.networked import Causal, broadcast
 from flowpost.bijectors.outputs import outputs
-from flowpost.bijectors.sweep import plain_sweep, ranked
 
 
 class Masked(Causal):
@@ -21,9 +21,9 @@ class Masked(Causal):
     With `Affine` it is the plain form of inverse autoregressive flow, ``z' = mu + sigma z``; masked autoregressive
     flow is ``Inverse(Masked(Inverse(Affine(dim))))``. Invertible because f is in its own variable, so the Jacobian is
     triangular with a positive diagonal. Forward and log-det are one pass of the network and one of f. The inverse is
-    one sweep over the variables, which uses each weight once and the inverse of f dim times, and then such a pass. A
-    fresh step is f at its ``initial_context``, the identity where f has one: the network's last layer starts there,
-    with weights of 0.
+    one sweep over the variables, which uses each weight once and the inverse of f dim times, and then such a pass; its
+    gradient is that of the implicit function, and where the preimage is known there is no search. A fresh step is f at
+    its ``initial_context``, the identity where f has one: the network's last layer starts there, with weights of 0.
 
     Args:
         step: an element-wise bijector of the size of z that reads a context, such as ``Affine(dim, exp_scale)``.
@@ -77,19 +77,7 @@ class Masked(Causal):
 
     def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
         known, z = broadcast(context, known, z) if known is not None else (None, *broadcast(context, z))
-        images = self._columns(z)
-        knowns = [None] * self.dim if known is None else self._columns(known)
-
-        def solve(k: int, numbers: Tensor) -> Tensor:
-            return self.step._inverse(images[k], numbers.to(z.dtype), knowns[k])[0].squeeze(-1)
-
-        parameters = passes.grouped(self.net, list(passes.flat(self.net).values()))
-        preimage, _ = plain_sweep(self.net, ranked(self.net, parameters, self.order), context, z.shape[:-1], solve)
-        if self.order is not None:
-            preimage = preimage.index_select(-1, torch.argsort(self.order))
-        # A pass sums in another order than the sweep: with its numbers mapping back gives z' where the sums are large.
-        return self.step._inverse(z, self._numbers(preimage, context), known)
-
-    def _columns(self, z: Tensor) -> Sequence[Tensor]:
-        """The variables in their order, ``(*batch, 1)`` each."""
-        return (z if self.order is None else z.index_select(-1, self.order)).split(1, dim=-1)
+        parameters = tuple(passes.flat(self.net).values())
+        if by_hand(self.step, self.net, z):
+            return MaskedInverse.apply(self.step, self.net, self.order, known, z, context, *parameters)
+        return masked_inverse(self.step, self.net, self.order, known, z, context, parameters)
