@@ -338,7 +338,6 @@ class ElementwiseRadial(Bijector):
 _INVERTIBLE, _RIDGE = planar._invertible, planar.ridge
 _ACT_NORM, _RADIAL_GAIN = actnorm.act_norm, radial._gain
 _COUPLING = Coupling._forward
-_RADIAL_GAIN = radial._gain
 _GATE, _MADE, _UNIT_TRIL = gated.gate, made.MADE.forward, lower.unit_tril
 _BACKWARD, _PARAMETER_GRADIENTS, _TRANSPOSED = passes.backward, passes.parameter_gradients, sweep.transposed_sweep
 _AUTOREGRESSIVE_INVERSE, _AFFINE_INVERSE = Autoregressive._inverse, Affine._inverse

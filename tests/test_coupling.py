@@ -196,7 +196,14 @@ def test_its_jacobian_is_triangular_where_the_step_s_is(order: list[int] | None)
 
 
 def test_what_it_cannot_be_built_of() -> None:
+    positive = Affine(2)
+    positive.domain = (0.0, math.inf)
     for build, kind, message in (
+        (
+            lambda: Coupling(3, positive),
+            ValueError,
+            r"^step: expected one of the real line, got Affine from \(0\.0, inf\)$",
+        ),
         (lambda: Coupling(3, Affine(4)), ValueError, r"^step: expected one of at most dim=3 variables, got dim=4$"),
         (
             lambda: Coupling(3, Reverse(2)),

@@ -250,6 +250,10 @@ def test_a_step_with_a_parameter_of_its_own_learns_in_both_directions() -> None:
 def test_what_it_cannot_wrap() -> None:
     with pytest.raises(ValueError, match=r"^step: expected an element-wise one, got Planar$"):
         Masked(Planar(3))
+    blank = Affine(3)
+    blank.context_size = 0
+    with pytest.raises(ValueError, match=r"^step: expected one that reads a context, got Affine with context_size=0$"):
+        Masked(blank)
     with pytest.raises(TypeError, match=r"^step: expected a Bijector, got Linear$"):
         Masked(torch.nn.Linear(2, 2))  # pyright: ignore[reportArgumentType]
 

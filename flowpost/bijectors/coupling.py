@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowpost.bijectors.base import Bijector, check_int, check_order
+from flowpost.bijectors.base import LINE, Bijector, check_int, check_order
 from flowpost.bijectors.networked import Networked, broadcast
 
 
@@ -38,7 +38,7 @@ class Coupling(Networked):
 
     Raises:
         TypeError: for a step that is no Bijector.
-        ValueError: for a step of more variables than `dim`, or one that reads no context.
+        ValueError: for a step of more variables than `dim`, one that reads no context, or one not of the real line.
 
     Reference:
         Dinh et al. (2015), NICE: Non-linear Independent Components Estimation, eq. 5 to 9;
@@ -179,3 +179,5 @@ def _check_step(step: Bijector, dim: int) -> None:
         raise ValueError(f"step: expected one of at most dim={dim} variables, got dim={step.dim}")
     if not step.context_size:
         raise ValueError(f"step: expected one that reads a context, got {type(step).__name__} with context_size=0")
+    if not step.domain == step.codomain == LINE:
+        raise ValueError(f"step: expected one of the real line, got {type(step).__name__} from {step.domain}")

@@ -37,7 +37,7 @@ class Masked(Causal):
 
     Raises:
         TypeError: for a step that is no Bijector.
-        ValueError: for a step that is not element-wise.
+        ValueError: for a step that is not element-wise, or reads no context.
 
     Reference:
         Kingma et al. (2016), Improving Variational Inference with Inverse Autoregressive Flow, eq. 9, 10;
@@ -63,8 +63,12 @@ class Masked(Causal):
             raise TypeError(f"step: expected a Bijector, got {type(step).__name__}")
         if not step.elementwise:
             raise ValueError(f"step: expected an element-wise one, got {type(step).__name__}")
+        if not step.context_size:
+            name = type(step).__name__
+            raise ValueError(f"step: expected one that reads a context, got {name} with context_size=0")
         super().__init__(step.dim, step.context_size // step.dim, context_size, hidden, order, activation)
         self.step = step
+        self.domain, self.codomain = step.domain, step.codomain
         with torch.no_grad():
             self.net.stack[-1].bias.copy_(step.initial_context())
 
