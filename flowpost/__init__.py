@@ -15,6 +15,7 @@ from flowpost.bijectors.permute import Permute, Reverse
 from flowpost.bijectors.planar import Planar
 from flowpost.bijectors.radial import Radial
 from flowpost.bijectors.squash import Sigmoid, Softplus, Tanh
+from flowpost.bijectors.spline import Spline
 from flowpost.bijectors.triangular import UnitLowerTriangular
 from flowpost.checks import DomainError, IllConditionedWarning, InversionError, NonFiniteError, checking
 from flowpost.files import CorruptFileError, load, save
@@ -67,6 +68,7 @@ __all__ = [
     "Sigmoid",
     "Softplus",
     "Tanh",
+    "Spline",
     "UnitLowerTriangular",
     "affine_iaf",
     "calibration",

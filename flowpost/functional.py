@@ -23,4 +23,7 @@ from flowpost.bijectors.squash import softplus as softplus
 from flowpost.bijectors.squash import softplus_inverse as softplus_inverse
 from flowpost.bijectors.squash import tanh as tanh
 from flowpost.bijectors.squash import tanh_inverse as tanh_inverse
+from flowpost.bijectors.spline import rational_quadratic as rational_quadratic
+from flowpost.bijectors.spline import rational_quadratic_inverse as rational_quadratic_inverse
+from flowpost.bijectors.spline import spline_parameters as spline_parameters
 from flowpost.bijectors.triangular import unit_lower_triangular as unit_lower_triangular

@@ -34,6 +34,7 @@ from flowpost import (
     Sigmoid,
     Softplus,
     Tanh,
+    Spline,
     UnitLowerTriangular,
 )
 from flowpost.bijectors.base import LINE
@@ -53,6 +54,8 @@ class Entry(NamedTuple):
     """From dim to a step."""
     identity: bool = False
     """Whether the step is the identity at its `initial_context`."""
+    local: bool = False
+    """Whether a number of the context may act on some points alone."""
 
     def make(self, dim: int, seed: int) -> Bijector:
         """A fresh step; the same seed gives the same step, and the global random state stays as it was."""
@@ -90,6 +93,7 @@ ENTRIES = [
     Entry("sigmoid", Sigmoid),
     Entry("softplus", Softplus),
     Entry("tanh", Tanh),
+    Entry("spline", lambda dim: Spline(dim, bins=4), identity=True, local=True),
     Entry("autoregressive_linear", lambda dim: _ar(dim, 0, ())),
     Entry("autoregressive_linear_context", lambda dim: _ar(dim, 3, ())),
     Entry("autoregressive_1", lambda dim: _ar(dim)),
@@ -125,6 +129,7 @@ ENTRIES = [
     Entry("learned_affine", lambda dim: Learned(Affine(dim)), identity=True),
     Entry("learned_planar", lambda dim: Learned(Planar(dim)), identity=True),
     Entry("learned_radial", lambda dim: Learned(Radial(dim)), identity=True),
+    Entry("learned_spline", lambda dim: Learned(Spline(dim, bins=3, bound=5)), identity=True),
     Entry("learned_full_covariance", lambda dim: Learned(Chain(UnitLowerTriangular(dim), Affine(dim))), identity=True),
     Entry("learned_autoregressive", lambda dim: Learned(_ar(dim, 3, (8,)))),
     Entry("conditioned_planar", lambda dim: Conditioned(Planar(dim), 3)),
@@ -137,6 +142,7 @@ ENTRIES = [
     Entry("inverse_lu_linear", lambda dim: Inverse(LULinear(dim)), identity=True),
     Entry("inverse_act_norm", lambda dim: Inverse(ActNorm(dim)), identity=True),
     Entry("inverse_sigmoid", lambda dim: Inverse(Sigmoid(dim))),
+    Entry("inverse_spline", lambda dim: Inverse(Spline(dim, bins=3)), identity=True, local=True),
     Entry("inverse_autoregressive", lambda dim: Inverse(_ar(dim, 2, (8,)))),
     Entry("inverse_autoregressive_order", lambda dim: Inverse(_ar(dim, 0, (8,), order=_order(dim)))),
     Entry(
