@@ -8,6 +8,7 @@ from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.compose import Chain, Conditioned, Inverse, Learned, Shared
 from flowpost.bijectors.convex import ConvexCombination
 from flowpost.bijectors.coupling import Coupling
+from flowpost.bijectors.deep_sigmoid import DeepSigmoid
 from flowpost.bijectors.householder import Householder
 from flowpost.bijectors.lu import LULinear
 from flowpost.bijectors.masked import Masked
@@ -47,6 +48,7 @@ __all__ = [
     "CorruptFileError",
     "Coupling",
     "DomainError",
+    "DeepSigmoid",
     "FlowDistribution",
     "FlowPosterior",
     "Householder",

@@ -5,6 +5,9 @@ from flowpost.bijectors.affine import affine as affine
 from flowpost.bijectors.affine import exp_scale as exp_scale
 from flowpost.bijectors.affine import log_var_scale as log_var_scale
 from flowpost.bijectors.convex import convex_combination as convex_combination
+from flowpost.bijectors.deep_sigmoid import deep_sigmoid as deep_sigmoid
+from flowpost.bijectors.deep_sigmoid import deep_sigmoid_inverse as deep_sigmoid_inverse
+from flowpost.bijectors.deep_sigmoid import deep_sigmoid_parameters as deep_sigmoid_parameters
 from flowpost.bijectors.gate import gate as gate
 from flowpost.bijectors.gate import gate_inverse as gate_inverse
 from flowpost.bijectors.gate import gate_parameters as gate_parameters

@@ -20,7 +20,7 @@ def columns(step: Bijector, z: Tensor, context: Tensor, chosen: Sequence[int]) -
 
 def one_case(entry: Entry) -> tuple[Bijector, Tensor, Tensor]:
     """A step, points of its domain and their context."""
-    step, z, context = draw(entry, CASE)
+    step, z, context = draw(entry, CASE, batch=(20,))
     assert context is not None
     return step, z, context
 

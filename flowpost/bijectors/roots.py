@@ -35,6 +35,39 @@ def tanh_root(gain: Tensor, target: Tensor) -> Tensor:
         return torch.copysign(x, target)
 
 
+def increasing_root(residual: Residual, low: Tensor, high: Tensor, steps: int = 40) -> Tensor:
+    """The root of an increasing function between two ends; carries no gradient.
+
+    Newton's iteration inside a bracket that every value narrows. Where Newton's step leaves the bracket, or is more
+    than half of the step before, the bracket is halved instead: so it shrinks at least half as fast as in a bisection,
+    and near the root quadratically. Rounding may send the last steps astray; the point of least ``|value|`` is kept.
+
+    Args:
+        residual: the increasing function.
+        low: where its value is not above 0.
+        high: where its value is not below 0, of the same shape.
+        steps: evaluations, a fixed number, so that nothing waits for a device: 24 were enough for the slowest of a
+            million deep sigmoids, and 40 halve a bracket to 1e-12 of its width.
+
+    Returns:
+        The root to rounding, or near enough for `correct` to take it there.
+    """
+    with torch.no_grad():
+        x = 0.5 * (low + high)
+        best, least, last = x, torch.full_like(x, torch.inf), high - low
+        for _ in range(steps):
+            value, slope = residual(x)
+            better = value.abs() < least
+            best, least = torch.where(better, x, best), torch.where(better, value.abs(), least)
+            low, high = torch.where(value < 0, x, low), torch.where(value < 0, high, x)
+            newton = x - value / slope
+            sound = (newton >= low) & (newton <= high) & ((newton - x).abs() <= 0.5 * last)
+            following = torch.where(sound, newton, 0.5 * (low + high))
+            # After a halving any step within the bracket may follow, or a root at one of its ends would be bisected to.
+            x, last = following, torch.where(sound, (following - x).abs(), torch.inf)
+        return best
+
+
 def correct(residual: Residual, root: Tensor) -> Tensor:
     """Two differentiable Newton steps from a root that carries no gradient.
 
