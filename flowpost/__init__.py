@@ -29,10 +29,13 @@ from flowpost.recipes import (
     householder,
     iaf,
     maf,
+    naf,
     nice,
     planar,
     radial,
     realnvp,
+    spline_autoregressive,
+    spline_coupling,
 )
 from flowpost.wrap import wrap
 
@@ -86,6 +89,7 @@ __all__ = [
     "importance",
     "load",
     "maf",
+    "naf",
     "nice",
     "objectives",
     "planar",
@@ -93,6 +97,8 @@ __all__ = [
     "realnvp",
     "save",
     "schedules",
+    "spline_autoregressive",
+    "spline_coupling",
     "testing",
     "vae",
     "wrap",

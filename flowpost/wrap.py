@@ -146,11 +146,10 @@ def _iaf_start(dim: int, steps: int = 4, **options: object) -> list[Bijector]:
 
 
 def _steps(flow: str, dim: int, options: Mapping[str, object]) -> list[Bijector]:
-    """A recipe's steps but for the diagonal Gaussian that it starts with."""
+    """A recipe's steps but for the diagonal Gaussian that it starts or ends with."""
     if flow in _STARTS:
         return _STARTS[flow](dim, **options)
-    _, *steps = cast(Chain, RECIPES[flow](1, dim, **options).flow)
-    return steps
+    return [step for step in cast(Chain, RECIPES[flow](1, dim, **options).flow) if not isinstance(step, Affine)]
 
 
 _STARTS: Mapping[str, Callable[..., list]] = {

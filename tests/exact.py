@@ -174,6 +174,10 @@ def _split(x: Array, sizes: int | Sequence[int], dim: int = 0) -> list[Array]:
 _softplus = _each(lambda x, threshold: x if x > threshold else mp.log1p(mp.exp(x)), 2)  # as torch defines it
 
 
+def _logsumexp(x: Array, dims: Sequence[int], *, keepdim: bool) -> Array:
+    return _each(mp.log, 1)(np.sum(_each(mp.exp, 1)(x), axis=tuple(dims), keepdims=keepdim))
+
+
 def _expand(x: Array, shape: Sequence[int]) -> Array:
     kept = (1,) * (len(shape) - x.ndim) + x.shape
     return np.broadcast_to(x, [old if new == -1 else new for old, new in zip(kept, shape, strict=True)])
@@ -198,10 +202,13 @@ _RULES: dict[str, Callable[..., Any]] = {
     # Numbers
     "abs": np.abs,
     "_softmax": lambda x, dim, _: _each(mp.exp, 1)(x) / np.sum(_each(mp.exp, 1)(x), axis=dim, keepdims=True),
+    "_log_softmax": lambda x, dim, _: x - _logsumexp(x, [dim], keepdim=True),
     "add": operator.add,
     "addcmul": lambda x, a, b: x + a * b,
     "addmm": lambda x, a, b: x + a @ b,
     "amax": lambda x, dims, keepdim=False: np.max(x, axis=tuple(dims), keepdims=keepdim),
+    "amin": lambda x, dims, keepdim=False: np.min(x, axis=tuple(dims), keepdims=keepdim),
+    "bitwise_and": operator.and_,
     "bmm": operator.matmul,
     "clamp": lambda x, low, high: np.clip(x, low, high),
     "clamp_max": np.minimum,
@@ -215,10 +222,13 @@ _RULES: dict[str, Callable[..., Any]] = {
     "floor_divide": operator.floordiv,
     "ge": operator.ge,
     "gt": operator.gt,
+    "le": operator.le,
     "lerp": lambda a, b, weight: a + weight * (b - a),
     "linalg_solve_triangular": _solve,
     "log": _each(mp.log, 1),
     "log1p": _each(mp.log1p, 1),
+    "log_sigmoid_forward": lambda x: [-_each(lambda v: mp.log1p(mp.exp(-v)), 1)(x)] * 2,
+    "logsumexp": lambda x, dims, keepdim=False: _logsumexp(x, dims, keepdim=keepdim),
     "lt": operator.lt,
     "maximum": np.maximum,
     "mm": operator.matmul,

@@ -25,6 +25,7 @@ from flowpost import (
     Chain,
     ConvexCombination,
     Coupling,
+    DeepSigmoid,
     Inverse,
     Learned,
     LULinear,
@@ -33,6 +34,7 @@ from flowpost import (
     Radial,
     Softplus,
     Tanh,
+    Spline,
     UnitLowerTriangular,
 )
 from flowpost.bijectors import (
@@ -40,6 +42,7 @@ from flowpost.bijectors import (
     affine,
     base,
     convex,
+    deep_sigmoid,
     gated,
     gated_inverse,
     householder,
@@ -52,6 +55,7 @@ from flowpost.bijectors import (
     radial,
     roots,
     squash,
+    spline,
     staircase,
     sweep,
     triangular,
@@ -270,6 +274,26 @@ def _one_newton(residual: roots.Residual, root: Tensor) -> Tensor:
     return root
 
 
+def _spline_log_det(inside: Tensor, t: Tensor, r: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> Tensor:
+    slope = s * (d1 * t * t + 2 * s * t * r + d0 * r * r) / spline._denominator(t, r, s, d0, d1).square()
+    return (inside * slope.log()).sum(-1)
+
+
+def _bin_by_widths(point: Tensor, by: Tensor, x: Tensor, y: Tensor, slopes: Tensor) -> tuple[Tensor, ...]:
+    return _BIN(point, x, x, y, slopes)
+
+
+def _enter_as_it_is(z: Tensor, knots: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+    return z.to(knots.dtype), z.abs() < bound
+
+
+def _deep_sigmoid_naive(z: Tensor, scale: Tensor, shift: Tensor, log_weight: Tensor) -> tuple[Tensor, Tensor]:
+    part = torch.sigmoid(scale * z.unsqueeze(-2) + shift)
+    p = (log_weight.exp() * part).sum(-2)
+    slope = (log_weight.exp() * scale * part * (1 - part)).sum(-2) / (p * (1 - p))
+    return torch.log(p / (1 - p)), slope
+
+
 class CachedPlanar(Planar):
     """Keyed by the identity of its input, as a cache of torch.distributions is."""
 
@@ -335,6 +359,7 @@ class ElementwiseRadial(Bijector):
         return x, -self._forward(x, context)[1]
 
 
+_BIN = spline._bin
 _INVERTIBLE, _RIDGE = planar._invertible, planar.ridge
 _ACT_NORM, _RADIAL_GAIN = actnorm.act_norm, radial._gain
 _COUPLING = Coupling._forward
@@ -422,6 +447,22 @@ MUTANTS = (
         dims=(2, 5),
     ),
     Mutant("no bound on the exponential scale", "-", lambda dim: Masked(Affine(dim, torch.exp), 3, (8,))),
+    Mutant("spline with the slope of its bin once", "-", Spline, ((spline, "_log_det", _spline_log_det),)),
+    Mutant("spline's bins in the inverse by their widths", "-", Spline, ((spline, "_bin", _bin_by_widths),)),
+    Mutant("spline knots in float32", "all", Spline, ((spline, "wide_dtype", lambda z: z.dtype),)),
+    Mutant("spline goes on outside", "-", Spline, ((spline, "_enter", _enter_as_it_is),)),
+    Mutant(
+        "deep sigmoid by log(p / (1 - p))",
+        "pyro, and the paper's code but for an epsilon",
+        lambda dim: DeepSigmoid(dim, units=3),
+        ((deep_sigmoid, "_map", _deep_sigmoid_naive),),
+    ),
+    Mutant(
+        "deep sigmoid's search without corrections",
+        "-",
+        lambda dim: DeepSigmoid(dim, units=3),
+        ((deep_sigmoid, "correct", _one_newton),),
+    ),
     Mutant("state outside state_dict", "torchflows", HiddenOrder),
     Mutant("context ignored", "nflows, normflows", _step, (PLAIN, (made.MADE, "forward", _context_ignored))),
     Mutant("backward by hand skips an activation", "-", _step, ((passes, "backward", _backward_without_activation),)),

@@ -22,6 +22,7 @@ PARTS = [
     "householder",
     "convex_combination",
     "radial",
+    "spline",
     "autoregressive_2_context",
     "autoregressive_order",
     "masked_affine_context",

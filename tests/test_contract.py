@@ -17,6 +17,7 @@ COMPILED = {
     "tanh",
     "act_norm",
     "lu_linear_order",
+    "spline",
     "householder",
     "convex_combination",
     "radial",

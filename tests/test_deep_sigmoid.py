@@ -1,6 +1,7 @@
 """The deep sigmoid against Huang et al. (2018) written naively, its slopes' bounds, its tails and its root-find."""
 
 import math
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from flowpost import DeepSigmoid, Learned
 from flowpost.bijectors import deep_sigmoid as module
-from flowpost.bijectors.roots import increasing_root
+from flowpost.bijectors.roots import correct, increasing_root
 from flowpost.functional import deep_sigmoid, deep_sigmoid_inverse, deep_sigmoid_parameters
 
 LEAST = math.exp(-4) / (1 + math.exp(6))
@@ -23,7 +24,7 @@ def draw(scale: float, units: int = 5, points: int = 40, spread: float = 3.0) ->
     return (spread * torch.randn(points, 1, dtype=torch.float64), *deep_sigmoid_parameters(*raw))
 
 
-def by_the_book(z: float, raw: Tensor) -> tuple[mpf, mpf]:
+def by_the_book(z: float, raw: Tensor) -> tuple[Any, Any]:
     """Equation 8 for one number, with our bounds: image and log-slope; `raw` (3, units)."""
     units = raw.shape[-1]
     with mp.workdps(60):
@@ -70,7 +71,7 @@ def test_tails_keep_their_digits(z: float) -> None:
     assert log_det.item() == pytest.approx(float(log_slope), abs=3e-13)
 
 
-def by_the_book_at(digits: int, z: float, raw: Tensor) -> tuple[mpf, mpf]:
+def by_the_book_at(digits: int, z: float, raw: Tensor) -> tuple[Any, Any]:
     """As `by_the_book`, which is told of more digits than it asks for."""
     with mock.patch.object(mp, "workdps", lambda _, real=mp.workdps: real(digits)):
         return by_the_book(z, raw)
@@ -173,7 +174,11 @@ def test_increasing_root_bisects_where_newton_cannot() -> None:
     assert stairs(root)[0].abs().max() < 1e-13
     for low, high in ((0.0, 9.0), (-9.0, 0.0)):
         ends = torch.tensor([low], dtype=torch.float64), torch.tensor([high], dtype=torch.float64)
-        assert increasing_root(lambda x: (torch.expm1(x), x.exp()), *ends).abs().item() < 1e-15
+
+        def residual(x: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.expm1(x), x.exp()
+
+        assert correct(residual, increasing_root(residual, *ends)).abs().item() < 1e-15
 
 
 def test_known_spares_the_search(monkeypatch: pytest.MonkeyPatch) -> None:

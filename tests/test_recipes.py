@@ -14,11 +14,13 @@ from flowpost import (
     Bijector,
     Chain,
     Coupling,
+    DeepSigmoid,
     FlowPosterior,
     Inverse,
     Masked,
     Planar,
     Shared,
+    Spline,
     UnitLowerTriangular,
 )
 from flowpost.recipes import RECIPES
@@ -126,7 +128,38 @@ def test_couplings_pass_one_half_and_then_the_other(name: str, dim: int, halves:
         assert (log_det == 0).all() == (name == "nice")
 
 
-@pytest.mark.parametrize("name", ["affine_iaf", "maf", "nice", "realnvp"])
+@pytest.mark.parametrize("name", ["spline_autoregressive", "spline_coupling"])
+def test_splines_act_on_the_noise_and_the_gaussian_comes_last(name: str) -> None:
+    """A posterior far from 0 has its noise where the bins are."""
+    flow = RECIPES[name](6, 5, steps=2, hidden=(8, 9), context_size=5, bins=4, bound=2.5).flow
+    assert isinstance(flow, Chain)
+    shared, last = flow
+    assert isinstance(last, Affine)
+    assert isinstance(shared, Shared)
+    kind = Masked if name == "spline_autoregressive" else Coupling
+    sizes = [5, 5] if kind is Masked else [3, 2]
+    for step, size in zip(shared, sizes, strict=True):
+        assert isinstance(step, kind)
+        spline = step.step
+        assert isinstance(spline, Spline)
+        assert (spline.dim, spline.bins, spline.bound, step.context_size) == (size, 4, 2.5, 5)
+
+
+def test_naf_is_affine_iaf_with_deep_sigmoids() -> None:
+    steps = shared_steps(RECIPES["naf"](6, 4, steps=3, hidden=(8, 9), context_size=5, units=3, layers=2))
+    for step, order in zip(steps, [[0, 1, 2, 3], [3, 2, 1, 0], [0, 1, 2, 3]], strict=True):
+        assert isinstance(step, Masked)
+        assert step.causal_order().tolist() == order
+        sigmoids = step.step
+        assert isinstance(sigmoids, DeepSigmoid)
+        assert (sigmoids.units, sigmoids.layers, step.context_size) == (3, 2, 5)
+        assert [len(layer.bias) for layer in step.net.stack] == [8, 9, 18 * 4]
+
+
+MIXING = ["affine_iaf", "maf", "nice", "realnvp", "spline_autoregressive", "spline_coupling", "naf"]
+
+
+@pytest.mark.parametrize("name", MIXING)
 @pytest.mark.parametrize("dim", [2, 5])
 def test_alternating_mixes_all_variables(name: str, dim: int) -> None:
     posterior = RECIPES[name](0, dim, steps=3, hidden=(32,), context_size=2).double()
@@ -181,10 +214,14 @@ TARGETS: list[tuple[Callable[[], FlowPosterior], float, float]] = [
     (lambda: flowpost.nice(0, 2, steps=2, hidden=(16,), context_size=4), 0.0, 0.02),
     (lambda: flowpost.realnvp(0, 2, steps=2, hidden=(16,), context_size=4), 0.0, 0.02),
     (lambda: flowpost.maf(0, 2, steps=2, hidden=(16,), context_size=4), 0.0, 0.02),
+    # A spline onto its interval cannot shift, so it comes near a correlated Gaussian only.
+    (lambda: flowpost.spline_autoregressive(0, 2, steps=2, hidden=(16,), context_size=4, bins=4), 0.0, 0.05),
+    (lambda: flowpost.spline_coupling(0, 2, steps=2, hidden=(16,), context_size=4, bins=4), 0.0, 0.05),
+    (lambda: flowpost.naf(0, 2, steps=2, hidden=(16,), context_size=4, units=3), 0.0, 0.02),
 ]
 
 
-KINDS = ["full", "diagonal", "iaf", "planar", "affine_iaf", "nice", "realnvp", "maf"]
+KINDS = ["full", "diagonal", "iaf", "planar", "affine_iaf", "nice", "realnvp", "maf", "spline_ar", "spline_c", "naf"]
 
 
 @pytest.mark.parametrize(("make", "kl", "tolerance"), TARGETS, ids=KINDS)

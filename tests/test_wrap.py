@@ -21,6 +21,9 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("householder", {"steps": 4}),
     ("cc_lin_iaf", {"combinations": 3}),
     *((name, {"steps": 3, "hidden": (16,), "context_size": 5}) for name in ("affine_iaf", "maf", "nice", "realnvp")),
+    ("spline_autoregressive", {"steps": 2, "hidden": (16,), "context_size": 5, "bins": 4}),
+    ("spline_coupling", {"steps": 2, "hidden": (16,), "context_size": 5, "bins": 4}),
+    ("naf", {"steps": 2, "hidden": (16,), "context_size": 5, "units": 3, "layers": 2}),
     *(("iaf", {"steps": steps, "hidden": (16,), "context_size": 5}) for steps in (1, 2, 3, 4)),
 ]
 flows = pytest.mark.parametrize(("flow", "options"), OPTIONS, ids=lambda value: str(value))

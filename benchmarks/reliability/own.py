@@ -53,6 +53,8 @@ def flowpost_models() -> list[Model]:
             fp.Coupling(dim, fp.Affine(dim - dim // 2), 0, (HIDDEN,)),
             fp.Coupling(dim, fp.Shift(dim - dim // 2), 0, (HIDDEN,), order=range(dim)[::-1]),
         ),
+        "Spline ×2": lambda dim: fp.Chain(fp.Spline(dim), fp.Spline(dim)),
+        "DeepSigmoid ×2": lambda dim: fp.Chain(fp.DeepSigmoid(dim, 4), fp.DeepSigmoid(dim, 4)),
         "Reverse": fp.Reverse,
         "Permute": lambda dim: fp.Permute(torch.randperm(dim).tolist()),
         "Learned(Planar) ×2": lambda dim: fp.Chain(*(fp.Learned(fp.Planar(dim)) for _ in range(2))),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import torch
@@ -37,7 +38,9 @@ def deep_sigmoid_parameters(scale: Tensor, shift: Tensor, weight: Tensor) -> tup
 
 
 def _rates(shift: Tensor) -> Tensor:
-    return 2 ** torch.linspace(-1, 1, shift.shape[-2], dtype=shift.dtype, device=shift.device).unsqueeze(-1)
+    units = shift.shape[-2]
+    place = torch.arange(units, dtype=shift.dtype, device=shift.device).unsqueeze(-1) / max(units - 1, 1)
+    return torch.exp(math.log(4) * (place - 0.5))
 
 
 def deep_sigmoid(z: Tensor, scale: Tensor, shift: Tensor, log_weight: Tensor) -> tuple[Tensor, Tensor]:

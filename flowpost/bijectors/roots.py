@@ -54,7 +54,7 @@ def increasing_root(residual: Residual, low: Tensor, high: Tensor, steps: int = 
     """
     with torch.no_grad():
         x = 0.5 * (low + high)
-        best, least, last = x, torch.full_like(x, torch.inf), high - low
+        best, least, last = x, torch.full_like(x, torch.finfo(x.dtype).max), high - low
         for _ in range(steps):
             value, slope = residual(x)
             better = value.abs() < least
@@ -64,7 +64,7 @@ def increasing_root(residual: Residual, low: Tensor, high: Tensor, steps: int = 
             sound = (newton >= low) & (newton <= high) & ((newton - x).abs() <= 0.5 * last)
             following = torch.where(sound, newton, 0.5 * (low + high))
             # After a halving any step within the bracket may follow, or a root at one of its ends would be bisected to.
-            x, last = following, torch.where(sound, (following - x).abs(), torch.inf)
+            x, last = following, torch.where(sound, (following - x).abs(), 2 * (high - low))
         return best
 
 
