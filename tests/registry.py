@@ -95,6 +95,7 @@ ENTRIES = [
     Entry("softplus", Softplus),
     Entry("tanh", Tanh),
     Entry("deep_sigmoid", lambda dim: DeepSigmoid(dim, units=3), identity=True),
+    Entry("deep_sigmoid", lambda dim: DeepSigmoid(dim, units=3), identity=True, local=True),
     Entry("spline", lambda dim: Spline(dim, bins=4), identity=True, local=True),
     Entry("autoregressive_linear", lambda dim: _ar(dim, 0, ())),
     Entry("autoregressive_linear_context", lambda dim: _ar(dim, 3, ())),
