@@ -15,8 +15,8 @@ from flowpost.bijectors.masked import Masked
 from flowpost.bijectors.permute import Permute, Reverse
 from flowpost.bijectors.planar import Planar
 from flowpost.bijectors.radial import Radial
-from flowpost.bijectors.squash import Sigmoid, Softplus, Tanh
 from flowpost.bijectors.spline import Spline
+from flowpost.bijectors.squash import Sigmoid, Softplus, Tanh
 from flowpost.bijectors.triangular import UnitLowerTriangular
 from flowpost.checks import DomainError, IllConditionedWarning, InversionError, NonFiniteError, checking
 from flowpost.files import CorruptFileError, load, save

@@ -20,13 +20,13 @@ from flowpost.bijectors.planar import planar_inverse as planar_inverse
 from flowpost.bijectors.radial import radial as radial
 from flowpost.bijectors.radial import radial_inverse as radial_inverse
 from flowpost.bijectors.scales import softplus_scale as softplus_scale
+from flowpost.bijectors.spline import rational_quadratic as rational_quadratic
+from flowpost.bijectors.spline import rational_quadratic_inverse as rational_quadratic_inverse
+from flowpost.bijectors.spline import spline_parameters as spline_parameters
 from flowpost.bijectors.squash import sigmoid as sigmoid
 from flowpost.bijectors.squash import sigmoid_inverse as sigmoid_inverse
 from flowpost.bijectors.squash import softplus as softplus
 from flowpost.bijectors.squash import softplus_inverse as softplus_inverse
 from flowpost.bijectors.squash import tanh as tanh
 from flowpost.bijectors.squash import tanh_inverse as tanh_inverse
-from flowpost.bijectors.spline import rational_quadratic as rational_quadratic
-from flowpost.bijectors.spline import rational_quadratic_inverse as rational_quadratic_inverse
-from flowpost.bijectors.spline import spline_parameters as spline_parameters
 from flowpost.bijectors.triangular import unit_lower_triangular as unit_lower_triangular

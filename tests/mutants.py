@@ -33,8 +33,8 @@ from flowpost import (
     Planar,
     Radial,
     Softplus,
-    Tanh,
     Spline,
+    Tanh,
     UnitLowerTriangular,
 )
 from flowpost.bijectors import (
@@ -53,9 +53,10 @@ from flowpost.bijectors import (
     passes,
     planar,
     radial,
+    ridge,
     roots,
-    squash,
     spline,
+    squash,
     staircase,
     sweep,
     triangular,
@@ -125,8 +126,8 @@ def _planar_norm(u: Tensor, w: Tensor) -> Planar3:
 
 def _planar_single_where(u: Tensor, w: Tensor) -> Planar3:
     a = (w * u).sum(-1, keepdim=True)
-    above = torch.log1p((1 - planar._K) * torch.expm1(-a))
-    below = torch.log1p(planar._K * torch.expm1(a)) - a
+    above = torch.log1p((1 - ridge.K) * torch.expm1(-a))
+    below = torch.log1p(ridge.K * torch.expm1(a)) - a
     gain = torch.where(a > 0, above, below)
     return u + gain * w / (w * w).sum(-1, keepdim=True).clamp_min(1e-38), a + gain, 1 + a + gain
 
@@ -139,7 +140,7 @@ def _planar_no_guard(u: Tensor, w: Tensor) -> Planar3:
 
 def _planar_plus_constant(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     u_hat, wu, _ = _INVERTIBLE(u, w)
-    value, slope = planar.ridge((w * z).sum(-1, keepdim=True) + b)
+    value, slope = ridge.ridge((w * z).sum(-1, keepdim=True) + b)
     return z + u_hat * value, torch.log((1 + wu * slope).abs() + 1e-4).squeeze(-1)
 
 
@@ -360,7 +361,7 @@ class ElementwiseRadial(Bijector):
 
 
 _BIN = spline._bin
-_INVERTIBLE, _RIDGE = planar._invertible, planar.ridge
+_INVERTIBLE, _RIDGE = planar._invertible, ridge.ridge
 _ACT_NORM, _RADIAL_GAIN = actnorm.act_norm, radial._gain
 _COUPLING = Coupling._forward
 _GATE, _MADE, _UNIT_TRIL = gated.gate, made.MADE.forward, lower.unit_tril

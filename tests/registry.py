@@ -34,8 +34,8 @@ from flowpost import (
     Shift,
     Sigmoid,
     Softplus,
-    Tanh,
     Spline,
+    Tanh,
     UnitLowerTriangular,
 )
 from flowpost.bijectors.base import LINE

@@ -8,13 +8,9 @@ import torch
 from torch import Tensor
 
 from flowpost.bijectors.base import by_rows, columns
+from flowpost.bijectors.ridge import ridge
 
 Ctx = Any  # of an autograd function: torch types it without what it stores
-
-
-def ridge(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``tanh(x)`` and its slope, the slope to full relative precision also where tanh has rounded to 1."""
-    return torch.tanh(x), 4 * torch.sigmoid(2 * x) * torch.sigmoid(-2 * x)
 
 
 def cascade(start: Tensor, gain: Tensor) -> Tensor:

@@ -6,41 +6,24 @@ import math
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flowpost.bijectors.base import Bijector, by_rows, check_int, columns, wide_dtype
-from flowpost.bijectors.cascade import cascade, gram, ridge
+from flowpost.bijectors.cascade import cascade, gram
+from flowpost.bijectors.ridge import bounded_gain, log_slope, ridge
 from flowpost.bijectors.roots import correct, tanh_root
-
-_EPS = 1e-3
-_K = -math.expm1(-(1 - _EPS))  # 1 - e^-(1 - eps)
-_LOGIT_K = math.log(_K / (1 - _K))
 
 
 def _invertible(u: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``u_hat``, ``w.u_hat = m(w.u)`` and ``1 + m >= eps``, with m(0) = 0, so that u = 0 is exactly the identity."""
     a = (w * u).sum(-1, keepdim=True)
-    move, wu, room = _gain(a)
+    move, wu, room = bounded_gain(a)
     square = (w * w).sum(-1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
     u_hat = (move / square * w).add_(u)
     # Far below zero u_hat is a small difference of large numbers: what rounding left along w is put right.
     along = w.detach()
     left = (wu.detach() - (along * u_hat.detach()).sum(-1, keepdim=True)) / square.detach()
     return u_hat.add_(left * along), wu, room
-
-
-def _gain(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``m(a) - a = log1p((1 - k) expm1(-a))``, m and ``1 + m = eps + log1p(k / (1 - k) e^a)``: none of them cancels."""
-    low = (a + 40).clamp_max(0)  # the move is linear there: split off before exp overflows
-    move = torch.log1p((1 - _K) * torch.expm1(low - a)) - low
-    room = _EPS + F.softplus(a + _LOGIT_K, threshold=40)
-    return move, torch.where(a > -1, a + move, room - 1), room
-
-
-def _log_slope(wu: Tensor, room: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-    """``log(1 + m slope)``: where m is near -1, as ``log((1 + m) slope + value^2)``, a sum of positive terms."""
-    return torch.where(wu > -0.5, torch.log1p(wu * slope), torch.log(room * slope + value * value))
 
 
 def planar(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,7 +43,7 @@ def planar(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """
     u_hat, wu, room = _invertible(u, w)
     value, slope = ridge((w * z).sum(-1, keepdim=True) + b)
-    return z + u_hat * value, _log_slope(wu, room, value, slope).squeeze(-1)
+    return z + u_hat * value, log_slope(wu, room, value, slope).squeeze(-1)
 
 
 def planar_chain(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,7 +67,7 @@ def planar_chain(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Te
         inner = cascade(start + b, gram(w, u_hat))
         value, slope = ridge(inner)
         image = z + columns(by_rows, u_hat.mT, value)
-    log_det = _log_slope(wu.squeeze(-1), room.squeeze(-1), value, slope)
+    log_det = log_slope(wu.squeeze(-1), room.squeeze(-1), value, slope)
     return image, log_det.sum(-1, dtype=wide_dtype(z))
 
 
@@ -113,7 +96,7 @@ def planar_inverse(z: Tensor, u: Tensor, w: Tensor, b: Tensor, known: Tensor | N
     else:
         root = ((w * known).sum(-1, keepdim=True) + b).detach()
     value, slope = ridge(correct(residual, root))
-    return z - u_hat * value, -_log_slope(wu, room, value, slope).squeeze(-1)
+    return z - u_hat * value, -log_slope(wu, room, value, slope).squeeze(-1)
 
 
 class Planar(Bijector):
