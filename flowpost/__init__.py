@@ -17,6 +17,7 @@ from flowpost.bijectors.planar import Planar
 from flowpost.bijectors.radial import Radial
 from flowpost.bijectors.spline import Spline
 from flowpost.bijectors.squash import Sigmoid, Softplus, Tanh
+from flowpost.bijectors.sylvester import Sylvester
 from flowpost.bijectors.triangular import UnitLowerTriangular
 from flowpost.checks import DomainError, IllConditionedWarning, InversionError, NonFiniteError, checking
 from flowpost.files import CorruptFileError, load, save
@@ -27,15 +28,18 @@ from flowpost.recipes import (
     diagonal,
     full_covariance,
     householder,
+    householder_sylvester,
     iaf,
     maf,
     naf,
     nice,
+    orthogonal_sylvester,
     planar,
     radial,
     realnvp,
     spline_autoregressive,
     spline_coupling,
+    triangular_sylvester,
 )
 from flowpost.wrap import wrap
 
@@ -72,6 +76,7 @@ __all__ = [
     "Shift",
     "Sigmoid",
     "Softplus",
+    "Sylvester",
     "Tanh",
     "Spline",
     "UnitLowerTriangular",
@@ -85,6 +90,7 @@ __all__ = [
     "functional",
     "gaps",
     "householder",
+    "householder_sylvester",
     "iaf",
     "importance",
     "load",
@@ -92,6 +98,7 @@ __all__ = [
     "naf",
     "nice",
     "objectives",
+    "orthogonal_sylvester",
     "planar",
     "radial",
     "realnvp",
@@ -100,6 +107,7 @@ __all__ = [
     "spline_autoregressive",
     "spline_coupling",
     "testing",
+    "triangular_sylvester",
     "vae",
     "wrap",
 ]

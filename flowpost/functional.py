@@ -29,4 +29,6 @@ from flowpost.bijectors.squash import softplus as softplus
 from flowpost.bijectors.squash import softplus_inverse as softplus_inverse
 from flowpost.bijectors.squash import tanh as tanh
 from flowpost.bijectors.squash import tanh_inverse as tanh_inverse
+from flowpost.bijectors.sylvester import sylvester as sylvester
+from flowpost.bijectors.sylvester import sylvester_inverse as sylvester_inverse
 from flowpost.bijectors.triangular import unit_lower_triangular as unit_lower_triangular

@@ -17,9 +17,11 @@ from flowpost.bijectors.coupling import Coupling
 from flowpost.bijectors.deep_sigmoid import DeepSigmoid
 from flowpost.bijectors.householder import Householder
 from flowpost.bijectors.masked import Masked
+from flowpost.bijectors.permute import Reverse
 from flowpost.bijectors.planar import Planar
 from flowpost.bijectors.radial import Radial
 from flowpost.bijectors.spline import Spline
+from flowpost.bijectors.sylvester import Sylvester
 from flowpost.bijectors.triangular import UnitLowerTriangular
 from flowpost.posterior import FlowPosterior
 
@@ -159,6 +161,65 @@ def householder(features: int, dim: int, steps: int = 8) -> FlowPosterior:
         >>> z, log_prob, noise = flowpost.householder(16, dim=2, steps=2)(torch.randn(8, 16), sample_shape=(50,))
     """
     return FlowPosterior(features, Chain(Affine(dim), *householder_steps(dim, steps)))
+
+
+@recorded
+def orthogonal_sylvester(features: int, dim: int, steps: int = 4, rank: int | None = None) -> FlowPosterior:
+    """Diagonal Gaussian followed by orthogonal Sylvester steps, all amortized (van den Berg et al. 2018, section 3).
+
+    Args:
+        features: size of the encoder's features; 0 for a posterior without an encoder.
+        dim: size of z.
+        steps: number of Sylvester steps; the paper's tables take 16.
+        rank: M, ridges a step, at most dim; None for half of dim, as the paper's 32 of 64. The head grows with
+            ``steps (rank dim + rank^2)``.
+
+    Returns:
+        A posterior that starts near N(0, I).
+
+    Example:
+        >>> z, log_prob, noise = flowpost.orthogonal_sylvester(16, dim=4)(torch.randn(8, 16), sample_shape=(50,))
+    """
+    return FlowPosterior(features, Chain(Affine(dim), *orthogonal_sylvester_steps(dim, steps, rank)))
+
+
+@recorded
+def householder_sylvester(features: int, dim: int, steps: int = 4, reflections: int = 8) -> FlowPosterior:
+    """Diagonal Gaussian followed by Sylvester steps of full rank, Q a few reflections (van den Berg et al. 2018).
+
+    Args:
+        features: size of the encoder's features; 0 for a posterior without an encoder.
+        dim: size of z; the head grows with ``steps dim^2``.
+        steps: number of Sylvester steps; the paper's tables take 16.
+        reflections: H, Householder reflections a step.
+
+    Returns:
+        A posterior that starts near N(0, I).
+
+    Example:
+        >>> z, log_prob, noise = flowpost.householder_sylvester(16, dim=4)(torch.randn(8, 16), sample_shape=(50,))
+    """
+    return FlowPosterior(features, Chain(Affine(dim), *householder_sylvester_steps(dim, steps, reflections)))
+
+
+@recorded
+def triangular_sylvester(features: int, dim: int, steps: int = 4) -> FlowPosterior:
+    """Diagonal Gaussian followed by triangular Sylvester steps, of which every other one sees the variables reversed.
+
+    They are of full rank, and Q is the identity and the reversal in turn (van den Berg et al. 2018, section 3).
+
+    Args:
+        features: size of the encoder's features; 0 for a posterior without an encoder.
+        dim: size of z; the head grows with ``steps dim^2``.
+        steps: number of Sylvester steps; the paper's tables take 16.
+
+    Returns:
+        A posterior that starts near N(0, I).
+
+    Example:
+        >>> z, log_prob, noise = flowpost.triangular_sylvester(16, dim=4)(torch.randn(8, 16), sample_shape=(50,))
+    """
+    return FlowPosterior(features, Chain(Affine(dim), *triangular_sylvester_steps(dim, steps)))
 
 
 @recorded
@@ -411,6 +472,26 @@ def householder_steps(dim: int, steps: int) -> list[Householder]:
     return [copy.deepcopy(pairs[index // 2]) for index in range(steps)]
 
 
+def orthogonal_sylvester_steps(dim: int, steps: int = 4, rank: int | None = None) -> list[Sylvester]:
+    """`steps` Sylvester steps of orthogonal columns of their own, half as many as there are variables."""
+    rank = (check_int("dim", dim, minimum=1) + 1) // 2 if rank is None else rank
+    return [Sylvester(dim, rank) for _ in range(check_int("steps", steps, minimum=1))]
+
+
+def householder_sylvester_steps(dim: int, steps: int = 4, reflections: int = 8) -> list[Sylvester]:
+    """`steps` Sylvester steps of full rank, each of as many reflections."""
+    check_int("reflections", reflections, minimum=1)
+    return [Sylvester(dim, dim, reflections) for _ in range(check_int("steps", steps, minimum=1))]
+
+
+def triangular_sylvester_steps(dim: int, steps: int = 4) -> list[Bijector]:
+    """`steps` Sylvester steps with ``Q = I``, every other one between two reversals: the variables stay in place."""
+    parts: list[Bijector] = []
+    for _ in range(check_int("steps", steps, minimum=1)):
+        parts += [Sylvester(dim, dim, 0), Reverse(dim)]
+    return parts if steps % 2 == 0 else parts[:-1]
+
+
 def iaf_steps(dim: int, steps: int, hidden: Sequence[int] = (320, 320), context_size: int = 64) -> list[Autoregressive]:
     """`steps` autoregressive steps, every other one in the reverse order: the variables stay where they are."""
     return [Autoregressive(dim, context_size, hidden, order=order) for order in _orders(dim, steps)]
@@ -457,6 +538,9 @@ RECIPES: Mapping[str, Callable[..., FlowPosterior]] = {
     "radial": radial,
     "householder": householder,
     "cc_lin_iaf": cc_lin_iaf,
+    "orthogonal_sylvester": orthogonal_sylvester,
+    "householder_sylvester": householder_sylvester,
+    "triangular_sylvester": triangular_sylvester,
     "iaf": iaf,
     "affine_iaf": affine_iaf,
     "maf": maf,

@@ -15,7 +15,16 @@ from flowpost.bijectors.convex import ConvexCombination
 from flowpost.bijectors.triangular import UnitLowerTriangular
 from flowpost.checks import active, check_finite
 from flowpost.posterior import FlowPosterior, Sample
-from flowpost.recipes import RECIPES, householder_steps, iaf_steps, planar_steps, radial_steps
+from flowpost.recipes import (
+    RECIPES,
+    householder_steps,
+    householder_sylvester_steps,
+    iaf_steps,
+    orthogonal_sylvester_steps,
+    planar_steps,
+    radial_steps,
+    triangular_sylvester_steps,
+)
 
 
 def wrap(
@@ -159,6 +168,9 @@ _STARTS: Mapping[str, Callable[..., list]] = {
     "radial": lambda dim, steps=8: radial_steps(dim, steps),
     "householder": lambda dim, steps=8: householder_steps(dim, steps),
     "cc_lin_iaf": lambda dim, combinations=5: [ConvexCombination(dim, combinations)],
+    "orthogonal_sylvester": orthogonal_sylvester_steps,
+    "householder_sylvester": householder_sylvester_steps,
+    "triangular_sylvester": triangular_sylvester_steps,
     "iaf": _iaf_start,
 }
 

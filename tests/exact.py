@@ -196,6 +196,12 @@ def _solve(matrix: Array, columns: Array, *, upper: bool, unitriangular: bool = 
     return np.stack([rows[i] for i in sorted(rows)], -2)
 
 
+def _pad(x: Array, pad: Sequence[int], value: float = 0) -> Array:
+    """Of the last axis."""
+    sides = [np.full((*x.shape[:-1], width), mpf(value)) for width in pad]
+    return np.concatenate([sides[0], x, sides[1]], -1)
+
+
 def _diag_embed(x: Array, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Array:
     if (offset, dim1, dim2) != (0, -2, -1):
         raise NotImplementedError("diag_embed: expected the main diagonal of the last two axes")
@@ -241,6 +247,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "pow": lambda x, power: x**power,
     "reciprocal": lambda x: 1 / x,
     "relu": lambda x: np.maximum(x, 0),
+    "remainder": operator.mod,
     "rsub": lambda x, y: y - x,
     "sigmoid": _each(lambda x: 1 / (1 + mp.exp(-x)), 1),
     "softplus": lambda x, beta=1, threshold=20: _softplus(x * beta, threshold) / beta,
@@ -252,13 +259,15 @@ _RULES: dict[str, Callable[..., Any]] = {
     # Places
     "_to_copy": lambda x: x,
     "_unsafe_view": np.reshape,
+    "alias": lambda x: x,
     "arange": np.arange,
     "cat": np.concatenate,
     "cumsum": np.cumsum,
     "clone": lambda x: x,
-    "constant_pad_nd": lambda x, pad, value: np.concatenate([x, np.full((*x.shape[:-1], pad[1]), mpf(value))], -1),
-    "diag_embed": _diag_embed,
+    "constant_pad_nd": _pad,
     "detach": lambda x: x,  # it stops autodiff, not the map
+    "diag_embed": _diag_embed,
+    "diagonal": lambda x, offset=0, dim1=0, dim2=1: np.diagonal(x, offset, dim1, dim2),
     "expand": _expand,
     "eye": lambda *sizes: np.eye(*sizes, dtype=object),
     "flip": np.flip,
@@ -270,6 +279,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "ones_like": lambda x: np.full(x.shape, mpf(1)),
     "permute": np.transpose,
     "scalar_tensor": lambda value: np.array(mpf(value) if isinstance(value, float) else value),
+    "select": lambda x, dim, index: np.take(x, index, dim),
     "slice": lambda x, dim=0, start=None, end=None: x[(slice(None),) * (dim % x.ndim) + (slice(start, end),)],
     "sort": lambda x: [np.sort(x), np.argsort(x)],
     "split": _split,
@@ -279,6 +289,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "t": np.transpose,
     "transpose": np.swapaxes,
     "tril": np.tril,
+    "triu": np.triu,
     "unbind": lambda x, dim: list(np.moveaxis(x, dim, 0)),
     "unsqueeze": np.expand_dims,
     "view": np.reshape,

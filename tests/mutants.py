@@ -34,6 +34,7 @@ from flowpost import (
     Radial,
     Softplus,
     Spline,
+    Sylvester,
     Tanh,
     UnitLowerTriangular,
 )
@@ -59,6 +60,7 @@ from flowpost.bijectors import (
     squash,
     staircase,
     sweep,
+    sylvester,
     triangular,
 )
 from flowpost.functional import exp_scale
@@ -340,6 +342,22 @@ class TransposedSylvester(Bijector):
         return x, -self._forward(x, context)[1]
 
 
+def _sylvester_inner_transposed(z: Tensor, q: Tensor, r2: Tensor, b: Tensor) -> Tensor:
+    return base.columns(base.by_rows, q @ r2.mT, z) + b
+
+
+def _sylvester_outer_transposed(q: Tensor, r1: Tensor, value: Tensor) -> Tensor:
+    return base.columns(base.by_rows, r1.mT @ q.mT, value)
+
+
+def _gain_unbounded(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.zeros_like(a), a, (1 + a).abs()
+
+
+def _columns_not_orthogonal(v: Tensor, rank: int) -> Tensor:
+    return F.normalize(v, dim=-1).mT[..., :rank]
+
+
 class ElementwiseRadial(Bijector):
     """The radius is taken coordinate by coordinate, and the radial formula then applied."""
 
@@ -422,6 +440,19 @@ MUTANTS = (
     Mutant("mean for sum in a log-det", "-", ActNorm, ((actnorm, "act_norm", _act_norm_mean),), dims=(2, 5)),
     Mutant("tanh log(1 - t^2 + 1e-6)", "many", Tanh, ((squash, "tanh", _tanh_plus_constant),)),
     Mutant("softplus linear from 20 on", "torch", Softplus, ((squash, "_softplus", F.softplus),)),
+    Mutant(
+        "Sylvester's factors transposed, its log-det not",
+        "pyro",
+        Sylvester,
+        ((sylvester, "_inner", _sylvester_inner_transposed), (sylvester, "_outer", _sylvester_outer_transposed)),
+    ),
+    Mutant("Sylvester's diagonals unbounded", "-", Sylvester, ((sylvester, "bounded_gain", _gain_unbounded),)),
+    Mutant(
+        "Sylvester's Q of unit length, not orthogonal",
+        "-",
+        Sylvester,
+        ((sylvester, "orthonormal", _columns_not_orthogonal),),
+    ),
     Mutant("squeeze at batch 1", "pythae", _step, (PLAIN, (gated, "gate", _gate_squeezed))),
     Mutant("element-wise radius", "torchflows", ElementwiseRadial),
     Mutant("float32 log-det in float64", "pythae", _step, (PLAIN, (gated, "gate", _gate_float32_log_det))),

@@ -21,6 +21,7 @@ COMPILED = {
     "householder",
     "convex_combination",
     "radial",
+    "sylvester_orthogonal",
     "autoregressive_2_context",
     "autoregressive_order",
     "masked_affine_context",

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.skipif("FLOWPOST_DEEP" not in os.environ, reason="minut
 FLOWS = {
     "full_covariance": lambda: flowpost.full_covariance(8, dim=5).flow,
     "planar": lambda: flowpost.planar(8, dim=5, steps=2).flow,
+    "sylvester": lambda: flowpost.orthogonal_sylvester(8, dim=5, steps=2).flow,
     "iaf": lambda: flowpost.iaf(8, dim=5, steps=2, hidden=(16,), context_size=4).flow,
     "permuted": lambda: flowpost.Chain(flowpost.Permute([2, 0, 1]), flowpost.Affine(3), flowpost.Reverse(3)),
 }

@@ -26,6 +26,7 @@ from flowpost import (
     Reverse,
     Scale,
     Shared,
+    Sylvester,
     UnitLowerTriangular,
 )
 from flowpost.evaluation import log_marginal
@@ -198,6 +199,21 @@ CONSTRUCTORS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: Scale(2, 0.0), ValueError, "factor: expected a positive finite number, got 0.0"),
     (lambda: Scale(2, float("inf")), ValueError, "factor: expected a positive finite number, got inf"),
     (lambda: Scale(2, float("nan")), ValueError, "factor: expected a positive finite number, got nan"),
+    (lambda: Sylvester(0), ValueError, DIM_0),
+    (lambda: Sylvester(3, 0), ValueError, "rank: expected an int >= 1, got 0"),
+    (lambda: Sylvester(3, 4), ValueError, "rank: expected an int <= 3, the size of z, got 4"),
+    (lambda: Sylvester(3, 2, -1), ValueError, "reflections: expected an int >= 0, got -1"),
+    (
+        lambda: flowpost.orthogonal_sylvester(3, 2, rank=3),
+        ValueError,
+        "rank: expected an int <= 2, the size of z, got 3",
+    ),
+    (
+        lambda: flowpost.householder_sylvester(3, 2, reflections=0),
+        ValueError,
+        "reflections: expected an int >= 1, got 0",
+    ),
+    (lambda: flowpost.triangular_sylvester(3, 2, steps=0), ValueError, "steps: expected an int >= 1, got 0"),
     (lambda: Chain(), ValueError, "Chain: expected at least one step, got none"),
     (lambda: Shared(), ValueError, "Shared: expected at least one step, got none"),
     (lambda: Chain(Affine(2), Planar(3)), ValueError, "Chain: expected steps of one dim, got [2, 3]"),

@@ -21,6 +21,7 @@ from flowpost import (
     Planar,
     Shared,
     Spline,
+    Sylvester,
     UnitLowerTriangular,
 )
 from flowpost.recipes import RECIPES
@@ -52,6 +53,24 @@ def test_planar_steps_start_in_directions_of_their_own() -> None:
     start = flowpost.planar(6, 4, steps=3).flow.initial_context()[8:].view(3, 9)
     assert (start[:, :4] == 0).all()
     assert len({tuple(direction) for direction in start[:, 4:8].tolist()}) == 3
+
+
+def test_the_sylvester_forms() -> None:
+    """Columns half as many as variables; reflections of full rank; and reversals between the triangular steps."""
+
+    def parts(flow: Bijector) -> list[tuple[int, int] | None]:
+        assert isinstance(flow, Chain)
+        assert isinstance(next(iter(flow)), Affine)
+        return [(step.rank, step.reflections) if isinstance(step, Sylvester) else None for step in [*flow][1:]]
+
+    assert parts(flowpost.orthogonal_sylvester(6, 5, steps=2).flow) == [(3, 3)] * 2
+    assert parts(flowpost.orthogonal_sylvester(6, 5, steps=3, rank=4).flow) == [(4, 4)] * 3
+    assert parts(flowpost.householder_sylvester(6, 5, steps=2, reflections=7).flow) == [(5, 7)] * 2
+    for steps in (1, 2, 3):
+        flow = flowpost.triangular_sylvester(6, 5, steps=steps).flow
+        assert parts(flow) == [(5, 0), None] * (steps // 2) * 2 + [(5, 0)] * (steps % 2)
+        z = torch.randn(4, 5)
+        torch.testing.assert_close(flow(z, flow.initial_context())[0], z)  # every variable in its place
 
 
 def test_iaf_reverses_the_order_between_steps_that_share_h() -> None:
@@ -218,10 +237,13 @@ TARGETS: list[tuple[Callable[[], FlowPosterior], float, float]] = [
     (lambda: flowpost.spline_autoregressive(0, 2, steps=2, hidden=(16,), context_size=4, bins=4), 0.0, 0.05),
     (lambda: flowpost.spline_coupling(0, 2, steps=2, hidden=(16,), context_size=4, bins=4), 0.0, 0.05),
     (lambda: flowpost.naf(0, 2, steps=2, hidden=(16,), context_size=4, units=3), 0.0, 0.02),
+    (lambda: flowpost.householder_sylvester(0, 2), 0.0, 0.02),
+    (lambda: flowpost.triangular_sylvester(0, 2), 0.0, 0.02),
 ]
 
 
 KINDS = ["full", "diagonal", "iaf", "planar", "affine_iaf", "nice", "realnvp", "maf", "spline_ar", "spline_c", "naf"]
+KINDS += ["householder_sylvester", "triangular_sylvester"]
 
 
 @pytest.mark.parametrize(("make", "kl", "tolerance"), TARGETS, ids=KINDS)

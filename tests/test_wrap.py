@@ -24,6 +24,9 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("spline_autoregressive", {"steps": 2, "hidden": (16,), "context_size": 5, "bins": 4}),
     ("spline_coupling", {"steps": 2, "hidden": (16,), "context_size": 5, "bins": 4}),
     ("naf", {"steps": 2, "hidden": (16,), "context_size": 5, "units": 3, "layers": 2}),
+    ("orthogonal_sylvester", {"steps": 2, "rank": 1}),
+    ("householder_sylvester", {"steps": 1, "reflections": 2}),
+    ("triangular_sylvester", {"steps": 2}),
     *(("iaf", {"steps": steps, "hidden": (16,), "context_size": 5}) for steps in (1, 2, 3, 4)),
 ]
 flows = pytest.mark.parametrize(("flow", "options"), OPTIONS, ids=lambda value: str(value))

@@ -46,6 +46,7 @@ def flowpost_models() -> list[Model]:
         "Sigmoid": fp.Sigmoid,
         "Softplus": fp.Softplus,
         "Tanh": fp.Tanh,
+        "Sylvester ×2": lambda dim: fp.Chain(fp.Sylvester(dim, (dim + 1) // 2), fp.Sylvester(dim, dim, 2)),
         "Autoregressive ×2": lambda dim: fp.Chain(ar(dim), ar(dim)),
         "Autoregressive ×2, amortized": lambda dim: fp.Shared(ar(dim, CONTEXT), ar(dim, CONTEXT)),
         "Masked(Affine) ×2, amortized": lambda dim: fp.Shared(masked(dim, CONTEXT), masked(dim, CONTEXT)),
@@ -61,6 +62,7 @@ def flowpost_models() -> list[Model]:
         "Conditioned(Planar) ×2": lambda dim: fp.Shared(*(fp.Conditioned(fp.Planar(dim), CONTEXT) for _ in range(2))),
         "Inverse(Affine)": lambda dim: fp.Inverse(fp.Affine(dim)),
         "Inverse(Planar) ×2": lambda dim: fp.Inverse(fp.Chain(fp.Planar(dim), fp.Planar(dim))),
+        "Inverse(Sylvester)": lambda dim: fp.Inverse(fp.Sylvester(dim)),
         "Inverse(Autoregressive) ×2": lambda dim: fp.Chain(*(fp.Inverse(ar(dim, 2)) for _ in range(2))),
         "Shared(Autoregressive, Reverse, Autoregressive)": lambda dim: fp.Shared(
             ar(dim, CONTEXT), fp.Reverse(dim), ar(dim, CONTEXT)

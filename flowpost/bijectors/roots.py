@@ -68,6 +68,57 @@ def increasing_root(residual: Residual, low: Tensor, high: Tensor, steps: int = 
         return best
 
 
+def tanh_roots(gain: Tensor, target: Tensor) -> Tensor:
+    """The y with ``y + gain tanh(y) = target``, `gain` upper triangular, its diagonal above -1; carries no gradient.
+
+    The last row is an equation of its own, and each before it one more where those after it are known. Cost: M scalar
+    roots, one after the other.
+
+    Args:
+        gain: ``(*batch, M, M)`` with axes that may be fewer or more than target's.
+        target: ``(*batch, M)``.
+    """
+    # A compiler, which would unroll every row's search, sees an operator; an exported program has torch's own alone.
+    run = _tanh_roots_operator if torch.compiler.is_dynamo_compiling() else _tanh_roots
+    return run(gain.detach(), target.detach())
+
+
+def _tanh_roots(gain: Tensor, target: Tensor) -> Tensor:
+    roots, rest = [], target
+    for i in reversed(range(target.shape[-1])):
+        y = tanh_root(gain[..., i, i], rest[..., i])
+        rest = rest[..., :i] - gain[..., :i, i] * torch.tanh(y).unsqueeze(-1)
+        roots.append(y)
+    return torch.stack(roots[::-1], -1)
+
+
+_tanh_roots_operator: Callable[[Tensor, Tensor], Tensor] = torch.library.custom_op(
+    "flowpost::tanh_roots", _tanh_roots, mutates_args=(), schema="(Tensor gain, Tensor target) -> Tensor"
+)
+
+
+@torch.library.register_fake("flowpost::tanh_roots")
+def _shape_of_roots(gain: Tensor, target: Tensor) -> Tensor:
+    return target.new_empty(torch.broadcast_shapes(gain.shape[:-1], target.shape))
+
+
+def _tanh_roots_batched(
+    _: object, axes: tuple[int | None, int | None], gain: Tensor, target: Tensor
+) -> tuple[Tensor, int]:
+    batch = max(gain.ndim - 1 - (axes[0] is not None), target.ndim - (axes[1] is not None))
+    sizes = zip((gain, target), axes, (batch + 1, batch), strict=True)
+    aligned = [x if axis is None else _outermost(x.movedim(axis, 0), ndim) for x, axis, ndim in sizes]
+    return _tanh_roots_operator(*aligned), 0
+
+
+torch.library.register_vmap("flowpost::tanh_roots", _tanh_roots_batched)
+
+
+def _outermost(x: Tensor, ndim: int) -> Tensor:
+    """The first axis of x before `ndim` others."""
+    return x.reshape(x.shape[0], *[1] * (ndim + 1 - x.ndim), *x.shape[1:])
+
+
 def correct(residual: Residual, root: Tensor) -> Tensor:
     """Two differentiable Newton steps from a root that carries no gradient.
 

@@ -1,0 +1,183 @@
+"""The Sylvester flow: M tanh ridges in orthogonal directions in one step, each seeing those after it."""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from flowpost.bijectors.base import Bijector, by_rows, check_int, columns
+from flowpost.bijectors.reflections import orthonormal, pivoted
+from flowpost.bijectors.ridge import bounded_gain, log_slope, positive, ridge
+from flowpost.bijectors.roots import tanh_roots
+
+_REACH = 1e3  # of R1 and R2: where they were larger, the inverse would be a matter of rounding
+
+
+def sylvester(
+    z: Tensor, q: Tensor | None, r1: Tensor, r2: Tensor, b: Tensor, room: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sylvester map ``z' = z + Q R1 tanh(R2 Q^T z + b)``, ``log_det = sum_i log(1 + r1_ii r2_ii tanh'(.)_i)``.
+
+    The Jacobian's determinant is, by Sylvester's identity, that of the triangular ``I + diag(tanh') R2 R1`` (van den
+    Berg et al. 2018, section 3). Invertible where every ``r1_ii r2_ii > -1``.
+
+    Args:
+        z: ``(*batch, dim)``.
+        q: ``(*batch, dim, M)`` with ``Q^T Q = I``; None for the identity, and ``M = dim``.
+        r1: ``(*batch, M, M)``, upper triangular.
+        r2: ``(*batch, M, M)``, upper triangular.
+        b: ``(*batch, M)``.
+        room: ``1 + r1_ii r2_ii``, ``(*batch, M)``, where it is known more exactly than the product gives it.
+
+    Returns:
+        z' ``(*batch, dim)`` and log_det ``(*batch)``.
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        value, slope = ridge(_inner(z, q, r2, b))
+        return z + _outer(q, r1, value), _log_det(r1, r2, room, value, slope)
+
+
+def sylvester_inverse(
+    z: Tensor,
+    q: Tensor | None,
+    r1: Tensor,
+    r2: Tensor,
+    b: Tensor,
+    room: Tensor | None = None,
+    known: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Undo `sylvester`: ``y = R2 Q^T z + b`` is the solution of ``y + R2 R1 tanh(y) = R2 Q^T z' + b``.
+
+    That is M increasing scalar equations, the last of which has one unknown, and each before it one more.
+
+    Args:
+        z: the image z', ``(*batch, dim)``.
+        q: as in `sylvester`, like r1, r2, b and room.
+        r1: ``(*batch, M, M)``.
+        r2: ``(*batch, M, M)``.
+        b: ``(*batch, M)``.
+        room: ``(*batch, M)``.
+        known: the preimage, where it is known: no search is run.
+
+    Returns:
+        The preimage ``(*batch, dim)`` and the log-det of the inverse ``(*batch)``, first and second derivatives exact.
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        product, target = r2 @ r1, _inner(z, q, r2, b)
+        y = tanh_roots(product, target) if known is None else _inner(known, q, r2, b).detach()
+        eye = torch.eye(b.shape[-1], dtype=z.dtype, device=z.device)
+        for _ in range(2):  # Newton steps: the first attaches the implicit gradient, the second makes another exact too
+            value, slope = ridge(y)
+            residual = y + columns(by_rows, product, value) - target
+            jacobian = eye + product * slope.unsqueeze(-2)
+            y = y - torch.linalg.solve_triangular(jacobian, residual.unsqueeze(-1), upper=True).squeeze(-1)
+        value, slope = ridge(y)
+        return z - _outer(q, r1, value), -_log_det(r1, r2, room, value, slope)
+
+
+def _inner(z: Tensor, q: Tensor | None, r2: Tensor, b: Tensor) -> Tensor:
+    along = z if q is None else columns(by_rows, q.mT, z)
+    return columns(by_rows, r2, along) + b
+
+
+def _outer(q: Tensor | None, r1: Tensor, value: Tensor) -> Tensor:
+    move = columns(by_rows, r1, value)
+    return move if q is None else columns(by_rows, q, move)
+
+
+def _log_det(r1: Tensor, r2: Tensor, room: Tensor | None, value: Tensor, slope: Tensor) -> Tensor:
+    gain = r1.diagonal(dim1=-2, dim2=-1) * r2.diagonal(dim1=-2, dim2=-1)
+    return log_slope(gain, 1 + gain if room is None else room, value, slope).sum(-1)
+
+
+class Sylvester(Bijector):
+    """Sylvester flow ``z' = z + Q R1 tanh(R2 Q^T z + b)``: M ridges in one step, in orthogonal directions.
+
+    Q is the first `rank` columns of a product of Householder reflections, so orthonormal for every context. The three
+    forms of the paper are ``Sylvester(dim, rank)``, **orthogonal**, of M reflections, whose columns can be any;
+    ``Sylvester(dim, dim, reflections)``, **Householder**; and ``Sylvester(dim, dim, 0)``, **triangular**, where Q is I,
+    to be alternated with `Reverse`.
+
+    Invertible for every context: R1's diagonal is moved as `Planar` moves u, so that ``r1_ii r2_ii > -1``, and R2's is
+    made positive, which loses no map, as tanh is odd. Both are softly bounded at +-1e3. Identity where ``R1 = 0``, for
+    any Q and R2, which are drawn at random when the step is built. Rank 1 is a planar step with u along w.
+
+    With K reflections, Q costs ``O(K dim (K + M))`` an example; a point costs ``O(dim M)``, its log-det O(M), and its
+    inverse M scalar roots, by monotone Newton iterations one row after the other, with exact first and second
+    derivatives.
+
+    Args:
+        dim: size of z.
+        rank: M, the number of ridges, from 1 to dim; None for dim.
+        reflections: K; None for as many as `rank`, which reach every Q but for the signs of its columns, and those do
+            not matter.
+
+    Shapes:
+        z ``(*batch, dim)``, context ``(*batch, K (dim - 1) + M^2 + 2 M)``: a vector for each reflection, whose entry k
+        (modulo dim) is 1 and left out in the k-th; a square with R1 on and above its diagonal, and R2^T below it; what
+        makes R2's diagonal; b.
+
+    Raises:
+        TypeError: if a size is not an int.
+        ValueError: if a size is out of range.
+
+    Reference:
+        van den Berg, Hasenclever, Tomczak & Welling (2018), Sylvester Normalizing Flows for Variational Inference,
+        eq. 10 to 17.
+
+    Example:
+        >>> step = Sylvester(4, rank=2)
+        >>> image, log_det = step(torch.randn(5, 4), torch.randn(5, step.context_size))
+    """
+
+    start: Tensor
+
+    def __init__(self, dim: int, rank: int | None = None, reflections: int | None = None) -> None:
+        rank = check_int("dim", dim, minimum=1) if rank is None else check_int("rank", rank, minimum=1)
+        if rank > dim:
+            raise ValueError(f"rank: expected an int <= {dim}, the size of z, got {rank}")
+        reflections = rank if reflections is None else check_int("reflections", reflections, minimum=0)
+        super().__init__(dim, reflections * (dim - 1) + rank * (rank + 2))
+        self.rank, self.reflections = rank, reflections
+        vectors = torch.randn(reflections * (dim - 1)) / math.sqrt(dim)
+        below, raw = (torch.randn(rank, rank) / math.sqrt(rank)).tril(-1), torch.randn(rank) / math.sqrt(rank)
+        start = torch.cat([vectors, below.flatten(), raw, torch.zeros(rank)])
+        self.register_buffer("start", start, persistent=False)
+
+    def initial_context(self) -> Tensor:
+        """No move, ``R1 = 0``, along random directions Q and with a random R2; b is 0."""
+        return self.start.clone()
+
+    def causal_order(self) -> Tensor | None:
+        """From the last variable to the first where ``Q = I``: there the Jacobian is upper triangular."""
+        return None if self.reflections else torch.arange(self.dim).flip(0)
+
+    def _numbers(self, context: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+        """Q, R1, R2, b and ``1 + r1_ii r2_ii``."""
+        rank = self.rank
+        sizes = [self.reflections * (self.dim - 1), rank * (rank + 1), rank]
+        vectors, numbers, b = cast(Tensor, context).split(sizes, dim=-1)
+        square, raw = (_REACH * torch.tanh(numbers / _REACH)).split([rank**2, rank], dim=-1)
+        square, scale = square.unflatten(-1, (rank, rank)), positive(raw)
+        _, gain, room = bounded_gain(square.diagonal(dim1=-2, dim2=-1) * scale)
+        r1 = square.triu(1) + torch.diag_embed(gain / scale)
+        r2 = square.tril(-1).mT + torch.diag_embed(scale)
+        return self._basis(vectors), r1, r2, b, room
+
+    def _basis(self, vectors: Tensor) -> Tensor | None:
+        if self.reflections == 0 and self.rank == self.dim:
+            return None
+        return orthonormal(pivoted(vectors.unflatten(-1, (self.reflections, self.dim - 1))), self.rank)
+
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return sylvester(z, *self._numbers(context))
+
+    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+        return sylvester_inverse(z, *self._numbers(context), known)
+
+    def extra_repr(self) -> str:
+        """Sizes, for the module's repr."""
+        return f"dim={self.dim}, rank={self.rank}, reflections={self.reflections}"
