@@ -50,6 +50,7 @@ from flowpost.bijectors import (
     lower,
     lu,
     made,
+    masked_inverse,
     operators,
     passes,
     planar,
@@ -221,8 +222,8 @@ def _numbers_the_other_way(self: Masked, z: Tensor, context: Tensor | None) -> T
     return self.net(z, context).mT.flatten(-2)
 
 
-def _inverse_in_the_order_they_come(self: Masked, z: Tensor) -> Sequence[Tensor]:
-    return z.split(1, dim=-1)
+def _rows_in_the_order_they_come(columns: Tensor, order: Tensor | None) -> Tensor:
+    return columns.t().contiguous()
 
 
 def _all_of_z(self: Coupling, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -468,7 +469,11 @@ MUTANTS = (
         dims=(2, 5),
     ),
     Mutant(
-        "inverse in another order", "-", _masked, ((Masked, "_columns", _inverse_in_the_order_they_come),), dims=(2, 5)
+        "inverse in another order",
+        "-",
+        _masked,
+        ((masked_inverse, "_rows", _rows_in_the_order_they_come),),
+        dims=(2, 5),
     ),
     Mutant("coupling reads what moves", "-", _coupling, ((Coupling, "_forward", _all_of_z),)),
     Mutant(
