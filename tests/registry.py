@@ -95,7 +95,6 @@ ENTRIES = [
     Entry("sigmoid", Sigmoid),
     Entry("softplus", Softplus),
     Entry("tanh", Tanh),
-    Entry("deep_sigmoid", lambda dim: DeepSigmoid(dim, units=3), identity=True),
     Entry("deep_sigmoid", lambda dim: DeepSigmoid(dim, units=3), identity=True, local=True),
     Entry("spline", lambda dim: Spline(dim, bins=4), identity=True, local=True),
     Entry("sylvester_orthogonal", lambda dim: Sylvester(dim, (dim + 1) // 2), identity=True),
