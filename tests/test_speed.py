@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import benchmarks.speed as speed
 from benchmarks import __main__ as cli
+from benchmarks.page import MARKS, command, fill
 from benchmarks.speed import others, timing
 from benchmarks.speed.contests import external, training
 from benchmarks.speed.dense import Dense, products
@@ -446,26 +447,26 @@ def test_tables_go_between_the_marks_of_a_page(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "speed.md").write_text("new tables\n")
     (folder / "speed.png").write_bytes(b"plot")
-    page.write_text(f"above\n{speed.MARKS[0]}\nold\n{speed.MARKS[1]}\nbelow\n")
+    page.write_text(f"above\n{MARKS[0]}\nold\n{MARKS[1]}\nbelow\n")
     for _ in range(2):  # once more changes nothing
         speed.publish(folder, page)
         text = page.read_text()
-        assert text.startswith(f"above\n{speed.MARKS[0]}\n\nnew tables\n\n![")
-        assert text.endswith(f"](page.png)\n\n{speed.MARKS[1]}\nbelow\n")
+        assert text.startswith(f"above\n{MARKS[0]}\n\nnew tables\n\n![")
+        assert text.endswith(f"](page.png)\n\n{MARKS[1]}\nbelow\n")
         assert "old" not in text
     assert (tmp_path / "page.png").read_bytes() == b"plot"
 
 
 def test_the_committed_page_has_its_marks() -> None:
-    assert "TABLES" in speed.fill(ROOT / "docs" / "speed.md", "TABLES")
+    assert "TABLES" in fill(ROOT / "docs" / "speed.md", "TABLES")
 
 
 def test_the_command_is_printed_without_folders() -> None:
     typed = ["speed", "--out", "somewhere/of mine", "--quick", "--page=docs/x.md", "--only", "planar, 16"]
-    assert speed.command(typed) == "python -m benchmarks speed --quick --only 'planar, 16'"
+    assert command(typed) == "python -m benchmarks speed --quick --only 'planar, 16'"
 
 
-@pytest.mark.parametrize("text", ["", f"{speed.MARKS[1]} {speed.MARKS[0]}", f"only {speed.MARKS[0]}"])
+@pytest.mark.parametrize("text", ["", f"{MARKS[1]} {MARKS[0]}", f"only {MARKS[0]}"])
 def test_a_page_without_marks_is_refused(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.md"
     page.write_text(text)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
-import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from rich.console import Console
 import flowpost
 from benchmarks.config import Config, ConfigError, configure
 from benchmarks.environment import environment
+from benchmarks.page import command, fill
 from benchmarks.reliability.libraries import DISTRIBUTIONS
 from benchmarks.report import replace_text
 from benchmarks.speed.hall import Hall
@@ -35,7 +35,6 @@ from benchmarks.speed.sizes import FULL, QUICK
 from benchmarks.speed.table import absences, markdown, tables
 
 MISSING = "Not installed, so not timed: {}. To add them: pip install -e '.[peers]'"
-MARKS = ("<!-- tables -->", "<!-- end of tables -->")
 MODES = ("default", "reduce-overhead", "max-autotune")
 
 
@@ -134,32 +133,6 @@ def write(
     }
     replace_text(folder / "speed.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     replace_text(folder / "speed.md", markdown(contests, head(content)))
-
-
-def command(typed: Sequence[str]) -> str:
-    """What was typed, without where it was to be written."""
-    kept, skip = [], False
-    for word in typed:
-        here = skip or word.partition("=")[0] in ("--out", "--page")
-        skip = word in ("--out", "--page")
-        kept += [] if here else [word]
-    return shlex.join(["python", "-m", "benchmarks", *kept])
-
-
-def fill(page: Path, tables: str) -> str:
-    """The page's text with `tables` between its marks.
-
-    Raises:
-        ConfigError: there is no such page, or it has no marks.
-    """
-    try:
-        before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
-    except OSError as error:
-        raise ConfigError(f"page: expected a page to put the tables on, got {page}: {error.strerror}") from error
-    _, end, after = rest.partition(MARKS[1])
-    if not end:
-        raise ConfigError(f"page: expected the marks {' and '.join(MARKS)} in {page}, got none")
-    return f"{before}{MARKS[0]}\n\n{tables}\n{MARKS[1]}{after}"
 
 
 def publish(folder: Path, page: Path) -> None:
