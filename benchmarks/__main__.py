@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from benchmarks.compare import compare
-from benchmarks.config import GRADIENTS, OBJECTIVES, ConfigError, configure
+from benchmarks.config import ALL, BASIC, GRADIENTS, OBJECTIVES, ConfigError, configure, posterior_names
 from benchmarks.data import NAMES, DataError
 from benchmarks.job import job
 from benchmarks.models import POSTERIORS
@@ -36,6 +36,7 @@ EXAMPLES = """\b
 Examples:
   python -m benchmarks                     digits, four posteriors, three seeds
   python -m benchmarks --quick --dim 2     true posteriors beside the fitted ones
+  python -m benchmarks --posterior all     every posterior there is
   python -m benchmarks --data mnist-static --posterior diagonal,iaf --seeds 1
   python -m benchmarks --objective iwae --gradient dreg --train-samples 50
   python -m benchmarks --resume runs/NAME  go on with a job that was stopped
@@ -53,7 +54,8 @@ def main_job(
     posterior: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"Posterior to train: {', '.join(POSTERIORS)}; repeat it, or list several with commas.  [default: all]"
+            help=f"Posterior to train: {', '.join(POSTERIORS)}, or {ALL}; repeat it, or list several with commas.  "
+            f"[default: {', '.join(BASIC)}]"
         ),
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="Number of runs of each posterior.  [default: 3]")] = None,
@@ -128,7 +130,7 @@ def main_job(
     config = configure(
         data,
         quick=quick,
-        posteriors=_names(posterior),
+        posteriors=posterior_names(posterior) if posterior else None,
         seeds=_seeds(seeds, first_seed, quick=quick),
         epochs=epochs,
         patience=patience,
@@ -160,11 +162,6 @@ def _check_alone(context: typer.Context) -> None:
         raise ConfigError(
             f"resume: expected no other option, since the job goes on as it began, got {', '.join(others)}"
         )
-
-
-def _names(given: list[str] | None) -> tuple[str, ...] | None:
-    """The posteriors asked for, once each."""
-    return tuple(dict.fromkeys(name.strip() for part in given for name in part.split(","))) if given else None
 
 
 def _seeds(count: int | None, first: int, *, quick: bool) -> tuple[int, ...]:

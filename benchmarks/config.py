@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 
 import torch
 
 from benchmarks.data import NAMES
 from benchmarks.models import POSTERIORS
+from flowpost.recipes import RECIPES
 
+BASIC = ("diagonal", "full_covariance", "planar", "iaf")  # the posteriors of a job, if nothing is said
+ALL = "all"  # stands for every posterior
 OBJECTIVES = ("elbo", "iwae")
 GRADIENTS = ("standard", "stl", "dreg")
 TRAIN_SAMPLES = {"elbo": 1, "iwae": 5}  # of z for each image in a training step, if nothing is said
@@ -23,6 +27,18 @@ class ConfigError(ValueError):
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def posterior_names(given: Iterable[str]) -> tuple[str, ...]:
+    """The posteriors asked for, once each: an element is a name, several with commas between them, or `ALL`.
+
+    Raises:
+        ConfigError: there is no such posterior.
+    """
+    names = [name.strip() for part in given for name in part.split(",")]
+    for name in names:
+        _check_choice("posterior", name, (*POSTERIORS, ALL))
+    return tuple(dict.fromkeys(each for name in names for each in (POSTERIORS if name == ALL else (name,))))
 
 
 def _check_range(name: str, value: int, minimum: int) -> None:
@@ -39,7 +55,7 @@ class Config:
     """
 
     data: str = "digits"
-    posteriors: tuple[str, ...] = POSTERIORS
+    posteriors: tuple[str, ...] = BASIC
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int = 150  # at most; early stopping ends most runs before
     patience: int = 30  # epochs without a better validation -ELBO, after the warm-up, that end a run
@@ -94,9 +110,19 @@ class Config:
             raise ConfigError(f"free-bits: expected 0 for iwae, which has no KL to spare, got {self.free_bits}")
 
 
-# Both flows are sized like the net they sit in. Chosen on validation data, for all posteriors at once.
-_SMALL_FLOWS = {"planar": {"steps": 4}, "iaf": {"steps": 2, "hidden": (64, 64), "context_size": 32}}
-_LARGE_FLOWS = {"planar": {"steps": 8}, "iaf": {"steps": 2, "hidden": (320, 320), "context_size": 64}}
+def _flows(steps: int, network_steps: int, **sizes: object) -> dict[str, dict[str, object]]:
+    """Each recipe's options: those of `sizes` that it has, and fewer steps where each has a network of its own."""
+    found = {}
+    for name, recipe in RECIPES.items():
+        known = inspect.signature(recipe).parameters
+        given = sizes | {"steps": network_steps if "hidden" in known else steps}
+        found[name] = {option: value for option, value in given.items() if option in known}
+    return {name: options for name, options in found.items() if options}
+
+
+# Flows are sized like the net they sit in. Chosen on validation data, for all posteriors at once.
+_SMALL_FLOWS = _flows(steps=4, network_steps=2, hidden=(64, 64), context_size=32)
+_LARGE_FLOWS = _flows(steps=8, network_steps=2, hidden=(320, 320), context_size=64)
 _DIGITS = Config(flows=_SMALL_FLOWS)
 _LARGE = Config(
     epochs=100,

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.canvas import blank, colour, title
+from benchmarks.canvas import ACROSS, bar_chart, colour, name_bars, panels, title
 from benchmarks.data import Data
 from benchmarks.report import Report, Run, by_posterior
 from flowpost.calibration import rank_ecdf, rank_histogram, sbc_ranks
@@ -26,13 +26,13 @@ LEVEL = 0.95  # of the bands
 def gaps(report: Report) -> Figure:
     """A bar for each posterior: below what the family loses, above what the encoder does; dots are seeds."""
     groups = by_posterior(report.finished)
-    figure = blank(1.5 * len(groups) + 2.2, 4)
+    figure = bar_chart(len(groups))
     panel = figure.subplots()
     for i, (name, runs) in enumerate(groups.items()):
         _gap_bar(panel, i, runs, colour(name))
     panel.bar(0, 0, color="0.4", label="approximation: log p(x) - ELBO of the best q of the family")
     panel.bar(0, 0, color="0.4", alpha=0.35, label="amortization: what the encoder's q falls short of that")
-    panel.set_xticks(range(len(groups)), [title(name) for name in groups])
+    name_bars(panel, groups)
     config = report.config
     panel.set(ylabel="nats per image", title=f"Inference gap, {config.gap_images} test images of {config.data}")
     panel.grid(axis="y", alpha=0.3)
@@ -54,17 +54,17 @@ def _gap_bar(panel: Axes, i: int, runs: list[Run], shade: str) -> None:
 
 def calibration(models: Mapping[str, VAE], data: Data, device: torch.device) -> Figure:
     """Of each model's own images: where z ranks among samples of q(z|x), as a histogram and as an ECDF, by unit."""
-    figure = blank(3.2 * len(models) + 0.8, 6.2)
-    panels = figure.subplots(2, len(models), squeeze=False, sharey="row")
-    for (above, below), (name, vae) in zip(panels.T, models.items(), strict=True):
+    figure, pairs = panels(len(models), 3.2, 6.2, rows=2, sharey=True, margin=0.8)
+    for (above, below), (name, vae) in zip(pairs.T, models.items(), strict=True):
         ranks = model_ranks(vae, data, device)
         _histograms(above, ranks, colour(name))
         inside = _ecdfs(below, ranks, colour(name))
         above.set_title(title(name))
         below.set_title(f"{inside} of {ranks.shape[1]} units inside", fontsize="small")
-    panels[0, 0].set_ylabel(f"z of {SIMULATIONS} a bin")
-    panels[1, 0].set_ylabel("ECDF - uniform")
-    panels[0, 0].legend(fontsize="small", loc="upper center")
+    for above, below in pairs.T[::ACROSS]:
+        above.set_ylabel(f"z of {SIMULATIONS} a bin")
+        below.set_ylabel("ECDF - uniform")
+    pairs[0, 0].legend(fontsize="small", loc="upper center")
     figure.suptitle(
         f"Rank of z among {RANKED} samples of q(z|x), for images drawn from each model; grey: if q is right"
     )

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks import inference
-from benchmarks.canvas import blank, colour, title
+from benchmarks.canvas import ACROSS, bar_chart, blank, colour, name_bars, panels, title
 from benchmarks.data import Data
 from benchmarks.models import codes, mean_images, posterior_grid
 from benchmarks.objective import bound_name
@@ -56,9 +56,8 @@ def _ink(data: Data) -> str:
 def curves(report: Report) -> Figure:
     """The negative bound against epochs, a panel for each posterior, a line for each seed."""
     groups = by_posterior(report.finished)
-    figure = blank(3.2 * len(groups) + 0.6, 3.4)
-    panels = np.atleast_1d(figure.subplots(1, len(groups), sharey=True))
-    for panel, (name, runs) in zip(panels, groups.items(), strict=True):
+    figure, (line,) = panels(len(groups), 3.2, 3.4, sharey=True)
+    for panel, (name, runs) in zip(line, groups.items(), strict=True):
         for i, run in enumerate(runs):
             _curve(panel, run, colour(name), labelled=i == 0)
         panel.set(title=title(name), xlabel="epoch")
@@ -66,8 +65,9 @@ def curves(report: Report) -> Figure:
     values = [value for run in report.finished for value in run["train"] + run["valid"] if value is not None]
     low, high = min(values), np.quantile(values, 0.95)
     bound = bound_name(report.config)
-    panels[0].set(ylabel=f"{bound} (nats per image)", ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)))
-    panels[0].legend(loc="upper right", fontsize="small")
+    for panel in line[::ACROSS]:
+        panel.set(ylabel=f"{bound} (nats per image)", ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)))
+    line[0].legend(loc="upper right", fontsize="small")
     figure.suptitle(f"Training on {report.config.data}: {bound} at KL weight 1, a line for each seed")
     return figure
 
@@ -85,7 +85,7 @@ def _curve(panel: Axes, run: dict, colour: str, *, labelled: bool) -> None:
 def bounds(report: Report) -> Figure:
     """A bar from NLL to -ELBO for each posterior: its length is the gap; dots are seeds, whiskers their sd."""
     groups = by_posterior(report.finished)
-    figure = blank(1.5 * len(groups) + 2.2, 4)
+    figure = bar_chart(len(groups))
     panel = figure.subplots()
     for i, (name, runs) in enumerate(groups.items()):
         ends = np.array([[run["nll"], run["neg_elbo"]] for run in runs])
@@ -99,7 +99,7 @@ def bounds(report: Report) -> Figure:
             panel.plot(offsets, ends[:, column], marker, color=colour(name), markersize=5, markeredgecolor="black")
     panel.plot([], [], "ko", label=f"NLL, {report.config.samples} importance samples")
     panel.plot([], [], "k^", label="-ELBO")
-    panel.set_xticks(range(len(groups)), [title(name) for name in groups])
+    name_bars(panel, groups)
     panel.set(ylabel="nats per image (lower is better; axis not from 0)", title=f"Test part of {report.config.data}")
     panel.use_sticky_edges = False
     panel.margins(y=0.12)
@@ -141,8 +141,8 @@ def interpolation(models: Models, data: Data, device: torch.device) -> Figure:
 def _gallery(rows: Sequence[tuple[str, Tensor]], data: Data, title: str) -> Figure:
     height, width = data.test.shape[1:]
     figure = blank(9, 0.5 + 0.75 * len(rows) * height / width)
-    panels = figure.subplots(len(rows), COLUMNS, squeeze=False)
-    for line, (name, images) in zip(panels, rows, strict=True):
+    grid = figure.subplots(len(rows), COLUMNS, squeeze=False)
+    for line, (name, images) in zip(grid, rows, strict=True):
         for panel, image in zip(line, images.cpu().numpy(), strict=False):
             panel.imshow(image, cmap=_ink(data), vmin=0, vmax=data.levels)
         for panel in line:
@@ -155,16 +155,16 @@ def _gallery(rows: Sequence[tuple[str, Tensor]], data: Data, title: str) -> Figu
 def latent(models: Models, data: Data, device: torch.device) -> Figure:
     """Above, the test images' codes by PCA; below, each unit's distribution over them against the prior."""
     x = data.test[:2000].to(device)
-    figure = blank(3.2 * len(models) + 0.8, 6.2)
-    panels = figure.subplots(2, len(models), squeeze=False)
-    for (scatter, histogram), (name, vae) in zip(panels.T, models.items(), strict=True):
+    figure, pairs = panels(len(models), 3.2, 6.2, rows=2, margin=0.8)
+    for (scatter, histogram), (name, vae) in zip(pairs.T, models.items(), strict=True):
         z = codes(vae, x, 16).cpu()
         _pca(scatter, z[0], data.labels)
         _marginals(histogram, z.flatten(0, 1), colour(name))
         scatter.set_title(title(name))
-    panels[0, 0].set_ylabel("second principal axis")
-    panels[1, 0].set_ylabel("density")
-    panels[1, 0].legend(fontsize="small", loc="upper right")
+    for above, below in pairs.T[::ACROSS]:
+        above.set_ylabel("second principal axis")
+        below.set_ylabel("density")
+    pairs[1, 0].legend(fontsize="small", loc="upper right")
     what = ", coloured by class" if data.labels is not None else ""
     figure.suptitle(f"Codes z ~ q(z|x) of {len(x)} test images{what}; below, each unit's histogram")
     return figure
@@ -201,14 +201,17 @@ def _marginals(panel: Axes, z: Tensor, colour: str) -> None:
 def true_posteriors(models: Models, data: Data, device: torch.device) -> Figure:
     """For a few test images and every model: p(z|x) of its decoder on a grid, and its q(z|x) on the same grid."""
     x = data.test[:TRUE_POSTERIORS].to(device)
-    figure = blank(1.2 + 2.5 * len(models), 1 + 4.6 * len(x))
-    panels = figure.subplots(2 * len(x), len(models) + 1, squeeze=False, width_ratios=[0.5] + [1] * len(models))
-    for panel in panels[:, 0]:
+    across, blocks = min(len(models), ACROSS), math.ceil(len(models) / ACROSS)
+    figure = blank(1.2 + 2.5 * across, 1 + 4.6 * len(x) * blocks)
+    grid = figure.subplots(2 * len(x) * blocks, across + 1, squeeze=False, width_ratios=[0.5] + [1] * across)
+    for panel in grid.flatten():
         panel.axis("off")
     for i, image in enumerate(x):
-        panels[2 * i, 0].imshow(image.cpu().numpy(), cmap=_ink(data), vmin=0, vmax=data.levels)
-        panels[2 * i, 0].set_title(f"test image {i + 1}", fontsize="small")
-        for (above, below), (name, vae) in zip(panels[2 * i : 2 * i + 2, 1:].T, models.items(), strict=True):
+        rows = grid[2 * blocks * i : 2 * blocks * (i + 1)]
+        rows[0, 0].imshow(image.cpu().numpy(), cmap=_ink(data), vmin=0, vmax=data.levels)
+        rows[0, 0].set_title(f"test image {i + 1}", fontsize="small")
+        for j, (name, vae) in enumerate(models.items()):
+            above, below = rows[2 * (j // across) : 2 * (j // across) + 2, 1 + j % across]
             _true_and_fitted(above, below, title(name), vae, image.unsqueeze(0))
     figure.suptitle("Above, each decoder's true posterior p(z|x); below, the fitted q(z|x). White: contours of p(z|x)")
     return figure
@@ -219,6 +222,7 @@ def _true_and_fitted(above: Axes, below: Axes, name: str, vae: VAE, x: Tensor) -
     true, fitted = (log_density.exp().T.cpu().numpy() for log_density in (grid.log_true, grid.log_fitted))
     levels = true.max() * np.exp([-4.5, -2.0, -0.5])  # 3, 2 and 1 standard deviations of a Gaussian
     for panel, density in ((above, true), (below, fitted)):
+        panel.axis("on")
         panel.imshow(density, extent=grid.box, origin="lower", cmap="magma", aspect="auto")
         panel.contour(true, levels, extent=grid.box, colors="white", linewidths=0.7)
         panel.tick_params(labelsize="x-small")

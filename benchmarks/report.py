@@ -132,7 +132,8 @@ class Report:
     def caption(self) -> str:
         """What the table's numbers are."""
         config = self.config
-        seeds = "/".join(str(len(runs)) for runs in by_posterior(self.finished).values()) or "0"
+        counts = [len(runs) for runs in by_posterior(self.finished).values()] or [0]
+        seeds = "/".join(map(str, counts if len(set(counts)) > 1 else counts[:1]))
         return (
             f"{config.data}, test part; trained on {objective_words(config)}; "
             f"nats per image, mean (sd) over seeds ({seeds} runs); "

@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import __main__ as cli
 from benchmarks import job
+from benchmarks.canvas import colour, panels
 from benchmarks.config import DEFAULTS, Config, configure, from_json
 from benchmarks.data import Data, DataError, load
 from benchmarks.models import POSTERIORS, build, posterior_grid
@@ -68,8 +69,8 @@ def test_help_names_every_option_and_an_example(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--posterior", "foo"], f"posterior: expected one of {', '.join(POSTERIORS)}, got 'foo'"),
-        (["--posterior", "iaf,foo"], f"posterior: expected one of {', '.join(POSTERIORS)}, got 'foo'"),
+        (["--posterior", "foo"], f"posterior: expected one of {', '.join(POSTERIORS)}, all, got 'foo'"),
+        (["--posterior", "iaf,foo"], f"posterior: expected one of {', '.join(POSTERIORS)}, all, got 'foo'"),
         (["--data", "foo"], f"data: expected one of {', '.join(DEFAULTS)}, got 'foo'"),
         (["--epochs", "0"], "epochs: expected an integer of at least 1, got 0"),
         (["--seeds", "0"], "seeds: expected an integer of at least 1, got 0"),
@@ -308,6 +309,23 @@ def test_the_grid_holds_both_posteriors_mass(tiny_model: tuple[VAE, Data, Config
     assert grid.log_true.exp().sum().item() * cell == pytest.approx(1, abs=1e-4)
     assert grid.log_fitted.exp().sum().item() * cell == pytest.approx(1, abs=0.02)
     assert grid.kl > -0.02
+
+
+def test_many_posteriors_go_on_below() -> None:
+    """Columns of two panels, five side by side; what is left over is blank, and one axis is shared by a whole row."""
+    figure, found = panels(12, 1.0, 2.0, rows=2, sharey=True)
+    assert found.shape == (2, 12)
+    assert figure.get_size_inches().tolist() == [5.6, 6.0]
+    places = {(panel.get_subplotspec().rowspan.start, panel.get_subplotspec().colspan.start) for panel in found[1]}
+    assert places == {(1, column) for column in range(5)} | {(3, column) for column in range(5)} | {(5, 0), (5, 1)}
+    assert sum(panel.axison for panel in figure.axes) == 24
+    found[1, 0].set_ylim(0, 7)
+    assert found[1, 11].get_ylim() == (0, 7)
+    assert found[0, 11].get_ylim() != (0, 7)
+
+
+def test_every_posterior_has_a_colour() -> None:
+    assert len({colour(name) for name in POSTERIORS}) == min(len(POSTERIORS), 14)
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
