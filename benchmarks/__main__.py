@@ -17,6 +17,7 @@ from benchmarks.models import POSTERIORS
 from benchmarks.reliability import reliability
 from benchmarks.report import Report
 from benchmarks.speed import speed
+from benchmarks.targets import targets
 
 app = typer.Typer(
     add_completion=False,
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.command()(compare)
 app.command()(reliability)
 app.command()(speed)
+app.command()(targets)
 # Newer typers bring a click of their own, and none exports the base class of its errors: it is reached through one.
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
 
@@ -43,6 +45,7 @@ Examples:
   python -m benchmarks compare runs/*      finished jobs in one table, with differences
   python -m benchmarks reliability         hard uses, flowpost beside public libraries
   python -m benchmarks speed               times, beside dense layers and public libraries
+  python -m benchmarks targets             exact KL to densities that are known
 """
 
 

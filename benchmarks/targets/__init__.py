@@ -1,0 +1,153 @@
+"""Two-dimensional targets, `python -m benchmarks targets`: how close each posterior comes to a density that is known.
+
+The four energies of Rezende & Mohamed (2015), each recipe without an encoder at K = 2, 8 and 32 steps, and the exact
+KL: the energies' normalizers are known.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from benchmarks.canvas import title
+from benchmarks.config import Config, ConfigError, posterior_names
+from benchmarks.environment import environment
+from benchmarks.page import command, fill
+from benchmarks.report import replace_text
+from benchmarks.targets.fitting import Fit, Plan, fit, has_steps
+from benchmarks.targets.pictures import Densities, fitted, one_recipe, overview
+from benchmarks.targets.table import is_impossible, markdown, notes, table
+
+FULL, FULL_STEPS = Plan(), (2, 8, 32)
+QUICK, QUICK_STEPS = Plan(iterations=300, starts=2, samples=20_000), (2, 8)
+DPI = 110
+
+
+def targets(
+    *,
+    posterior: Annotated[
+        list[str] | None,
+        typer.Option(help="Posterior to fit; repeat it, or list several with commas.  [default: all]"),
+    ] = None,
+    steps: Annotated[
+        str | None, typer.Option(help="K of the flows, with commas.  [default: 2,8,32; quick: 2,8]")
+    ] = None,
+    iterations: Annotated[
+        int | None, typer.Option(min=1, help="Adam's steps of each fit.  [default: 2000; quick: 300]")
+    ] = None,
+    starts: Annotated[
+        int | None, typer.Option(min=1, help="Fits of each, the best one kept.  [default: 4; quick: 2]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of weights and noise.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A first look within two minutes: short fits, no K = 32.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write to.  [default: runs/<time>-targets]", file_okay=False)
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="Put the table on this page too, between its marks, and the picture beside it.")
+    ] = None,
+) -> None:
+    """Fit every posterior to the four energies of Rezende & Mohamed (2015), and print the exact KL(q || p).
+
+    No encoder, no data: two variables and a density that is known. A picture for each posterior has its density beside
+    the target for every K, as figure 3 of the paper; targets.png has all of them. targets.json has every figure,
+    targets.md the table.
+    """
+    plan = replace(QUICK if quick else FULL, seed=seed)
+    given = {"iterations": iterations, "starts": starts}
+    plan = replace(plan, **{name: value for name, value in given.items() if value is not None})
+    ks = _ks(steps) if steps is not None else QUICK_STEPS if quick else FULL_STEPS
+    names = posterior_names(posterior or ["all"])
+    if page is not None:
+        fill(page, "")  # before anything is fitted
+    folder = out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-targets"
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        code = run(names, ks, plan, folder)
+        if page is not None:
+            publish(folder, page)
+    finally:
+        torch.set_num_threads(before)
+    raise typer.Exit(code)
+
+
+def _ks(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ConfigError(f"steps: expected integers of at least 1 with commas between them, got {text!r}")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+def run(names: Sequence[str], ks: Sequence[int], plan: Plan, folder: Path) -> int:
+    """Fit, write after every fit and draw after every posterior; 1 if a figure is missing or impossible."""
+    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 120)
+    started = datetime.now().astimezone()
+    folder.mkdir(parents=True, exist_ok=True)
+    fits: list[Fit] = []
+    last: dict[str, Densities] = {}
+    for name in names:
+        by_steps: dict[str, Densities] = {}
+        for k in ks if has_steps(name) else (None,):
+            posteriors, figures = fit(name, k, plan)
+            by_steps["q" if k is None else f"K = {k}"] = last[title(name)] = fitted(posteriors)
+            fits += figures
+            console.print(_line(figures))
+            write(folder, fits, plan, started)
+        one_recipe(name, by_steps).savefig(folder / f"{name}.png", dpi=DPI)
+    overview(last).savefig(folder / "targets.png", dpi=DPI)
+    console.print(table(fits, plan, torch.get_num_threads()))
+    for note in notes(fits):
+        console.print(note, soft_wrap=True)
+    console.print(f"Table, figures and pictures: {folder}", soft_wrap=True)
+    return int(any(is_impossible(one) or one.kl != one.kl for one in fits))
+
+
+def _line(figures: Sequence[Fit]) -> str:
+    first = figures[0]
+    what = first.posterior if first.steps is None else f"{first.posterior}, K = {first.steps}"
+    return f"{what}: KL {', '.join(f'{one.energy} {one.kl:.3f}' for one in figures)}, {first.seconds:.0f} s"
+
+
+def write(folder: Path, fits: Sequence[Fit], plan: Plan, started: datetime) -> None:
+    """`targets.json` and `targets.md`, each replaced in one go."""
+    seconds = (datetime.now().astimezone() - started).total_seconds()
+    content = {
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+        "command": command(sys.argv[1:]),
+        "threads": torch.get_num_threads(),
+        "plan": asdict(plan),
+        "environment": environment(Config()),
+        "fits": [one.as_json() for one in fits],
+    }
+    replace_text(folder / "targets.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
+    replace_text(folder / "targets.md", markdown(fits, plan, torch.get_num_threads()))
+
+
+def publish(folder: Path, page: Path) -> None:
+    """Put a run's table and its picture on a page, with the command, versions and hardware."""
+    content = json.loads((folder / "targets.json").read_text(encoding="utf-8"))
+    there = content["environment"]
+    where = (
+        f"Measured on {content['started'][:10]}, {content['seconds'] / 60:.0f} minutes, on {there['cpu']} "
+        f"({there['cores']} cores, threads: {content['threads']}); Python {there['python']}, torch {there['torch']}, "
+        f"flowpost {there['flowpost']}; commit {there['commit']}.\n\n```bash\n{content['command']}\n```"
+    )
+    shutil.copyfile(folder / "targets.png", page.with_suffix(".png"))
+    picture = f"![The target and every posterior's density, a row for each energy]({page.stem}.png)"
+    figures = (folder / "targets.md").read_text(encoding="utf-8").strip()
+    replace_text(page, fill(page, f"{picture}\n\n{figures}\n\n{where}\n"))

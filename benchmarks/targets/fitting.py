@@ -1,0 +1,201 @@
+"""One recipe fitted to every energy at once, and its exact KL: independent fits, batched over the energies."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, stack_module_state, vmap
+
+from benchmarks.targets.energies import ENERGIES, STRIP, Energy
+from benchmarks.train import BAD_STEPS, CLIP_NORM, seeded
+from flowpost import Chain, FlowPosterior
+from flowpost.recipes import RECIPES
+from flowpost.schedules import linear
+
+START = 0.01  # the temperature's, as in the paper
+ANNEALED = 0.5  # share of the iterations after which it is 1
+REACH = 1.5  # standard deviation of where the starts are
+SIZES = {"hidden": (32, 32), "context_size": 4}  # of the networks, where a recipe has any
+CHUNK = 20_000  # samples evaluated at once
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What decides a fit's figures besides the recipe, its steps and the energy."""
+
+    iterations: int = 2000  # Adam's steps
+    starts: int = 4  # fits of each posterior, from different densities; the best one is kept
+    batch: int = 128  # samples a step
+    lr: float = 2e-2  # Adam's, at the start: it falls to 0 as a half cosine
+    samples: int = 200_000  # fresh ones behind KL
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What the table says of a fitted posterior."""
+
+    posterior: str
+    steps: int | None
+    """K, where the recipe has `steps`."""
+    energy: str
+    kl: float
+    """KL(q || p) in nats; nan where a sample was not finite, or where every start was given up."""
+    standard_error: float
+    """Of `kl`."""
+    skipped_steps: int
+    """Of all starts: gradient or loss were not finite."""
+    parameters: int
+    seconds: float
+    """Of training, all energies and starts together."""
+
+    def as_json(self) -> dict[str, object]:
+        """The fields, with None in the place of a nan, which JSON does not have."""
+        return {name: None if value != value else value for name, value in asdict(self).items()}
+
+
+def has_steps(name: str) -> bool:
+    """Whether a recipe is a flow of K steps."""
+    return "steps" in inspect.signature(RECIPES[name]).parameters
+
+
+def build(name: str, steps: int | None) -> FlowPosterior:
+    """The recipe's posterior without an encoder, on the whole plane."""
+    known = inspect.signature(RECIPES[name]).parameters
+    options: dict[str, object] = {key: value for key, value in SIZES.items() if key in known}
+    return RECIPES[name](0, 2, **options | ({} if steps is None else {"steps": steps}))
+
+
+def fit(
+    name: str, steps: int | None, plan: Plan, energies: Sequence[Energy] = ENERGIES
+) -> tuple[list[FlowPosterior], list[Fit]]:
+    """Fit a recipe to every energy by minimizing ``E_q[log q + U] + log Z``, each from several starts.
+
+    Energies and starts have weights, Adam moments and bad steps of their own: they share a batch for speed alone.
+
+    Returns:
+        For every energy the best posterior, in float64, and its figures.
+    """
+    with seeded(plan.seed, torch.device("cpu")):
+        plain = [build(name, steps) for _ in range(plan.starts * len(energies))]
+        begun = time.perf_counter()
+        skipped, alive = train(plain, energies, plan)
+        seconds = time.perf_counter() - begun
+        posteriors, fits = [], []
+        for index, energy in enumerate(energies):
+            own = slice(index, None, len(energies))
+            fitted = [place(posterior, energy).double() for posterior in plain[own]]
+            rough = [kl(posterior, energy, CHUNK)[0] for posterior in fitted]
+            ranks = [_rank(*each) for each in zip(rough, alive[own].tolist(), strict=True)]
+            best = fitted[ranks.index(min(ranks))]
+            figures = kl(best, energy, plan.samples) if min(ranks) < math.inf else (math.nan, math.nan)
+            parameters = sum(parameter.numel() for parameter in best.parameters())
+            posteriors.append(best)
+            fits.append(Fit(name, steps, energy.name, *figures, int(skipped[own].sum()), parameters, seconds))
+    return posteriors, fits
+
+
+def _rank(figure: float, alive: bool) -> float:  # noqa: FBT001 - a column of a table
+    return figure if alive and not math.isnan(figure) else math.inf
+
+
+def place(posterior: FlowPosterior, energy: Energy) -> FlowPosterior:
+    """The posterior on the energy's domain."""
+    return FlowPosterior(0, Chain(posterior.flow, STRIP)) if energy.bounded else posterior
+
+
+def train(posteriors: Sequence[FlowPosterior], energies: Sequence[Energy], plan: Plan) -> tuple[Tensor, Tensor]:
+    """Fit posteriors of one architecture in place, to the energies in turn.
+
+    Returns:
+        For each the number of steps skipped, and whether it never had `BAD_STEPS` of them in a row.
+    """
+    energies = [energies[index % len(energies)] for index in range(len(posteriors))]
+    parameters, buffers = stack_module_state(list(posteriors))  # each tensor (posteriors, ...)
+    optimizer = torch.optim.Adam(parameters.values(), lr=plan.lr)
+    centres = REACH * torch.randn(len(posteriors), 1, 2)
+    skipped = torch.zeros(len(posteriors), dtype=torch.long)
+    in_a_row, worst = skipped.clone(), skipped.clone()
+    for iteration in range(plan.iterations):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5 * plan.lr * (1 + math.cos(math.pi * iteration / plan.iterations))
+        optimizer.zero_grad()
+        noise = torch.randn(plan.batch, 2)  # common to all of them
+        z, log_q = draw(posteriors[0], parameters, buffers, noise)
+        losses = free_energies(z, log_q, energies, centres, temperature(iteration, plan))
+        losses.sum().backward()
+        bad = ~shorten(parameters, losses.detach())
+        step(optimizer, parameters, bad)
+        skipped += bad
+        in_a_row = (in_a_row + 1) * bad
+        worst = torch.maximum(worst, in_a_row)
+    for index, posterior in enumerate(posteriors):
+        posterior.load_state_dict({name: stacked[index].detach() for name, stacked in parameters.items()}, strict=False)
+    return skipped, worst < BAD_STEPS
+
+
+def temperature(iteration: int, plan: Plan) -> float:
+    """What U is multiplied by: from `START` up to 1, linearly, so that no mode is lost before it is seen."""
+    return START + (1 - START) * linear(iteration, math.ceil(ANNEALED * plan.iterations))
+
+
+def draw(posterior: FlowPosterior, parameters: Tensors, buffers: Tensors, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Where every set of weights puts the same noise ``(samples, 2)``: z ``(sets, samples, 2)`` and its log q."""
+
+    def one(parameters: Tensors, buffers: Tensors) -> tuple[Tensor, Tensor]:
+        given = {"sample_shape": tuple(noise.shape[:1]), "noise": noise}
+        z, log_q, _ = functional_call(posterior, (parameters, buffers), kwargs=given)
+        return z, log_q
+
+    return vmap(one)(parameters, buffers)
+
+
+def free_energies(z: Tensor, log_q: Tensor, energies: Sequence[Energy], centres: Tensor, temperature: float) -> Tensor:
+    """Each fit's mean of ``log q + t U + (1 - t) |z - centre|^2 / 2``, ``(fits,)``: from a normal density to p."""
+    on_strip, log_det = STRIP(z)
+    bounded = torch.tensor([energy.bounded for energy in energies]).unsqueeze(-1)
+    z, log_q = torch.where(bounded.unsqueeze(-1), on_strip, z), torch.where(bounded, log_q - log_det, log_q)
+    potentials = torch.stack([energy.potential(points) for energy, points in zip(energies, z, strict=True)])
+    start = 0.5 * (z - centres).square().sum(-1)
+    return (log_q + temperature * potentials + (1 - temperature) * start).mean(-1)
+
+
+def shorten(parameters: Tensors, losses: Tensor) -> Tensor:
+    """Shorten every fit's gradient to `CLIP_NORM`, or to 0 where it or the loss is not finite; which are finite."""
+    gradients = [each.grad for each in parameters.values() if each.grad is not None]
+    norm = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+    finite = norm.isfinite() & losses.isfinite()
+    for gradient in gradients:
+        rows = (-1, *[1] * (gradient.ndim - 1))
+        gradient.mul_((CLIP_NORM / norm).clamp_max(1).view(rows))
+        gradient.masked_fill_(~finite.view(rows), 0.0)
+    return finite
+
+
+def step(optimizer: torch.optim.Optimizer, parameters: Tensors, bad: Tensor) -> None:
+    """One step of the optimizer that leaves the weights of bad fits where they are."""
+    kept = {name: value[bad].detach().clone() for name, value in parameters.items()} if bad.any() else {}
+    optimizer.step()
+    with torch.no_grad():
+        for name, value in kept.items():
+            parameters[name][bad] = value
+
+
+@torch.no_grad()
+def kl(posterior: FlowPosterior, energy: Energy, samples: int) -> tuple[float, float]:
+    """KL(q || p) in nats from fresh samples of q, with its standard error; nan where one of them is not finite."""
+    ratios = []
+    for count in [CHUNK] * (samples // CHUNK) + [samples % CHUNK]:
+        z, log_q, _ = posterior(sample_shape=(count,))
+        # Not `energy.log_prob`: a sample may round to the very edge of the domain.
+        ratios.append(log_q + energy.potential(z) + energy.log_normalizer)
+    ratio = torch.cat(ratios)
+    return ratio.mean().item(), (ratio.std() / math.sqrt(samples)).item()

@@ -1,0 +1,81 @@
+"""The fitted densities beside their targets, laid out as the paper's figure 3."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import islice
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from benchmarks.canvas import blank, title
+from benchmarks.targets.energies import ENERGIES, LIMIT
+from flowpost import FlowPosterior
+
+CELLS = 120  # along each axis
+COLUMNS = 9  # of a row of panels, the target's one of them
+INCHES = 1.35  # a panel
+
+Densities = list[Tensor]
+"""For each energy, of the cells ``(CELLS, CELLS)``, the first axis along z1."""
+
+
+def cells() -> Tensor:
+    """The middles of the window's cells ``(CELLS, CELLS, 2)``; none of them is on the edge."""
+    middles = (torch.arange(CELLS, dtype=torch.float64) + 0.5) / CELLS
+    ticks = LIMIT * (2 * middles - 1)
+    return torch.stack(torch.meshgrid(ticks, ticks, indexing="ij"), -1)
+
+
+def targets() -> Densities:
+    """Every p."""
+    return [energy.log_prob(cells()).exp() for energy in ENERGIES]
+
+
+@torch.no_grad()
+def fitted(posteriors: Sequence[FlowPosterior]) -> Densities:
+    """Every q, through the inverse: exact up to the map's conditioning."""
+    return [posterior.log_prob(cells()).nan_to_num(nan=-math.inf).exp() for posterior in posteriors]
+
+
+def one_recipe(name: str, by_steps: Mapping[str, Densities]) -> Figure:
+    """A recipe with more and more steps, as in the paper: an energy a row, the target and every K a column."""
+    return _figure({"target": targets()} | dict(by_steps), f"{title(name)}: q(z) fitted to exp(-U(z)) / Z")
+
+
+def overview(last: Mapping[str, Densities]) -> Figure:
+    """Every recipe at its largest K, an energy a row."""
+    return _figure({"target": targets()} | dict(last), "q(z) fitted to the target exp(-U(z)) / Z")
+
+
+def _figure(columns: Mapping[str, Densities], head: str) -> Figure:
+    """Rows of four energies; where the columns do not fit, they go on below."""
+    rest, blocks = iter(columns.items()), []
+    while block := list(islice(rest, COLUMNS)):
+        blocks.append(block)
+    wide = len(blocks[0])
+    figure = blank(INCHES * wide + 0.4, (INCHES * len(ENERGIES) + 0.3) * len(blocks) + 0.4)
+    panels = figure.subplots(len(ENERGIES) * len(blocks), wide, squeeze=False)
+    for panel in panels.flatten():
+        panel.set(xticks=[], yticks=[])
+        panel.axis("off")
+    tops = [max(float(column[i].max()) for column in [columns["target"]]) for i in range(len(ENERGIES))]
+    for number, block in enumerate(blocks):
+        rows = panels[number * len(ENERGIES) : (number + 1) * len(ENERGIES)]
+        for column, (name, densities) in enumerate(block):
+            rows[0, column].set_title(name, fontsize="small")
+            for energy, panel, density, top in zip(ENERGIES, rows[:, column], densities, tops, strict=True):
+                _panel(panel, density, top, energy.name if column == 0 else "")
+    figure.suptitle(head, fontsize="medium")
+    return figure
+
+
+def _panel(panel: Axes, density: Tensor, top: float, label: str) -> None:
+    """A density, on the scale of its target."""
+    panel.axis("on")
+    box = (-LIMIT, LIMIT, -LIMIT, LIMIT)
+    panel.imshow(density.T.numpy(), extent=box, origin="lower", cmap="magma", vmin=0, vmax=top)
+    panel.set_ylabel(label, rotation=0, ha="right", va="center")

@@ -1,0 +1,81 @@
+"""The table of a run, on a terminal and in Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+
+from benchmarks.report import markdown_table
+from benchmarks.targets.energies import ENERGIES
+from benchmarks.targets.fitting import Fit, Plan
+
+FLOOR = -5.0  # standard errors: no KL is smaller, unless log q is not that of the samples
+
+
+def rows(fits: Sequence[Fit]) -> list[list[str]]:
+    """The header, then a row for each posterior and number of steps."""
+    groups: dict[tuple[str, int | None], dict[str, Fit]] = {}
+    for fit in fits:
+        groups.setdefault((fit.posterior, fit.steps), {})[fit.energy] = fit
+    lines = [["posterior", "K", *(energy.name for energy in ENERGIES), "params", "s"]]
+    for (name, steps), by_energy in groups.items():
+        any_fit = next(iter(by_energy.values()))
+        cells = [_cell(by_energy[energy.name]) for energy in ENERGIES]
+        k = "" if steps is None else str(steps)
+        lines.append([name, k, *cells, f"{any_fit.parameters:,}", f"{any_fit.seconds:.0f}"])
+    return lines
+
+
+def _cell(fit: Fit) -> str:
+    return f"{fit.kl:.3f} ({fit.standard_error:.3f})" if math.isfinite(fit.kl) else "failed"
+
+
+def caption(plan: Plan, threads: int) -> str:
+    """What the table's numbers are."""
+    return (
+        f"KL(q || p) = E_q[log q + U] + log Z in nats (standard error), from {plan.samples:,} fresh samples, with the "
+        f"exact log Z; the best of {plan.starts} starts, {plan.iterations:,} steps of Adam of {plan.batch} samples "
+        f"each, seed {plan.seed}. params: numbers learned; s: of training all energies and starts, "
+        f"CPU threads: {threads}"
+    )
+
+
+def notes(fits: Sequence[Fit]) -> list[str]:
+    """A line for each fit that cannot be trusted, or that skipped steps."""
+    lines = []
+    for fit in fits:
+        what = f"{fit.posterior}{'' if fit.steps is None else f', K = {fit.steps}'}, {fit.energy}"
+        if is_impossible(fit):
+            lines.append(f"{what}: KL {fit.kl:.4f} is negative by more than 5 standard errors: log q is wrong")
+        if not math.isfinite(fit.kl):
+            lines.append(f"{what}: no start gave finite samples and gradients")
+        if fit.skipped_steps:
+            lines.append(f"{what}: {fit.skipped_steps} steps skipped, not finite")
+    return lines
+
+
+def is_impossible(fit: Fit) -> bool:
+    """Whether the KL is so far below 0 that the density cannot be that of the samples."""
+    return fit.kl < FLOOR * fit.standard_error
+
+
+def markdown(fits: Sequence[Fit], plan: Plan, threads: int) -> str:
+    """`targets.md`."""
+    remarks = "".join(f"\n- {note}" for note in notes(fits))
+    return f"{markdown_table(rows(fits))}\n\n{caption(plan, threads)}.\n{remarks}"
+
+
+def table(fits: Sequence[Fit], plan: Plan, threads: int) -> Table:
+    """The same for a terminal."""
+    head, *body = rows(fits)
+    words = caption(plan, threads)
+    made = Table(box=box.SIMPLE_HEAD, caption=words, caption_justify="left", padding=(0, 1, 0, 0), show_edge=False)
+    for title in head:
+        first = title == head[0]
+        made.add_column(title, justify="left" if first else "right", no_wrap=True)
+    for row in body:
+        made.add_row(*row)
+    return made
