@@ -9,7 +9,7 @@ FILES := pyproject.toml constraints.txt
 # An environment variable, unlike `-c`, also holds for the isolated environment the package is built in.
 INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: bench speed test test-plain test-deep mutants mass lint clean
+.PHONY: bench speed test test-plain test-peers test-deep mutants mass lint clean
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -25,6 +25,10 @@ test: $(VENV)/.test
 test-plain: $(VENV)/.test
 	FLOWPOST_PLAIN=1 $(BIN)/python -m pytest -n auto tests/test_bijectors.py tests/test_contract.py \
 		-k "autoregressive or iaf or maf or nested or shared" $(ARGS)
+
+# The same maps in public libraries, which come with the peers extra.
+test-peers: $(VENV)/.test-peers
+	$(BIN)/python -m pytest -n auto tests/test_peers*.py $(ARGS)
 
 # Random seeds, 500 examples a property, inductor: about an hour on one core, for a nightly machine.
 test-deep: $(VENV)/.test
@@ -50,6 +54,10 @@ $(VENV)/.bench: $(FILES) | $(BIN)/python
 
 $(VENV)/.test: $(FILES) | $(BIN)/python
 	$(INSTALL) -e '.[bench,files,test]'
+	touch $@
+
+$(VENV)/.test-peers: $(FILES) | $(BIN)/python
+	$(INSTALL) -e '.[bench,files,test,peers]'
 	touch $@
 
 $(VENV)/.peers: $(FILES) | $(BIN)/python

@@ -1,10 +1,12 @@
 """A world stricter than production: one thread, the same examples on every run, a seed for every test."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
+from peers import Peer, libraries
 
 from flowpost.bijectors import passes
 
@@ -23,3 +25,10 @@ def _seed() -> None:
 def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """`make test-plain`: the same contract for the operations that the passes by hand stand in for."""
     monkeypatch.setattr(passes, "by_hand", lambda net, z: False)
+
+
+@pytest.fixture(scope="session")
+def peer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
+    """The public libraries' maps, in a process of their own."""
+    with libraries(tmp_path_factory.mktemp("peers")) as ask:
+        yield ask
