@@ -15,16 +15,16 @@ from flowpost.bijectors.convex import ConvexCombination
 from flowpost.bijectors.triangular import UnitLowerTriangular
 from flowpost.checks import active, check_finite
 from flowpost.posterior import FlowPosterior, Sample
-from flowpost.recipes import (
-    RECIPES,
+from flowpost.recipes import RECIPES
+from flowpost.recipes.amortized import (
     householder_steps,
     householder_sylvester_steps,
-    iaf_steps,
     orthogonal_sylvester_steps,
     planar_steps,
     radial_steps,
     triangular_sylvester_steps,
 )
+from flowpost.recipes.networks import iaf_steps
 
 
 def wrap(

@@ -65,7 +65,7 @@ from flowpost.bijectors import (
     triangular,
 )
 from flowpost.functional import exp_scale
-from flowpost.recipes import householder_steps
+from flowpost.recipes.amortized import householder_steps
 from flowpost.testing import PROPERTIES, ContractError, check_bijector, push
 
 Build = Callable[[int], Bijector]

@@ -41,7 +41,7 @@ from flowpost import (
 )
 from flowpost.bijectors.base import LINE
 from flowpost.functional import exp_scale, log_var_scale
-from flowpost.recipes import householder_steps
+from flowpost.recipes.amortized import householder_steps
 from flowpost.testing.cases import place
 
 SCALES = (0.03, 1.0, 3.0)

@@ -15,7 +15,7 @@ from benchmarks.config import configure
 from benchmarks.data import load
 from benchmarks.train import train_one
 from flowpost.objectives import elbo
-from flowpost.recipes import iaf_steps
+from flowpost.recipes.networks import iaf_steps
 from flowpost.testing import push
 from flowpost.vae import VAE, Bernoulli
 

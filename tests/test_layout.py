@@ -48,6 +48,7 @@ CORE = {
 FAMILIES = {name for name in MODULES if name.startswith("flowpost.bijectors.")} - CORE - {"flowpost.bijectors.compose"}
 COMPOSE = {"flowpost.bijectors.base", "flowpost.bijectors.compose"}
 PARTS = FAMILIES | CORE | COMPOSE
+RECIPES = {"flowpost.recipes.amortized", "flowpost.recipes.networks"}
 
 ALLOWED = {
     "flowpost.bijectors": set(),
@@ -83,8 +84,11 @@ ALLOWED = {
     **{family: CORE for family in FAMILIES},
     "flowpost.functional": FAMILIES | {"flowpost.bijectors.gate", "flowpost.bijectors.scales"},
     "flowpost.posterior": COMPOSE | CHECKS,
-    "flowpost.recipes": PARTS | {"flowpost.posterior"},
-    "flowpost.wrap": PARTS | CHECKS | {"flowpost.posterior", "flowpost.recipes"},
+    "flowpost.recipes": RECIPES | {"flowpost.posterior"},
+    "flowpost.recipes.record": {"flowpost.posterior"},
+    "flowpost.recipes.amortized": PARTS | {"flowpost.posterior", "flowpost.recipes.record"},
+    "flowpost.recipes.networks": PARTS | {"flowpost.posterior", "flowpost.recipes.record"},
+    "flowpost.wrap": PARTS | CHECKS | RECIPES | {"flowpost.posterior", "flowpost.recipes"},
     "flowpost._format": set(),
     "flowpost.files": PARTS | {"flowpost._format", "flowpost.posterior", "flowpost.recipes", "flowpost.vae"},
     "flowpost.objectives": set(),
@@ -170,7 +174,7 @@ def test_public_names() -> None:
     assert flowpost.__all__ == sorted(flowpost.__all__, key=lambda name: (name[0].islower(), name))
     for name in flowpost.__all__:
         assert getattr(flowpost, name).__doc__, name
-    assert flowpost.planar.__module__ == "flowpost.recipes"
+    assert flowpost.planar.__module__ == "flowpost.recipes.amortized"
 
 
 def run(code: str) -> str:
