@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -112,8 +113,8 @@ def test_samples_and_the_drawn_density_tell_of_the_same_kl() -> None:
     """The one by the forward pass, the other by the inverse, on a grid."""
     posterior = pushed(place(planar(0, 2, steps=3), ENERGIES[1])).double()
     figure, error = kl(posterior, ENERGIES[1], 50_000)
-    z, cell = cells(), (8 / len(cells())) ** 2
-    (q,) = fitted([posterior])
+    z, cell = cells(120), (8 / 120) ** 2
+    (q,) = fitted([posterior], 120)
     ratio = q * (q.clamp_min(1e-300).log() - ENERGIES[1].log_prob(z))
     assert float(q.sum()) * cell == pytest.approx(1, abs=5e-3)
     assert float(ratio.sum()) * cell == pytest.approx(figure, abs=5 * error + 0.02)
@@ -257,7 +258,7 @@ def test_the_whole_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     ks = [("diagonal", None), ("planar", 1), ("planar", 3)]
     assert rows == [(*k, f"U{number}") for k in ks for number in (1, 2, 3, 4)]
     assert all(one["kl"] > 0 and one["standard_error"] > 0 for one in content["fits"])
-    assert content["plan"] == {"iterations": 3, "starts": 1, "batch": 128, "lr": 2e-2, "samples": 20_000, "seed": 0}
+    assert content["plan"] == asdict(replace(targets.QUICK, iterations=3, starts=1))
     assert {path.name for path in out.glob("*.png")} == {"diagonal.png", "planar.png", "targets.png"}
     first = content["fits"][0]
     assert f"{first['kl']:.3f} ({first['standard_error']:.3f})" in text
@@ -266,6 +267,16 @@ def test_the_whole_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "![" in table
     assert "python -m benchmarks" in table
     assert (tmp_path / "page.png").read_bytes() == (out / "targets.png").read_bytes()
+
+
+def test_several_processes_come_to_the_same_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = []
+    for jobs in ("1", "2"):
+        out = tmp_path / jobs
+        options = ["--posterior", "diagonal,planar", "--steps", "1", "--jobs", jobs, "--out", str(out)]
+        assert run_cli(capsys, *TINY, *options)[0] == 0
+        found.append([one["kl"] for one in json.loads((out / "targets.json").read_text())["fits"]])
+    assert found[0] == found[1]
 
 
 def test_an_impossible_figure_is_told_and_fails(

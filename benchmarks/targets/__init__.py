@@ -9,9 +9,14 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime
+from functools import partial
+from itertools import groupby
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
@@ -29,8 +34,13 @@ from benchmarks.targets.pictures import Densities, fitted, one_recipe, overview
 from benchmarks.targets.table import is_impossible, markdown, notes, table
 
 FULL, FULL_STEPS = Plan(), (2, 8, 32)
-QUICK, QUICK_STEPS = Plan(iterations=300, starts=2, samples=20_000), (2, 8)
+QUICK, QUICK_STEPS = Plan(iterations=200, starts=2, batch=64, lr=3e-2, samples=20_000, cells=60), (2, 8)
 DPI = 110
+
+Task = tuple[str, int | None]
+"""A recipe and K."""
+Result = tuple[list[Fit], Densities]
+Submit = Callable[..., Callable[[], Result]]
 
 
 def targets(
@@ -43,13 +53,14 @@ def targets(
         str | None, typer.Option(help="K of the flows, with commas.  [default: 2,8,32; quick: 2,8]")
     ] = None,
     iterations: Annotated[
-        int | None, typer.Option(min=1, help="Adam's steps of each fit.  [default: 2000; quick: 300]")
+        int | None, typer.Option(min=1, help="Adam's steps of each fit.  [default: 1000; quick: 200]")
     ] = None,
     starts: Annotated[
-        int | None, typer.Option(min=1, help="Fits of each, the best one kept.  [default: 4; quick: 2]")
+        int | None, typer.Option(min=1, help="Fits of each, the best one kept.  [default: 3; quick: 2]")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of weights and noise.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that fit side by side.")] = 1,
     quick: Annotated[
         bool, typer.Option("--quick", help="A first look within two minutes: short fits, no K = 32.")
     ] = False,
@@ -74,10 +85,12 @@ def targets(
     if page is not None:
         fill(page, "")  # before anything is fitted
     folder = out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-targets"
+    tasks = [(name, k) for name in names for k in (ks if has_steps(name) else (None,))]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        code = run(names, ks, plan, folder)
+        with workers(jobs, threads) as submit:
+            code = run(tasks, plan, folder, submit)
         if page is not None:
             publish(folder, page)
     finally:
@@ -92,18 +105,20 @@ def _ks(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, parts)))
 
 
-def run(names: Sequence[str], ks: Sequence[int], plan: Plan, folder: Path) -> int:
+def run(tasks: Sequence[Task], plan: Plan, folder: Path, submit: Submit) -> int:
     """Fit, write after every fit and draw after every posterior; 1 if a figure is missing or impossible."""
     console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 120)
     started = datetime.now().astimezone()
     folder.mkdir(parents=True, exist_ok=True)
+    # The longest first, so that no process is left alone with one at the end.
+    waiting = {task: submit(*task, plan) for task in sorted(tasks, key=lambda task: -(task[1] or 0))}
     fits: list[Fit] = []
     last: dict[str, Densities] = {}
-    for name in names:
+    for name, group in groupby(tasks, key=lambda task: task[0]):
         by_steps: dict[str, Densities] = {}
-        for k in ks if has_steps(name) else (None,):
-            posteriors, figures = fit(name, k, plan)
-            by_steps["q" if k is None else f"K = {k}"] = last[title(name)] = fitted(posteriors)
+        for task in group:
+            figures, densities = waiting[task]()
+            by_steps["q" if task[1] is None else f"K = {task[1]}"] = last[title(name)] = densities
             fits += figures
             console.print(_line(figures))
             write(folder, fits, plan, started)
@@ -114,6 +129,25 @@ def run(names: Sequence[str], ks: Sequence[int], plan: Plan, folder: Path) -> in
         console.print(note, soft_wrap=True)
     console.print(f"Table, figures and pictures: {folder}", soft_wrap=True)
     return int(any(is_impossible(one) or one.kl != one.kl for one in fits))
+
+
+def work(name: str, steps: int | None, plan: Plan) -> Result:
+    """The figures and densities of one recipe and K."""
+    posteriors, figures = fit(name, steps, plan)
+    return figures, fitted(posteriors, plan.cells)
+
+
+@contextmanager
+def workers(jobs: int, threads: int) -> Iterator[Submit]:
+    """What takes a task and gives its result when that is called: at once in this process, or from others."""
+    if jobs == 1:
+        yield lambda *task: partial(work, *task)
+        return
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,))
+    try:
+        yield lambda *task: pool.submit(work, *task).result
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _line(figures: Sequence[Fit]) -> str:

@@ -23,6 +23,7 @@ ANNEALED = 0.5  # share of the iterations after which it is 1
 REACH = 1.5  # standard deviation of where the starts are
 SIZES = {"hidden": (32, 32), "context_size": 4}  # of the networks, where a recipe has any
 CHUNK = 20_000  # samples evaluated at once
+ROUGH = 5_000  # samples by which the best start is found
 
 Tensors = dict[str, Tensor]
 
@@ -31,11 +32,12 @@ Tensors = dict[str, Tensor]
 class Plan:
     """What decides a fit's figures besides the recipe, its steps and the energy."""
 
-    iterations: int = 2000  # Adam's steps
-    starts: int = 4  # fits of each posterior, from different densities; the best one is kept
+    iterations: int = 1000  # Adam's steps
+    starts: int = 3  # fits of each posterior, from different densities; the best one is kept
     batch: int = 128  # samples a step
     lr: float = 2e-2  # Adam's, at the start: it falls to 0 as a half cosine
     samples: int = 200_000  # fresh ones behind KL
+    cells: int = 120  # of the pictures, along each axis
     seed: int = 0
 
 
@@ -93,7 +95,7 @@ def fit(
         for index, energy in enumerate(energies):
             own = slice(index, None, len(energies))
             fitted = [place(posterior, energy).double() for posterior in plain[own]]
-            rough = [kl(posterior, energy, CHUNK)[0] for posterior in fitted]
+            rough = [kl(posterior, energy, ROUGH)[0] for posterior in fitted]
             ranks = [_rank(*each) for each in zip(rough, alive[own].tolist(), strict=True)]
             best = fitted[ranks.index(min(ranks))]
             figures = kl(best, energy, plan.samples) if min(ranks) < math.inf else (math.nan, math.nan)

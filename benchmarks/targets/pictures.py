@@ -15,30 +15,30 @@ from benchmarks.canvas import blank, title
 from benchmarks.targets.energies import ENERGIES, LIMIT
 from flowpost import FlowPosterior
 
-CELLS = 120  # along each axis
+CELLS = 120  # of a target, along each axis
 COLUMNS = 9  # of a row of panels, the target's one of them
 INCHES = 1.35  # a panel
 
 Densities = list[Tensor]
-"""For each energy, of the cells ``(CELLS, CELLS)``, the first axis along z1."""
+"""For each energy, of the cells ``(count, count)``, the first axis along z1."""
 
 
-def cells() -> Tensor:
-    """The middles of the window's cells ``(CELLS, CELLS, 2)``; none of them is on the edge."""
-    middles = (torch.arange(CELLS, dtype=torch.float64) + 0.5) / CELLS
+def cells(count: int) -> Tensor:
+    """The middles of the window's cells ``(count, count, 2)``; none of them is on the edge."""
+    middles = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     ticks = LIMIT * (2 * middles - 1)
     return torch.stack(torch.meshgrid(ticks, ticks, indexing="ij"), -1)
 
 
 def targets() -> Densities:
     """Every p."""
-    return [energy.log_prob(cells()).exp() for energy in ENERGIES]
+    return [energy.log_prob(cells(CELLS)).exp() for energy in ENERGIES]
 
 
 @torch.no_grad()
-def fitted(posteriors: Sequence[FlowPosterior]) -> Densities:
+def fitted(posteriors: Sequence[FlowPosterior], count: int) -> Densities:
     """Every q, through the inverse: exact up to the map's conditioning."""
-    return [posterior.log_prob(cells()).nan_to_num(nan=-math.inf).exp() for posterior in posteriors]
+    return [posterior.log_prob(cells(count)).nan_to_num(nan=-math.inf).exp() for posterior in posteriors]
 
 
 def one_recipe(name: str, by_steps: Mapping[str, Densities]) -> Figure:
