@@ -36,7 +36,7 @@ class Plan:
     starts: int = 3  # fits of each posterior, from different densities; the best one is kept
     batch: int = 128  # samples a step
     lr: float = 2e-2  # Adam's, at the start: it falls to 0 as a half cosine
-    samples: int = 200_000  # fresh ones behind KL
+    samples: int = 100_000  # fresh ones behind KL
     cells: int = 120  # of the pictures, along each axis
     seed: int = 0
 
