@@ -18,7 +18,7 @@ from flowpost.bijectors.gated import plain_gradients, plain_network
 from flowpost.bijectors.made import MADE
 from flowpost.bijectors.operators import pull, solve
 from flowpost.bijectors.sweep import by_variable, plain_sweep, ranked
-from flowpost.bijectors.tracing import on_host
+from flowpost.bijectors.tracing import readable
 
 _LARGE = 64.0  # the rounding of sums below it was at most 0.6 of it, in units of eps; B3 allows 8 (dim + 16) of them
 
@@ -70,7 +70,7 @@ class GatedInverse(torch.autograd.Function):
             images = _columns(z, order)
             x, *values = solve(images, start, weights, biases, bias, _sizes(net), name)
             large = _large(weights, [x, *values[:-1]])
-            if not on_host(large) or bool(large.any()):
+            if not readable(large) or bool(large.any()):
                 evaluated = _evaluate(net, order, _rows(x, order).view(z.shape), context, parameters)
                 values = [torch.where(large, *pair) for pair in zip(evaluated, values, strict=True)]
                 logit, mean = _bounded(values, bias)
