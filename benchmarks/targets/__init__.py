@@ -9,13 +9,10 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from datetime import datetime
-from functools import partial
-from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
@@ -40,7 +37,6 @@ DPI = 110
 Task = tuple[str, int | None]
 """A recipe and K."""
 Result = tuple[list[Fit], Densities]
-Submit = Callable[..., Callable[[], Result]]
 
 
 def targets(
@@ -89,8 +85,7 @@ def targets(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with workers(jobs, threads) as submit:
-            code = run(tasks, plan, folder, submit)
+        code = run(tasks, plan, folder, jobs)
         if page is not None:
             publish(folder, page)
     finally:
@@ -105,24 +100,23 @@ def _ks(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, parts)))
 
 
-def run(tasks: Sequence[Task], plan: Plan, folder: Path, submit: Submit) -> int:
+def run(tasks: Sequence[Task], plan: Plan, folder: Path, jobs: int) -> int:
     """Fit, write after every fit and draw after every posterior; 1 if a figure is missing or impossible."""
     console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 120)
     started = datetime.now().astimezone()
     folder.mkdir(parents=True, exist_ok=True)
-    # The longest first, so that no process is left alone with one at the end.
-    waiting = {task: submit(*task, plan) for task in sorted(tasks, key=lambda task: -(task[1] or 0))}
+    done: dict[Task, Result] = {}
     fits: list[Fit] = []
-    last: dict[str, Densities] = {}
-    for name, group in groupby(tasks, key=lambda task: task[0]):
-        by_steps: dict[str, Densities] = {}
-        for task in group:
-            figures, densities = waiting[task]()
-            by_steps["q" if task[1] is None else f"K = {task[1]}"] = last[title(name)] = densities
-            fits += figures
-            console.print(_line(figures))
-            write(folder, fits, plan, started)
-        one_recipe(name, by_steps).savefig(folder / f"{name}.png", dpi=DPI)
+    for task, result in results(tasks, plan, jobs):
+        done[task] = result
+        fits = [one for each in tasks if each in done for one in done[each][0]]
+        console.print(_line(result[0]))
+        write(folder, fits, plan, started)
+        own = {each: done[each][1] for each in tasks if each[0] == task[0] and each in done}
+        if len(own) == sum(each[0] == task[0] for each in tasks):
+            by_steps = {"q" if k is None else f"K = {k}": densities for (_, k), densities in own.items()}
+            one_recipe(task[0], by_steps).savefig(folder / f"{task[0]}.png", dpi=DPI)
+    last = {title(task[0]): done[task][1] for task in tasks}
     overview(last).savefig(folder / "targets.png", dpi=DPI)
     console.print(table(fits, plan, torch.get_num_threads()))
     for note in notes(fits):
@@ -131,23 +125,26 @@ def run(tasks: Sequence[Task], plan: Plan, folder: Path, submit: Submit) -> int:
     return int(any(is_impossible(one) or one.kl != one.kl for one in fits))
 
 
+def results(tasks: Sequence[Task], plan: Plan, jobs: int) -> Iterator[tuple[Task, Result]]:
+    """Every task with its result, as they come: from this process, or from others, which begin with the longest."""
+    if jobs == 1:
+        yield from ((task, work(*task, plan)) for task in tasks)
+        return
+    start = torch.set_num_threads, (torch.get_num_threads(),)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), *start) as pool:
+        longest_first = sorted(tasks, key=lambda task: -(task[1] or 0))
+        waiting = {pool.submit(work, *task, plan): task for task in longest_first}
+        try:
+            for future in as_completed(waiting):
+                yield waiting[future], future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
 def work(name: str, steps: int | None, plan: Plan) -> Result:
     """The figures and densities of one recipe and K."""
     posteriors, figures = fit(name, steps, plan)
     return figures, fitted(posteriors, plan.cells)
-
-
-@contextmanager
-def workers(jobs: int, threads: int) -> Iterator[Submit]:
-    """What takes a task and gives its result when that is called: at once in this process, or from others."""
-    if jobs == 1:
-        yield lambda *task: partial(work, *task)
-        return
-    pool = ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,))
-    try:
-        yield lambda *task: pool.submit(work, *task).result
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _line(figures: Sequence[Fit]) -> str:
