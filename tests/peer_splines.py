@@ -19,8 +19,8 @@ ZUKO_LOG_SLOPE = float(np.log(ZUKO_SLOPE))
 
 
 def numbers_of_spline(a: Arrays) -> tuple[Tensor, Tensor, Tensor]:
-    """Raw widths, heights and slopes, ``(points, dim, bins)``."""
-    return a["widths"].mT, a["heights"].mT, a["slopes"].mT
+    """Raw widths and heights, and slopes whose bound is taken, ``(points, dim, bins)``."""
+    return a["widths"].mT, a["heights"].mT, soft(a["slopes"].mT, 100.0)
 
 
 def nflows_spline(a: Arrays, *, inverse: bool) -> Pair:
@@ -62,7 +62,7 @@ def zuko_spline(a: Arrays, *, inverse: bool) -> Pair:
 def raw_spline(outputs: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
     """A network's outputs ``(points, 3 bins - 1, dim)`` as widths, heights and slopes, bins last."""
     widths, heights, slopes = outputs.mT.split([bins, bins, bins - 1], -1)
-    return widths, heights, slopes
+    return widths, heights, soft(slopes, 100.0)
 
 
 def zuko_autoregressive_spline(a: Arrays, *, inverse: bool) -> Pair:

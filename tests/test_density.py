@@ -69,9 +69,9 @@ def test_one_dimension_by_adaptive_quadrature(entry: Entry) -> None:
     assert inner == pytest.approx(1, abs=1e-3)
 
 
-def mass_2d(step: Bijector, context: Tensor | None) -> float:
-    """On a 301 x 301 grid, even in asinh; in the logarithm near the ends of an interval."""
-    t = torch.linspace(-6, 6, 301, dtype=torch.float64, requires_grad=True)
+def mass_2d(step: Bijector, context: Tensor | None, size: int = 301) -> float:
+    """On a grid of `size` points squared, even in asinh; in the logarithm near the ends of an interval."""
+    t = torch.linspace(-6, 6, size, dtype=torch.float64, requires_grad=True)
     z = t.sinh() if step.codomain == LINE else place(1.9 * t, step.codomain)
     (slope,) = torch.autograd.grad(z.sum(), t)
     z, slope = z.detach(), slope * (t[1] - t[0]).detach()
@@ -89,7 +89,10 @@ def test_one_dimension_where_a_density_is_steep() -> None:
 @pytest.mark.parametrize(("push", "seed"), [(0.0, 0), (0.3, 1), (0.3, 2)])
 def test_two_dimensions_near_the_start(entry: Entry, push: float, seed: int) -> None:
     step, _, context = draw(entry, Case(dim=2, seed=seed, push=push, context=0.3), batch=())
-    assert mass_2d(step, context) == pytest.approx(1, abs=1e-2)
+    mass = mass_2d(step, context)
+    if abs(mass - 1) > 1e-2:  # steeper than the grid, or wrong: a finer one tells
+        mass = mass_2d(step, context, size=901)
+    assert mass == pytest.approx(1, abs=1e-2)
 
 
 def test_a_wrong_log_det_is_noticed() -> None:

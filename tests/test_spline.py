@@ -29,7 +29,7 @@ def column(values: list[float]) -> Tensor:
 
 
 def knots_by_the_book(raw: list[float], bins: int, bound: float) -> tuple[list[float], list[float], list[float]]:
-    """Section 3.1 with our floors: x, y and slopes at all knots, from one variable's raw numbers."""
+    """Section 3.1 with our floors and bound: x, y and slopes at all knots, from one variable's raw numbers."""
     floor, least = 1e-2, 1e-3
     sides = []
     for part in (raw[:bins], raw[bins : 2 * bins]):
@@ -37,7 +37,8 @@ def knots_by_the_book(raw: list[float], bins: int, bound: float) -> tuple[list[f
         sizes = [floor + (1 - bins * floor) * math.exp(value) / total for value in part]
         sides.append([-bound + 2 * bound * sum(sizes[:k]) for k in range(bins + 1)])
     shift = math.log(math.exp(1 - least) - 1)
-    return *sides, [1.0, *(math.log(1 + math.exp(value + shift)) + least for value in raw[2 * bins :]), 1.0]
+    bounded = [100 * math.tanh(value / 100) for value in raw[2 * bins :]]
+    return *sides, [1.0, *(math.log(1 + math.exp(value + shift)) + least for value in bounded), 1.0]
 
 
 def by_the_book(z: float, raw: list[float], bins: int, bound: float) -> tuple[float, float]:

@@ -15,16 +15,19 @@ _SHARE = 1e-2
 """The least share of a bin."""
 _SLOPE = 1e-3
 """The least slope at a knot."""
+_STEEP = 100.0
+"""The most slope at a knot, about: above it a rounding of z in float32 would be felt in log q."""
 _SHIFT = math.log(math.expm1(1 - _SLOPE))
 _MOST = 50
 """More bins would leave less than half of the interval to the context."""
 
 
 def spline_parameters(widths: Tensor, heights: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Make raw numbers the shares of the bins, at least 1e-2, and slopes ``softplus(raw + c) + 1e-3``, 1 at 0.
+    """Make raw numbers the shares of the bins, at least 1e-2, and slopes from 1e-3 to about 100.
 
-    Equal shares and slopes 1, the identity, are where all raw numbers are 0. The floors are smooth. That of the shares
-    is ten times the paper's code's, at which a bin can be so flat that its float32 images no longer tell log q.
+    With ``l = 100 tanh(raw / 100)`` the slopes are ``softplus(l + c) + 1e-3``, 1 at 0. Equal shares and slopes 1, the
+    identity, are where all raw numbers are 0. Floors and bound are smooth. The floor of the shares is ten times the
+    paper's code's, at which a bin can be so flat that its float32 images no longer tell log q.
 
     Args:
         widths: ``(*batch, bins, dim)``, at most 50 bins.
@@ -34,7 +37,8 @@ def spline_parameters(widths: Tensor, heights: Tensor, slopes: Tensor) -> tuple[
     Returns:
         widths and heights that add up to 1, and slopes, of the same shapes.
     """
-    return _shares(widths), _shares(heights), F.softplus(slopes + _SHIFT) + _SLOPE
+    slopes = F.softplus(_STEEP * torch.tanh(slopes / _STEEP) + _SHIFT) + _SLOPE
+    return _shares(widths), _shares(heights), slopes
 
 
 def _shares(raw: Tensor) -> Tensor:
