@@ -1,5 +1,7 @@
 """The shipped contract suite over every entry of the registry, and over a broken step that it must catch."""
 
+import os
+
 import pytest
 import torch
 from registry import ENTRIES, Entry
@@ -7,6 +9,7 @@ from registry import ENTRIES, Entry
 import flowpost
 from flowpost import Bijector, Inverse, Learned, Planar
 from flowpost.testing import PROPERTIES, BijectorContract, ContractError, check_bijector, push
+from flowpost.testing.cases import Make
 
 # Compiling takes seconds: one entry a family and wrapper, no chains beyond the recipes'.
 COMPILED = {
@@ -33,6 +36,9 @@ COMPILED = {
     "iaf",
 }
 
+WRAPPED = ("learned_", "inverse_", "conditioned_")
+DEEP = "FLOWPOST_DEEP" in os.environ
+
 
 def _skips(entry: Entry) -> set[str]:
     step = entry.make(2, 0)
@@ -41,22 +47,38 @@ def _skips(entry: Entry) -> set[str]:
     return skips | (set() if entry.identity else {"identity"}) | (set() if entry.name in COMPILED else {"compiles"})
 
 
+def _maker(entry: Entry) -> Make:
+    def make(*, dim: int, context_size: int, dtype: torch.dtype, seed: int, push: float) -> Bijector:
+        del context_size
+        return flowpost.testing.push(entry.make(dim, seed).to(dtype), push, seed)
+
+    return make
+
+
 @pytest.mark.parametrize("name", PROPERTIES)
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 def test_contract(entry: Entry, name: str) -> None:
     if name in _skips(entry):
         pytest.skip("the step declares that it has no such property, or a like one is compiled")
 
-    def make(*, dim: int, context_size: int, dtype: torch.dtype, seed: int, push: float) -> Bijector:
-        del context_size
-        return flowpost.testing.push(entry.make(dim, seed).to(dtype), push, seed)
-
     # Triangular solves in float32 at contexts of 1e4 overflow honestly: "nested" has one in its forward, the gradient
     # of two in a row grows with the sixth power of the entries at dim 4.
     solves = entry.name == "nested" or "lu_linear" in entry.name
     dtypes = (torch.float64,) if solves and name == "extremes" else (torch.float64, torch.float32)
+    # A wrapper of what is an entry itself meets every push and context scale, but one size.
+    dims, examples = ((3,), 3) if entry.name.startswith(WRAPPED) and not DEEP else ((1, 2, 4), 9)
+    others = [other for other in PROPERTIES if other != name]
+    check_bijector(_maker(entry), dims=dims, dtypes=dtypes, examples=examples, skip=others)
+
+
+@pytest.mark.parametrize(
+    ("names", "examples"), [({"log_det"}, 3), ({"round_trip", "cancel"}, 1)], ids=["value", "back"]
+)
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_at_64_variables(entry: Entry, names: set[str], examples: int) -> None:
+    """The log-det at every push and context scale, the way back near the start: no matrix of 64 random rows has one."""
     check_bijector(
-        make, dims=(1, 2, 4), dtypes=dtypes, examples=9, skip=[other for other in PROPERTIES if other != name]
+        _maker(entry), dims=(64,), examples=examples, skip=[other for other in PROPERTIES if other not in names]
     )
 
 
