@@ -151,8 +151,8 @@ def _radial_all_tangents(ratio: Tensor, room: Tensor, radius: Tensor, dim: int) 
     return _RADIAL_GAIN(ratio, room, radius, dim + 1)
 
 
-def _radial_unconstrained(raw: Tensor) -> tuple[Tensor, Tensor]:
-    return raw, 1 + raw
+def _radial_unconstrained(raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.zeros_like(raw), raw, 1 + raw
 
 
 def _combination_not_convex(z: Tensor, entries: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -424,7 +424,7 @@ MUTANTS = (
     Mutant("slope wrong in one regime", "flowjax kind", Planar, ((planar, "ridge", _ridge_one_regime),)),
     Mutant("root without corrections", "-", Planar, ((planar, "correct", _one_newton),)),
     Mutant("radial with dim tangents", "-", Radial, ((radial, "_gain", _radial_all_tangents),)),
-    Mutant("radial without its constraint", "-", Radial, ((radial, "_ratio", _radial_unconstrained),)),
+    Mutant("radial without its constraint", "-", Radial, ((radial, "bounded_gain", _radial_unconstrained),)),
     Mutant("norm without a gradient at 0", "-", Radial, ((radial, "_length", _length_no_guard),)),
     Mutant(
         "weights that do not add up to 1",
@@ -472,7 +472,7 @@ MUTANTS = (
         "inverse in another order",
         "-",
         _masked,
-        ((masked_inverse, "_rows", _rows_in_the_order_they_come),),
+        ((masked_inverse, "to_rows", _rows_in_the_order_they_come),),
         dims=(2, 5),
     ),
     Mutant("coupling reads what moves", "-", _coupling, ((Coupling, "_forward", _all_of_z),)),

@@ -17,8 +17,17 @@ from flowpost.bijectors.gate import REACH, SPREAD, gate_inverse, gate_parameters
 from flowpost.bijectors.gated import plain_gradients, plain_network
 from flowpost.bijectors.made import MADE
 from flowpost.bijectors.operators import pull, solve
-from flowpost.bijectors.sweep import by_variable, plain_sweep, ranked
-from flowpost.bijectors.tracing import readable
+from flowpost.bijectors.sweep import (
+    by_output,
+    by_variable,
+    first_layer,
+    flat_sizes,
+    plain_sweep,
+    ranked,
+    to_columns,
+    to_rows,
+)
+from flowpost.bijectors.tracing import on_host
 
 _LARGE = 64.0  # the rounding of sums below it was at most 0.6 of it, in units of eps; B3 allows 8 (dim + 16) of them
 
@@ -65,23 +74,23 @@ class GatedInverse(torch.autograd.Function):
     ):
         grouped = ranked(net, passes.grouped(net, parameters), order)
         if known is None:
-            start, weights, biases = _start(z, context, grouped), list(grouped.weights), list(grouped.biases[1:])
+            start, weights, biases = first_layer(z, context, grouped), list(grouped.weights), list(grouped.biases[1:])
             name = passes.KNOWN[net.activation].name
-            images = _columns(z, order)
-            x, *values = solve(images, start, weights, biases, bias, _sizes(net), name)
+            images = to_columns(z, order)
+            x, *values = solve(images, start, weights, biases, bias, flat_sizes(net), name)
             large = _large(weights, [x, *values[:-1]])
-            if not readable(large) or bool(large.any()):
-                evaluated = _evaluate(net, order, _rows(x, order).view(z.shape), context, parameters)
+            if not on_host(large) or bool(large.any()):
+                evaluated = _evaluate(net, order, to_rows(x, order).view(z.shape), context, parameters)
                 values = [torch.where(large, *pair) for pair in zip(evaluated, values, strict=True)]
                 logit, mean = _bounded(values, bias)
                 x = torch.where(large, images + (images - mean) * torch.exp(-logit), x)
         else:
-            x, values = _columns(known, order), _evaluate(net, order, known, context, parameters)
+            x, values = to_columns(known, order), _evaluate(net, order, known, context, parameters)
         logit, _ = _bounded(values, bias)
         ctx.net, ctx.bias = net, bias
         ctx.save_for_backward(order, z, context, x, logit, *parameters, *values)
         log_det = F.logsigmoid(logit).sum(0, dtype=wide_dtype(z)).neg_().view(z.shape[:-1])
-        return _rows(x, order).view(z.shape), log_det
+        return to_rows(x, order).view(z.shape), log_det
 
     @staticmethod
     def backward(ctx, grad: Tensor, grad_log_det: Tensor):  # noqa: ANN001, ANN205, D102
@@ -105,22 +114,14 @@ class GatedInverse(torch.autograd.Function):
         gradient = passes.KNOWN[net.activation].gradient
         slopes = [gradient(torch.ones_like(value), value) for value in values]
         weights = list(ranked(net, grouped, order).weights)
-        v, *sums = pull(_columns(grad, order), fixed, moved, weights, slopes, _sizes(net))
-        sums[-1] = _by_output(net, sums[-1], order)
-        z_grad = _rows(v / s, order).view(z.shape)
-        inputs = [_rows(x, order), *(value.t() for value in values)]
+        v, *sums = pull(to_columns(grad, order), fixed, moved, weights, slopes, flat_sizes(net))
+        sums[-1] = by_output(net, sums[-1], order)
+        z_grad = to_rows(v / s, order).view(z.shape)
+        inputs = [to_rows(x, order), *(value.t() for value in values)]
         others = passes.parameter_gradients(
             net, [each.t() for each in sums], inputs, context, z.shape[:-1], grouped, needs[1:]
         )
         return None, None, None, None, z_grad, *others
-
-
-def _start(z: Tensor, context: Tensor | None, parameters: passes.Parameters) -> Tensor:
-    """What the first layer adds to its product, ``(width, N)``."""
-    if context is None or context.shape[:-1] != z.shape[:-1]:
-        return passes.start(z, context, parameters).t().contiguous()
-    context = context.reshape(-1, context.shape[-1])
-    return torch.addmm(parameters.biases[0].unsqueeze(-1), parameters.projection[0], context.t())
 
 
 def _large(weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
@@ -148,26 +149,3 @@ def _evaluate(
     outputs[0::2].mul_(1 / SPREAD)
     outputs[1::2].mul_(1 / REACH)
     return [*(value.t().contiguous() for value in values), outputs.tanh_()]
-
-
-def _columns(z: Tensor, order: Tensor | None) -> Tensor:
-    """From ``(*batch, dim)`` to ``(dim, N)``, the variables in their order."""
-    columns = z.reshape(-1, z.shape[-1]).t()
-    return columns.contiguous() if order is None else columns.index_select(0, order)
-
-
-def _rows(columns: Tensor, order: Tensor | None) -> Tensor:
-    """From ``(dim, N)``, the variables in their order, to ``(N, dim)``."""
-    columns = columns if order is None else columns.index_select(0, torch.argsort(order))
-    return columns.t().contiguous()
-
-
-def _by_output(net: MADE, rows: Tensor, order: Tensor | None) -> Tensor:
-    """The inverse of `by_variable`."""
-    rows = rows.unflatten(0, (net.dim, net.outputs))
-    rows = rows if order is None else rows.index_select(0, torch.argsort(order))
-    return rows.transpose(0, 1).flatten(0, 1)
-
-
-def _sizes(net: MADE) -> list[int]:
-    return [size for layer in net.sizes for size in layer]

@@ -14,10 +14,20 @@ from torch import Tensor
 from flowpost.bijectors import passes
 from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.gated import plain_network
-from flowpost.bijectors.gated_inverse import _by_output, _columns, _rows, _sizes, _start
 from flowpost.bijectors.made import MADE
 from flowpost.bijectors.operators import pull
-from flowpost.bijectors.sweep import arrays, by_variable, plain_sweep, ranked, sweep
+from flowpost.bijectors.sweep import (
+    arrays,
+    by_output,
+    by_variable,
+    first_layer,
+    flat_sizes,
+    plain_sweep,
+    ranked,
+    sweep,
+    to_columns,
+    to_rows,
+)
 
 
 def by_hand(step: Bijector, net: MADE, z: Tensor) -> bool:
@@ -103,9 +113,11 @@ class MaskedInverse(torch.autograd.Function):
         gradient = passes.KNOWN[net.activation].gradient
         slopes = [gradient(torch.ones_like(value), value).t().contiguous() for value in values]
         weights = list(ranked(net, grouped, order).weights)
-        v, *sums = pull(_columns(grad, order), fixed.contiguous(), moved.contiguous(), weights, slopes, _sizes(net))
-        sums[-1] = _by_output(net, sums[-1], order)
-        z_grad = torch.addcmul(of_log_det[0], _rows(v, order).view(z.shape), of_map[0])
+        v, *sums = pull(
+            to_columns(grad, order), fixed.contiguous(), moved.contiguous(), weights, slopes, flat_sizes(net)
+        )
+        sums[-1] = by_output(net, sums[-1], order)
+        z_grad = torch.addcmul(of_log_det[0], to_rows(v, order).view(z.shape), of_map[0])
         inputs = [x.reshape(-1, net.dim), *values]
         others = passes.parameter_gradients(
             net, [each.t() for each in sums], inputs, context, z.shape[:-1], grouped, needs[1:]
@@ -123,10 +135,10 @@ def _search(
     parameters: Sequence[Tensor],
 ) -> Tensor:
     """The preimage, each variable by the step's inverse for one variable."""
-    grouped, images = ranked(net, passes.grouped(net, parameters), order), _columns(z, order)
+    grouped, images = ranked(net, passes.grouped(net, parameters), order), to_columns(z, order)
     x = images.new_empty(images.shape)
     biases = [bias.unsqueeze(1).expand(-1, images.shape[1]) for bias in grouped.biases[1:]]
-    values = [_start(z, context, grouped), *(b.clone(memory_format=torch.contiguous_format) for b in biases)]
+    values = [first_layer(z, context, grouped), *(b.clone(memory_format=torch.contiguous_format) for b in biases)]
 
     def solve(k: int) -> None:
         numbers = values[-1].narrow(0, k * net.outputs, net.outputs)
@@ -135,7 +147,7 @@ def _search(
     preimage, *states = arrays(x, *values)
     with np.errstate(all="ignore"):
         sweep(net.sizes, passes.KNOWN[net.activation], arrays(*grouped.weights), states, preimage, solve)
-    return _rows(x, order).view(z.shape)
+    return to_rows(x, order).view(z.shape)
 
 
 Pair = tuple[Tensor, ...]

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flowpost.bijectors.base import Bijector, check_int
+from flowpost.bijectors.ridge import bounded_gain
 from flowpost.bijectors.scales import softplus_scale
-
-_EPS = 1e-3
-_K = -math.expm1(-(1 - _EPS))  # 1 - e^-(1 - eps)
-_LOGIT_K = math.log(_K / (1 - _K))
-
-
-def _ratio(raw: Tensor) -> tuple[Tensor, Tensor]:
-    """``beta / alpha = m(raw) = log1p(k expm1(raw))`` and ``1 + m >= eps``, neither of which cancels; m(0) = 0."""
-    room = _EPS + F.softplus(raw + _LOGIT_K, threshold=40)
-    small = torch.log1p(_K * torch.expm1(raw.clamp(-1, 1)))
-    return torch.where(raw.abs() < 1, small, room - 1), room
 
 
 def _length(offset: Tensor) -> Tensor:
@@ -63,7 +51,7 @@ def radial(z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tens
     Returns:
         z' ``(*batch, dim)`` and log_det ``(*batch)``.
     """
-    offset, (ratio, room) = z - center, _ratio(beta)
+    offset, (ratio, room) = z - center, bounded_gain(beta)[1:]
     move, gain, log_det = _gain(ratio, room, _length(offset) / softplus_scale(alpha), z.shape[-1])
     return torch.where(ratio.abs() < 0.5, z + move * offset, center + gain * offset), log_det
 
@@ -80,7 +68,7 @@ def radial_inverse(z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor) -> tu
     Returns:
         The preimage ``(*batch, dim)`` and the log-det of the inverse ``(*batch)``.
     """
-    offset, (ratio, room) = z - center, _ratio(beta)
+    offset, (ratio, room) = z - center, bounded_gain(beta)[1:]
     image = _length(offset) / softplus_scale(alpha)
     half = 0.5 * (room - image)
     root = torch.sqrt(half * half + image)

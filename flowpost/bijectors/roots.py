@@ -46,8 +46,8 @@ def increasing_root(residual: Residual, low: Tensor, high: Tensor, steps: int = 
         residual: the increasing function.
         low: where its value is not above 0.
         high: where its value is not below 0, of the same shape.
-        steps: evaluations, a fixed number, so that nothing waits for a device: 24 were enough for the slowest of a
-            million deep sigmoids, and 40 halve a bracket to 1e-12 of its width.
+        steps: evaluations, a fixed number, so that nothing waits for a device: 24 were enough for the slowest of half
+            a million deep sigmoids, and 40 halve a bracket to 1e-12 of its width.
 
     Returns:
         The root to rounding, or near enough for `correct` to take it there.

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowpost.bijectors import passes
 from flowpost.bijectors.made import MADE
 from flowpost.bijectors.passes import Known, Parameters
 from flowpost.bijectors.tracing import on_host
@@ -35,6 +36,38 @@ def by_variable(net: MADE, outputs: Tensor, order: Tensor | None) -> Tensor:
     """Rows ``(outputs, dim)`` as rows ``(dim, outputs)``, the variables in their order."""
     rows = outputs.unflatten(0, (net.outputs, net.dim)).transpose(0, 1)
     return (rows if order is None else rows.index_select(0, order)).flatten(0, 1)
+
+
+def by_output(net: MADE, rows: Tensor, order: Tensor | None) -> Tensor:
+    """The inverse of `by_variable`."""
+    rows = rows.unflatten(0, (net.dim, net.outputs))
+    rows = rows if order is None else rows.index_select(0, torch.argsort(order))
+    return rows.transpose(0, 1).flatten(0, 1)
+
+
+def flat_sizes(net: MADE) -> list[int]:
+    """How many units of each degree, one layer after the other."""
+    return [size for layer in net.sizes for size in layer]
+
+
+def first_layer(z: Tensor, context: Tensor | None, parameters: Parameters) -> Tensor:
+    """What the first layer adds to its product, ``(width, N)``."""
+    if context is None or context.shape[:-1] != z.shape[:-1]:
+        return passes.start(z, context, parameters).t().contiguous()
+    context = context.reshape(-1, context.shape[-1])
+    return torch.addmm(parameters.biases[0].unsqueeze(-1), parameters.projection[0], context.t())
+
+
+def to_columns(z: Tensor, order: Tensor | None) -> Tensor:
+    """From ``(*batch, dim)`` to ``(dim, N)``, the variables in their order."""
+    columns = z.reshape(-1, z.shape[-1]).t()
+    return columns.contiguous() if order is None else columns.index_select(0, order)
+
+
+def to_rows(columns: Tensor, order: Tensor | None) -> Tensor:
+    """From ``(dim, N)``, the variables in their order, to ``(N, dim)``."""
+    columns = columns if order is None else columns.index_select(0, torch.argsort(order))
+    return columns.t().contiguous()
 
 
 def plain_sweep(

@@ -6,9 +6,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-_MODES = torch._C._TorchDispatchModeKey
-_RECORDERS = (_MODES.FAKE, _MODES.PROXY, _MODES.FUNCTIONAL)
-
 
 def unwatched(z: Tensor) -> bool:
     """Whether a function with a backward of its own may stand in for the plain operations on z.
@@ -24,14 +21,7 @@ def unwatched(z: Tensor) -> bool:
     )
 
 
-def readable(tensor: Tensor) -> bool:
-    """Whether its values may be branched on: on the CPU, where they are real and nobody records what follows."""
-    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return all(torch._C._get_dispatch_mode(key) is None for key in _RECORDERS)
-
-
 def on_host(tensor: Tensor) -> bool:
-    """Whether numpy may work on it: on the CPU, where nobody wants to see the operations."""
+    """Whether its numbers can be read at once: on the CPU, where nobody watches the operations."""
     traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
     return tensor.device.type == "cpu" and not traced
