@@ -17,10 +17,14 @@ Ctx = Any  # of an autograd function: torch types it without what it stores
 def multiply(z: Tensor, entries: Tensor) -> Tensor:
     """``L z``, of z ``(*batch, dim)`` and the entries ``(*batch, dim (dim - 1) / 2)`` of L, row by row."""
     with torch.autocast(z.device.type, enabled=False):
-        once = 0 < z.shape[:-1].numel() <= entries.shape[:-1].numel() and entries.shape[-1]
-        if once and on_host(z) and unwatched(z):
+        if on_host(z) and unwatched(z) and _once(z, entries):
             return z + cast(Tensor, _SumRows.apply(z, entries))
         return z + columns(by_rows, strict_tril(entries, z.shape[-1]), z)
+
+
+def _once(z: Tensor, entries: Tensor) -> bool:
+    """Whether there is one point for each example, and anything below the diagonal."""
+    return entries.shape[-1] > 0 and 0 < z.shape[:-1].numel() <= entries.shape[:-1].numel()
 
 
 def solve(z: Tensor, entries: Tensor) -> Tensor:
