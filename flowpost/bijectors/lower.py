@@ -56,9 +56,10 @@ class _SumRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Ctx, z: Tensor, entries: Tensor) -> Tensor:
-        ctx.save_for_backward(z, entries)
         dim = z.shape[-1]
-        products = z.index_select(-1, torch.tril_indices(dim, dim, -1)[1]) * entries
+        read = z.index_select(-1, torch.tril_indices(dim, dim, -1)[1])
+        ctx.save_for_backward(z, entries, read)
+        products = read * entries
         sums = products.new_zeros(*products.shape[:-1], dim)
         starts = np.arange(1, dim) * np.arange(dim - 1) // 2
         with np.errstate(all="ignore"):
@@ -68,13 +69,16 @@ class _SumRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Ctx, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (grad,), dim = grads, grads[0].shape[-1]
-        z, entries = ctx.saved_tensors
+        z, entries, read = ctx.saved_tensors
         z_grad = entries_grad = None
         if ctx.needs_input_grad[0]:
             z_grad = columns(by_rows, strict_tril(entries, dim).mT, grad).sum_to_size(z.shape)
         if ctx.needs_input_grad[1]:
-            row, column = torch.tril_indices(dim, dim, -1)
-            product = grad.index_select(-1, row) * z.index_select(-1, column)
+            if torch.is_grad_enabled():
+                row, column = torch.tril_indices(dim, dim, -1)
+                product = grad.index_select(-1, row) * z.index_select(-1, column)
+            else:  # the same: row i has i entries
+                product = torch.from_numpy(np.repeat(grad.numpy(), np.arange(dim), axis=-1)).mul_(read)
             entries_grad = product.sum_to_size(entries.shape)
         return z_grad, entries_grad
 
