@@ -24,7 +24,7 @@ test: $(VENV)/.test
 # The contract once more without the passes by hand, for the operations that they stand in for.
 test-plain: $(VENV)/.test
 	FLOWPOST_PLAIN=1 $(BIN)/python -m pytest -n auto tests/test_contract.py \
-		-k "autoregressive or masked or iaf or maf" $(ARGS)
+		-k "2_context or autoregressive_order or autoregressive_wide or masked_affine or iaf or maf" $(ARGS)
 
 # The same maps in public libraries, which come with the peers extra.
 test-peers: $(VENV)/.test-peers
