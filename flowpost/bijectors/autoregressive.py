@@ -17,8 +17,9 @@ class Autoregressive(Causal):
     """A step of inverse autoregressive flow: ``z'_i = s_i z_i + (1 - s_i) m_i``, m_i and s_i networks of z_{<i} and h.
 
     Invertible because the gate s is a sigmoid of a bounded logit, so positive, and the Jacobian is triangular. Forward
-    and log-det are one pass of the network. The inverse uses each weight once too, in dim steps one after another; its
-    gradient is that of the implicit function, one such sweep back, and where the preimage is known there is no search.
+    and log-det are one pass of the network. The inverse uses each weight once too, in dim steps one after another (and
+    one pass more, for its rounding, where the network's sums are large, and always off the CPU); its gradient is that
+    of the implicit function, one such sweep back, and where the preimage is known there is no search.
     A fresh step multiplies z by ``sigmoid(2)``: the network's last layer starts at 0.
 
     Args:
