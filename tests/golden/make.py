@@ -1,0 +1,63 @@
+"""Writes the golden files: every recipe's numbers, and the file it was saved to, by the commit that is checked out.
+
+`python tests/golden/make.py` ran at 8666d94 and is kept for the next time that a redesign needs such a net: the files
+here are of that commit, from before gated steps had a gain, and are not to be written anew.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+import flowpost
+from flowpost.recipes import RECIPES
+
+FEATURES, DIM = 3, 3
+OPTIONS: dict[str, dict[str, object]] = {
+    **{
+        name: {"steps": 3, "hidden": (6, 5), "context_size": 3}
+        for name in ("iaf", "affine_iaf", "maf", "nice", "realnvp", "spline_autoregressive", "spline_coupling", "naf")
+    },
+    "planar": {"steps": 3},
+    "radial": {"steps": 3},
+}
+
+
+def posterior(name: str) -> flowpost.FlowPosterior:
+    """A recipe's posterior in float64, its weights drawn anew: no number depends on how they start."""
+    built = RECIPES[name](FEATURES, DIM, **OPTIONS.get(name, {})).double()
+    generator = torch.Generator().manual_seed(7)
+    for parameter in built.parameters():
+        parameter.data.copy_(0.4 * torch.randn(parameter.shape, dtype=torch.float64, generator=generator))
+    return built
+
+
+def numbers(built: flowpost.FlowPosterior) -> dict[str, Tensor]:
+    """A sample and its log q, the log q of a given z, and the gradients of both at h and all parameters."""
+    generator = torch.Generator().manual_seed(8)
+    h, noise, z = (
+        torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((4, 3), (2, 4, 3), (4, 3))
+    )
+    h.requires_grad_()
+    sample = built(h, sample_shape=(2,), noise=noise)
+    log_q = built.log_prob(z, h)
+    found = {"h": h, "noise": noise, "z": z, "sample": sample.z, "sample_log_q": sample.log_prob, "log_q": log_q}
+    inputs = {"h": h, **dict(built.named_parameters())}
+    for direction, loss in (("sample", sample.z.sin().sum() + sample.log_prob.sum()), ("log_q", log_q.sum())):
+        grads = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True, materialize_grads=True)
+        found |= {f"{direction}.{key}": grad for key, grad in zip(inputs, grads, strict=True)}
+    return {key: value.detach().contiguous() for key, value in found.items()}
+
+
+if __name__ == "__main__":
+    for name in RECIPES:
+        built = posterior(name)
+        flowpost.save(built, HERE / f"{name}.posterior.safetensors")
+        save_file(numbers(built), HERE / f"{name}.numbers.safetensors")
