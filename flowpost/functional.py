@@ -19,7 +19,6 @@ from flowpost.bijectors.planar import planar_chain as planar_chain
 from flowpost.bijectors.planar import planar_inverse as planar_inverse
 from flowpost.bijectors.radial import radial as radial
 from flowpost.bijectors.radial import radial_inverse as radial_inverse
-from flowpost.bijectors.scales import softplus_scale as softplus_scale
 from flowpost.bijectors.spline import rational_quadratic as rational_quadratic
 from flowpost.bijectors.spline import rational_quadratic_inverse as rational_quadratic_inverse
 from flowpost.bijectors.spline import spline_parameters as spline_parameters
@@ -32,3 +31,4 @@ from flowpost.bijectors.squash import tanh_inverse as tanh_inverse
 from flowpost.bijectors.sylvester import sylvester as sylvester
 from flowpost.bijectors.sylvester import sylvester_inverse as sylvester_inverse
 from flowpost.bijectors.triangular import unit_lower_triangular as unit_lower_triangular
+from flowpost.numerics.scales import softplus_scale as softplus_scale

@@ -141,7 +141,7 @@ class _PairHead(nn.Module):
             with (
                 torch.no_grad()
             ):  # rows that set a map's parameters start at 0, so that it starts exactly at its identity
-                self.linear.weight[steps.context_gain() < 1] = 0
+                self.linear.weight[steps.head_scale() < 1] = 0
 
     def forward(self, pair: Tensor) -> Tensor:
         return pair if self.linear is None else torch.cat([self.linear(pair), pair], dim=-1)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import settings
 from peers import Peer, libraries
 
-from flowpost.bijectors import passes
+from flowpost.masked import passes
 
 settings.register_profile("flowpost", derandomize=True, deadline=None, database=None, max_examples=20)
 settings.register_profile("deep", derandomize=False, deadline=None, max_examples=500, print_blob=True)

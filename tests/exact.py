@@ -21,7 +21,8 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from flowpost.bijectors import deep_sigmoid, passes
+from flowpost.bijectors import deep_sigmoid
+from flowpost.masked import passes
 
 Map = Callable[..., tuple[Tensor, Tensor]]
 Array = np.ndarray[Any, Any]

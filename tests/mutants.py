@@ -44,27 +44,20 @@ from flowpost.bijectors import (
     base,
     convex,
     deep_sigmoid,
-    gated,
-    gated_inverse,
     householder,
-    lower,
     lu,
-    made,
-    masked_inverse,
-    operators,
-    passes,
     planar,
     radial,
-    ridge,
-    roots,
     spline,
     squash,
-    staircase,
-    sweep,
     sylvester,
     triangular,
 )
 from flowpost.functional import exp_scale
+from flowpost.masked import gated, gated_inverse, masked_inverse, operators, passes, staircase, sweep
+from flowpost.masked import network as made
+from flowpost.numerics import ridge, roots
+from flowpost.numerics import triangles as lower
 from flowpost.recipes.amortized import householder_steps
 from flowpost.testing import PROPERTIES, ContractError, check_bijector, push
 
@@ -259,14 +252,16 @@ def _sweep_back_without_outputs(*args: Any) -> None:  # noqa: ANN401
 
 
 def _default_dtype_inverse(
-    self: Autoregressive, z: Tensor, context: Tensor | None, known: Tensor | None
+    self: Autoregressive, z: Tensor, context: Tensor | None, preimage: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    preimage, log_det = _AUTOREGRESSIVE_INVERSE(self, z, context, known)
+    preimage, log_det = _AUTOREGRESSIVE_INVERSE(self, z, context, preimage)
     return preimage + torch.zeros(self.dim), log_det
 
 
-def _inverse_wrong_sign(self: Affine, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
-    preimage, log_det = _AFFINE_INVERSE(self, z, context, known)
+def _inverse_wrong_sign(
+    self: Affine, z: Tensor, context: Tensor | None, preimage: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    preimage, log_det = _AFFINE_INVERSE(self, z, context, preimage)
     return preimage, -log_det
 
 
@@ -317,7 +312,7 @@ class HiddenOrder(Bijector):
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return z[..., self.order], z.new_zeros(())
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         return z[..., self.order.argsort()], z.new_zeros(())
 
 
@@ -336,7 +331,7 @@ class TransposedSylvester(Bijector):
         value = torch.tanh(z @ r2 @ q.mT + self.b)
         return z + value @ q @ r1, torch.log1p((1 - value**2) * r1.diagonal() * r2.diagonal()).sum(-1)
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         x = z
         for _ in range(200):
             x = z - (self._forward(x, context)[0] - x)
@@ -372,7 +367,7 @@ class ElementwiseRadial(Bijector):
         log_det = (self.dim - 1) * torch.log1p(beta * h) + torch.log1p(beta * h - beta * h**2 * r)
         return z + beta * h * (z - self.x0), log_det.mean(-1)
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         x = z
         for _ in range(200):
             x = z - (self._forward(x, context)[0] - x)

@@ -35,9 +35,9 @@ from flowpost import (
     Shared,
     UnitLowerTriangular,
 )
-from flowpost.bijectors import gated_inverse
-from flowpost.bijectors.made import MADE, MaskedLinear
 from flowpost.functional import gate, gate_inverse, gate_parameters, log_var_scale, planar, planar_inverse
+from flowpost.masked import gated_inverse
+from flowpost.masked.network import MADE, MaskedLinear
 from flowpost.testing.cases import place
 
 every = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
@@ -156,7 +156,7 @@ def test_a_known_preimage_gives_the_same_inverse_and_gradients(entry: Entry, dim
     for known in (None, z):
         y, c = leaf(image), None if context is None else leaf(context)
         inputs = [y] if c is None else [y, c]
-        back, log_det = step.inverse(y, c, known=known)
+        back, log_det = step.inverse(y, c, preimage=known)
         weights = torch.linspace(0.5, 1.5, back.numel(), dtype=z.dtype).view_as(back)
         objective = (weights * back).sum() + (log_det * log_det).sum()
         first = torch.autograd.grad(objective, inputs, create_graph=True, materialize_grads=True)
@@ -179,7 +179,7 @@ def test_known_spares_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a search was run")
 
     monkeypatch.setattr("flowpost.bijectors.planar.tanh_root", refuse)
-    back, _ = step.inverse(image, context, known=z)
+    back, _ = step.inverse(image, context, preimage=z)
     torch.testing.assert_close(back, z, rtol=0, atol=1e-12)
 
 
@@ -524,7 +524,7 @@ def test_network_passes_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         return counter.get_total_flops()
 
     assert flops(step) == network + project
-    assert flops(lambda z, context: step.inverse(z, context, known=z)) == network + project
+    assert flops(lambda z, context: step.inverse(z, context, preimage=z)) == network + project
     assert network + project < flops(step.inverse) <= 2 * (network + project)
     monkeypatch.setattr(gated_inverse, "on_host", lambda _: True)
     assert project < flops(step.inverse) <= network + project
@@ -609,8 +609,8 @@ def test_second_derivatives_where_the_preimage_is_known(entry: Entry) -> None:
     z = leaf(step(known, context)[0])
     inputs = [z, *([] if context is None else [leaf(context)]), *step.parameters()]
 
-    def second(known: Tensor | None) -> tuple[Tensor, ...]:
-        image, log_det = step.inverse(z, None if context is None else inputs[1], known=known)
+    def second(preimage: Tensor | None) -> tuple[Tensor, ...]:
+        image, log_det = step.inverse(z, None if context is None else inputs[1], preimage=known)
         loss = image.square().sum() + log_det.sum()
         grads = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True, materialize_grads=True)
         total = sum(grad.square().sum() for grad in grads)
@@ -1059,7 +1059,7 @@ class _Constant(Bijector):
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return z, z.new_tensor(self.value)
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         return z, z.new_tensor(-self.value)
 
 

@@ -13,9 +13,9 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowpost import Affine, Autoregressive, Bijector, Masked
-from flowpost.bijectors import passes
-from flowpost.bijectors.made import MADE
-from flowpost.bijectors.staircase import Staircase
+from flowpost.masked import passes
+from flowpost.masked.network import MADE
+from flowpost.masked.staircase import Staircase
 
 NETWORKS = [entry for entry in ENTRIES if any(isinstance(part, MADE) for part in entry.build(3).modules())]
 SIZES = [
@@ -30,12 +30,12 @@ SIZES = [
 
 
 def every_result(
-    step: Bijector, direction: str, z: Tensor, context: Tensor | None, known: Tensor | None
+    step: Bijector, direction: str, z: Tensor, context: Tensor | None, preimage: Tensor | None
 ) -> list[Tensor]:
     """Value, log-det, and the gradients at z, the context and all parameters."""
     z = z.detach().clone().requires_grad_()
     context = None if context is None else context.detach().clone().requires_grad_()
-    keywords = {"known": known} if direction == "known" else {}
+    keywords = {"preimage": preimage} if direction == "known" else {}
     image, log_det = (step if direction == "forward" else step.inverse)(z, context, **keywords)
     loss = (image * torch.linspace(0, 1, image.numel(), dtype=z.dtype).view_as(image)).sum() + log_det.square().sum()
     inputs = [z, *([] if context is None else [context]), *step.parameters()]

@@ -78,9 +78,9 @@ def test_log_dets_of_random_chains(chain: Recipe, dim: int, seed: int, amount: f
 def test_a_wrong_part_is_noticed() -> None:
     class Wrong(Planar):
         def _inverse(
-            self, z: torch.Tensor, context: torch.Tensor | None, known: torch.Tensor | None
+            self, z: torch.Tensor, context: torch.Tensor | None, preimage: torch.Tensor | None
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            preimage, log_det = super()._inverse(z, context, known)
+            preimage, log_det = super()._inverse(z, context, preimage)
             return preimage, 0.9 * log_det
 
     def make(*, dim: int, context_size: int, dtype: torch.dtype, seed: int, push: float) -> Bijector:

@@ -18,7 +18,7 @@ class Wrong(Bijector):
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return 2 * z, z.new_full(z.shape[:-1], self.dim * 0.6931471805599453)
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         miss = torch.zeros_like(z)
         miss[1, 0] = 0.41
         return z / 2 + miss, z.new_full(z.shape[:-1], -self.dim * 0.6931471805599453)
@@ -30,7 +30,7 @@ class Steep(Bijector):
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return z * 1e-9 + 1, torch.log(z.new_full(z.shape[:-1], 1e-9)) * self.dim
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         return (z - 1) * 1e9, -torch.log(z.new_full(z.shape[:-1], 1e-9)) * self.dim
 
 

@@ -11,8 +11,8 @@ from registry import Case, push
 from torch import Tensor, nn
 
 from flowpost import Autoregressive
-from flowpost.bijectors import operators
-from flowpost.bijectors.staircase import Staircase
+from flowpost.masked import operators
+from flowpost.masked.staircase import Staircase
 
 STEPS: dict[str, dict[str, Any]] = {
     "plain": {"hidden": (20, 17)},
@@ -32,7 +32,7 @@ def make(name: str = "plain") -> tuple[Autoregressive, Tensor, Tensor | None]:
 
 
 def inverse_known(step: Autoregressive, known: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-    return step.inverse(step(known, context)[0].detach() + 0 * known, context, known=known.detach())
+    return step.inverse(step(known, context)[0].detach() + 0 * known, context, preimage=known.detach())
 
 
 DIRECTIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from flowpost import DeepSigmoid, Learned
 from flowpost.bijectors import deep_sigmoid as module
-from flowpost.bijectors.roots import correct, increasing_root
 from flowpost.functional import deep_sigmoid, deep_sigmoid_inverse, deep_sigmoid_parameters
+from flowpost.numerics.roots import correct, increasing_root
 
 LEAST = math.exp(-4) / (1 + math.exp(6))
 """Of the slope: the smallest a times sigmoid(-6), at the largest shift."""
@@ -190,7 +190,7 @@ def test_known_spares_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
     context = torch.randn(5, step.context_size, dtype=torch.float64)
     image, _ = step(z, context)
     monkeypatch.setattr(module, "increasing_root", refuse)
-    torch.testing.assert_close(step.inverse(image, context, known=z)[0], z, rtol=0, atol=1e-12)
+    torch.testing.assert_close(step.inverse(image, context, preimage=z)[0], z, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,8 @@ def test_some_of_the_variables_are_mapped_as_all_of_them(entry: Entry, chosen: l
     rest = [i for i in range(step.dim) if i not in chosen]
     other_log_det = step._forward(*columns(step, z, context, rest))[1]
     torch.testing.assert_close(some_log_det + other_log_det, log_det, rtol=1e-12, atol=1e-12)
-    for known in (None, z[..., chosen]):
+    for preimage in (None, z[..., chosen]):
         numbers = columns(step, image, context, chosen)
-        back, back_log_det = step._inverse(*numbers, known)
+        back, back_log_det = step._inverse(*numbers, preimage)
         torch.testing.assert_close(back, z[..., chosen], rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(back_log_det, -some_log_det, rtol=1e-9, atol=1e-9)

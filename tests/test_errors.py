@@ -159,9 +159,9 @@ def test_wrong_known(entry: Entry) -> None:
     step = entry.make(4, 0)
     context = context_of(step, 5)
     with pytest.raises(ValueError, match=r"^known: expected shape \(\*, 4\), got \(5, 3\)$"):
-        step.inverse(torch.zeros(5, 4), context, known=torch.zeros(5, 3))
+        step.inverse(torch.zeros(5, 4), context, preimage=torch.zeros(5, 3))
     with pytest.raises(TypeError, match=r"^known: expected a torch\.Tensor, got list$"):
-        step.inverse(torch.zeros(5, 4), context, known=[0.0])  # pyright: ignore[reportArgumentType]
+        step.inverse(torch.zeros(5, 4), context, preimage=[0.0])  # pyright: ignore[reportArgumentType]
 
 
 @every
@@ -354,7 +354,7 @@ class Wrong(Bijector):
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return 2 * z, z.new_tensor(2 * math.log(2))
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         back = z / 2
         return torch.cat([back[:1], back[1:2] + 5e-4, back[2:]]), z.new_tensor(-2 * math.log(2))
 

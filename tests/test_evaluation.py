@@ -378,7 +378,7 @@ def test_a_point_without_density_counts_as_none() -> None:
             assert context is not None
             return z + context, z.new_zeros(())
 
-        def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+        def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
             assert context is not None
             far = (z - context).abs() > 50
             return torch.where(far, math.inf, z - context), z.new_zeros(())

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from flowpost import UnitLowerTriangular
-from flowpost.bijectors import lower
-from flowpost.bijectors.lower import multiply
+from flowpost.numerics import triangles as lower
+from flowpost.numerics.triangles import multiply
 
 
 def naive(z: Tensor, entries: Tensor) -> Tensor:

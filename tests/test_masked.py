@@ -9,9 +9,9 @@ from registry import Case, jacobian, push
 from torch import Tensor
 
 from flowpost import Affine, Autoregressive, Bijector, Inverse, Masked, Planar, Shift
-from flowpost.bijectors import passes
-from flowpost.bijectors.made import MADE
 from flowpost.functional import exp_scale, gate_parameters, softplus_scale
+from flowpost.masked import passes
+from flowpost.masked.network import MADE
 
 F64 = torch.float64
 
@@ -89,7 +89,7 @@ def test_the_gated_step_is_a_masked_affine_one() -> None:
             s = torch.sigmoid(logit)
             return (1 - s) * mean + s * z, s.log().sum(-1)
 
-        def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+        def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
             assert context is not None
             raw, mean = context.chunk(2, dim=-1)
             logit, mean = gate_parameters(raw, mean)
@@ -125,9 +125,9 @@ class Recording(Affine):
         super().__init__(dim)
         self.calls: list[tuple[Tensor, Tensor | None]] = []
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
-        self.calls.append((z, known))
-        return super()._inverse(z, context, known)
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
+        self.calls.append((z, preimage))
+        return super()._inverse(z, context, preimage)
 
 
 @pytest.mark.parametrize("plain", [True, False])
@@ -145,7 +145,7 @@ def test_the_inverse_asks_for_one_variable_after_the_other_unless_the_preimage_i
     image = step(known)[0].detach()
     for given in (known, None):
         step.step.calls.clear()
-        torch.testing.assert_close(step.inverse(image, known=given)[0], known)
+        torch.testing.assert_close(step.inverse(image, preimage=given)[0], known)
         *one_by_one, (all_asked, all_known) = step.step.calls
         assert torch.equal(all_asked, image)
         assert all_known is given if given is None else all_known is not None and torch.equal(all_known, given)
@@ -222,8 +222,8 @@ class Stretched(Affine):
         image, log_det = super()._forward(z, context)
         return self.raw.exp() * image, log_det + self.raw * z.shape[-1]
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
-        preimage, log_det = super()._inverse(z * torch.exp(-self.raw), context, known)
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
+        preimage, log_det = super()._inverse(z * torch.exp(-self.raw), context, preimage)
         return preimage, log_det - self.raw * z.shape[-1]
 
 
@@ -278,7 +278,7 @@ def test_the_inverse_s_gradient_is_that_of_the_implicit_function(kind: str) -> N
     image, _ = step(z, context)
     matrix = jacobian(image, z)[0]
     y = image.detach().requires_grad_()
-    back, _ = step.inverse(y, context, known=z if kind == "known" else None)
+    back, _ = step.inverse(y, context, preimage=z if kind == "known" else None)
     grad = torch.randn(1, 3, dtype=F64)
     (found,) = torch.autograd.grad(back, y, grad)
     torch.testing.assert_close(found[0], torch.linalg.solve(matrix.mT, grad[0]))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowpost.bijectors.reflections import orthonormal, pivoted, reflect
+from flowpost.numerics.reflections import orthonormal, pivoted, reflect
 
 SIZES = [(1, 1, 1), (2, 2, 2), (3, 5, 2), (5, 3, 3), (8, 16, 16), (4, 16, 4)]
 """Reflections, dim, rank."""

@@ -91,7 +91,7 @@ class Strip(Bijector):
         first, second = z.unbind(-1)
         return torch.stack([LIMIT * torch.tanh(0.5 * first), second], -1), _log_slope(first)
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         first, second = z.unbind(-1)
         first = torch.log1p(first / LIMIT) - torch.log1p(-first / LIMIT)
         return torch.stack([first, second], -1), -_log_slope(first)

@@ -88,7 +88,7 @@ class ActNorm(Bijector):
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return act_norm(z, self.center, self.log_scale)
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         bounded = _bounded(self.log_scale)
         return self.center + z * torch.exp(-bounded), -bounded.sum(-1)
 

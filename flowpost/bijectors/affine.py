@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowpost.bijectors.base import Bijector, check_int
 from flowpost.bijectors.gate import SPREAD
-from flowpost.bijectors.scales import softplus_scale
+from flowpost.numerics.scales import softplus_scale
 
 
 def log_var_scale(log_var: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class Affine(Bijector):
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return affine(z, *self._loc_scale(context))
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         loc, scale = self._loc_scale(context)
         return (z - loc) / scale, -scale.log().sum(-1)
 
@@ -130,7 +130,7 @@ class Shift(Bijector):
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return z + cast(Tensor, context), z.new_zeros(())
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         return z - cast(Tensor, context), z.new_zeros(())
 
     def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -164,7 +164,7 @@ class Scale(Bijector):
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return z * self.factor, z.new_full((), self.dim * math.log(self.factor))
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         return z / self.factor, z.new_full((), -self.dim * math.log(self.factor))
 
     def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowpost.bijectors import passes
-from flowpost.bijectors.gated import Gated, gated
-from flowpost.bijectors.gated_inverse import GatedInverse, gated_inverse
 from flowpost.bijectors.networked import Causal, broadcast
+from flowpost.masked import passes
+from flowpost.masked.gated import Gated, gated
+from flowpost.masked.gated_inverse import GatedInverse, gated_inverse
 
 
 class Autoregressive(Causal):
@@ -64,10 +64,10 @@ class Autoregressive(Causal):
         (z,) = broadcast(context, z)
         return Gated.apply(self.net, self.forget_bias, z, context, *passes.flat(self.net).values())
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         parameters = tuple(passes.flat(self.net).values())
         if passes.by_hand(self.net, z):
-            known, z = broadcast(context, known, z) if known is not None else (None, *broadcast(context, z))
-            return GatedInverse.apply(self.net, self.forget_bias, self.order, known, z, context, *parameters)
+            preimage, z = broadcast(context, preimage, z) if preimage is not None else (None, *broadcast(context, z))
+            return GatedInverse.apply(self.net, self.forget_bias, self.order, preimage, z, context, *parameters)
         (z,) = broadcast(context, z)
         return gated_inverse(self.net, self.forget_bias, self.order, z, context, parameters)

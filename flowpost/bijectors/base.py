@@ -22,9 +22,9 @@ class Bijector(nn.Module, ABC):
     dtypes, cast the context to z's dtype, and call ``_forward`` and ``_inverse``, which a family writes. A chain calls
     its steps' underscored methods, so a check runs once, at the outermost call.
 
-    A subclass gives ``_forward(z, context)`` and ``_inverse(z, context, known)``. Both may return a log-det of wider
+    A subclass gives ``_forward(z, context)`` and ``_inverse(z, context, preimage)``. Both may return a log-det of wider
     dtype than z (a chain sums in float64) or of fewer leading axes (a constant); z' must have the broadcast batch
-    shape. It may override ``initial_context`` and ``context_gain``, and ``_push_gaussian`` where it is ``triangular``;
+    shape. It may override ``initial_context`` and ``head_scale``, and ``_push_gaussian`` where it is ``triangular``;
     a map of one variable at a time says that it is ``elementwise``. Nothing checks that ``_inverse`` inverts
     ``_forward``: ``flowpost.testing.check_bijector`` does.
 
@@ -62,7 +62,7 @@ class Bijector(nn.Module, ABC):
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]: ...
 
     @abstractmethod
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]: ...
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]: ...
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map noise towards the posterior.
@@ -84,14 +84,14 @@ class Bijector(nn.Module, ABC):
         return self._finish(z, *self._forward(z, context))
 
     def inverse(
-        self, z: Tensor, context: Tensor | None = None, *, known: Tensor | None = None
+        self, z: Tensor, context: Tensor | None = None, *, preimage: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Undo ``forward``; the log-det is that of the inverse map, so ``-log|det dz'/dz|`` at the preimage.
 
         Args:
             z: the image z', ``(*batch, dim)``.
             context: as in ``forward``.
-            known: the preimage, ``(*batch, dim)``, where it is known: no search is run, only the gradient is attached.
+            preimage: where it is known, ``(*batch, dim)``: no search is run, only the gradient is attached.
 
         Returns:
             The preimage and ``log|det dz/dz'|``, of the broadcast batch shape and z's dtype.
@@ -103,18 +103,18 @@ class Bijector(nn.Module, ABC):
             InversionError: under ``flowpost.checking()``, if mapping back does not give z'.
         """
         context = self._check(z, context)
-        if known is not None:
-            check_tensor("known", known, self.dim, self.event_ndim)
-            known = known.detach()
+        if preimage is not None:
+            check_tensor("preimage", preimage, self.dim, self.event_ndim)
+            preimage = preimage.detach()
         if active():
             check_inside("z", z, self.codomain)
-        preimage, log_det = self._finish(z, *self._inverse(z, context, known))
+        found, log_det = self._finish(z, *self._inverse(z, context, preimage))
         if active():
-            self._check_inverse(z, context, preimage, log_det)
-        return preimage, log_det
+            self._check_inverse(z, context, found, log_det)
+        return found, log_det
 
     @property
-    def joins(self) -> bool:
+    def fuses(self) -> bool:
         """Whether steps of this type in a row are one call of ``_forward_run``: they differ in their contexts alone."""
         return False
 
@@ -129,7 +129,7 @@ class Bijector(nn.Module, ABC):
         """
         return torch.zeros(self.context_size)
 
-    def context_gain(self) -> Tensor:
+    def head_scale(self) -> Tensor:
         """How large a head's rows start, ``(context_size,)``, relative to a linear layer's usual initialization.
 
         Small where the context is the map's own parameters, so that a fresh posterior hardly depends on x; 1 where it

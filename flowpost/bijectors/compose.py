@@ -43,12 +43,12 @@ class _Steps(Bijector):
             log_dets.append(wide(log_det))
         return z, reduce(torch.add, log_dets)
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         pairs = self._pairs(context)
-        knowns = _preimages(pairs, known)
+        knowns = _preimages(pairs, preimage)
         log_dets = []
-        for (step, part), preimage in zip(reversed(pairs), reversed(knowns), strict=True):
-            z, log_det = step._inverse(z, part, preimage)
+        for (step, part), known in zip(reversed(pairs), reversed(knowns), strict=True):
+            z, log_det = step._inverse(z, part, known)
             log_dets.append(wide(log_det))
         return z, reduce(torch.add, log_dets)
 
@@ -62,11 +62,11 @@ class _Steps(Bijector):
         return f"dim={self.dim}, context_size={self.context_size}"
 
 
-def _preimages(pairs: list[tuple[Bijector, Tensor | None]], known: Tensor | None) -> list[Tensor] | list[None]:
+def _preimages(pairs: list[tuple[Bijector, Tensor | None]], preimage: Tensor | None) -> list[Tensor] | list[None]:
     """What each step maps, in order, when the chain's own preimage is known."""
-    if known is None:
+    if preimage is None:
         return [None] * len(pairs)
-    knowns = [known]
+    knowns = [preimage]
     with torch.no_grad():
         for step, part in pairs[:-1]:
             knowns.append(step._forward(knowns[-1], part)[0])
@@ -123,7 +123,7 @@ class Chain(_Steps):
     def _runs(self, context: Tensor | None) -> list[tuple[Bijector, int, Tensor | None]]:
         runs: list[tuple[Bijector, int]] = []
         for step in self:
-            if runs and step.joins and type(step) is type(runs[-1][0]):
+            if runs and step.fuses and type(step) is type(runs[-1][0]):
                 runs[-1] = runs[-1][0], runs[-1][1] + 1
             else:
                 runs.append((step, 1))
@@ -140,9 +140,9 @@ class Chain(_Steps):
         """The steps' initial contexts, side by side."""
         return torch.cat([step.initial_context() for step in self])
 
-    def context_gain(self) -> Tensor:
+    def head_scale(self) -> Tensor:
         """The steps' gains, side by side."""
-        return torch.cat([step.context_gain() for step in self])
+        return torch.cat([step.head_scale() for step in self])
 
 
 class Shared(_Steps):
@@ -180,9 +180,9 @@ class Shared(_Steps):
         """That of the first step that reads one."""
         return self._reader().initial_context()
 
-    def context_gain(self) -> Tensor:
+    def head_scale(self) -> Tensor:
         """That of the first step that reads one."""
-        return self._reader().context_gain()
+        return self._reader().head_scale()
 
 
 class _Wrapper(Bijector):
@@ -203,8 +203,8 @@ class _Wrapper(Bijector):
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return self.step._forward(z, self._read(context))
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self.step._inverse(z, self._read(context), known)
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.step._inverse(z, self._read(context), preimage)
 
     def causal_order(self) -> Tensor | None:
         """The step's."""
@@ -263,7 +263,7 @@ class Conditioned(_Wrapper):
         with torch.autocast(features.device.type, enabled=False):
             return self.head(features)
 
-    def context_gain(self) -> Tensor:
+    def head_scale(self) -> Tensor:
         """Ones: the context is features."""
         return torch.ones(self.context_size)
 
@@ -298,7 +298,7 @@ class Inverse(Bijector):
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return self.step._inverse(z, context, None)
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         return self.step._forward(z, context)
 
     def causal_order(self) -> Tensor | None:
@@ -309,9 +309,9 @@ class Inverse(Bijector):
         """The step's."""
         return self.step.initial_context()
 
-    def context_gain(self) -> Tensor:
+    def head_scale(self) -> Tensor:
         """The step's."""
-        return self.step.context_gain()
+        return self.step.head_scale()
 
 
 def linear_head(features: int, step: Bijector) -> nn.Linear:
@@ -320,7 +320,7 @@ def linear_head(features: int, step: Bijector) -> nn.Linear:
     head = nn.Linear(features, step.context_size)
     with torch.no_grad():
         head.bias.copy_(step.initial_context())
-        head.weight.mul_(step.context_gain().unsqueeze(-1))
+        head.weight.mul_(step.head_scale().unsqueeze(-1))
     return head
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flowpost.bijectors.base import Bijector, check_int
-from flowpost.bijectors.lower import multiply, push_gaussian, solve
+from flowpost.numerics.triangles import multiply, push_gaussian, solve
 
 
 def convex_combination(z: Tensor, entries: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,7 +81,7 @@ class ConvexCombination(Bijector):
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return convex_combination(z, *self._numbers(z, context))
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         return solve(z, combine(*self._numbers(z, context))), z.new_zeros(())
 
     def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -90,10 +90,10 @@ class Coupling(Networked):
         moved, log_det = self.step._forward(moved, self._numbers(passed, context))
         return self._join(passed, moved), log_det
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         passed, moved = self._split(z)
-        known = None if known is None else self._split(known)[1]
-        moved, log_det = self.step._inverse(moved, self._numbers(passed, context), known)
+        preimage = None if preimage is None else self._split(preimage)[1]
+        moved, log_det = self.step._inverse(moved, self._numbers(passed, context), preimage)
         return self._join(passed, moved), log_det
 
     def _numbers(self, passed: Tensor, context: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowpost.bijectors.base import Bijector, check_int
-from flowpost.bijectors.roots import correct, increasing_root
+from flowpost.numerics.roots import correct, increasing_root
 
 _SPREAD = 4.0
 """How far the logarithm of a scale moves from 0."""
@@ -85,7 +85,7 @@ def _mixture(bend: Tensor, line: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def deep_sigmoid_inverse(
-    z: Tensor, scale: Tensor, shift: Tensor, log_weight: Tensor, known: Tensor | None = None
+    z: Tensor, scale: Tensor, shift: Tensor, log_weight: Tensor, preimage: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Undo `deep_sigmoid`: one increasing scalar equation for each variable.
 
@@ -97,7 +97,7 @@ def deep_sigmoid_inverse(
         scale: as in `deep_sigmoid`.
         shift: as in `deep_sigmoid`.
         log_weight: as in `deep_sigmoid`.
-        known: the preimage, where it is known: no search is run.
+        preimage: where it is known, ``(*batch, dim)``: no search is run.
 
     Returns:
         The preimage ``(*batch, dim)`` and the log-det of the inverse ``(*batch)``, first and second derivatives exact.
@@ -107,12 +107,12 @@ def deep_sigmoid_inverse(
         image, slope = _map(x, scale, shift, log_weight)
         return image - z, slope
 
-    if known is None:
+    if preimage is None:
         with torch.no_grad():
             ends = (z.unsqueeze(-2) - shift) / scale
             root = increasing_root(residual, ends.amin(-2), ends.amax(-2))
     else:
-        root = known.detach()
+        root = preimage.detach()
     preimage = correct(residual, root)
     return preimage, -_map(preimage, scale, shift, log_weight)[1].log().sum(-1)
 
@@ -161,14 +161,14 @@ class DeepSigmoid(Bijector):
             log_dets.append(log_det)
         return z, torch.stack(log_dets).sum(0)
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         layers = self._numbers(context)
-        knowns: list[Tensor | None] = [known]
+        knowns: list[Tensor | None] = [preimage]
         with torch.no_grad():
             for layer in layers[:-1]:
                 knowns.append(None if knowns[-1] is None else deep_sigmoid(knowns[-1], *layer)[0])
         log_dets = []
-        for layer, preimage in zip(reversed(layers), reversed(knowns), strict=True):
-            z, log_det = deep_sigmoid_inverse(z, *layer, preimage)
+        for layer, known in zip(reversed(layers), reversed(knowns), strict=True):
+            z, log_det = deep_sigmoid_inverse(z, *layer, known)
             log_dets.append(log_det)
         return z, torch.stack(log_dets).sum(0)

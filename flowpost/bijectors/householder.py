@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flowpost.bijectors.base import Bijector, check_int
-from flowpost.bijectors.reflections import reflect
+from flowpost.numerics.reflections import reflect
 
 
 def householder(z: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,5 +58,5 @@ class Householder(Bijector):
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return householder(z, z.new_ones(1) if context is None else context)
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         return self._forward(z, context)

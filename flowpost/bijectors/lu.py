@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from flowpost.bijectors.base import Bijector, by_rows, check_int, check_order, columns
-from flowpost.bijectors.lower import multiply, solve, strict_tril
-from flowpost.bijectors.scales import softplus_scale
+from flowpost.numerics.scales import softplus_scale
+from flowpost.numerics.triangles import multiply, solve, strict_tril
 
 
 class LU(NamedTuple):
@@ -107,7 +107,7 @@ class LULinear(Bijector):
         image, log_det = lu_linear(z, *matrix)
         return (image if self.order is None else image.index_select(-1, self.order)) + shift, log_det
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         matrix, shift = self._numbers(context)
         image = z - shift
         return lu_linear_inverse(image if self.back is None else image.index_select(-1, self.back), *matrix)

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowpost.bijectors import passes
 from flowpost.bijectors.base import Bijector
-from flowpost.bijectors.masked_inverse import MaskedInverse, by_hand, masked_inverse
 from flowpost.bijectors.networked import Causal, broadcast
-from flowpost.bijectors.outputs import outputs
+from flowpost.masked import passes
+from flowpost.masked.masked_inverse import MaskedInverse, by_hand, masked_inverse
+from flowpost.masked.outputs import outputs
 
 
 class Masked(Causal):
@@ -79,9 +79,9 @@ class Masked(Causal):
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return self.step._forward(z, self._numbers(z, context))
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
-        known, z = broadcast(context, known, z) if known is not None else (None, *broadcast(context, z))
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
+        preimage, z = broadcast(context, preimage, z) if preimage is not None else (None, *broadcast(context, z))
         parameters = tuple(passes.flat(self.net).values())
         if by_hand(self.step, self.net, z):
-            return MaskedInverse.apply(self.step, self.net, self.order, known, z, context, *parameters)
-        return masked_inverse(self.step, self.net, self.order, known, z, context, parameters)
+            return MaskedInverse.apply(self.step, self.net, self.order, preimage, z, context, *parameters)
+        return masked_inverse(self.step, self.net, self.order, preimage, z, context, parameters)

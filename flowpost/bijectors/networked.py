@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowpost.bijectors.base import Bijector, check_order
-from flowpost.bijectors.made import MADE
+from flowpost.masked.network import MADE
 
 
 class Networked(Bijector):
@@ -28,7 +28,7 @@ class Networked(Bijector):
         """Features drawn as a linear layer's bias is; at zeros the weights that read h would have no gradient."""
         return self.start.clone()
 
-    def context_gain(self) -> Tensor:
+    def head_scale(self) -> Tensor:
         """Ones: h is features, not parameters, so a head keeps its usual initialization."""
         return torch.ones(self.context_size)
 

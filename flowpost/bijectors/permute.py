@@ -35,7 +35,7 @@ class Permute(Bijector):
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return z.index_select(-1, self.order), z.new_zeros(())
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         return z.index_select(-1, self.back), z.new_zeros(())
 
 
@@ -56,5 +56,5 @@ class Reverse(Bijector):
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return z.flip(-1), z.new_zeros(())
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         return z.flip(-1), z.new_zeros(())

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from flowpost.bijectors.base import Bijector, by_rows, check_int, columns, wide_dtype
-from flowpost.bijectors.cascade import cascade, gram
-from flowpost.bijectors.ridge import bounded_gain, log_slope, ridge
-from flowpost.bijectors.roots import correct, tanh_root
+from flowpost.numerics.cascade import cascade, gram
+from flowpost.numerics.ridge import bounded_gain, log_slope, ridge
+from flowpost.numerics.roots import correct, tanh_root
 
 
 def _invertible(u: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,7 +71,7 @@ def planar_chain(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Te
     return image, log_det.sum(-1, dtype=wide_dtype(z))
 
 
-def planar_inverse(z: Tensor, u: Tensor, w: Tensor, b: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def planar_inverse(z: Tensor, u: Tensor, w: Tensor, b: Tensor, preimage: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Undo `planar`: along w it is one increasing scalar equation, ``x + w.u_hat tanh(x) = w.z' + b``.
 
     Args:
@@ -79,7 +79,7 @@ def planar_inverse(z: Tensor, u: Tensor, w: Tensor, b: Tensor, known: Tensor | N
         u: ``(*batch, dim)``.
         w: ``(*batch, dim)``.
         b: ``(*batch, 1)``.
-        known: the preimage, where it is known: no search is run.
+        preimage: where it is known, ``(*batch, dim)``: no search is run.
 
     Returns:
         The preimage ``(*batch, dim)`` and the log-det of the inverse ``(*batch)``, first and second derivatives exact.
@@ -91,10 +91,10 @@ def planar_inverse(z: Tensor, u: Tensor, w: Tensor, b: Tensor, known: Tensor | N
         value, slope = ridge(x)
         return x - target + wu * value, 1 + wu * slope
 
-    if known is None:
+    if preimage is None:
         root = tanh_root(wu, target)
     else:
-        root = ((w * known).sum(-1, keepdim=True) + b).detach()
+        root = ((w * preimage).sum(-1, keepdim=True) + b).detach()
     value, slope = ridge(correct(residual, root))
     return z - u_hat * value, -log_slope(wu, room, value, slope).squeeze(-1)
 
@@ -139,7 +139,7 @@ class Planar(Bijector):
         return planar(z, *self._numbers(context))
 
     @property
-    def joins(self) -> bool:
+    def fuses(self) -> bool:
         """True: K in a row are one `planar_chain`, unless a subclass has a ``_forward`` of its own."""
         return type(self)._forward is Planar._forward
 
@@ -148,6 +148,6 @@ class Planar(Bijector):
         u, w, b = self._numbers(numbers)
         return planar_chain(z, u, w, b.squeeze(-1))
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         u, w, b = self._numbers(context)
-        return planar_inverse(z, u, w, b, known)
+        return planar_inverse(z, u, w, b, preimage)

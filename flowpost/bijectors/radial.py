@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from flowpost.bijectors.base import Bijector, check_int
-from flowpost.bijectors.ridge import bounded_gain
-from flowpost.bijectors.scales import softplus_scale
+from flowpost.numerics.ridge import bounded_gain
+from flowpost.numerics.scales import softplus_scale
 
 
 def _length(offset: Tensor) -> Tensor:
@@ -118,5 +118,5 @@ class Radial(Bijector):
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return radial(z, *self._numbers(context))
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         return radial_inverse(z, *self._numbers(context))

@@ -198,5 +198,5 @@ class Spline(Bijector):
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return rational_quadratic(z, *self._numbers(z, context), self.bound)
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         return rational_quadratic_inverse(z, *self._numbers(z, context), self.bound)

@@ -124,7 +124,7 @@ class Sigmoid(Bijector):
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return sigmoid(z)
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         return sigmoid_inverse(z)
 
     def causal_order(self) -> Tensor:
@@ -155,7 +155,7 @@ class Softplus(Bijector):
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return softplus(z)
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         return softplus_inverse(z)
 
     def causal_order(self) -> Tensor:
@@ -186,7 +186,7 @@ class Tanh(Bijector):
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return tanh(z)
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         return tanh_inverse(z)
 
     def causal_order(self) -> Tensor:

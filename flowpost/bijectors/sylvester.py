@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from flowpost.bijectors.base import Bijector, by_rows, check_int, columns
-from flowpost.bijectors.reflections import orthonormal, pivoted
-from flowpost.bijectors.ridge import bounded_gain, log_slope, positive, ridge
-from flowpost.bijectors.roots import tanh_roots
+from flowpost.numerics.reflections import orthonormal, pivoted
+from flowpost.numerics.ridge import bounded_gain, log_slope, positive, ridge
+from flowpost.numerics.roots import tanh_roots
 
 _REACH = 1e3  # of R1 and R2: where they were larger, the inverse would be a matter of rounding
 
@@ -47,7 +47,7 @@ def sylvester_inverse(
     r2: Tensor,
     b: Tensor,
     room: Tensor | None = None,
-    known: Tensor | None = None,
+    preimage: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Undo `sylvester`: ``y = R2 Q^T z + b`` is the solution of ``y + R2 R1 tanh(y) = R2 Q^T z' + b``.
 
@@ -60,14 +60,14 @@ def sylvester_inverse(
         r2: ``(*batch, M, M)``.
         b: ``(*batch, M)``.
         room: ``(*batch, M)``.
-        known: the preimage, where it is known: no search is run.
+        preimage: where it is known, ``(*batch, dim)``: no search is run.
 
     Returns:
         The preimage ``(*batch, dim)`` and the log-det of the inverse ``(*batch)``, first and second derivatives exact.
     """
     with torch.autocast(z.device.type, enabled=False):
         product, target = r2 @ r1, _inner(z, q, r2, b)
-        y = tanh_roots(product, target) if known is None else _inner(known, q, r2, b).detach()
+        y = tanh_roots(product, target) if preimage is None else _inner(preimage, q, r2, b).detach()
         eye = torch.eye(b.shape[-1], dtype=z.dtype, device=z.device)
         for _ in range(2):  # Newton steps: the first attaches the implicit gradient, the second makes another exact too
             value, slope = ridge(y)
@@ -175,8 +175,8 @@ class Sylvester(Bijector):
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return sylvester(z, *self._numbers(context))
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
-        return sylvester_inverse(z, *self._numbers(context), known)
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
+        return sylvester_inverse(z, *self._numbers(context), preimage)
 
     def extra_repr(self) -> str:
         """Sizes, for the module's repr."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from flowpost.bijectors.base import Bijector, check_int
-from flowpost.bijectors.lower import multiply, push_gaussian, solve
+from flowpost.numerics.triangles import multiply, push_gaussian, solve
 
 
 def unit_lower_triangular(z: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,7 +54,7 @@ class UnitLowerTriangular(Bijector):
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return unit_lower_triangular(z, self._entries(z, context))
 
-    def _inverse(self, z: Tensor, context: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         return solve(z, self._entries(z, context)), z.new_zeros(())
 
     def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:

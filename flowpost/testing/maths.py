@@ -93,10 +93,10 @@ def cancel(case: Case) -> float:
 
 
 def known(case: Case) -> float:
-    """``inverse(known=x)`` gives what the search gives, with the same gradient."""
+    """``inverse(preimage=x)`` gives what the search gives, with the same gradient."""
     step, x, context = case.points(2)
     y = step(x, context)[0].detach().requires_grad_()
-    found = [step.inverse(y, context), step.inverse(y, context, known=x)]
+    found = [step.inverse(y, context), step.inverse(y, context, preimage=x)]
     grads = [torch.autograd.grad(z.sum() + log_det.sum(), y)[0] for z, log_det in found]
     if case.dtype == torch.float32:
         return 0.0

@@ -1,23 +1,21 @@
 """Writes the golden files: every recipe's numbers, and the file it was saved to, by the commit that is checked out.
 
-`python tests/golden/make.py` ran at 8666d94 and is kept for the next time that a redesign needs such a net: the files
-here are of that commit, from before gated steps had a gain, and are not to be written anew.
+`PYTHONPATH=. python tests/golden/make.py` ran at 8666d94 and is kept for the next redesign. The files here are of that
+commit, from before gated steps had a gain, and are not to be written anew.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1]))
-
 import flowpost
 from flowpost.recipes import RECIPES
+
+HERE = Path(__file__).parent
 
 FEATURES, DIM = 3, 3
 OPTIONS: dict[str, dict[str, object]] = {

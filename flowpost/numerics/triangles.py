@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowpost.bijectors.base import by_rows, columns
-from flowpost.bijectors.tracing import on_host, unwatched
+from flowpost.numerics.watchers import on_host, unwatched
 
 Ctx = Any  # of an autograd function: torch types it without what it stores
 

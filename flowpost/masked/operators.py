@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from flowpost.bijectors.gate import REACH, SPREAD
-from flowpost.bijectors.passes import NAMED
-from flowpost.bijectors.sweep import arrays, sweep, transposed_sweep
+from flowpost.masked.passes import NAMED
+from flowpost.masked.sweep import arrays, sweep, transposed_sweep
 
 
 def solve(

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowpost.bijectors.made import MADE, Activation
-from flowpost.bijectors.tracing import unwatched
+from flowpost.masked.network import MADE, Activation
+from flowpost.numerics.watchers import unwatched
 
 _relu_backward = torch.ops.aten.threshold_backward.default
 _elu_backward = torch.ops.aten.elu_backward.default

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowpost.bijectors import passes
 from flowpost.bijectors.base import wide_dtype
 from flowpost.bijectors.gate import REACH, SPREAD, gate_inverse, gate_parameters
-from flowpost.bijectors.gated import plain_gradients, plain_network
-from flowpost.bijectors.made import MADE
-from flowpost.bijectors.operators import pull, solve
-from flowpost.bijectors.sweep import (
+from flowpost.masked import passes
+from flowpost.masked.gated import plain_gradients, plain_network
+from flowpost.masked.network import MADE
+from flowpost.masked.operators import pull, solve
+from flowpost.masked.sweep import (
     by_output,
     by_variable,
     first_layer,
@@ -27,7 +27,7 @@ from flowpost.bijectors.sweep import (
     to_columns,
     to_rows,
 )
-from flowpost.bijectors.tracing import on_host
+from flowpost.numerics.watchers import on_host
 
 _LARGE = 64.0  # the rounding of sums below it was at most 0.6 of it, in units of eps; B3 allows 8 (dim + 16) of them
 

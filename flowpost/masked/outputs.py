@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowpost.bijectors import passes
-from flowpost.bijectors.gated import plain_network
-from flowpost.bijectors.made import MADE
 from flowpost.bijectors.networked import broadcast
+from flowpost.masked import passes
+from flowpost.masked.gated import plain_network
+from flowpost.masked.network import MADE
 
 
 def outputs(net: MADE, z: Tensor, context: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowpost.bijectors.base import check_int
-from flowpost.bijectors.staircase import Staircase
+from flowpost.masked.staircase import Staircase
 
 Activation = Callable[[Tensor], Tensor]
 

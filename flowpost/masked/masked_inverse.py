@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowpost.bijectors import passes
 from flowpost.bijectors.base import Bijector
-from flowpost.bijectors.gated import plain_network
-from flowpost.bijectors.made import MADE
-from flowpost.bijectors.operators import pull
-from flowpost.bijectors.sweep import (
+from flowpost.masked import passes
+from flowpost.masked.gated import plain_network
+from flowpost.masked.network import MADE
+from flowpost.masked.operators import pull
+from flowpost.masked.sweep import (
     arrays,
     by_output,
     by_variable,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowpost.bijectors.base import by_rows, columns
-from flowpost.bijectors.ridge import ridge
+from flowpost.numerics.ridge import ridge
 
 Ctx = Any  # of an autograd function: torch types it without what it stores
 

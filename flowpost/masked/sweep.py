@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowpost.bijectors import passes
-from flowpost.bijectors.made import MADE
-from flowpost.bijectors.passes import Known, Parameters
-from flowpost.bijectors.tracing import on_host
+from flowpost.masked import passes
+from flowpost.masked.network import MADE
+from flowpost.masked.passes import Known, Parameters
+from flowpost.numerics.watchers import on_host
 
 Array = Any  # a tensor, or numpy's view of one: the sweeps are written in what both can do
 

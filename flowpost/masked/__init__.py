@@ -1,0 +1,1 @@
+"""The masked autoregressive network, and how it is made fast; it knows no bijector."""

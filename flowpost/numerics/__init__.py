@@ -1,0 +1,1 @@
+"""Arithmetic that knows no flow: bounds, roots, ridges, reflections, triangular matrices, argument checks."""
