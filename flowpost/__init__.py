@@ -5,7 +5,7 @@ from flowpost.bijectors.actnorm import ActNorm
 from flowpost.bijectors.affine import Affine, Scale, Shift
 from flowpost.bijectors.autoregressive import Autoregressive
 from flowpost.bijectors.base import Bijector
-from flowpost.bijectors.compose import Chain, Conditioned, Inverse, Learned, Shared
+from flowpost.bijectors.chain import Chain, Shared
 from flowpost.bijectors.convex import ConvexCombination
 from flowpost.bijectors.coupling import Coupling
 from flowpost.bijectors.deep_sigmoid import DeepSigmoid
@@ -19,6 +19,7 @@ from flowpost.bijectors.spline import Spline
 from flowpost.bijectors.squash import Sigmoid, Softplus, Tanh
 from flowpost.bijectors.sylvester import Sylvester
 from flowpost.bijectors.triangular import UnitLowerTriangular
+from flowpost.bijectors.wrappers import Conditioned, Inverse, Learned
 from flowpost.checks import DomainError, IllConditionedWarning, InversionError, NonFiniteError, checking
 from flowpost.files import CorruptFileError, load, save
 from flowpost.posterior import FlowDistribution, FlowPosterior, Sample

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowpost.bijectors.base import check_int
+from flowpost.numerics.arguments import check_int
 
 _ROUNDS = 500  # simulated at once for a band
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowpost.bijectors.base import check_int
 from flowpost.importance import ImportanceEstimate, summarize, warn_unreliable
+from flowpost.numerics.arguments import check_int
 from flowpost.objectives import latent_kl
 from flowpost.vae import VAE
 

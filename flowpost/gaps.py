@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from flowpost.bijectors.base import Bijector, check_int
-from flowpost.bijectors.compose import Chain
+from flowpost.bijectors.base import Bijector
+from flowpost.bijectors.chain import Chain
 from flowpost.importance import ImportanceEstimate, summarize, warn_unreliable
+from flowpost.numerics.arguments import check_int
 from flowpost.posterior import standard_normal_log_prob
 from flowpost.vae import VAE
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from flowpost.bijectors.base import LINE, Bijector, check_int, check_tensor, wide, wide_dtype
-from flowpost.bijectors.compose import Learned, linear_head
+from flowpost.bijectors.base import LINE, Bijector
+from flowpost.bijectors.wrappers import Learned, linear_head
 from flowpost.checks import active, check_finite, warn_moved
+from flowpost.numerics.arguments import check_int, check_tensor
+from flowpost.numerics.products import wide, wide_dtype
 
 _LOG_2PI = math.log(2 * math.pi)
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowpost.bijectors.affine import Affine, Scale
-from flowpost.bijectors.base import Bijector, check_int
+from flowpost.bijectors.base import Bijector
+from flowpost.numerics.arguments import check_int
 from flowpost.objectives import elbo_terms, gaussian_kl, latent_kl, reweigh
 from flowpost.posterior import FlowPosterior, Sample, standard_normal_log_prob
 

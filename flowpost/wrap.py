@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from flowpost.bijectors.affine import Affine, Scale, log_var_scale
-from flowpost.bijectors.base import Bijector, check_int
-from flowpost.bijectors.compose import Chain, Shared, linear_head
+from flowpost.bijectors.base import Bijector
+from flowpost.bijectors.chain import Chain, Shared
 from flowpost.bijectors.convex import ConvexCombination
 from flowpost.bijectors.triangular import UnitLowerTriangular
+from flowpost.bijectors.wrappers import linear_head
 from flowpost.checks import active, check_finite
+from flowpost.numerics.arguments import check_int
 from flowpost.posterior import FlowPosterior, Sample
 from flowpost.recipes import RECIPES
 from flowpost.recipes.amortized import (

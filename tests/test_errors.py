@@ -125,19 +125,19 @@ def test_device_mismatch(entry: Entry) -> None:
 @every
 def test_wrong_context(entry: Entry) -> None:
     step, z = entry.make(4, 0), torch.zeros(6, 4)
-    size = step.context_size
+    size, reader = step.context_size, f"context: {step.layout()} of dim 4 reads"
     for function in (step, step.inverse):
         if not size:
             raises(
                 ValueError,
-                "context: this bijector takes none, got shape (6, 3)",
+                f"{reader} none, got shape (6, 3)",
                 lambda f=function: f(z, torch.zeros(6, 3)),
             )
             continue
         wrong: list[tuple[Any, type[Exception], str]] = [
-            (None, ValueError, f"context: this bijector needs shape (*, {size}), got None"),
-            (torch.zeros(6, size + 1), ValueError, f"context: expected shape (*, {size}), got (6, {size + 1})"),
-            (torch.zeros(()), ValueError, f"context: expected shape (*, {size}), got ()"),
+            (None, ValueError, f"{reader} {size} numbers, got None"),
+            (torch.zeros(6, size + 1), ValueError, f"{reader} {size} numbers, got shape (6, {size + 1})"),
+            (torch.zeros(()), ValueError, f"{reader} {size} numbers, got shape ()"),
             (
                 torch.zeros(3, size),
                 ValueError,
@@ -155,12 +155,12 @@ def test_wrong_context(entry: Entry) -> None:
 
 
 @every
-def test_wrong_known(entry: Entry) -> None:
+def test_wrong_preimage(entry: Entry) -> None:
     step = entry.make(4, 0)
     context = context_of(step, 5)
-    with pytest.raises(ValueError, match=r"^known: expected shape \(\*, 4\), got \(5, 3\)$"):
+    with pytest.raises(ValueError, match=r"^preimage: expected shape \(\*, 4\), got \(5, 3\)$"):
         step.inverse(torch.zeros(5, 4), context, preimage=torch.zeros(5, 3))
-    with pytest.raises(TypeError, match=r"^known: expected a torch\.Tensor, got list$"):
+    with pytest.raises(TypeError, match=r"^preimage: expected a torch\.Tensor, got list$"):
         step.inverse(torch.zeros(5, 4), context, preimage=[0.0])  # pyright: ignore[reportArgumentType]
 
 
@@ -251,7 +251,8 @@ def test_bad_sizes_raise_at_construction(index: int) -> None:
 
 def test_a_chain_checks_once_at_the_outermost_call() -> None:
     flow = Chain(Chain(Affine(4), Planar(4)), Learned(Planar(4)))
-    with pytest.raises(ValueError, match=re.escape(f"context: expected shape (*, {flow.context_size}), got (5, 3)")):
+    message = "context: Chain(Chain(Affine 8, Planar 9) 17) of dim 4 reads 17 numbers, got shape (5, 3)"
+    with pytest.raises(ValueError, match=re.escape(message)):
         flow(torch.zeros(5, 4), torch.zeros(5, 3))
 
 

@@ -201,7 +201,7 @@ def test_errors_are_clear_or_raw() -> None:
 @pytest.mark.parametrize(
     ("message", "clear"),
     [
-        ("context: this bijector needs shape (*, 3), got None", True),
+        ("context: Planar of dim 1 reads 3 numbers, got None", True),
         ("context: batch shape (3,) does not broadcast with z batch shape (6,)", True),
         ("checkpoint: parameter 'w' has 1 non-finite values; pass allow_nonfinite=True to inspect it", True),
         ("Planar.forward() got an unexpected keyword argument 'context'", True),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flowpost.bijectors.base import Bijector, wide_dtype
+from flowpost.bijectors.base import Bijector
+from flowpost.numerics.products import wide_dtype
 
 _REACH = 20.0
 

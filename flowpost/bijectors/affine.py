@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowpost.bijectors.base import Bijector, check_int
+from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.gate import SPREAD
+from flowpost.numerics.arguments import check_int
 from flowpost.numerics.scales import softplus_scale
 
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from flowpost.checks import active, check_finite, check_inside, check_residual
+from flowpost.numerics.arguments import check_context, check_int, check_like, check_tensor
+from flowpost.numerics.constants import Constant
+from flowpost.numerics.products import wide
 
 LINE = (-math.inf, math.inf)
-_FLOATS = (torch.float32, torch.float64)
+Pair = tuple["Bijector", Tensor | None]
+"""A step and the context that it reads."""
 
 
 class Bijector(nn.Module, ABC):
@@ -31,6 +37,7 @@ class Bijector(nn.Module, ABC):
     Args:
         dim: size of the last axis of z, at least 1.
         context_size: how many numbers per example the step reads; 0 for none.
+        start: the ``initial_context``, ``(context_size,)``; zeros by default.
 
     Raises:
         TypeError: if a size is not an int.
@@ -46,17 +53,21 @@ class Bijector(nn.Module, ABC):
     codomain = LINE
     """The open interval onto which each is mapped, and the domain of the inverse."""
     elementwise = False
-    """Whether ``z'_i = f(z_i; c_i)``, the context being ``(numbers, dim)`` flattened, at least one number a variable.
+    """Whether ``z'_i = f(z_i; c_i)``; where there is a context, it is ``(numbers, dim)`` flattened.
 
-    Variable i reads column i alone, and ``_forward`` and ``_inverse`` read no ``dim``: they take any number of
-    variables, with a context of as many columns. So a network may give the numbers of one variable after the other
-    (`Masked`), or those of half of them (`Coupling`).
+    Variable i reads column i alone, and ``_forward`` and ``_inverse`` of a context take any number of variables, with
+    as many columns. So a network may give the numbers of one variable after the other (`Masked`), or those of half of
+    them (`Coupling`).
     """
+    _like: Tensor
 
-    def __init__(self, dim: int, context_size: int = 0) -> None:
+    def __init__(self, dim: int, context_size: int = 0, start: Tensor | None = None) -> None:
         super().__init__()
         self.dim = check_int("dim", dim, minimum=1)
         self.context_size = check_int("context_size", context_size, minimum=0)
+        self._start = None if start is None else Constant(start)
+        # Of no size, so there is nothing in it to save or spoil: it says where the module is, and of what dtype.
+        self.register_buffer("_like", torch.empty(0), persistent=False)
 
     @abstractmethod
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]: ...
@@ -64,12 +75,13 @@ class Bijector(nn.Module, ABC):
     @abstractmethod
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]: ...
 
-    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, context: Tensor | None = None, *, checked: bool = False) -> tuple[Tensor, Tensor]:
         """Map noise towards the posterior.
 
         Args:
             z: ``(*batch, dim)``, float32 or float64, of the parameters' dtype and device.
             context: ``(*batch, context_size)``; leading axes broadcast against z's. None where ``context_size`` is 0.
+            checked: for a chain, which has checked and finishes the log-det itself: nothing is done but ``_forward``.
 
         Returns:
             ``z'`` and ``log|det dz'/dz|``, of the broadcast batch shape and z's dtype.
@@ -78,13 +90,15 @@ class Bijector(nn.Module, ABC):
             TypeError: for a z or context that is no floating tensor, or a z of another dtype than the parameters.
             ValueError: for a wrong shape or device, a missing context, or one that is not read.
         """
+        if checked:
+            return self._forward(z, context)
         context = self._check(z, context)
         if active():
             check_inside("z", z, self.domain)
         return self._finish(z, *self._forward(z, context))
 
     def inverse(
-        self, z: Tensor, context: Tensor | None = None, *, preimage: Tensor | None = None
+        self, z: Tensor, context: Tensor | None = None, *, preimage: Tensor | None = None, checked: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Undo ``forward``; the log-det is that of the inverse map, so ``-log|det dz'/dz|`` at the preimage.
 
@@ -92,6 +106,7 @@ class Bijector(nn.Module, ABC):
             z: the image z', ``(*batch, dim)``.
             context: as in ``forward``.
             preimage: where it is known, ``(*batch, dim)``: no search is run, only the gradient is attached.
+            checked: as in ``forward``.
 
         Returns:
             The preimage and ``log|det dz/dz'|``, of the broadcast batch shape and z's dtype.
@@ -102,6 +117,8 @@ class Bijector(nn.Module, ABC):
             DomainError: under ``flowpost.checking()``, if z' lies outside the codomain.
             InversionError: under ``flowpost.checking()``, if mapping back does not give z'.
         """
+        if checked:
+            return self._inverse(z, context, preimage)
         context = self._check(z, context)
         if preimage is not None:
             check_tensor("preimage", preimage, self.dim, self.event_ndim)
@@ -113,21 +130,14 @@ class Bijector(nn.Module, ABC):
             self._check_inverse(z, context, found, log_det)
         return found, log_det
 
-    @property
-    def fuses(self) -> bool:
-        """Whether steps of this type in a row are one call of ``_forward_run``: they differ in their contexts alone."""
-        return False
-
-    def _forward_run(self, count: int, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """As `count` steps like this one in sequence, their contexts side by side."""
-        raise NotImplementedError(f"{type(self).__name__} does not join")
-
     def initial_context(self) -> Tensor:
-        """The context, ``(context_size,)``, where the step is the identity (zeros, unless a family says otherwise).
+        """The context, ``(context_size,)``, where the step is the identity, if there is one; on the step's device.
 
         Directions that the identity leaves free are drawn at random when the step is built.
         """
-        return torch.zeros(self.context_size)
+        if self._start is None:
+            return self._like.new_zeros(self.context_size)
+        return self._start.on(self._like).clone()
 
     def head_scale(self) -> Tensor:
         """How large a head's rows start, ``(context_size,)``, relative to a linear layer's usual initialization.
@@ -135,11 +145,46 @@ class Bijector(nn.Module, ABC):
         Small where the context is the map's own parameters, so that a fresh posterior hardly depends on x; 1 where it
         is features that a network reads.
         """
-        return torch.full((self.context_size,), 0.01)
+        return self._like.new_full((self.context_size,), 0.01)
 
     def causal_order(self) -> Tensor | None:
         """The variables in an order in which the Jacobian is lower-triangular for every context, where there is one."""
         return torch.arange(self.dim) if self.triangular or self.elementwise else None
+
+    def leaves(self) -> Iterator[Bijector]:
+        """The steps that this one is made of and that are made of no others; itself, where it is one."""
+        parts = [module for module in self.children() if isinstance(module, (Bijector, nn.ModuleList))]
+        steps = [step for part in parts for step in (part if isinstance(part, nn.ModuleList) else [part])]
+        for step in steps:
+            yield from cast(Bijector, step).leaves()
+        if not steps:
+            yield self
+
+    def layout(self) -> str:
+        """Who reads a context and how it is laid out, for messages: ``Planar``, ``Chain(Planar 7, Affine 6)``."""
+        return type(self).__name__
+
+    def extra_repr(self) -> str:
+        """The sizes, for the module's repr; a family adds what else tells two steps apart."""
+        return f"{self.dim}" + (f", context_size={self.context_size}" if self.context_size else "")
+
+    def _fuses(self, following: Bijector, *, shared: bool) -> bool:
+        """Whether this step and the `following` one run as one, by ``_forward_run`` and ``_inverse_run``.
+
+        With `shared` they read one and the same context, else each its own.
+        """
+        return False
+
+    def _forward_run(self, steps: Sequence[Bijector], z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``_forward`` of steps that fuse, the first of them this one; their contexts side by side, or the shared."""
+        raise NotImplementedError(f"{type(self).__name__} does not fuse")
+
+    def _inverse_run(
+        self, steps: Sequence[Bijector], z: Tensor, context: Tensor | None, preimage: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """``_inverse`` of such steps: unless a family has better, of one after the other."""
+        parts = [None] * len(steps) if context is None else context.split([step.context_size for step in steps], -1)
+        return undo(list(zip(steps, parts, strict=True)), z, preimage)
 
     def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Push N(loc, tril tril^T) through a ``triangular`` step; tril None is the identity."""
@@ -150,7 +195,8 @@ class Bijector(nn.Module, ABC):
         parameter = next(self.parameters(), None)
         if parameter is not None:
             check_like(z, parameter)
-        context = check_context(self, z, context)
+        reader = lambda: f"{self.layout()} of dim {self.dim}"  # noqa: E731
+        context = check_context(context, z, self.context_size, self.event_ndim, reader)
         if active():
             check_finite("z", z)
             check_finite("context", context)
@@ -168,108 +214,41 @@ class Bijector(nn.Module, ABC):
         return image, log_det.to(z.dtype).expand(batch)
 
 
-def wide_dtype(value: Tensor) -> torch.dtype:
-    """The dtype in which log-densities of `value` are summed: float64, or float32 on a device that has no float64."""
-    return torch.float32 if value.device.type == "mps" else torch.float64
+def apply(step: Bijector, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``_forward`` of a step within another: through its call where somebody has hooked it."""
+    return step(z, context, checked=True) if hooked(step) else step._forward(z, context)
 
 
-def wide(log_det: Tensor) -> Tensor:
-    """Widen a log-det for a sum over steps."""
-    return log_det.to(wide_dtype(log_det))
+def apply_inverse(step: Bijector, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``_inverse`` of a step within another: through its own ``inverse`` where somebody has put one there."""
+    if "inverse" in vars(step):
+        return step.inverse(z, context, preimage=preimage, checked=True)
+    return step._inverse(z, context, preimage)
 
 
-def by_rows(matrix: Tensor, columns: Tensor) -> Tensor:
-    """``matrix @ columns``, as rows: many matrices with a column each are several times slower in torch's libraries."""
-    return (columns.mT @ matrix.mT).mT
+def wrapped(*steps: Bijector) -> bool:
+    """Whether somebody wants to see the calls of a step: then it does not run as one with others.
+
+    `torch.distributed.fsdp.register_fsdp_forward_method` puts an ``inverse`` on the instance.
+    """
+    return any(hooked(step) or "inverse" in vars(step) for step in steps)
 
 
-def columns(multiply: Callable[[Tensor, Tensor], Tensor], matrix: Tensor, z: Tensor) -> Tensor:
-    """``multiply(matrix, z)`` with the leading axes of z that the matrix lacks as columns, so it is never expanded."""
-    extra = z.ndim + 1 - matrix.ndim
-    if extra <= 0:
-        return multiply(matrix, z.unsqueeze(-1)).squeeze(-1)
-    samples, event = z.shape[:extra], z.shape[extra:]
-    columns = z.reshape(math.prod(samples), *event).movedim(0, -1)
-    image = multiply(matrix, columns).movedim(-1, 0)
-    return image.reshape(*samples, *image.shape[1:])
+def hooked(module: nn.Module) -> bool:
+    """Whether calling a module does more than its ``forward`` does: hooks, or a ``forward`` put on the instance."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in vars(module) or torch_module._has_any_global_hook()
 
 
-def check_int(name: str, value: int, minimum: int) -> int:
-    """Return `value`, an int of at least `minimum`, or raise."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < minimum:
-        raise ValueError(f"{name}: expected an int >= {minimum}, got {value}")
-    return value
-
-
-def check_order(order: Sequence[int], dim: int) -> list[int]:
-    """Return `order` as a list, or raise unless it has every int from 0 to dim - 1 once."""
-    order = [int(i) for i in order]
-    if sorted(order) != list(range(dim)):
-        raise ValueError(f"order: expected a permutation of 0..{dim - 1}, got {order}")
-    return order
-
-
-def check_tensor(name: str, value: Tensor, size: int, event_ndim: int = 1) -> None:
-    """Raise unless `value` is a float32 or float64 tensor whose channel axis has `size` entries."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}; call .float()")
-    if value.dtype not in _FLOATS:
-        raise TypeError(
-            f"{name}: expected float32 or float64, got {value.dtype}; use torch.autocast around the encoder instead"
-        )
-    if value.ndim < event_ndim or value.shape[-event_ndim] != size:
-        raise ValueError(f"{name}: expected shape {_shape(size, event_ndim)}, got {tuple(value.shape)}{_trap(value)}")
-
-
-def check_like(z: Tensor, parameter: Tensor) -> None:
-    """Raise unless z has the dtype and device of the parameters, which must be float32 or float64."""
-    if parameter.dtype not in _FLOATS:
-        raise TypeError(f"parameters: expected float32 or float64, got {parameter.dtype}; call .float() on the flow")
-    if z.dtype != parameter.dtype:
-        raise TypeError(
-            f"z: expected {parameter.dtype} like the parameters, got {z.dtype}; "
-            f"call .to({z.dtype}) on the flow or {'.float()' if parameter.dtype == torch.float32 else '.double()'} on z"
-        )
-    if z.device != parameter.device:
-        raise ValueError(f"z: expected device {parameter.device} like the parameters, got {z.device}")
-
-
-def check_context(step: Bijector, z: Tensor, context: Tensor | None) -> Tensor | None:
-    """Return the context in z's dtype, or raise unless it is what `step` reads beside `z`."""
-    size, ndim = step.context_size, step.event_ndim
-    if context is None:
-        if size:
-            raise ValueError(f"context: this bijector needs shape {_shape(size, ndim)}, got None")
-        return None
-    if not isinstance(context, Tensor):
-        raise TypeError(f"context: expected a torch.Tensor, got {type(context).__name__}")
-    shape = tuple(context.shape)
-    if not size:
-        raise ValueError(f"context: this bijector takes none, got shape {shape}")
-    if not context.is_floating_point():
-        raise TypeError(f"context: expected a floating dtype, got {context.dtype}; call .float()")
-    if context.ndim < ndim or shape[-ndim] != size:
-        raise ValueError(f"context: expected shape {_shape(size, ndim)}, got {shape}")
-    if context.device != z.device:
-        raise ValueError(f"context: expected device {z.device} like z, got {context.device}")
-    batch, z_batch = shape[:-ndim], tuple(z.shape[:-ndim])
-    if not _broadcasts(batch, z_batch):
-        raise ValueError(f"context: batch shape {batch} does not broadcast with z batch shape {z_batch}")
-    return context.to(z.dtype)
-
-
-def _shape(size: int, event_ndim: int) -> str:
-    return f"(*, {', '.join([str(size)] + ['*'] * (event_ndim - 1))})"
-
-
-def _trap(value: Tensor) -> str:
-    wants_broadcast = value.ndim > 0 and value.shape[-1] == 1
-    return "; flowpost never broadcasts the event dimension" if wants_broadcast else ""
-
-
-def _broadcasts(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    return all(m == n or m == 1 or n == 1 for m, n in zip(reversed(a), reversed(b), strict=False))
+def undo(pairs: Sequence[Pair], z: Tensor, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The inverse of steps in sequence, the last of them first; the log-dets summed."""
+    knowns: list[Tensor | None] = [preimage] + [None] * (len(pairs) - 1)
+    if preimage is not None:
+        with torch.no_grad():
+            for place, (step, context) in enumerate(pairs[:-1]):
+                knowns[place + 1] = preimage = apply(step, cast(Tensor, preimage), context)[0]
+    total = None
+    for (step, context), known in zip(reversed(pairs), reversed(knowns), strict=True):
+        z, log_det = apply_inverse(step, z, context, known)
+        total = wide(log_det) if total is None else total + wide(log_det)
+    return z, cast(Tensor, total)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowpost.bijectors.base import Bijector, check_int
+from flowpost.bijectors.base import Bijector
+from flowpost.numerics.arguments import check_int
 from flowpost.numerics.triangles import multiply, push_gaussian, solve
 
 

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowpost.bijectors.base import LINE, Bijector, check_int, check_order
+from flowpost.bijectors.base import LINE, Bijector
 from flowpost.bijectors.networked import Networked, broadcast
+from flowpost.numerics.arguments import check_int, check_order
 
 
 class Coupling(Networked):

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowpost.bijectors.base import Bijector, check_int
+from flowpost.bijectors.base import Bijector
+from flowpost.numerics.arguments import check_int
 from flowpost.numerics.roots import correct, increasing_root
 
 _SPREAD = 4.0

@@ -8,7 +8,9 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from flowpost.bijectors.base import Bijector, by_rows, check_int, check_order, columns
+from flowpost.bijectors.base import Bijector
+from flowpost.numerics.arguments import check_int, check_order
+from flowpost.numerics.products import by_columns, by_rows
 from flowpost.numerics.scales import softplus_scale
 from flowpost.numerics.triangles import multiply, solve, strict_tril
 
@@ -37,7 +39,7 @@ def lu_linear(z: Tensor, below: Tensor, above: Tensor, diagonal: Tensor) -> tupl
         z' ``(*batch, dim)`` and log_det, of the diagonal's batch shape.
     """
     with torch.autocast(z.device.type, enabled=False):
-        upper = diagonal * z + columns(by_rows, strict_tril(above, z.shape[-1]).mT, z)
+        upper = diagonal * z + by_columns(by_rows, strict_tril(above, z.shape[-1]).mT, z)
     return multiply(upper, below), diagonal.log().sum(-1)
 
 
@@ -54,7 +56,7 @@ def lu_linear_inverse(z: Tensor, below: Tensor, above: Tensor, diagonal: Tensor)
         The preimage ``(*batch, dim)`` and the log-det of the inverse.
     """
     upper = strict_tril(above, z.shape[-1]).mT + torch.diag_embed(diagonal)
-    return columns(_solve_upper, upper, solve(z, below)), -diagonal.log().sum(-1)
+    return by_columns(_solve_upper, upper, solve(z, below)), -diagonal.log().sum(-1)
 
 
 def _solve_upper(matrix: Tensor, columns: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from flowpost.bijectors.base import Bijector, check_order
+from flowpost.bijectors.base import Bijector
 from flowpost.masked.network import MADE
+from flowpost.numerics.arguments import check_order
 
 
 class Networked(Bijector):

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowpost.bijectors.base import Bijector, check_order
+from flowpost.bijectors.base import Bijector
+from flowpost.numerics.arguments import check_order
 
 
 class Permute(Bijector):

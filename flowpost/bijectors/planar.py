@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from flowpost.bijectors.base import Bijector, by_rows, check_int, columns, wide_dtype
+from flowpost.bijectors.base import Bijector
+from flowpost.numerics.arguments import check_int
 from flowpost.numerics.cascade import cascade, gram
+from flowpost.numerics.products import by_columns, by_rows, wide_dtype
 from flowpost.numerics.ridge import bounded_gain, log_slope, ridge
 from flowpost.numerics.roots import correct, tanh_root
 
@@ -63,10 +66,10 @@ def planar_chain(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Te
     """
     u_hat, wu, room = _invertible(u, w)
     with torch.autocast(z.device.type, enabled=False):
-        start = columns(by_rows, w, z) if z.ndim >= w.ndim else (w * z.unsqueeze(-2)).sum(-1)
+        start = by_columns(by_rows, w, z) if z.ndim >= w.ndim else (w * z.unsqueeze(-2)).sum(-1)
         inner = cascade(start + b, gram(w, u_hat))
         value, slope = ridge(inner)
-        image = z + columns(by_rows, u_hat.mT, value)
+        image = z + by_columns(by_rows, u_hat.mT, value)
     log_det = log_slope(wu.squeeze(-1), room.squeeze(-1), value, slope)
     return image, log_det.sum(-1, dtype=wide_dtype(z))
 
@@ -138,13 +141,12 @@ class Planar(Bijector):
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return planar(z, *self._numbers(context))
 
-    @property
-    def fuses(self) -> bool:
-        """True: K in a row are one `planar_chain`, unless a subclass has a ``_forward`` of its own."""
-        return type(self)._forward is Planar._forward
+    def _fuses(self, following: Bijector, *, shared: bool) -> bool:
+        alike = type(self) is type(following) and type(self)._forward is Planar._forward
+        return alike and not shared
 
-    def _forward_run(self, count: int, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        numbers = cast(Tensor, context).unflatten(-1, (count, self.context_size))
+    def _forward_run(self, steps: Sequence[Bijector], z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        numbers = cast(Tensor, context).unflatten(-1, (len(steps), self.context_size))
         u, w, b = self._numbers(numbers)
         return planar_chain(z, u, w, b.squeeze(-1))
 

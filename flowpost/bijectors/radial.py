@@ -7,7 +7,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from flowpost.bijectors.base import Bijector, check_int
+from flowpost.bijectors.base import Bijector
+from flowpost.numerics.arguments import check_int
 from flowpost.numerics.ridge import bounded_gain
 from flowpost.numerics.scales import softplus_scale
 

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowpost.bijectors.base import Bijector, check_int, wide_dtype
+from flowpost.bijectors.base import Bijector
+from flowpost.numerics.arguments import check_int
+from flowpost.numerics.products import wide_dtype
 
 _SHARE = 1e-2
 """The least share of a bin."""

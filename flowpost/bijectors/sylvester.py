@@ -8,7 +8,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from flowpost.bijectors.base import Bijector, by_rows, check_int, columns
+from flowpost.bijectors.base import Bijector
+from flowpost.numerics.arguments import check_int
+from flowpost.numerics.products import by_columns, by_rows
 from flowpost.numerics.reflections import orthonormal, pivoted
 from flowpost.numerics.ridge import bounded_gain, log_slope, positive, ridge
 from flowpost.numerics.roots import tanh_roots
@@ -71,7 +73,7 @@ def sylvester_inverse(
         eye = torch.eye(b.shape[-1], dtype=z.dtype, device=z.device)
         for _ in range(2):  # Newton steps: the first attaches the implicit gradient, the second makes another exact too
             value, slope = ridge(y)
-            residual = y + columns(by_rows, product, value) - target
+            residual = y + by_columns(by_rows, product, value) - target
             jacobian = eye + product * slope.unsqueeze(-2)
             y = y - torch.linalg.solve_triangular(jacobian, residual.unsqueeze(-1), upper=True).squeeze(-1)
         value, slope = ridge(y)
@@ -79,13 +81,13 @@ def sylvester_inverse(
 
 
 def _inner(z: Tensor, q: Tensor | None, r2: Tensor, b: Tensor) -> Tensor:
-    along = z if q is None else columns(by_rows, q.mT, z)
-    return columns(by_rows, r2, along) + b
+    along = z if q is None else by_columns(by_rows, q.mT, z)
+    return by_columns(by_rows, r2, along) + b
 
 
 def _outer(q: Tensor | None, r1: Tensor, value: Tensor) -> Tensor:
-    move = columns(by_rows, r1, value)
-    return move if q is None else columns(by_rows, q, move)
+    move = by_columns(by_rows, r1, value)
+    return move if q is None else by_columns(by_rows, q, move)
 
 
 def _log_det(r1: Tensor, r2: Tensor, room: Tensor | None, value: Tensor, slope: Tensor) -> Tensor:

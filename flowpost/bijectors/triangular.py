@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flowpost.bijectors.base import Bijector, check_int
+from flowpost.bijectors.base import Bijector
+from flowpost.numerics.arguments import check_int
 from flowpost.numerics.triangles import multiply, push_gaussian, solve
 
 

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from flowpost.bijectors.base import wide_dtype
 from flowpost.bijectors.gate import REACH, SPREAD, gate, gate_parameters
 from flowpost.masked import passes
 from flowpost.masked.network import MADE
+from flowpost.numerics.products import wide_dtype
 
 Network = Callable[[Tensor, Tensor | None], Tensor]
 _tanh_backward = torch.ops.aten.tanh_backward.default

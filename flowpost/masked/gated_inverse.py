@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowpost.bijectors.base import wide_dtype
 from flowpost.bijectors.gate import REACH, SPREAD, gate_inverse, gate_parameters
 from flowpost.masked import passes
 from flowpost.masked.gated import plain_gradients, plain_network
@@ -27,6 +26,7 @@ from flowpost.masked.sweep import (
     to_columns,
     to_rows,
 )
+from flowpost.numerics.products import wide_dtype
 from flowpost.numerics.watchers import on_host
 
 _LARGE = 64.0  # the rounding of sums below it was at most 0.6 of it, in units of eps; B3 allows 8 (dim + 16) of them

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowpost.bijectors.base import check_int
 from flowpost.masked.staircase import Staircase
+from flowpost.numerics.arguments import check_int
 
 Activation = Callable[[Tensor], Tensor]
 

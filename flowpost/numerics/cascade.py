@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from flowpost.bijectors.base import by_rows, columns
+from flowpost.numerics.products import by_columns, by_rows
 from flowpost.numerics.ridge import ridge
 
 Ctx = Any  # of an autograd function: torch types it without what it stores
@@ -60,7 +60,7 @@ class _Cascade(torch.autograd.Function):
     def jvp(ctx: Ctx, *tangents: Tensor) -> Tensor:
         x, gain = ctx.saved_tensors
         value, slope = ridge(x)
-        total = tangents[0] + columns(by_rows, tangents[1].tril(-1), value)
+        total = tangents[0] + by_columns(by_rows, tangents[1].tril(-1), value)
         for k, column in enumerate(gain.tril(-1).unbind(-1)[:-1]):
             total = torch.addcmul(total, column * slope[..., k : k + 1], total[..., k : k + 1])
         return total

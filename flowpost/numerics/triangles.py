@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowpost.bijectors.base import by_rows, columns
+from flowpost.numerics.products import by_columns, by_rows
 from flowpost.numerics.watchers import on_host, unwatched
 
 Ctx = Any  # of an autograd function: torch types it without what it stores
@@ -19,7 +19,7 @@ def multiply(z: Tensor, entries: Tensor) -> Tensor:
     with torch.autocast(z.device.type, enabled=False):
         if on_host(z) and unwatched(z) and _once(z, entries):
             return z + cast(Tensor, _SumRows.apply(z, entries))
-        return z + columns(by_rows, strict_tril(entries, z.shape[-1]), z)
+        return z + by_columns(by_rows, strict_tril(entries, z.shape[-1]), z)
 
 
 def _once(z: Tensor, entries: Tensor) -> bool:
@@ -29,14 +29,14 @@ def _once(z: Tensor, entries: Tensor) -> bool:
 
 def solve(z: Tensor, entries: Tensor) -> Tensor:
     """The solution x of ``L x = z``."""
-    return columns(_solve, unit_tril(entries, z.shape[-1]), z)
+    return by_columns(_solve, unit_tril(entries, z.shape[-1]), z)
 
 
 def push_gaussian(loc: Tensor, tril: Tensor | None, entries: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and Cholesky factor of L z for z of N(loc, tril tril^T); tril None is the identity."""
     matrix = unit_tril(entries, loc.shape[-1])
     with torch.autocast(loc.device.type, enabled=False):
-        return columns(torch.matmul, matrix, loc), matrix if tril is None else matrix @ tril
+        return by_columns(torch.matmul, matrix, loc), matrix if tril is None else matrix @ tril
 
 
 def unit_tril(entries: Tensor, dim: int) -> Tensor:
@@ -72,7 +72,7 @@ class _SumRows(torch.autograd.Function):
         z, entries, read = ctx.saved_tensors
         z_grad = entries_grad = None
         if ctx.needs_input_grad[0]:
-            z_grad = columns(by_rows, strict_tril(entries, dim).mT, grad).sum_to_size(z.shape)
+            z_grad = by_columns(by_rows, strict_tril(entries, dim).mT, grad).sum_to_size(z.shape)
         if ctx.needs_input_grad[1]:
             if torch.is_grad_enabled():
                 row, column = torch.tril_indices(dim, dim, -1)

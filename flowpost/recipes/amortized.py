@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 
 from flowpost.bijectors.affine import Affine
-from flowpost.bijectors.base import Bijector, check_int
-from flowpost.bijectors.compose import Chain
+from flowpost.bijectors.base import Bijector
+from flowpost.bijectors.chain import Chain
 from flowpost.bijectors.convex import ConvexCombination
 from flowpost.bijectors.householder import Householder
 from flowpost.bijectors.permute import Reverse
@@ -14,6 +14,7 @@ from flowpost.bijectors.planar import Planar
 from flowpost.bijectors.radial import Radial
 from flowpost.bijectors.sylvester import Sylvester
 from flowpost.bijectors.triangular import UnitLowerTriangular
+from flowpost.numerics.arguments import check_int
 from flowpost.posterior import FlowPosterior
 from flowpost.recipes.record import recorded
 

@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 
 from flowpost.bijectors.affine import Affine, Shift, exp_scale
 from flowpost.bijectors.autoregressive import Autoregressive
-from flowpost.bijectors.base import Bijector, check_int
-from flowpost.bijectors.compose import Chain, Inverse, Shared
+from flowpost.bijectors.base import Bijector
+from flowpost.bijectors.chain import Chain, Shared
 from flowpost.bijectors.coupling import Coupling
 from flowpost.bijectors.deep_sigmoid import DeepSigmoid
 from flowpost.bijectors.masked import Masked
 from flowpost.bijectors.spline import Spline
+from flowpost.bijectors.wrappers import Inverse
+from flowpost.numerics.arguments import check_int
 from flowpost.posterior import FlowPosterior
 from flowpost.recipes.record import recorded
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from flowpost.bijectors.base import LINE, Bijector
-from flowpost.bijectors.compose import Chain, Inverse
+from flowpost.bijectors.chain import Chain
+from flowpost.bijectors.wrappers import Inverse
 from flowpost.posterior import FlowPosterior
 from flowpost.testing.cases import Case, eps, in_float64, jacobian, require, size, within
 

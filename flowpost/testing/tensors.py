@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flowpost.bijectors.base import Bijector
-from flowpost.bijectors.compose import Inverse
+from flowpost.bijectors.wrappers import Inverse
 from flowpost.testing.cases import Case, Pair, place, require, within
 
 Inputs = tuple[Bijector, Tensor, Tensor | None]
@@ -228,7 +228,7 @@ def _with_gradients(
 def bad_input(case: Case) -> float:
     """B23: what cannot be right is refused by the listed type, with a message that names the argument."""
     step, z, context = case.step(), case.z(6), case.context(6)
-    width = step.context_size
+    width, reader = step.context_size, f"context: {step.layout()} of dim {case.dim} reads"
     rows: list[tuple[object, object, type[Exception], str]] = [
         (torch.cat([z, z], -1), context, ValueError, f"z: expected shape (*, {case.dim})"),
         (z[0, 0], context, ValueError, f"z: expected shape (*, {case.dim}), got ()"),
@@ -238,8 +238,8 @@ def bad_input(case: Case) -> float:
     ]
     if width:
         rows += [
-            (z, None, ValueError, f"context: this bijector needs shape (*, {width}), got None"),
-            (z, z.new_zeros(6, width + 1), ValueError, f"context: expected shape (*, {width}), got (6, {width + 1})"),
+            (z, None, ValueError, f"{reader} {width} numbers, got None"),
+            (z, z.new_zeros(6, width + 1), ValueError, f"{reader} {width} numbers, got shape (6, {width + 1})"),
             (
                 z,
                 z.new_zeros(4, width),
@@ -248,7 +248,7 @@ def bad_input(case: Case) -> float:
             ),
         ]
     else:
-        rows.append((z, z.new_zeros(6, 3), ValueError, "context: this bijector takes none, got shape (6, 3)"))
+        rows.append((z, z.new_zeros(6, 3), ValueError, f"{reader} none, got shape (6, 3)"))
     for bad, condition, kind, message in rows:
         for direction in (step, step.inverse):
             found = _raised(direction, bad, condition)

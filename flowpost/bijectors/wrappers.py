@@ -1,0 +1,177 @@
+"""Bijectors made of one other: its inverse, and where its context comes from."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from flowpost.bijectors.base import Bijector, apply, apply_inverse, wrapped
+from flowpost.numerics.arguments import check_int
+
+
+class _Wrapper(Bijector):
+    """One step whose context comes from elsewhere; a subclass says from where."""
+
+    def __init__(self, step: Bijector, context_size: int) -> None:
+        if not isinstance(step, Bijector):
+            raise TypeError(f"step: expected a Bijector, got {type(step).__name__}")
+        super().__init__(step.dim, context_size)
+        self.step = step
+        self.event_ndim = step.event_ndim
+        self.triangular = step.triangular
+        self.domain, self.codomain = step.domain, step.codomain
+
+    @abstractmethod
+    def _read(self, context: Tensor | None) -> Tensor | None: ...
+
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return apply(self.step, z, self._read(context))
+
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
+        return apply_inverse(self.step, z, self._read(context), preimage)
+
+    def causal_order(self) -> Tensor | None:
+        """The step's."""
+        return self.step.causal_order()
+
+    def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self.step._push_gaussian(loc, tril, self._read(context))
+
+
+class Learned(_Wrapper):
+    """A step without context: its numbers are a parameter, the non-amortized version of the step.
+
+    Args:
+        step: a bijector that reads a context; the parameter starts at ``step.initial_context()``.
+
+    Raises:
+        ValueError: if the step reads no context.
+
+    Example:
+        >>> flow = Learned(Planar(2))
+        >>> flow.context_size
+        0
+        >>> z, log_det = flow(torch.zeros(5, 2))
+    """
+
+    def __init__(self, step: Bijector) -> None:
+        super().__init__(step, 0)
+        _check_reads(step)
+        self.context = nn.Parameter(step.initial_context())
+
+    def _read(self, context: Tensor | None) -> Tensor | None:
+        return self.context.view((-1,) + (1,) * (self.event_ndim - 1))
+
+
+class Conditioned(_Wrapper):
+    """A step whose context is a linear function of any feature vector: ``context = W features + b``.
+
+    Args:
+        step: a bijector that reads a context.
+        features: size of the feature vector, which becomes this step's own ``context_size``.
+
+    Raises:
+        ValueError: if the step reads no context.
+
+    Example:
+        >>> flow = Conditioned(Planar(2), features=16)
+        >>> z, log_det = flow(torch.zeros(5, 2), torch.randn(5, 16))
+    """
+
+    def __init__(self, step: Bijector, features: int) -> None:
+        super().__init__(step, check_int("features", features, minimum=1))
+        self.head = linear_head(features, step)
+
+    def _read(self, context: Tensor | None) -> Tensor | None:
+        features = cast(Tensor, context)
+        with torch.autocast(features.device.type, enabled=False):
+            return self.head(features)
+
+    def head_scale(self) -> Tensor:
+        """Ones: the context is features."""
+        return self._like.new_ones(self.context_size)
+
+
+class Inverse(Bijector):
+    """A step run the other way: ``forward`` is its inverse, so MAF is ``Inverse(Autoregressive(...))``.
+
+    ``Inverse(Inverse(step))`` is ``step``. Cost: the step's, with the directions swapped.
+
+    Args:
+        step: any bijector.
+
+    Example:
+        >>> step = Planar(2)
+        >>> Inverse(Inverse(step)) is step
+        True
+    """
+
+    def __new__(cls, step: Bijector | None = None) -> Bijector:
+        """The step itself where `step` is an inverse; None comes from pickle and deepcopy."""
+        return step.step if isinstance(step, Inverse) else super().__new__(cls)
+
+    def __init__(self, step: Bijector) -> None:
+        if not isinstance(step, Bijector):
+            raise TypeError(f"step: expected a Bijector, got {type(step).__name__}")
+        super().__init__(step.dim, step.context_size)
+        self.step = step
+        self.event_ndim = step.event_ndim
+        self.elementwise = step.elementwise
+        self.domain, self.codomain = step.codomain, step.domain
+
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return apply_inverse(self.step, z, context, None)
+
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
+        return apply(self.step, z, context)
+
+    def _fuses(self, following: Bijector, *, shared: bool) -> bool:
+        if not isinstance(following, Inverse) or wrapped(self.step, following.step):
+            return False
+        return shared and following.step._fuses(self.step, shared=True)
+
+    def _forward_run(self, steps: Sequence[Bijector], z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        inner = _inner(steps)
+        return inner[0]._inverse_run(inner, z, context, None)
+
+    def _inverse_run(
+        self, steps: Sequence[Bijector], z: Tensor, context: Tensor | None, preimage: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        inner = _inner(steps)
+        return inner[0]._forward_run(inner, z, context)
+
+    def causal_order(self) -> Tensor | None:
+        """The step's: an inverse is triangular in the same order."""
+        return self.step.causal_order()
+
+    def initial_context(self) -> Tensor:
+        """The step's."""
+        return self.step.initial_context()
+
+    def head_scale(self) -> Tensor:
+        """The step's."""
+        return self.step.head_scale()
+
+
+def _inner(steps: Sequence[Bijector]) -> list[Bijector]:
+    """The steps that inverses are of: what they undo, in the order in which it was done."""
+    return [cast(Inverse, step).step for step in reversed(steps)]
+
+
+def linear_head(features: int, step: Bijector) -> nn.Linear:
+    """A linear layer from features to the step's context that starts at the step's ``initial_context``."""
+    _check_reads(step)
+    head = nn.Linear(features, step.context_size)
+    with torch.no_grad():
+        head.bias.copy_(step.initial_context())
+        head.weight.mul_(step.head_scale().unsqueeze(-1))
+    return head
+
+
+def _check_reads(step: Bijector) -> None:
+    if not step.context_size:
+        raise ValueError(f"step: expected one that reads a context, got {type(step).__name__} with context_size=0")

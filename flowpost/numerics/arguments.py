@@ -1,0 +1,106 @@
+"""Checks of arguments: each raises a TypeError or a ValueError that names the argument, what was due and what came."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64)
+
+
+def check_int(name: str, value: object, minimum: int) -> int:
+    """Return `value`, an int of at least `minimum` (numpy's too), or raise."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}") from None
+    if number < minimum:
+        raise ValueError(f"{name}: expected an int >= {minimum}, got {number}")
+    return number
+
+
+def check_order(order: Sequence[int], dim: int) -> list[int]:
+    """Return `order` as a list, or raise unless it has every int from 0 to dim - 1 once."""
+    order = [int(i) for i in order]
+    if sorted(order) != list(range(dim)):
+        raise ValueError(f"order: expected a permutation of 0..{dim - 1}, got {order}")
+    return order
+
+
+def check_tensor(name: str, value: Tensor, size: int, event_ndim: int = 1) -> None:
+    """Raise unless `value` is a float32 or float64 tensor whose channel axis has `size` entries."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}; call .float()")
+    if value.dtype not in FLOATS:
+        raise TypeError(
+            f"{name}: expected float32 or float64, got {value.dtype}; use torch.autocast around the encoder instead"
+        )
+    if value.ndim < event_ndim or value.shape[-event_ndim] != size:
+        raise ValueError(f"{name}: expected shape {shape(size, event_ndim)}, got {tuple(value.shape)}{_trap(value)}")
+
+
+def check_like(z: Tensor, parameter: Tensor) -> None:
+    """Raise unless z has the dtype and device of the parameters, which must be float32 or float64."""
+    if parameter.dtype not in FLOATS:
+        raise TypeError(f"parameters: expected float32 or float64, got {parameter.dtype}; call .float() on the flow")
+    if z.dtype != parameter.dtype:
+        raise TypeError(
+            f"z: expected {parameter.dtype} like the parameters, got {z.dtype}; "
+            f"call .to({z.dtype}) on the flow or {'.float()' if parameter.dtype == torch.float32 else '.double()'} on z"
+        )
+    if z.device != parameter.device:
+        raise ValueError(f"z: expected device {parameter.device} like the parameters, got {z.device}")
+
+
+def check_context(
+    context: Tensor | None, z: Tensor, size: int, event_ndim: int, reader: Callable[[], str]
+) -> Tensor | None:
+    """Return the context in z's dtype, or raise unless it is `size` numbers an example that broadcast with z.
+
+    Args:
+        context: what was given.
+        z: a checked z.
+        size: how many numbers are read; 0 for none.
+        event_ndim: as the bijector's.
+        reader: says who reads them, and how they are laid out.
+    """
+    if context is None:
+        if size:
+            raise ValueError(f"context: {reader()} reads {size} numbers, got None")
+        return None
+    if not isinstance(context, Tensor):
+        raise TypeError(f"context: expected a torch.Tensor, got {type(context).__name__}")
+    found = tuple(context.shape)
+    if not size:
+        raise ValueError(f"context: {reader()} reads none, got shape {found}")
+    if not context.is_floating_point():
+        raise TypeError(f"context: expected a floating dtype, got {context.dtype}; call .float()")
+    if context.ndim < event_ndim or found[-event_ndim] != size:
+        raise ValueError(f"context: {reader()} reads {size} numbers, got shape {found}")
+    if context.device != z.device:
+        raise ValueError(f"context: expected device {z.device} like z, got {context.device}")
+    batch, z_batch = found[:-event_ndim], tuple(z.shape[:-event_ndim])
+    if not _broadcasts(batch, z_batch):
+        raise ValueError(f"context: batch shape {batch} does not broadcast with z batch shape {z_batch}")
+    return context.to(z.dtype)
+
+
+def shape(size: int, event_ndim: int = 1) -> str:
+    """How a message writes the shape of events of `size` channels."""
+    return f"(*, {', '.join([str(size)] + ['*'] * (event_ndim - 1))})"
+
+
+def _trap(value: Tensor) -> str:
+    wants_broadcast = value.ndim > 0 and value.shape[-1] == 1
+    return "; flowpost never broadcasts the event dimension" if wants_broadcast else ""
+
+
+def _broadcasts(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    return all(m == n or m == 1 or n == 1 for m, n in zip(reversed(a), reversed(b), strict=False))

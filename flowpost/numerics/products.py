@@ -1,0 +1,35 @@
+"""Products of a matrix an example with points, and the dtype in which log-densities are summed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def wide_dtype(value: Tensor) -> torch.dtype:
+    """The dtype in which log-densities of `value` are summed: float64, or float32 on a device that has no float64."""
+    return torch.float32 if value.device.type == "mps" else torch.float64
+
+
+def wide(log_det: Tensor) -> Tensor:
+    """Widen a log-det for a sum over steps."""
+    return log_det.to(wide_dtype(log_det))
+
+
+def by_rows(matrix: Tensor, columns: Tensor) -> Tensor:
+    """``matrix @ columns``, as rows: many matrices with a column each are several times slower in torch's libraries."""
+    return (columns.mT @ matrix.mT).mT
+
+
+def by_columns(multiply: Callable[[Tensor, Tensor], Tensor], matrix: Tensor, z: Tensor) -> Tensor:
+    """``multiply(matrix, z)``, where leading axes of z that the matrix lacks become columns: it is never expanded."""
+    extra = z.ndim + 1 - matrix.ndim
+    if extra <= 0:
+        return multiply(matrix, z.unsqueeze(-1)).squeeze(-1)
+    samples, event = z.shape[:extra], z.shape[extra:]
+    columns = z.reshape(math.prod(samples), *event).movedim(0, -1)
+    image = multiply(matrix, columns).movedim(-1, 0)
+    return image.reshape(*samples, *image.shape[1:])
