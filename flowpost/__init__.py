@@ -3,7 +3,7 @@
 from flowpost import calibration, evaluation, functional, gaps, importance, objectives, schedules, testing, vae
 from flowpost.bijectors.actnorm import ActNorm
 from flowpost.bijectors.affine import Affine, Scale, Shift
-from flowpost.bijectors.autoregressive import Autoregressive
+from flowpost.bijectors.autoregressive import Autoregressive, Masked
 from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.chain import Chain, Shared
 from flowpost.bijectors.convex import ConvexCombination
@@ -11,7 +11,6 @@ from flowpost.bijectors.coupling import Coupling
 from flowpost.bijectors.deep_sigmoid import DeepSigmoid
 from flowpost.bijectors.householder import Householder
 from flowpost.bijectors.lu import LULinear
-from flowpost.bijectors.masked import Masked
 from flowpost.bijectors.permute import Permute, Reverse
 from flowpost.bijectors.planar import Planar
 from flowpost.bijectors.radial import Radial

@@ -2,8 +2,6 @@
 
 from flowpost.bijectors.actnorm import act_norm as act_norm
 from flowpost.bijectors.affine import affine as affine
-from flowpost.bijectors.affine import exp_scale as exp_scale
-from flowpost.bijectors.affine import log_var_scale as log_var_scale
 from flowpost.bijectors.convex import convex_combination as convex_combination
 from flowpost.bijectors.deep_sigmoid import deep_sigmoid as deep_sigmoid
 from flowpost.bijectors.deep_sigmoid import deep_sigmoid_inverse as deep_sigmoid_inverse
@@ -31,4 +29,6 @@ from flowpost.bijectors.squash import tanh_inverse as tanh_inverse
 from flowpost.bijectors.sylvester import sylvester as sylvester
 from flowpost.bijectors.sylvester import sylvester_inverse as sylvester_inverse
 from flowpost.bijectors.triangular import unit_lower_triangular as unit_lower_triangular
+from flowpost.numerics.scales import exp_scale as exp_scale
+from flowpost.numerics.scales import log_var_scale as log_var_scale
 from flowpost.numerics.scales import softplus_scale as softplus_scale

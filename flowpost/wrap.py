@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from flowpost.bijectors.affine import Affine, Scale, log_var_scale
+from flowpost.bijectors.affine import Affine, Scale
 from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.chain import Chain, Shared
 from flowpost.bijectors.convex import ConvexCombination
@@ -16,6 +16,7 @@ from flowpost.bijectors.triangular import UnitLowerTriangular
 from flowpost.bijectors.wrappers import linear_head
 from flowpost.checks import active, check_finite
 from flowpost.numerics.arguments import check_int
+from flowpost.numerics.scales import log_var_scale
 from flowpost.posterior import FlowPosterior, Sample
 from flowpost.recipes import RECIPES
 from flowpost.recipes.amortized import (

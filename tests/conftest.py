@@ -8,7 +8,7 @@ import torch
 from hypothesis import settings
 from peers import Peer, libraries
 
-from flowpost.masked import passes
+from flowpost.masked import engine
 
 settings.register_profile("flowpost", derandomize=True, deadline=None, database=None, max_examples=20)
 settings.register_profile("deep", derandomize=False, deadline=None, max_examples=500, print_blob=True)
@@ -24,7 +24,7 @@ def _seed() -> None:
 @pytest.fixture(autouse="FLOWPOST_PLAIN" in os.environ)
 def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """`make test-plain`: the same contract for the operations that the passes by hand stand in for."""
-    monkeypatch.setattr(passes, "by_hand", lambda net, z: False)
+    monkeypatch.setattr(engine, "choose", lambda run, z: None)
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from flowpost.bijectors import deep_sigmoid
-from flowpost.masked import passes
+from flowpost.masked import engine
 
 Map = Callable[..., tuple[Tensor, Tensor]]
 Array = np.ndarray[Any, Any]
@@ -75,10 +75,10 @@ def slogdet(function: Map, z: Tensor, context: Tensor | None = None) -> tuple[Te
 def jacobian(function: Map, z: Tensor, context: Tensor | None = None) -> Array:
     """The Jacobians ``(n, dim, dim)`` of ``function(z, context)[0]``."""
     given = [tensor.detach() for tensor in (z, context) if tensor is not None]
-    # Passes by hand write in place; tests/test_by_hand.py holds them to the plain operations, which are traced here.
+    # Engines write in place; tests/test_engines.py holds them to the plain operations, which are traced here.
     # A search carries no gradient: its roots are held where float64 put them, and the corrections differentiated.
     found, search = [], deep_sigmoid.increasing_root
-    with mock.patch.object(passes, "by_hand", return_value=False):
+    with mock.patch.object(engine, "choose", return_value=None):
         with mock.patch.object(deep_sigmoid, "increasing_root", lambda *args: found.append(search(*args)) or found[-1]):
             expected = function(*given)[0]
         with mock.patch.object(deep_sigmoid, "increasing_root", side_effect=found):

@@ -2,47 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flowpost.bijectors.base import Bijector
-from flowpost.bijectors.gate import SPREAD
+from flowpost.masked.run import COLUMNS, Array, Column, Solve
 from flowpost.numerics.arguments import check_int
-from flowpost.numerics.scales import softplus_scale
-
-
-def log_var_scale(log_var: Tensor) -> Tensor:
-    """A scale ``exp(l / 2)``, ``l = v - softplus(v - 20) + softplus(-v - 20)``: log-variance v softly bounded at +-20.
-
-    Within +-8 the bound moves the log-variance by less than 1e-5.
-
-    Args:
-        log_var: v, unconstrained numbers, any shape, float32 or float64.
-
-    Returns:
-        Positive numbers of the same shape and dtype.
-    """
-    v = log_var.clamp(-1e3, 1e3)  # where the slope has long underflowed: keeps v - softplus(v - 20) exact
-    return torch.exp(0.5 * (v - F.softplus(v - 20) + F.softplus(-v - 20)))
-
-
-def exp_scale(raw: Tensor) -> Tensor:
-    """A scale ``exp(4 tanh(raw / 4))``: an exponential, softly bounded to between 0.018 and 55; 1 at ``raw = 0``.
-
-    The bound is what keeps the inverse of an autoregressive step well-conditioned, as `gate_parameters` does.
-
-    Args:
-        raw: unconstrained numbers, any shape, float32 or float64.
-
-    Returns:
-        Positive numbers of the same shape and dtype.
-    """
-    return torch.exp(SPREAD * torch.tanh(raw / SPREAD))
+from flowpost.numerics.scales import ARRAYS, softplus_scale
 
 
 def affine(z: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,6 +28,23 @@ def affine(z: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         z' ``(*batch, dim)`` and log_det, of scale's batch shape.
     """
     return torch.addcmul(loc, scale, z), scale.log().sum(-1)
+
+
+def _affine_column(xp: Any, constants: Sequence[float], scale: Callable[..., Array], *, inverse: bool) -> Solve:  # noqa: ANN401
+    """`affine` or its inverse, for one variable."""
+
+    def forward(z: Array, numbers: Array) -> Array:
+        return numbers[0] + scale(xp, numbers[1]) * z
+
+    def backward(z: Array, numbers: Array) -> Array:
+        return (z - numbers[0]) / scale(xp, numbers[1])
+
+    return backward if inverse else forward
+
+
+for _name, _scale in ARRAYS.values():
+    COLUMNS[f"affine by {_name}"] = functools.partial(_affine_column, scale=_scale, inverse=False)
+    COLUMNS[f"inverse affine by {_name}"] = functools.partial(_affine_column, scale=_scale, inverse=True)
 
 
 class Affine(Bijector):
@@ -88,6 +76,13 @@ class Affine(Bijector):
     def __init__(self, dim: int, scale: Callable[[Tensor], Tensor] = softplus_scale) -> None:
         super().__init__(dim, 2 * check_int("dim", dim, minimum=1))
         self.scale = scale
+
+    def columns(self) -> tuple[Column | None, Column | None]:
+        """Both, for the scales that come with flowpost."""
+        if type(self) is not Affine or self.scale not in ARRAYS:  # a subclass may have a map of its own
+            return None, None
+        name = ARRAYS[self.scale][0]
+        return Column(f"affine by {name}"), Column(f"inverse affine by {name}")
 
     def _loc_scale(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
         loc, raw = cast(Tensor, context).chunk(2, dim=-1)

@@ -1,42 +1,141 @@
-"""The inverse autoregressive flow's step: a masked network feeds an LSTM-style gate."""
+"""Autoregressive steps: a masked network gives the numbers of an element-wise step; with a gate, IAF's own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from flowpost.bijectors.networked import Causal, broadcast
-from flowpost.masked import passes
-from flowpost.masked.gated import Gated, gated
-from flowpost.masked.gated_inverse import GatedInverse, gated_inverse
+from flowpost.bijectors.base import Bijector
+from flowpost.bijectors.gate import Gate
+from flowpost.bijectors.networked import Networked
+from flowpost.masked import nodes
+from flowpost.masked.engine import fits
+from flowpost.masked.network import MADE
+from flowpost.masked.run import Link
+from flowpost.numerics.arguments import check_order
+from flowpost.numerics.constants import Order
 
 
-class Autoregressive(Causal):
-    """A step of inverse autoregressive flow: ``z'_i = s_i z_i + (1 - s_i) m_i``, m_i and s_i networks of z_{<i} and h.
+class Masked(Networked):
+    """An element-wise step whose numbers are a network of the variables before: ``z'_i = f(z_i; n_i(z_{<i}, c))``.
 
-    Invertible because the gate s is a sigmoid of a bounded logit, so positive, and the Jacobian is triangular. Forward
-    and log-det are one pass of the network. The inverse uses each weight once too, in dim steps one after another (and
-    one pass more, for its rounding, where the network's sums are large, and always off the CPU); its gradient is that
-    of the implicit function, one such sweep back, and where the preimage is known there is no search.
-    A fresh step multiplies z by ``sigmoid(2)``: the network's last layer starts at 0.
+    With `Affine` it is the plain form of inverse autoregressive flow, ``z' = mu + sigma z``; masked autoregressive
+    flow is ``Inverse(Masked(Inverse(Affine(dim))))``. Use it to make a step of your own autoregressive.
+
+    Invertible because f is in its own variable, so the Jacobian is triangular with a positive diagonal. Forward and
+    log-det are one pass of the network and one of f. The inverse is one sweep over the variables, which uses each
+    weight once and inverts f for one variable after the other. Its gradient is that of the implicit function. Where the
+    preimage is known nothing is searched. A fresh step is f at its ``initial_context``, the identity where f has one:
+    the network's last layer starts there, with weights of 0.
+
+    Args:
+        step: an element-wise bijector of the size of z that reads a context, such as ``Affine(dim, exp_scale)``.
+        context_size: size of c, which the network's first layer reads; 0 for none.
+        hidden: widths of the network's hidden layers, any number of them.
+        order: the variables in the order in which they are computed; by default as they come. It is folded into the
+            weights' layout: in that order or its reverse the network's zeros are skipped.
+        activation: element-wise; with ``F.elu``, ``F.relu`` and ``torch.tanh`` a whole run of steps is one node of the
+            autograd graph.
+
+    Shapes:
+        z ``(*batch, dim)``, context ``(*batch, context_size)``.
+
+    Raises:
+        TypeError: for a step that is no Bijector.
+        ValueError: for a step that is not element-wise, or reads no context.
+
+    Reference:
+        Kingma et al. (2016), Improving Variational Inference with Inverse Autoregressive Flow, eq. 9, 10;
+        Papamakarios et al. (2017), Masked Autoregressive Flow for Density Estimation, eq. 3, 4.
+
+    Example:
+        >>> step = Masked(Affine(4), context_size=8, hidden=(32, 32))
+        >>> z, log_det = step(torch.randn(50, 16, 4), torch.randn(16, 8))
+        >>> log_det.shape
+        torch.Size([50, 16])
+    """
+
+    def __init__(
+        self,
+        step: Bijector,
+        context_size: int = 0,
+        hidden: Sequence[int] = (320, 320),
+        *,
+        order: Sequence[int] | None = None,
+        activation: Callable[[Tensor], Tensor] = F.elu,
+    ) -> None:
+        _check_step(step)
+        super().__init__(step.dim, context_size)
+        self.order = None if order is None else tuple(check_order(order, step.dim))
+        self._order = None if self.order is None else Order(self.order)
+        self.net = MADE(step.dim, step.context_size // step.dim, hidden, context_size, activation, self.order)
+        self.step = step
+        self.domain, self.codomain = step.domain, step.codomain
+        for parameter in self.net.last_parameters():
+            nn.init.zeros_(parameter)
+        with torch.no_grad():
+            self.net.stack[-1].bias.copy_(step.initial_context())
+
+    def causal_order(self) -> Tensor:
+        """The order in which the variables are computed."""
+        return torch.arange(self.dim) if self.order is None else torch.tensor(self.order)
+
+    def extra_repr(self) -> str:
+        """Sizes and order, for the module's repr."""
+        return super().extra_repr() + ("" if self.order is None else f", order={list(self.order)}")
+
+    def _link(self) -> Link:
+        return Link(self.net, self.step, self._order)
+
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return nodes.forward([self._link()], z, context)
+
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
+        return nodes.inverse([self._link()], z, context, preimage)
+
+    def _fuses(self, following: Bijector, *, shared: bool) -> bool:
+        if not isinstance(following, Masked) or not (shared or not self.context_size):
+            return False
+        alike = self.context_size == following.context_size and self.net.activation is following.net.activation
+        return alike and _is_ours(self) and _is_ours(following) and fits(self._link()) and fits(following._link())
+
+    def _forward_run(self, steps: Sequence[Bijector], z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return nodes.forward([cast(Masked, step)._link() for step in steps], z, context)
+
+    def _inverse_run(
+        self, steps: Sequence[Bijector], z: Tensor, context: Tensor | None, preimage: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return nodes.inverse([cast(Masked, step)._link() for step in steps], z, context, preimage)
+
+
+class Autoregressive(Masked):
+    """A step of inverse autoregressive flow: ``z'_i = gain (s_i z_i + (1 - s_i) m_i)``, m_i, s_i of z_{<i} and c.
+
+    `Masked` of a `Gate`: use it for posteriors that are drawn from and scored at their own samples, which costs one
+    pass of the network. A fresh step multiplies z by ``gain sigmoid(forget_bias)``.
+
+    With ``gain=1``, the paper's step, each variable's slope in its own value is below 1, so every step shrinks volume
+    at every z. With ``gain=1 / sigmoid(forget_bias)`` a fresh step is the identity, as in the recipe `iaf`.
 
     Args:
         dim: size of z.
-        context_size: size of h, which the network's first layer reads; 0 for none.
+        context_size: size of c, which the network's first layer reads; 0 for none.
         hidden: widths of the network's hidden layers, any number of them.
-        order: the variables in the order in which they are computed; by default as they come. It is folded into the
-            weights' layout; in that order or its reverse the network's zeros are skipped.
-        activation: element-wise; ``F.elu``, ``F.relu`` and ``torch.tanh`` have a backward by hand.
+        order: as in `Masked`.
+        activation: as in `Masked`.
         forget_bias: the gate's logit at the start.
+        gain: a positive constant.
 
     Shapes:
         z ``(*batch, dim)``, context ``(*batch, context_size)``.
 
     Reference:
         Kingma et al. (2016), Improving Variational Inference with Inverse Autoregressive Flow, eq. 13, 14, algorithm 1;
-        Kingma & Welling (2019), section 3.2.1, algorithm 5.
+        Kingma & Welling (2019), section 3.4, algorithm 3, eq. 3.30 to 3.32.
 
     Example:
         >>> step = Autoregressive(4, context_size=8, hidden=(32, 32))
@@ -54,20 +153,21 @@ class Autoregressive(Causal):
         order: Sequence[int] | None = None,
         activation: Callable[[Tensor], Tensor] = F.elu,
         forget_bias: float = 2.0,
+        gain: float = 1.0,
     ) -> None:
-        super().__init__(dim, 2, context_size, hidden, order, activation)
-        self.forget_bias = forget_bias
+        super().__init__(Gate(dim, forget_bias, gain), context_size, hidden, order=order, activation=activation)
 
-    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        if not passes.by_hand(self.net, z):
-            return gated(self.net, self.forget_bias, z, context)
-        (z,) = broadcast(context, z)
-        return Gated.apply(self.net, self.forget_bias, z, context, *passes.flat(self.net).values())
 
-    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
-        parameters = tuple(passes.flat(self.net).values())
-        if passes.by_hand(self.net, z):
-            preimage, z = broadcast(context, preimage, z) if preimage is not None else (None, *broadcast(context, z))
-            return GatedInverse.apply(self.net, self.forget_bias, self.order, preimage, z, context, *parameters)
-        (z,) = broadcast(context, z)
-        return gated_inverse(self.net, self.forget_bias, self.order, z, context, parameters)
+def _is_ours(step: Masked) -> bool:
+    """Whether a subclass has no map of its own."""
+    return type(step)._forward is Masked._forward and type(step)._inverse is Masked._inverse
+
+
+def _check_step(step: Bijector) -> None:
+    if not isinstance(step, Bijector):
+        raise TypeError(f"step: expected a Bijector, got {type(step).__name__}")
+    if not step.elementwise:
+        raise ValueError(f"step: expected an element-wise one, got {type(step).__name__}")
+    if not step.context_size:
+        name = type(step).__name__
+        raise ValueError(f"step: expected one that reads a context, got {name} with context_size=0")

@@ -9,12 +9,13 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from flowpost.checks import active, check_finite, check_inside, check_residual
+from flowpost.masked.run import Column
 from flowpost.numerics.arguments import check_context, check_int, check_like, check_tensor
 from flowpost.numerics.constants import Constant
 from flowpost.numerics.products import wide
+from flowpost.numerics.watchers import hooked
 
 LINE = (-math.inf, math.inf)
 Pair = tuple["Bijector", Tensor | None]
@@ -160,6 +161,10 @@ class Bijector(nn.Module, ABC):
         if not steps:
             yield self
 
+    def columns(self) -> tuple[Column | None, Column | None]:
+        """Closed forms of an ``elementwise`` map and of its inverse for one variable, where there are such."""
+        return None, None
+
     def layout(self) -> str:
         """Who reads a context and how it is laid out, for messages: ``Planar``, ``Chain(Planar 7, Affine 6)``."""
         return type(self).__name__
@@ -232,12 +237,6 @@ def wrapped(*steps: Bijector) -> bool:
     `torch.distributed.fsdp.register_fsdp_forward_method` puts an ``inverse`` on the instance.
     """
     return any(hooked(step) or "inverse" in vars(step) for step in steps)
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether calling a module does more than its ``forward`` does: hooks, or a ``forward`` put on the instance."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in vars(module) or torch_module._has_any_global_hook()
 
 
 def undo(pairs: Sequence[Pair], z: Tensor, preimage: Tensor | None) -> tuple[Tensor, Tensor]:

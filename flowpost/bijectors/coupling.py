@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowpost.bijectors.base import LINE, Bijector
-from flowpost.bijectors.networked import Networked, broadcast
+from flowpost.bijectors.networked import Networked
+from flowpost.masked.run import broadcast
 from flowpost.numerics.arguments import check_int, check_order
 
 
@@ -76,7 +77,6 @@ class Coupling(Networked):
         else:
             self.net = Gained(network(inputs, len(start)), start)
         self.register_buffer("order", None if order is None else torch.tensor(check_order(order, dim)))
-        self._draw_start()
 
     def causal_order(self) -> Tensor | None:
         """Those that pass, then the step's own order, where it has one."""

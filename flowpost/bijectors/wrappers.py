@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flowpost.bijectors.base import Bijector, apply, apply_inverse, wrapped
+from flowpost.masked.run import Column
 from flowpost.numerics.arguments import check_int
 
 
@@ -128,6 +129,10 @@ class Inverse(Bijector):
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         return apply(self.step, z, context)
+
+    def columns(self) -> tuple[Column | None, Column | None]:
+        """The step's, the other way round."""
+        return self.step.columns()[::-1]
 
     def _fuses(self, following: Bijector, *, shared: bool) -> bool:
         if not isinstance(following, Inverse) or wrapped(self.step, following.step):

@@ -1,23 +1,23 @@
-"""Masked autoregressive networks (Germain et al. 2015). They know nothing of flows."""
+"""Masked autoregressive networks (Germain et al. 2015), of plain operations that everything can differentiate."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, empty, nn
 
+from flowpost.masked.activations import Activation
 from flowpost.masked.staircase import Staircase
 from flowpost.numerics.arguments import check_int
-
-Activation = Callable[[Tensor], Tensor]
 
 
 class MaskedLinear(nn.Module):
     """A linear layer whose units read the inputs of at most their degree: ``y_i = b_i + sum_{d_j <= d_i} W_ij x_j``.
+
+    The mask is applied on every call, so that no initialization, load or noise can make a unit read what it must not.
 
     Args:
         inputs: the inputs' degrees.
@@ -27,18 +27,14 @@ class MaskedLinear(nn.Module):
 
     def __init__(self, inputs: Sequence[int], units: Sequence[int], groups: int = 1) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(groups * len(units), len(inputs)))
-        self.bias = nn.Parameter(torch.empty(groups * len(units)))
+        self.weight = nn.Parameter(empty(groups * len(units), len(inputs)))
+        self.bias = nn.Parameter(empty(groups * len(units)))
         self.lay_out(inputs, units, groups)
         self.reset_parameters()
 
     def lay_out(self, inputs: Sequence[int], units: Sequence[int], groups: int = 1) -> None:
         """Give the weights that are here to these degrees."""
         self.staircase = Staircase(inputs, units, groups)
-        self._buffers.clear()
-        # Not saved: the degrees say what they are, and how the weight is cut may change.
-        for index, mask in enumerate(self.staircase.masks()):
-            self.register_buffer(f"mask{index}", mask.to(self.weight), persistent=False)
 
     def reset_parameters(self) -> None:
         """Draw weights and biases as `torch.nn.Linear` does."""
@@ -46,14 +42,13 @@ class MaskedLinear(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
 
-    @property
-    def masks(self) -> list[Tensor]:
-        """The masks of the blocks' edges."""
-        return cast("list[Tensor]", list(self._buffers.values()))
-
     def forward(self, x: Tensor) -> Tensor:
         """Map x ``(*batch, in)`` to ``(*batch, out)``."""
-        return self.staircase.linear(x, self.weight, self.masks) + self.bias
+        return F.linear(x, self.weight * self.staircase.mask.on(self.weight), self.bias)
+
+    def extra_repr(self) -> str:
+        """The sizes, for the module's repr."""
+        return f"{len(self.staircase.inputs)}, {len(self.staircase.units)}"
 
 
 class MADE(nn.Module):
@@ -63,14 +58,16 @@ class MADE(nn.Module):
     the context alone, and the first variable's outputs depend on it. The context enters the first layer, projected once
     per example however many samples share it.
 
+    A module put in a layer's place is called as it is: that its outputs read no later variable is then its own affair.
+
     Args:
         dim: number of variables.
         outputs: numbers per variable.
         hidden: widths of the hidden layers; empty for a linear map.
         context_size: size of the context; 0 for none.
-        activation: element-wise, between layers; those that `passes.KNOWN` lists run faster.
-        order: the variables in the order in which they are before one another; by default as they come. It is folded
-            into the weights' layout; zeros are skipped for the default and its reverse.
+        activation: element-wise, between layers.
+        order: the order of the variables: each one's outputs depend on those before it. By default as they come. It is
+            folded into the weights' layout.
 
     Shapes:
         z ``(*batch, dim)``, context ``(*batch, context_size)`` or None, result ``(*batch, outputs, dim)``.
@@ -91,26 +88,27 @@ class MADE(nn.Module):
         super().__init__()
         widths = [check_int("hidden", width, minimum=1) for width in hidden]
         self.dim, self.outputs, self.activation = dim, outputs, activation
-        units = [[unit * dim // width for unit in range(width)] for width in widths]
-        self.layers = nn.ModuleList(MaskedLinear(*degrees) for degrees in self._degrees(units, order))
-        self.project = nn.Linear(context_size, len(self.stack[0].bias), bias=False) if context_size else None
-        self.sizes = [[degrees.count(degree) for degree in range(dim)] for degrees in units]
+        self.units = [[unit * dim // width for unit in range(width)] for width in widths]
+        """The degrees of every hidden layer's units."""
+        self.sizes = [[degrees.count(degree) for degree in range(dim)] for degrees in self.units]
         """For every hidden layer, how many units have each degree."""
+        self.layers = nn.ModuleList(MaskedLinear(*degrees) for degrees in self._degrees(order))
+        first = widths[0] if widths else outputs * dim
+        self.project = nn.Linear(context_size, first, bias=False) if context_size else None
 
     def lay_out(self, order: Sequence[int]) -> None:
         """Give the weights that are here to another order of the variables."""
-        units = [layer.staircase.units for layer in self.stack[:-1]]
-        for layer, degrees in zip(self.stack, self._degrees(units, order), strict=True):
-            layer.lay_out(*degrees)
+        for layer, degrees in zip(self.layers, self._degrees(order), strict=True):
+            if isinstance(layer, MaskedLinear):
+                layer.lay_out(*degrees)
 
-    def _degrees(
-        self, units: list[list[int]], order: Sequence[int] | None
-    ) -> Iterator[tuple[list[int], list[int], int]]:
+    def _degrees(self, order: Sequence[int] | None) -> Iterator[tuple[list[int], list[int], int]]:
         """For every layer the degrees of its inputs and its units, and how many times the units come."""
         places = list(range(self.dim)) if order is None else sorted(range(self.dim), key=list(order).__getitem__)
         # A variable's own degree is one more than what its outputs may read.
-        inputs = [[place + 1 for place in places], *units]
-        return zip(inputs, [*units, places], [*(1 for _ in units), self.outputs], strict=True)
+        inputs = [[place + 1 for place in places], *self.units]
+        groups = [*(1 for _ in self.units), self.outputs]
+        return zip(inputs, [*self.units, places], groups, strict=True)
 
     @property
     def stack(self) -> list[MaskedLinear]:
@@ -125,7 +123,7 @@ class MADE(nn.Module):
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Outputs for every variable; see the class."""
-        first, *others = self.stack
+        first, *others = self.layers
         x = first(z) if self.project is None else first(z) + self.project(context)
         for layer in others:
             x = layer(self.activation(x))

@@ -8,8 +8,9 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from flowpost.numerics.constants import Constant
 
 _ALIGN = 32  # matrix products of odd width run at half the speed
 _GRAIN = 2**14  # weights whose product, at a batch of some hundred, costs what the calls for one more block do
@@ -54,37 +55,36 @@ class Staircase:
             rows = [(first + start, stop - start) for first in firsts for start, stop in pairwise(stops)]
             self.blocks = [_block(self.inputs, self.units, run) for run in rows]
         self._runs = [number for block in self.blocks for run in block for number in run]
-
-    def mask(self) -> Tensor:
+        self.mask = self._mask()
         """The whole mask, ``(out, in)``."""
-        return torch.tensor(self.inputs) <= torch.tensor(self.units).unsqueeze(-1)
+        self._edges = [Constant(self.mask.value.narrow(0, *b.rows).narrow(1, *b.stair)) for b in self.blocks]
 
-    def masks(self) -> list[Tensor]:
-        """Its part on each block's edge, in numbers."""
-        return [self.mask().narrow(0, *block.rows).narrow(1, *block.stair).float() for block in self.blocks]
+    def _mask(self) -> Constant:
+        inputs, units = (torch.tensor(degrees, device="cpu") for degrees in (self.inputs, self.units))
+        return Constant(inputs <= units.unsqueeze(-1))
 
-    def linear(self, x: Tensor, weight: Tensor, masks: Sequence[Tensor]) -> Tensor:
-        """The product ``x W^T`` for x ``(*batch, in)``, of operations that everything can differentiate."""
-        # `split` and not `narrow`: the backward of a slice fills a tensor of the whole weight's size with zeros.
-        weights = weight.split([block.rows[1] for block in self.blocks])
-        rows = [_linear(x, *part) for part in zip(self.blocks, weights, masks, strict=True)]
-        return torch.cat(rows, dim=-1) if len(rows) > 1 else rows[0]
+    def edges(self, weight: Tensor) -> list[Tensor]:
+        """The mask's part on each block's edge, in numbers like the weight's."""
+        return [edge.on(weight) for edge in self._edges]
 
-    def add_product(self, y: Tensor, x: Tensor, weight: Tensor, masks: Sequence[Tensor]) -> None:
+    def add_product(self, y: Tensor, x: Tensor, weight: Tensor) -> None:
         """Add ``x W^T`` to y ``(N, out)`` for x ``(N, in)``."""
+        masks = self.edges(weight)
         if len(masks) == 1:
             y.addmm_(x, (weight * masks[0]).t())
         else:
             (_add_operator if _opaque(masks) else _add_product)(y, x, weight, masks, self._runs)
 
-    def input_gradient(self, grad: Tensor, weight: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
         """The product ``grad W`` for grad ``(N, out)``."""
+        masks = self.edges(weight)
         if len(masks) == 1:
             return grad @ (weight * masks[0])
         return (_input_operator if _opaque(masks) else _input_gradient)(grad, weight, masks, self._runs)
 
-    def weight_gradient(self, grad: Tensor, x: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    def weight_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
         """The product ``grad^T x``, zero where the weight is not read."""
+        masks = self.edges(x)
         if len(masks) == 1:
             return (grad.t() @ x).mul_(masks[0])
         return (_weight_operator if _opaque(masks) else _weight_gradient)(grad, x, masks, self._runs)
@@ -155,15 +155,6 @@ _weight_operator = torch.library.custom_op(
 )
 _input_operator.register_fake(lambda grad, weight, masks, runs: grad.new_empty(len(grad), weight.shape[1]))
 _weight_operator.register_fake(lambda grad, x, masks, runs: grad.new_empty(grad.shape[1], x.shape[1]))
-
-
-def _linear(x: Tensor, block: Block, weight: Tensor, mask: Tensor) -> Tensor:
-    runs = sorted((block.stair, block.full, block.rest))
-    widths = [width for _, width in runs]
-    inputs, weights = x.split(widths, dim=-1), weight.split(widths, dim=1)
-    stair, full = runs.index(block.stair), runs.index(block.full)
-    y = F.linear(inputs[stair], weights[stair] * mask)
-    return y + F.linear(inputs[full], weights[full]) if block.full[1] else y
 
 
 def _block(inputs: Sequence[int], units: Sequence[int], rows: Run) -> Block:

@@ -1,135 +1,154 @@
 """Solving through a masked network variable by variable, and the transposed solve that is the solution's gradient.
 
 A hidden unit depends on no variable from its degree on, so each weight is used once: the work of one pass, cut into dim
-small products. By hand the state is ``(units, N)``, where the units of a degree are neighbours in memory.
+small products. The state is ``(units, N)``, where the units of a degree are neighbours in memory. On the CPU the loop
+runs on numpy's views of the tensors, where a small operation costs a third of what it costs through torch. A compiler,
+which would unroll the loop, sees an operator.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
-from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from flowpost.masked import passes
-from flowpost.masked.network import MADE
-from flowpost.masked.passes import Known, Parameters
+from flowpost.masked.activations import NAMED, Known
+from flowpost.masked.run import COLUMNS, Array, Column
 from flowpost.numerics.watchers import on_host
 
-Array = Any  # a tensor, or numpy's view of one: the sweeps are written in what both can do
 
-
-def ranked(net: MADE, parameters: Parameters, order: Tensor | None) -> Parameters:
-    """The parameters as the sweeps read them: variables in their order, and the outputs of each together."""
-    weights, biases, projection = (list(group) for group in parameters)
-    if order is not None:
-        weights[0] = weights[0].index_select(1, order)
-    for group in [weights, biases] if len(weights) > 1 else [weights, biases, projection]:
-        group[-1:] = [by_variable(net, tensor, order) for tensor in group[-1:]]
-    return Parameters(weights, biases, projection)
-
-
-def by_variable(net: MADE, outputs: Tensor, order: Tensor | None) -> Tensor:
-    """Rows ``(outputs, dim)`` as rows ``(dim, outputs)``, the variables in their order."""
-    rows = outputs.unflatten(0, (net.outputs, net.dim)).transpose(0, 1)
-    return (rows if order is None else rows.index_select(0, order)).flatten(0, 1)
-
-
-def by_output(net: MADE, rows: Tensor, order: Tensor | None) -> Tensor:
-    """The inverse of `by_variable`."""
-    rows = rows.unflatten(0, (net.dim, net.outputs))
-    rows = rows if order is None else rows.index_select(0, torch.argsort(order))
-    return rows.transpose(0, 1).flatten(0, 1)
-
-
-def flat_sizes(net: MADE) -> list[int]:
-    """How many units of each degree, one layer after the other."""
-    return [size for layer in net.sizes for size in layer]
-
-
-def first_layer(z: Tensor, context: Tensor | None, parameters: Parameters) -> Tensor:
-    """What the first layer adds to its product, ``(width, N)``."""
-    if context is None or context.shape[:-1] != z.shape[:-1]:
-        return passes.start(z, context, parameters).t().contiguous()
-    context = context.reshape(-1, context.shape[-1])
-    return torch.addmm(parameters.biases[0].unsqueeze(-1), parameters.projection[0], context.t())
-
-
-def to_columns(z: Tensor, order: Tensor | None) -> Tensor:
-    """From ``(*batch, dim)`` to ``(dim, N)``, the variables in their order."""
-    columns = z.reshape(-1, z.shape[-1]).t()
-    return columns.contiguous() if order is None else columns.index_select(0, order)
-
-
-def to_rows(columns: Tensor, order: Tensor | None) -> Tensor:
-    """From ``(dim, N)``, the variables in their order, to ``(N, dim)``."""
-    columns = columns if order is None else columns.index_select(0, torch.argsort(order))
-    return columns.t().contiguous()
-
-
-def plain_sweep(
-    net: MADE,
-    parameters: Parameters,
-    context: Tensor | None,
-    batch: Sequence[int],
-    solve: Callable[[int, Tensor], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """The variables ``(*batch, dim)`` and their outputs ``(*batch, dim, outputs)``.
-
-    Of operations that everything can differentiate.
+def solve(
+    images: Tensor,
+    start: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    sizes: Sequence[int],
+    activation: str,
+    column: Column | Callable[[Tensor, Tensor], Tensor],
+) -> list[Tensor]:
+    """The preimages ``(dim, N)`` and the layers' values ``(width, N)``, the last of them the outputs.
 
     Args:
-        net: the network.
-        parameters: its `ranked` ones.
-        context: ``(*batch, context_size)`` or None.
-        batch: the leading axes.
-        solve: from k and variable k's outputs ``(*batch, outputs)`` to that variable, ``(*batch)``.
+        images: ``(dim, N)``.
+        start: what the first layer adds to its product, ``(width, N)``; its values are written over it.
+        weights: the layers', `ranked`.
+        biases: the layers' but for the first, `ranked`.
+        sizes: how many units of each degree, one hidden layer after the other.
+        activation: its name.
+        column: the step's inverse for one variable: its closed form, or a function of tensors as in `Solve`.
     """
-    starts = list(parameters.biases)
-    if context is not None:
-        starts[0] = starts[0] + F.linear(context, parameters.projection[0])
-    sizes = [*net.sizes, [net.outputs] * net.dim]
-    layers = [
-        (weight.split(size), start.expand(*batch, -1).split(size, dim=-1))
-        for weight, start, size in zip(parameters.weights, starts, sizes, strict=True)
-    ]
-    # Each list starts with no columns, so that a weight that reads nothing at all has a gradient too: zeros.
-    known = [[starts[0].new_zeros(*batch, 0)] for _ in layers]
-    outs = []
-    for k in range(net.dim):
-        for (rows, start), inputs, group in zip(layers, known, [*known[1:], outs], strict=True):
-            seen = torch.cat(inputs, dim=-1)
-            values = start[k] + F.linear(seen, rows[k].narrow(1, 0, seen.shape[-1]))
-            group.append(values if group is outs else net.activation(values))
-        known[0].append(solve(k, outs[k]).unsqueeze(-1))
-    return torch.cat(known[0], dim=-1), torch.stack(outs, dim=-2)
+    if torch.compiler.is_compiling() and isinstance(column, Column):
+        return _solve_operator(images, start, weights, biases, sizes, activation, column.name, column.constants)
+    return _solve(images, start, weights, biases, sizes, activation, column)
 
 
-def arrays(*tensors: Tensor) -> list[Array]:
-    """On the CPU numpy's view of their memory, where a small operation costs a third of what it costs through torch."""
+def pull(
+    grad: Tensor,
+    fixed: Tensor,
+    moved: Tensor,
+    weights: Sequence[Tensor],
+    slopes: Sequence[Tensor],
+    sizes: Sequence[int],
+) -> list[Tensor]:
+    """The solution v ``(dim, N)`` and the gradients at the layers' sums, ``(width, N)``.
+
+    Args:
+        grad: g, ``(dim, N)``.
+        fixed: what the log-det adds at the outputs, ``(dim, outputs, N)``.
+        moved: from v to the gradient at the outputs, ``(dim, outputs, N)``.
+        weights: the layers', `ranked`.
+        slopes: of the activations, ``(width, N)``.
+        sizes: how many units of each degree, one hidden layer after the other.
+    """
+    run = _pull_operator if torch.compiler.is_compiling() else _pull
+    return run(grad, fixed, moved, weights, slopes, sizes)
+
+
+def _solve(
+    images: Tensor,
+    start: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    sizes: Sequence[int],
+    activation: str,
+    column: Column | Callable[[Tensor, Tensor], Tensor],
+) -> list[Tensor]:
+    x, (dim, count) = images.new_empty(images.shape), images.shape
+    expanded = [each.unsqueeze(1).expand(-1, count) for each in biases]
+    values = [start, *(each.clone(memory_format=torch.contiguous_format) for each in expanded)]
+    image, preimage, *states = _arrays(images, x, *values)
+    closed = _closed(column, images, values[-1], image)
+    outs = states[-1].reshape(dim, -1, count)
+
+    def find(k: int) -> None:
+        preimage[k] = closed(k, image[k], outs[k])
+
+    with np.errstate(all="ignore"):
+        _sweep(_by_layer(sizes, dim), NAMED[activation], _arrays(*weights), states, preimage, find)
+    return [x, *values]
+
+
+def _closed(
+    column: Column | Callable[[Tensor, Tensor], Tensor], images: Tensor, outputs: Tensor, like: Array
+) -> Callable[[int, Array, Array], Array]:
+    """The inverse for variable k, in what the sweep runs on."""
+    if isinstance(column, Column):
+        found = COLUMNS[column.name](torch if isinstance(like, Tensor) else np, column.constants)
+        return lambda k, image, numbers: found(image, numbers)
+    numbers = outputs.view(len(images), -1, images.shape[1])
+    return lambda k, *_: column(images[k], numbers[k])
+
+
+def _pull(
+    grad: Tensor,
+    fixed: Tensor,
+    moved: Tensor,
+    weights: Sequence[Tensor],
+    slopes: Sequence[Tensor],
+    sizes: Sequence[int],
+) -> list[Tensor]:
+    v = grad.clone(memory_format=torch.contiguous_format)
+    sums = [each.new_empty(each.shape) for each in (*slopes, fixed.flatten(0, 1))]
+    total, fix, move, *written = _arrays(v, fixed, moved, *sums)
+    outs = written[-1].reshape(fixed.shape)
+
+    def respond(k: int) -> None:
+        outs[k] = fix[k] + total[k] * move[k]
+
+    with np.errstate(all="ignore"):
+        steep = _arrays(*slopes) if slopes else []
+        _transposed_sweep(_by_layer(sizes, len(v)), _arrays(*weights), steep, written, total, respond)
+    return [v, *sums]
+
+
+def _arrays(*tensors: Tensor) -> list[Array]:
     return [tensor.detach().numpy() for tensor in tensors] if on_host(tensors[0]) else list(tensors)
 
 
-def sweep(
+def _by_layer(sizes: Sequence[int], dim: int) -> list[Sequence[int]]:
+    return [sizes[first : first + dim] for first in range(0, len(sizes), dim)]
+
+
+def _sweep(
     sizes: Sequence[Sequence[int]],
     activation: Known,
     weights: Sequence[Array],
     values: Sequence[Array],
     x: Array,
-    solve: Callable[[int], object],
+    find: Callable[[int], object],
 ) -> None:
-    """Find the variables by hand, and the layers' values.
+    """Find the variables, and the layers' values.
 
     Args:
-        sizes: the network's.
+        sizes: of each hidden layer, how many units of each degree.
         activation: the network's.
-        weights: its `ranked` ones.
+        weights: the layers', `ranked`.
         values: what each layer adds to its product, ``(width, N)``; the layers' values are written over it.
         x: the variables ``(dim, N)``, to be written.
-        solve: given k, writes variable k, whose outputs are in their place.
+        find: given k, writes variable k, whose outputs are in their place.
     """
     run = activation.run if isinstance(x, Tensor) else activation.run_array
     dim = len(x)
@@ -152,10 +171,10 @@ def sweep(
         if width:
             out = outs[k]
             out += last[k][:, :width] @ seen
-        solve(k)
+        find(k)
 
 
-def transposed_sweep(
+def _transposed_sweep(
     sizes: Sequence[Sequence[int]],
     weights: Sequence[Array],
     slopes: Sequence[Array],
@@ -163,11 +182,11 @@ def transposed_sweep(
     grad: Array,
     respond: Callable[[int], object],
 ) -> None:
-    """Find the gradients at the layers' sums by hand; the variables' total gradients come to stand in `grad`.
+    """Find the gradients at the layers' sums; the variables' total gradients come to stand in `grad`.
 
     Args:
-        sizes: the network's.
-        weights: its `ranked` ones.
+        sizes: of each hidden layer, how many units of each degree.
+        weights: the layers', `ranked`.
         slopes: of the activations, ``(width, N)`` for every hidden layer.
         sums: the gradients ``(width, N)`` at every layer's sums, to be written.
         grad: the variables' own gradients, ``(dim, N)``.
@@ -199,3 +218,50 @@ def _ends(sizes: Sequence[int]) -> list[int]:
 
 def _cut(array: Array, ends: Sequence[int]) -> list[Array]:
     return [array[start:end] for start, end in pairwise([0, *ends])]
+
+
+_Operator = Callable[..., list[Tensor]]
+
+
+def _solve_named(
+    images: Tensor,
+    start: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    sizes: Sequence[int],
+    activation: str,
+    column: str,
+    constants: Sequence[float],
+) -> list[Tensor]:
+    start = start.clone(memory_format=torch.contiguous_format)  # an operator must not return what it was given
+    return _solve(images, start, weights, biases, sizes, activation, Column(column, tuple(constants)))
+
+
+_solve_operator: _Operator = torch.library.custom_op(
+    "flowpost::solve",
+    _solve_named,
+    mutates_args=(),
+    schema="(Tensor images, Tensor start, Tensor[] weights, Tensor[] biases, int[] sizes, str activation, str column,"
+    " float[] constants) -> Tensor[]",
+)
+_pull_operator: _Operator = torch.library.custom_op(
+    "flowpost::pull",
+    lambda *inputs: _pull(*inputs),
+    mutates_args=(),
+    schema="(Tensor grad, Tensor fixed, Tensor moved, Tensor[] weights, Tensor[] slopes, int[] sizes) -> Tensor[]",
+)
+
+
+@torch.library.register_fake("flowpost::solve")
+def _solved(
+    images: Tensor, start: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *_: object
+) -> list[Tensor]:
+    layers = [images.new_empty(len(each), images.shape[1]) for each in biases]
+    return [images.new_empty(images.shape), start.new_empty(start.shape), *layers]
+
+
+@torch.library.register_fake("flowpost::pull")
+def _pulled(
+    grad: Tensor, fixed: Tensor, moved: Tensor, weights: Sequence[Tensor], slopes: Sequence[Tensor], *_: object
+) -> list[Tensor]:
+    return [each.new_empty(each.shape) for each in (grad, *slopes, fixed.flatten(0, 1))]

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SPREAD = 4.0
+"""How far a logarithm moves from where it is at 0; it keeps an autoregressive step's inverse well-conditioned."""
 _FLOOR = 1e-3
 _SHIFT = math.log(math.expm1(1 - _FLOOR))
 
@@ -21,3 +26,48 @@ def softplus_scale(raw: Tensor) -> Tensor:
         Positive numbers of the same shape and dtype.
     """
     return F.softplus(raw + _SHIFT) + _FLOOR
+
+
+def log_var_scale(log_var: Tensor) -> Tensor:
+    """A scale ``exp(l / 2)``, ``l = v - softplus(v - 20) + softplus(-v - 20)``: log-variance v softly bounded at +-20.
+
+    Within +-8 the bound moves the log-variance by less than 1e-5.
+
+    Args:
+        log_var: v, unconstrained numbers, any shape, float32 or float64.
+
+    Returns:
+        Positive numbers of the same shape and dtype.
+    """
+    v = log_var.clamp(-1e3, 1e3)  # where the slope has long underflowed: keeps v - softplus(v - 20) exact
+    return torch.exp(0.5 * (v - F.softplus(v - 20) + F.softplus(-v - 20)))
+
+
+def exp_scale(raw: Tensor) -> Tensor:
+    """A scale ``exp(4 tanh(raw / 4))``: an exponential, softly bounded to between 0.018 and 55; 1 at ``raw = 0``.
+
+    The bound is what keeps the inverse of an autoregressive step well-conditioned, as `gate_parameters` does.
+
+    Args:
+        raw: unconstrained numbers, any shape, float32 or float64.
+
+    Returns:
+        Positive numbers of the same shape and dtype.
+    """
+    return torch.exp(SPREAD * torch.tanh(raw / SPREAD))
+
+
+def _exp_array(xp: Any, raw: Any) -> Any:  # noqa: ANN401
+    return xp.exp(xp.tanh(raw * (1 / SPREAD)) * SPREAD)
+
+
+def _softplus_array(xp: Any, raw: Any) -> Any:  # noqa: ANN401
+    raw = raw + _SHIFT
+    return raw.clip(min=0) + xp.log1p(xp.exp(-abs(raw))) + _FLOOR
+
+
+ARRAYS: Mapping[Callable[[Tensor], Tensor], tuple[str, Callable[[Any, Any], Any]]] = {
+    exp_scale: ("exp_scale", _exp_array),
+    softplus_scale: ("softplus_scale", _softplus_array),
+}
+"""The scales with their names, and written in what numpy and torch both have: ``(numpy, array) -> array``."""

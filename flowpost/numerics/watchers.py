@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as torch_module
 
 
 def unwatched(z: Tensor) -> bool:
@@ -25,3 +26,9 @@ def on_host(tensor: Tensor) -> bool:
     """Whether its numbers can be read at once: on the CPU, where nobody watches the operations."""
     traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
     return tensor.device.type == "cpu" and not traced
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling a module does more than its ``forward`` does: hooks, or a ``forward`` put on the instance."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in vars(module) or torch_module._has_any_global_hook()

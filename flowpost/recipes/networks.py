@@ -5,16 +5,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 
-from flowpost.bijectors.affine import Affine, Shift, exp_scale
-from flowpost.bijectors.autoregressive import Autoregressive
+from flowpost.bijectors.affine import Affine, Shift
+from flowpost.bijectors.autoregressive import Autoregressive, Masked
 from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.chain import Chain, Shared
 from flowpost.bijectors.coupling import Coupling
 from flowpost.bijectors.deep_sigmoid import DeepSigmoid
-from flowpost.bijectors.masked import Masked
 from flowpost.bijectors.spline import Spline
 from flowpost.bijectors.wrappers import Inverse
 from flowpost.numerics.arguments import check_int
+from flowpost.numerics.scales import exp_scale
 from flowpost.posterior import FlowPosterior
 from flowpost.recipes.record import recorded
 

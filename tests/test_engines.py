@@ -1,4 +1,4 @@
-"""The autoregressive step's passes by hand against its plain operations, and where which of the two runs."""
+"""The engine of the masked networks against the plain operations, and where which of the two runs."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowpost import Affine, Autoregressive, Bijector, Masked
-from flowpost.masked import passes
+from flowpost.masked import engine
 from flowpost.masked.network import MADE
 from flowpost.masked.staircase import Staircase
 
@@ -51,7 +51,7 @@ def assert_same(
         z = step(z, context)[0].detach()
     found = every_result(step, direction, z, context, known)
     with monkeypatch.context() as patch:
-        patch.setattr(passes, "by_hand", lambda net, z: False)
+        patch.setattr(engine, "choose", lambda run, z: None)
         expected = every_result(step, direction, z, context, known)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
@@ -110,18 +110,17 @@ def test_blocks_are_cut_and_their_zeros_never_read() -> None:
     for inputs in (rising, rising[::-1]):
         stairs = Staircase(inputs, rising, groups=2)
         assert len(stairs.blocks) > 4
-        masks = [mask.double() for mask in stairs.masks()]
         weight, x, grad = (torch.randn(*shape, dtype=torch.float64) for shape in ((1600, 800), (5, 800), (5, 1600)))
-        full = weight * stairs.mask()
+        mask = stairs.mask.on(weight)
+        full = weight * mask
         for rows, _, _, rest in stairs.blocks:
             weight.narrow(0, *rows).narrow(1, *rest).fill_(math.nan)
         assert weight.isnan().double().mean() > 0.35
         y = torch.zeros(5, 1600, dtype=torch.float64)
-        stairs.add_product(y, x, weight, masks)
+        stairs.add_product(y, x, weight)
         torch.testing.assert_close(y, x @ full.T)
-        torch.testing.assert_close(stairs.linear(x, weight, masks), x @ full.T)
-        torch.testing.assert_close(stairs.input_gradient(grad, weight, masks), grad @ full)
-        torch.testing.assert_close(stairs.weight_gradient(grad, x, masks), (grad.T @ x) * stairs.mask())
+        torch.testing.assert_close(stairs.input_gradient(grad, weight), grad @ full)
+        torch.testing.assert_close(stairs.weight_gradient(grad, x), (grad.T @ x) * mask)
 
 
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
@@ -131,7 +130,7 @@ def test_an_activation_of_one_s_own_runs_plain(direction: str) -> None:
     push(step, Case(seed=3))
     other.load_state_dict(step.state_dict())
     z = torch.randn(3, 4, dtype=torch.float64)
-    assert not passes.by_hand(step.net, z)
+    assert engine.choose([step._link()], z) is None
     torch.testing.assert_close(getattr(step, direction)(z) if direction == "inverse" else step(z),
                                other.inverse(z) if direction == "inverse" else other(z))  # fmt: skip
 

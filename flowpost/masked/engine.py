@@ -1,0 +1,117 @@
+"""The seam between what the masked networks compute and how a device computes it: the operations, and who is chosen.
+
+A *run* is what an engine works on: steps in sequence that read one context, each an element-wise step whose numbers a
+masked network gives. An engine has five operations on a run; the autograd nodes in `nodes` put them together. Where
+something must see the operations themselves, or a network is not exactly ours any more, there is no engine, and the
+plain operations of `plain` run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from flowpost.masked import host
+from flowpost.masked.activations import KNOWN
+from flowpost.masked.network import MADE, MaskedLinear
+from flowpost.masked.run import Link, Run
+from flowpost.numerics.watchers import hooked, unwatched
+
+
+class Engine(Protocol):
+    """What an engine gives. A run's parameters come as `run.grouped` groups them; z has the broadcast leading axes.
+
+    A *tape* is the tensors that the way back needs, in an order of the engine's own.
+    """
+
+    @staticmethod
+    def values(
+        run: Run, z: Tensor, context: Tensor | None, parameters: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The image, the log-det in the wide dtype, ``(*batch)``, and a tape."""
+        ...
+
+    @staticmethod
+    def pull(
+        run: Run, tape: Sequence[Tensor], parameters: Sequence[Tensor], grad: Tensor, grad_log_det: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The gradient at z, and those at the sums of every layer, one link after the other."""
+        ...
+
+    @staticmethod
+    def weight_gradients(
+        run: Run,
+        tape: Sequence[Tensor],
+        sums: Sequence[Tensor],
+        context: Tensor | None,
+        parameters: Sequence[Tensor],
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """The gradients at the context and at the parameters, None where not needed."""
+        ...
+
+    @staticmethod
+    def solve(
+        run: Run, z: Tensor, context: Tensor | None, parameters: Sequence[Tensor], preimage: Tensor | None
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The preimage, the log-det of the inverse, and a tape; nothing is searched where the preimage is known."""
+        ...
+
+    @staticmethod
+    def transposed_solve(
+        run: Run, tape: Sequence[Tensor], parameters: Sequence[Tensor], grad: Tensor, grad_log_det: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As `pull`, for `solve`: by the implicit function."""
+        ...
+
+
+def choose(run: Run, z: Tensor) -> Engine | None:
+    """The engine for a run on z's device; None where the plain operations must run."""
+    return engine_on(z) if unwatched(z) and all(fits(link) for link in run) else None
+
+
+def choose_inverse(run: Run, z: Tensor) -> Engine | None:
+    """As `choose`, for the inverse: a compiler would unroll a search that has no closed form for a column."""
+    if torch.compiler.is_compiling() and any(link.step.columns()[1] is None for link in run):
+        return None
+    return choose(run, z)
+
+
+def engine_on(z: Tensor) -> Engine:
+    """The engine for a device: the host's, so far, which runs on all."""
+    return cast(Engine, host)
+
+
+def fits(link: Link) -> bool:
+    """Whether an engine may stand in for a link's own operations: nobody has changed the network, or needs the step's.
+
+    A step with parameters of its own is differentiated by autograd alone.
+    """
+    step = cast(nn.Module, link.step)
+    return (
+        link.net.activation in KNOWN
+        and untouched(link.net)
+        and not hooked(step)
+        and next(step.parameters(), None) is None
+    )
+
+
+def untouched(net: MADE) -> bool:
+    """Whether the network's weights say all that it does.
+
+    Its layers are exactly ours and hold plain tensors, without hooks, parametrizations or a ``forward`` of their own.
+    """
+    if type(net) is not MADE or hooked(net):
+        return False
+    project = net.project
+    if project is not None and (type(project) is not nn.Linear or not _plain(project)):
+        return False
+    return all(type(layer) is MaskedLinear and _plain(layer) for layer in net.layers)
+
+
+def _plain(layer: nn.Module) -> bool:
+    held = layer._parameters.values()
+    return not hooked(layer) and all(each is None or type(each) in (nn.Parameter, Tensor) for each in held)

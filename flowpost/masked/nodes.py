@@ -1,0 +1,114 @@
+"""The two nodes of the autograd graph, a run's pass and its inverse; where an engine cannot stand in, plain operations.
+
+A run at the usual sizes is bound by the number of recorded operations; one node with a backward of its own costs a
+third of them. A compiler traces both of a node's passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from flowpost.masked import engine, plain
+from flowpost.masked.run import Run, broadcast, flat
+
+Ctx = Any  # of an autograd function: torch types it without what it stores
+
+
+def forward(run: Run, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The image of z under a run, and the log-det."""
+    if engine.choose(run, z) is None:
+        return plain.forward(run, z, context)
+    (z,) = broadcast(context, z)
+    return cast("tuple[Tensor, Tensor]", _Pass.apply(run, z, context, *flat(run)))
+
+
+def inverse(run: Run, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The preimage of z under a run, and the log-det of the inverse."""
+    if engine.choose_inverse(run, z) is None:
+        return plain.inverse(run, z, context, preimage)
+    if preimage is None:
+        (z,) = broadcast(context, z)
+    else:
+        z, preimage = broadcast(context, z, preimage)
+    return cast("tuple[Tensor, Tensor]", _Solve.apply(run, preimage, z, context, *flat(run)))
+
+
+class _Pass(torch.autograd.Function):
+    """A run's pass; z has the broadcast leading axes, and the parameters come as `flat` gives them."""
+
+    @staticmethod
+    def forward(ctx: Ctx, run: Run, z: Tensor, context: Tensor | None, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        image, log_det, tape = engine.engine_on(z).values(run, z, context, parameters)
+        ctx.run = run
+        ctx.save_for_backward(z, context, *parameters, *tape)
+        return image, _whole(log_det, z)
+
+    @staticmethod
+    def backward(ctx: Ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        run, needs = ctx.run, ctx.needs_input_grad[1:]
+        z, context, *rest = ctx.saved_tensors
+        parameters, tape = rest[: len(needs) - 2], rest[len(needs) - 2 :]
+        if torch.is_grad_enabled():
+            return None, *_replay(partial(plain.forward, run), (z, context, *parameters), needs, grads)
+        chosen = engine.engine_on(z)
+        z_grad, sums = chosen.pull(run, tape, parameters, *grads)
+        return None, z_grad, *chosen.weight_gradients(run, tape, sums, context, parameters, needs[1:])
+
+
+class _Solve(torch.autograd.Function):
+    """A run's inverse; its gradient is that of the implicit function."""
+
+    @staticmethod
+    def forward(
+        ctx: Ctx, run: Run, preimage: Tensor | None, z: Tensor, context: Tensor | None, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        found, log_det, tape = engine.engine_on(z).solve(run, z, context, parameters, preimage)
+        ctx.run = run
+        ctx.save_for_backward(preimage, z, context, *parameters, *tape)
+        return found, _whole(log_det, z)
+
+    @staticmethod
+    def backward(ctx: Ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        run, needs = ctx.run, ctx.needs_input_grad[2:]
+        preimage, z, context, *rest = ctx.saved_tensors
+        parameters, tape = rest[: len(needs) - 2], rest[len(needs) - 2 :]
+        if torch.is_grad_enabled():
+
+            def inverse(z: Tensor, context: Tensor | None, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+                return plain.inverse(run, z, context, preimage, parameters)
+
+            return None, None, *_replay(inverse, (z, context, *parameters), needs, grads)
+        chosen = engine.engine_on(z)
+        z_grad, sums = chosen.transposed_solve(run, tape, parameters, *grads)
+        return None, None, z_grad, *chosen.weight_gradients(run, tape, sums, context, parameters, needs[1:])
+
+
+def _whole(log_det: Tensor, z: Tensor) -> Tensor:
+    """A log-det for each point, also where it is a constant."""
+    return log_det if log_det.shape == z.shape[:-1] else log_det.expand(z.shape[:-1]).clone()
+
+
+def _replay(
+    function: Callable[..., tuple[Tensor, Tensor]],
+    inputs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    grads: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """What a backward under ``create_graph`` returns: the plain operations' gradients, in the graph.
+
+    The inputs may depend on one another: z on a parameter, say, or one parameter may come twice. Each is replaced by a
+    view, so that what reaches one through another is left to those who made it so, and not counted twice.
+    """
+    own = [None if each is None else each.view_as(each) for each in inputs]
+    z = cast(Tensor, own[0])
+    image, log_det = function(z, own[1], own[2:])
+    pairs = [(image, grads[0]), (_whole(log_det, z).to(grads[1].dtype), grads[1])]
+    outputs, slopes = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)
+    wanted = [cast(Tensor, each) for each, need in zip(own, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(outputs, wanted, slopes, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needs]

@@ -1,0 +1,102 @@
+"""What an engine works on: a run of links, and their parameters in one flat list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from flowpost.masked.network import MADE
+from flowpost.numerics.constants import Order
+
+Array = Any
+"""A tensor, or numpy's view of one: a sweep is written in what both can do."""
+
+
+class Column(NamedTuple):
+    """The closed form of an element-wise map for one variable, by the name under which it stands in `COLUMNS`."""
+
+    name: str
+    constants: tuple[float, ...] = ()
+
+
+Solve = Callable[[Array, Array], Array]
+"""From one variable ``(N,)`` and its numbers ``(numbers, N)``, which it must not change, to the mapped variable."""
+COLUMNS: dict[str, Callable[[Any, Sequence[float]], Solve]] = {}
+"""By name, from the module whose functions suit the arrays, numpy or torch, and the constants to the closed form."""
+
+
+class ElementWise(Protocol):
+    """An element-wise step, ``z'_i = f(z_i; c_i)``, of as many variables as it is given.
+
+    The numbers of all variables are ``(*batch, numbers * dim)``, that is ``(numbers, dim)`` flattened.
+    """
+
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]: ...
+
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]: ...
+
+    def columns(self) -> tuple[Column | None, Column | None]:
+        """Closed forms of the map and of its inverse for one variable, where it has them."""
+        ...
+
+
+class Link(NamedTuple):
+    """One step of a run: a network, the element-wise step whose numbers it gives, and the order of the variables."""
+
+    net: MADE
+    step: ElementWise
+    order: Order | None
+
+
+Run = Sequence[Link]
+
+
+class Parameters(NamedTuple):
+    """A network's parameters by what they do; the projection's list is empty where there is no context."""
+
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor]
+    projection: Sequence[Tensor]
+
+
+def names(net: MADE) -> list[str]:
+    """The names of a network's parameters, in the order of `Parameters`."""
+    layers = range(len(net.layers))
+    return [f"layers.{i}.{kind}" for kind in ("weight", "bias") for i in layers] + ["project.weight"] * bool(
+        net.project
+    )
+
+
+def flat(run: Run) -> list[Tensor]:
+    """The parameters of a run's networks, one network after the other, each in the order of `Parameters`."""
+    found: list[Tensor] = []
+    for link in run:
+        layers = link.net.stack
+        found += [layer.weight for layer in layers] + [layer.bias for layer in layers]
+        found += [] if link.net.project is None else [link.net.project.weight]
+    return found
+
+
+def grouped(run: Run, parameters: Sequence[Tensor]) -> list[Parameters]:
+    """The inverse of `flat`: each network's parameters."""
+    groups, first = [], 0
+    for link in run:
+        count = len(link.net.layers)
+        last = first + 2 * count + (link.net.project is not None)
+        part = parameters[first:last]
+        groups.append(Parameters(part[:count], part[count : 2 * count], part[2 * count :]))
+        first = last
+    return groups
+
+
+def broadcast(context: Tensor | None, *tensors: Tensor) -> list[Tensor]:
+    """The tensors with the leading axes that they and the context have together."""
+    batch = tensors[0].shape[:-1]
+    others = [each.shape[:-1] for each in (*tensors[1:], context) if each is not None]
+    if all(shape == batch for shape in others):
+        return list(tensors)
+    batch = torch.broadcast_shapes(batch, *others)
+    return [each.expand(*batch, -1) for each in tensors]
