@@ -25,3 +25,12 @@ def on_host(tensor: Tensor) -> bool:
     """Whether its numbers can be read at once: on the CPU, where nobody watches the operations."""
     traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
     return tensor.device.type == "cpu" and not traced
+
+
+def watched() -> bool:
+    """Whether a compiler, a transform of ``torch.func`` or a dispatch mode sees what is computed."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+    )
