@@ -244,4 +244,6 @@ def _fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in own.items():
             with contextlib.suppress(RuntimeError):  # what cannot be written now could not be written before
                 tensor.copy_(before[name])
+        with contextlib.suppress(RuntimeError):
+            module.load_state_dict(before, strict=False)  # an order of the variables is no tensor of the module
         raise

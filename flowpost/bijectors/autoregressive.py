@@ -17,10 +17,10 @@ from flowpost.masked.engine import fits
 from flowpost.masked.network import MADE
 from flowpost.masked.run import Link
 from flowpost.numerics.arguments import check_order
-from flowpost.numerics.constants import Order
+from flowpost.numerics.constants import Ordered
 
 
-class Masked(Networked):
+class Masked(Ordered, Networked):
     """An element-wise step whose numbers are a network of the variables before: ``z'_i = f(z_i; n_i(z_{<i}, c))``.
 
     With `Affine` it is the plain form of inverse autoregressive flow, ``z' = mu + sigma z``; masked autoregressive
@@ -70,10 +70,10 @@ class Masked(Networked):
     ) -> None:
         _check_step(step)
         super().__init__(step.dim, context_size)
-        self.order = None if order is None else tuple(check_order(order, step.dim))
-        self._order = None if self.order is None else Order(self.order)
-        self.net = MADE(step.dim, step.context_size // step.dim, hidden, context_size, activation, self.order)
+        order = None if order is None else check_order(order, step.dim)
+        self.net = MADE(step.dim, step.context_size // step.dim, hidden, context_size, activation, order)
         self.step = step
+        super()._set_order(order)
         self.domain, self.codomain = step.domain, step.codomain
         for parameter in self.net.last_parameters():
             nn.init.zeros_(parameter)
@@ -82,11 +82,16 @@ class Masked(Networked):
 
     def causal_order(self) -> Tensor:
         """The order in which the variables are computed."""
-        return torch.arange(self.dim) if self.order is None else torch.tensor(self.order)
+        return torch.arange(self.dim, device=self._like.device) if self.order is None else self.order
 
     def extra_repr(self) -> str:
         """Sizes and order, for the module's repr."""
-        return super().extra_repr() + ("" if self.order is None else f", order={list(self.order)}")
+        return super().extra_repr() + ("" if self._order is None else f", order={list(self._order.order)}")
+
+    def _set_order(self, order: Sequence[int] | None) -> None:
+        super()._set_order(order)
+        if order is not None:
+            self.net.lay_out(order)
 
     def _link(self) -> Link:
         return Link(self.net, self.step, self._order)

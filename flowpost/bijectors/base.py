@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flowpost.checks import active, check_finite, check_inside, check_residual
 from flowpost.masked.run import Column
 from flowpost.numerics.arguments import check_context, check_int, check_like, check_tensor
-from flowpost.numerics.constants import Constant
+from flowpost.numerics.constants import Constant, prepare
 from flowpost.numerics.products import wide
 from flowpost.numerics.watchers import hooked
 
@@ -150,7 +150,7 @@ class Bijector(nn.Module, ABC):
 
     def causal_order(self) -> Tensor | None:
         """The variables in an order in which the Jacobian is lower-triangular for every context, where there is one."""
-        return torch.arange(self.dim) if self.triangular or self.elementwise else None
+        return torch.arange(self.dim, device=self._like.device) if self.triangular or self.elementwise else None
 
     def leaves(self) -> Iterator[Bijector]:
         """The steps that this one is made of and that are made of no others; itself, where it is one."""
@@ -194,6 +194,11 @@ class Bijector(nn.Module, ABC):
     def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Push N(loc, tril tril^T) through a ``triangular`` step; tril None is the identity."""
         raise NotImplementedError(f"{type(self).__name__} is not a triangular linear map")
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Bijector:  # noqa: FBT001, FBT002
+        super()._apply(fn, recurse)
+        prepare(self, self._like)
+        return self
 
     def _check(self, z: Tensor, context: Tensor | None) -> Tensor | None:
         check_tensor("z", z, self.dim, self.event_ndim)

@@ -14,9 +14,10 @@ from flowpost.bijectors.base import LINE, Bijector
 from flowpost.bijectors.networked import Networked
 from flowpost.masked.run import broadcast
 from flowpost.numerics.arguments import check_int, check_order
+from flowpost.numerics.constants import Ordered
 
 
-class Coupling(Networked):
+class Coupling(Ordered, Networked):
     """Coupling ``z'_a = z_a``, ``z'_b = f(z_b; c(z_a, h))``: a step on some variables, whose numbers the others give.
 
     With `Shift` it is additive (NICE, volume-preserving), with `Affine` affine (RealNVP); any step will do. Invertible
@@ -53,8 +54,6 @@ class Coupling(Networked):
         torch.Size([50, 16])
     """
 
-    order: Tensor | None
-
     def __init__(
         self,
         dim: int,
@@ -76,14 +75,14 @@ class Coupling(Networked):
             self.net = Perceptron(inputs, hidden, start, activation)
         else:
             self.net = Gained(network(inputs, len(start)), start)
-        self.register_buffer("order", None if order is None else torch.tensor(check_order(order, dim)))
+        self._set_order(None if order is None else check_order(order, dim))
 
     def causal_order(self) -> Tensor | None:
         """Those that pass, then the step's own order, where it has one."""
         own = self.step.causal_order()
         if own is None:
             return None
-        order = torch.cat([torch.arange(self.passing), self.passing + own])
+        order = torch.cat([torch.arange(self.passing, device=own.device), self.passing + own])
         return order if self.order is None else self.order[order]
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -102,12 +101,12 @@ class Coupling(Networked):
         return self.net(passed, context).to(passed.dtype)
 
     def _split(self, z: Tensor) -> Sequence[Tensor]:
-        z = z if self.order is None else z.index_select(-1, self.order)
+        z = z if self._order is None else self._order.take(z)
         return z.split([self.passing, self.step.dim], dim=-1)
 
     def _join(self, passed: Tensor, moved: Tensor) -> Tensor:
         z = torch.cat([passed.expand(*moved.shape[:-1], -1), moved], dim=-1)
-        return z if self.order is None else z.index_select(-1, torch.argsort(self.order))
+        return z if self._order is None else self._order.put(z)
 
 
 class Perceptron(nn.Module):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flowpost.bijectors.base import Bijector
 from flowpost.numerics.arguments import check_int, check_order
+from flowpost.numerics.constants import Ordered
 from flowpost.numerics.products import by_columns, by_rows
 from flowpost.numerics.scales import softplus_scale
 from flowpost.numerics.triangles import multiply, solve, strict_tril
@@ -63,7 +64,7 @@ def _solve_upper(matrix: Tensor, columns: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(matrix, columns, upper=True)
 
 
-class LULinear(Bijector):
+class LULinear(Ordered, Bijector):
     """Linear map ``z' = P L U z + shift``: any mixing of the variables, at the price of two triangular products.
 
     P is a fixed permutation, L lower-triangular with a unit diagonal, U upper-triangular with a positive one, floored,
@@ -72,8 +73,8 @@ class LULinear(Bijector):
 
     Args:
         dim: size of z.
-        order: P, as in `Permute`: every int from 0 to dim - 1 once; by default the variables stay where they are. A
-            buffer, so it is saved with the weights.
+        order: P, as in `Permute`: every int from 0 to dim - 1 once; by default the variables stay where they are.
+            Saved with the weights.
 
     Shapes:
         z ``(*batch, dim)``, context ``(*batch, dim^2 + dim)``: L below its diagonal, row by row, U above its diagonal,
@@ -90,14 +91,11 @@ class LULinear(Bijector):
         tensor([3.0000, 1.0000, 2.0000])
     """
 
-    order: Tensor | None
-    back: Tensor | None
+    _saved = ("order", "back")
 
     def __init__(self, dim: int, order: Sequence[int] | None = None) -> None:
         super().__init__(dim, check_int("dim", dim, minimum=1) * (dim + 1))
-        places = None if order is None else torch.tensor(check_order(order, dim))
-        self.register_buffer("order", places)
-        self.register_buffer("back", None if places is None else torch.argsort(places))
+        self._set_order(None if order is None else check_order(order, dim))
 
     def _numbers(self, context: Tensor | None) -> tuple[LU, Tensor]:
         half = self.dim * (self.dim - 1) // 2
@@ -107,9 +105,9 @@ class LULinear(Bijector):
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         matrix, shift = self._numbers(context)
         image, log_det = lu_linear(z, *matrix)
-        return (image if self.order is None else image.index_select(-1, self.order)) + shift, log_det
+        return (image if self._order is None else self._order.take(image)) + shift, log_det
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         matrix, shift = self._numbers(context)
         image = z - shift
-        return lu_linear_inverse(image if self.back is None else image.index_select(-1, self.back), *matrix)
+        return lu_linear_inverse(image if self._order is None else self._order.put(image), *matrix)

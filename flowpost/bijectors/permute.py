@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from flowpost.bijectors.base import Bijector
 from flowpost.numerics.arguments import check_order
+from flowpost.numerics.constants import Order, Ordered
 
 
-class Permute(Bijector):
+class Permute(Ordered, Bijector):
     """A fixed permutation ``z'_i = z_{order[i]}``, ``log_det = 0``; it reads no context.
 
     Args:
-        order: every int from 0 to dim - 1 once; a buffer, so it is saved with the weights.
+        order: every int from 0 to dim - 1 once; saved with the weights.
 
     Raises:
         ValueError: if `order` is no permutation.
@@ -25,19 +25,18 @@ class Permute(Bijector):
         tensor([30., 10., 20.])
     """
 
-    order: Tensor
-    back: Tensor
+    _order: Order
+    _saved = ("order", "back")
 
     def __init__(self, order: Sequence[int]) -> None:
         super().__init__(len(order))
-        self.register_buffer("order", torch.tensor(check_order(order, self.dim)))
-        self.register_buffer("back", torch.argsort(self.order))
+        self._set_order(check_order(order, self.dim))
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return z.index_select(-1, self.order), z.new_zeros(())
+        return self._order.take(z), z.new_zeros(())
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
-        return z.index_select(-1, self.back), z.new_zeros(())
+        return self._order.put(z), z.new_zeros(())
 
 
 class Reverse(Bijector):

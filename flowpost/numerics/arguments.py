@@ -26,10 +26,10 @@ def check_int(name: str, value: object, minimum: int) -> int:
 
 def check_order(order: Sequence[int], dim: int) -> list[int]:
     """Return `order` as a list, or raise unless it has every int from 0 to dim - 1 once."""
-    order = [int(i) for i in order]
+    order = list(order)
     if sorted(order) != list(range(dim)):
         raise ValueError(f"order: expected a permutation of 0..{dim - 1}, got {order}")
-    return order
+    return [int(i) for i in order]
 
 
 def check_tensor(name: str, value: Tensor, size: int, event_ndim: int = 1) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from flowpost.numerics.arguments import check_order
+from flowpost.numerics.watchers import watched
 
 _Copies = dict[tuple[torch.device, torch.dtype], Tensor]
 
@@ -25,11 +29,21 @@ class Constant:
         self._copies: _Copies = {}
 
     def on(self, like: Tensor) -> Tensor:
-        """The tensor on the device, and unless it is an index in the dtype, of `like`: copied there once."""
-        key = like.device, self.value.dtype if self.value.dtype == torch.int64 else like.dtype
-        copy = self._copies.get(key)
+        """The tensor on the device, and unless it is an index in the dtype, of `like`: copied there once.
+
+        Whoever watches the operations, as a compiler or ``torch.func`` does, would leave a tensor of his own behind:
+        then the copy is not kept.
+        """
+        value, device = self.value, like.device
+        dtype = value.dtype if value.dtype == torch.int64 else like.dtype
+        if value.device == device and value.dtype == dtype:
+            return value
+        copy = self._copies.get((device, dtype))
         if copy is None:
-            copy = self._copies[key] = self.value.to(*key)
+            if watched():
+                return value.to(device, dtype)
+            with torch.inference_mode(mode=False):
+                copy = self._copies[device, dtype] = value.to(device, dtype)
         return copy
 
     def __getstate__(self) -> dict[str, object]:
@@ -45,9 +59,13 @@ class Order:
 
     def __init__(self, order: Sequence[int]) -> None:
         self.order = tuple(order)
+        self.back = tuple(sorted(range(len(self.order)), key=self.order.__getitem__))
         self._there = Constant(torch.tensor(self.order, dtype=torch.int64, device="cpu"))
-        places = sorted(range(len(self.order)), key=self.order.__getitem__)
-        self._back = Constant(torch.tensor(places, dtype=torch.int64, device="cpu"))
+        self._back = Constant(torch.tensor(self.back, dtype=torch.int64, device="cpu"))
+
+    def on(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The two indices on the device of `like`: there, and back."""
+        return self._there.on(like), self._back.on(like)
 
     def take(self, z: Tensor, axis: int = -1) -> Tensor:
         """``z_{order[i]}`` along an axis."""
@@ -56,3 +74,73 @@ class Order:
     def put(self, z: Tensor, axis: int = -1) -> Tensor:
         """Undo `take`."""
         return z.index_select(axis, self._back.on(z))
+
+
+def prepare(module: nn.Module, like: Tensor) -> None:
+    """Copy a module's own constants to where it has moved, so that no compiled call has to."""
+    for value in vars(module).values():
+        if isinstance(value, (Constant, Order)):
+            value.on(like)
+
+
+class Ordered(nn.Module):
+    """What a bijector with an order of its variables inherits: the order is saved with the weights, and is no buffer.
+
+    The state dict has it as an int64 tensor, as if it were one. A load takes the order of the state over, whatever the
+    order was for which the module was built; one that is no permutation, as an average of two is none, is refused.
+    """
+
+    _like: Tensor
+    _order: Order | None
+    _saved = ("order",)
+    """The attributes, `order` and perhaps `back`, that the state dict has."""
+
+    @property
+    def order(self) -> Tensor | None:
+        """The variables in their order, ``(dim,)``; None as they come."""
+        return None if self._order is None else torch.tensor(self._order.order, device=self._like.device)
+
+    @order.setter
+    def order(self, order: Tensor) -> None:  # `torch.func.functional_call` sets whatever a state dict names
+        self._set_order(check_order(order.tolist(), len(cast(Order, self._order).order)))
+
+    @property
+    def back(self) -> Tensor | None:
+        """Each variable's place in the order, ``(dim,)``; None as they come."""
+        return None if self._order is None else torch.tensor(self._order.back, device=self._like.device)
+
+    @back.setter
+    def back(self, back: Tensor) -> None:
+        pass  # it follows from the order
+
+    def _set_order(self, order: Sequence[int] | None) -> None:
+        """Take a permutation, or None, as the order; a subclass whose weights lie in it does more."""
+        self._order = None if order is None else Order(order)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._order is not None:
+            destination.update({prefix + name: getattr(self, name) for name in self._saved})
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,  # noqa: FBT001 (torch's own signature)
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if self._order is not None:
+            given = {name: state_dict.pop(prefix + name, None) for name in self._saved}
+            missing_keys += [prefix + name for name, value in given.items() if strict and value is None]
+            order = given["order"]
+            if order is not None and not order.is_meta:  # a state without values has no order to tell
+                try:
+                    self._set_order(check_order(order.tolist(), len(self._order.order)))
+                except (TypeError, ValueError) as error:
+                    error_msgs.append(f"{prefix}{error}; an order can be neither averaged nor scaled")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )

@@ -28,7 +28,16 @@ def on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not traced
 
 
+def watched() -> bool:
+    """Whether a compiler, a transform of ``torch.func`` or a dispatch mode sees what is computed."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+    )
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether calling a module does more than its ``forward`` does: hooks, or a ``forward`` put on the instance."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in vars(module) or torch_module._has_any_global_hook()
+    return bool(hooks or "forward" in vars(module) or torch_module._has_any_global_hook())
