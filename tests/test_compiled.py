@@ -11,7 +11,8 @@ from registry import Case, push
 from torch import Tensor, nn
 
 from flowpost import Autoregressive
-from flowpost.masked import operators
+from flowpost.masked import sweep
+from flowpost.masked.run import Column
 from flowpost.masked.staircase import Staircase
 
 STEPS: dict[str, dict[str, Any]] = {
@@ -21,7 +22,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "three blocks": {"hidden": (400, 400), "activation": F.relu},
     "no context": {"hidden": (20,), "context_size": 0, "activation": torch.tanh},
 }
-SWEEPS = {torch.ops.flowpost.gated_solve.default, torch.ops.flowpost.gated_pull.default}
+SWEEPS = {torch.ops.flowpost.solve.default, torch.ops.flowpost.pull.default}
 
 
 def make(name: str = "plain") -> tuple[Autoregressive, Tensor, Tensor | None]:
@@ -169,25 +170,26 @@ def test_operators_keep_their_word(widths: list[int]) -> None:
     """What they declare: nothing written, nothing aliased, the shapes and strides that they say."""
     weights, biases, sizes = sweep_inputs(widths)
     images, start = torch.randn(4, 5, dtype=torch.float64), torch.randn(len(biases[0]), 5, dtype=torch.float64)
-    inputs = (images, start, weights, biases[1:], 2.0, sizes, "relu")
-    torch.library.opcheck(torch.ops.flowpost.gated_solve.default, inputs)
-    found = torch.ops.flowpost.gated_solve(*inputs)
-    torch.testing.assert_close(found, operators.solve(images, start.clone(), *inputs[2:]))
+    inputs = (images, start, weights, biases[1:], sizes, "relu", "gate", [2.0, 1.0])
+    torch.library.opcheck(torch.ops.flowpost.solve.default, inputs)
+    found = torch.ops.flowpost.solve(*inputs)
+    torch.testing.assert_close(found, sweep.solve(images, start.clone(), *inputs[2:6], Column("gate", (2.0, 1.0))))
     slopes = [torch.rand(width, 5, dtype=torch.float64) for width in widths]
     fixed, moved = torch.randn(2, 4, 2, 5, dtype=torch.float64)
     pulled = (images, fixed, moved, weights, slopes, sizes)
-    torch.library.opcheck(torch.ops.flowpost.gated_pull.default, pulled)
-    torch.testing.assert_close(torch.ops.flowpost.gated_pull(*pulled), operators.pull(*pulled))
+    torch.library.opcheck(torch.ops.flowpost.pull.default, pulled)
+    torch.testing.assert_close(torch.ops.flowpost.pull(*pulled), sweep.pull(*pulled))
 
 
 def test_products_of_many_blocks_are_operators_under_a_compiler() -> None:
     """Their schemas and fakes hold, and each gives what autodiff gives for ``x (W mask)^T``."""
     layout = Staircase(range(300), [i // 2 for i in range(600)])
-    masks, runs = [mask.double() for mask in layout.masks()], layout._runs
+    weight = torch.randn(600, 300, dtype=torch.float64)
+    masks, runs, mask = layout.edges(weight), layout._runs, layout.mask.on(weight)
     assert len(masks) > 2
-    x, weight = torch.randn(3, 300, dtype=torch.float64), torch.randn(600, 300, dtype=torch.float64)
+    x = torch.randn(3, 300, dtype=torch.float64)
     y = torch.randn(3, 600, dtype=torch.float64)
-    pulled: Any = torch.func.vjp(lambda x, weight: x @ (weight * layout.mask()).T, x, weight)
+    pulled: Any = torch.func.vjp(lambda x, weight: x @ (weight * mask).T, x, weight)
     product, vjp = pulled
     ops = torch.ops.flowpost
     for operator, inputs in (

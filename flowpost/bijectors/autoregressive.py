@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import cast
 
 import torch
@@ -102,11 +102,11 @@ class Masked(Ordered, Networked):
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         return nodes.inverse([self._link()], z, context, preimage)
 
-    def _fuses(self, following: Bijector, *, shared: bool) -> bool:
-        if not isinstance(following, Masked) or not (shared or not self.context_size):
-            return False
-        alike = self.context_size == following.context_size and self.net.activation is following.net.activation
-        return alike and _is_ours(self) and _is_ours(following) and fits(self._link()) and fits(following._link())
+    def _fuses(self, *, shared: bool) -> Hashable | None:
+        ours = type(self)._forward is Masked._forward and type(self)._inverse is Masked._inverse
+        if not ours or not (shared or not self.context_size) or not fits(self._link()):
+            return None
+        return Masked, self.net.activation, self.context_size
 
     def _forward_run(self, steps: Sequence[Bijector], z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return nodes.forward([cast(Masked, step)._link() for step in steps], z, context)
@@ -161,11 +161,6 @@ class Autoregressive(Masked):
         gain: float = 1.0,
     ) -> None:
         super().__init__(Gate(dim, forget_bias, gain), context_size, hidden, order=order, activation=activation)
-
-
-def _is_ours(step: Masked) -> bool:
-    """Whether a subclass has no map of its own."""
-    return type(step)._forward is Masked._forward and type(step)._inverse is Masked._inverse
 
 
 def _check_step(step: Bijector) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -173,12 +173,13 @@ class Bijector(nn.Module, ABC):
         """The sizes, for the module's repr; a family adds what else tells two steps apart."""
         return f"{self.dim}" + (f", context_size={self.context_size}" if self.context_size else "")
 
-    def _fuses(self, following: Bijector, *, shared: bool) -> bool:
-        """Whether this step and the `following` one run as one, by ``_forward_run`` and ``_inverse_run``.
+    def _fuses(self, *, shared: bool) -> Hashable | None:
+        """The kind of run that this step may be part of, if any: neighbours of one kind run as one.
 
-        With `shared` they read one and the same context, else each its own.
+        ``_forward_run`` and ``_inverse_run`` run them. With `shared` they read one and the same context, else each its
+        own.
         """
-        return False
+        return None
 
     def _forward_run(self, steps: Sequence[Bijector], z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """``_forward`` of steps that fuse, the first of them this one; their contexts side by side, or the shared."""
@@ -236,12 +237,12 @@ def apply_inverse(step: Bijector, z: Tensor, context: Tensor | None, preimage: T
     return step._inverse(z, context, preimage)
 
 
-def wrapped(*steps: Bijector) -> bool:
+def wrapped(step: Bijector) -> bool:
     """Whether somebody wants to see the calls of a step: then it does not run as one with others.
 
     `torch.distributed.fsdp.register_fsdp_forward_method` puts an ``inverse`` on the instance.
     """
-    return any(hooked(step) or "inverse" in vars(step) for step in steps)
+    return hooked(step) or "inverse" in vars(step)
 
 
 def undo(pairs: Sequence[Pair], z: Tensor, preimage: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -44,11 +44,14 @@ class _Steps(Bijector):
 
     def _grouped(self) -> list[list[Bijector]]:
         groups: list[list[Bijector]] = []
+        last = None
         for step in self:
-            if groups and groups[-1][-1]._fuses(step, shared=self.shared) and not wrapped(step, groups[-1][-1]):
+            kind = None if wrapped(step) else step._fuses(shared=self.shared)
+            if kind is not None and kind == last:
                 groups[-1].append(step)
             else:
                 groups.append([step])
+            last = kind
         return groups
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from flowpost.bijectors.base import Bijector
 from flowpost.masked.run import COLUMNS, Array, Column, Solve
 from flowpost.numerics.arguments import check_int
+from flowpost.numerics.constants import Constant
 from flowpost.numerics.products import wide_dtype
 from flowpost.numerics.scales import SPREAD
 
@@ -125,6 +126,10 @@ class Gate(Bijector):
         if not 0 < gain < math.inf:
             raise ValueError(f"gain: expected a positive finite number, got {gain}")
         self.forget_bias, self.gain = float(forget_bias), float(gain)
+        rows = torch.tensor(
+            [[1 / SPREAD, 1 / REACH], [SPREAD, REACH], [self.forget_bias, 0.0]], dtype=torch.float64, device="cpu"
+        )
+        self._bounds = Constant(rows.unsqueeze(-1))
 
     def columns(self) -> tuple[Column | None, Column | None]:
         """The inverse's, unless a subclass may have a map of its own."""
@@ -135,7 +140,11 @@ class Gate(Bijector):
         return f"{super().extra_repr()}, forget_bias={self.forget_bias}, gain={self.gain:.4g}"
 
     def _parameters_of(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return gate_parameters(*cast(Tensor, context).chunk(2, dim=-1), self.forget_bias)
+        """As `gate_parameters`, both at once: a step is bound by the number of calls."""
+        numbers = cast(Tensor, context).unflatten(-1, (2, -1))
+        inner, outer, offset = self._bounds.on(numbers)
+        logit, mean = (torch.tanh(numbers * inner) * outer + offset).unbind(-2)
+        return logit, mean
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return gate(z, *self._parameters_of(context), self.gain)

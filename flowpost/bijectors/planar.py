@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import cast
 
 import torch
@@ -141,9 +141,8 @@ class Planar(Bijector):
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return planar(z, *self._numbers(context))
 
-    def _fuses(self, following: Bijector, *, shared: bool) -> bool:
-        alike = type(self) is type(following) and type(self)._forward is Planar._forward
-        return alike and not shared
+    def _fuses(self, *, shared: bool) -> Hashable | None:
+        return Planar if not shared and type(self)._forward is Planar._forward else None
 
     def _forward_run(self, steps: Sequence[Bijector], z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         numbers = cast(Tensor, context).unflatten(-1, (len(steps), self.context_size))

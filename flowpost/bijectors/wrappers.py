@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import cast
 
 import torch
@@ -134,10 +134,9 @@ class Inverse(Bijector):
         """The step's, the other way round."""
         return self.step.columns()[::-1]
 
-    def _fuses(self, following: Bijector, *, shared: bool) -> bool:
-        if not isinstance(following, Inverse) or wrapped(self.step, following.step):
-            return False
-        return shared and following.step._fuses(self.step, shared=True)
+    def _fuses(self, *, shared: bool) -> Hashable | None:
+        kind = self.step._fuses(shared=True) if shared and not wrapped(self.step) else None
+        return None if kind is None else (Inverse, kind)
 
     def _forward_run(self, steps: Sequence[Bijector], z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         inner = _inner(steps)

@@ -29,9 +29,9 @@ class Engine(Protocol):
 
     @staticmethod
     def values(
-        run: Run, z: Tensor, context: Tensor | None, parameters: Sequence[Tensor]
+        run: Run, z: Tensor, context: Tensor | None, parameters: Sequence[Tensor], *, recording: bool
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """The image, the log-det in the wide dtype, ``(*batch)``, and a tape."""
+        """The image, the log-det in the wide dtype, ``(*batch)`` or a constant, and a tape, if there is a way back."""
         ...
 
     @staticmethod
@@ -55,7 +55,13 @@ class Engine(Protocol):
 
     @staticmethod
     def solve(
-        run: Run, z: Tensor, context: Tensor | None, parameters: Sequence[Tensor], preimage: Tensor | None
+        run: Run,
+        z: Tensor,
+        context: Tensor | None,
+        parameters: Sequence[Tensor],
+        preimage: Tensor | None,
+        *,
+        recording: bool,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The preimage, the log-det of the inverse, and a tape; nothing is searched where the preimage is known."""
         ...
@@ -69,8 +75,11 @@ class Engine(Protocol):
 
 
 def choose(run: Run, z: Tensor) -> Engine | None:
-    """The engine for a run on z's device; None where the plain operations must run."""
-    return engine_on(z) if unwatched(z) and all(fits(link) for link in run) else None
+    """The engine for a run on z's device; None where the plain operations must run.
+
+    The links of a run of several have been found to fit when they were put together.
+    """
+    return engine_on(z) if unwatched(z) and (len(run) > 1 or fits(run[0])) else None
 
 
 def choose_inverse(run: Run, z: Tensor) -> Engine | None:

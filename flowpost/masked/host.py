@@ -7,6 +7,7 @@ that the network gave, so its formula is written once, in its own file.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,19 +22,19 @@ from flowpost.numerics.watchers import on_host
 
 _LARGE = 64.0  # the rounding of sums below it was at most 0.6 of it, in units of eps; B3 allows 8 (dim + 16) of them
 Pair = tuple[Tensor, Tensor]
+Map = Callable[[Tensor, Tensor], Pair]
 
 
 def values(
-    run: Run, z: Tensor, context: Tensor | None, parameters: Sequence[Tensor]
+    run: Run, z: Tensor, context: Tensor | None, parameters: Sequence[Tensor], *, recording: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The image, the log-det, and for the way back each link's point, numbers and hidden values ``(N, width)``."""
+    """The image, the log-det, and for the way back each link's hidden values ``(N, width)`` and recorded step."""
     total, tape = z.new_zeros(()), []
     for link, group in zip(run, grouped(run, parameters), strict=True):
         *hidden, outputs = _pass(link.net, z, context, group)
-        numbers = outputs.view(*z.shape[:-1], -1)
-        tape += [z, numbers, *hidden]
-        z, log_det = link.step._forward(z, numbers)
-        total = total + wide(log_det)
+        recorded = _record(link.step._forward, z, outputs.view(*z.shape[:-1], -1), recording)
+        tape += [*recorded, *hidden]
+        z, total = recorded.image.detach(), total + recorded.log_det.detach()
     return z, total, tape
 
 
@@ -42,16 +43,16 @@ def pull(
 ) -> tuple[Tensor, list[Tensor]]:
     """The gradient at z, and those at the sums ``(N, width)`` of every layer."""
     sums: list[Tensor] = []
-    links = zip(run, grouped(run, parameters), _cut(run, tape, 2), strict=True)
-    for link, group, (z, numbers, *hidden) in reversed(list(links)):
-        net = link.net
-        grad, of_numbers = _pull_step(link.step, z, numbers, grad, grad_log_det)
+    links = zip(run, grouped(run, parameters), _cut(run, tape), strict=True)
+    for link, group, (recorded, hidden) in reversed(list(links)):
+        net, shape = link.net, grad.shape
+        grad, of_numbers = _pull(link.step._forward, recorded, grad, grad_log_det)
         steep = of_numbers.reshape(-1, net.outputs * net.dim)
         layers = [steep]
         for layer, weight, value in zip(net.stack[:0:-1], group.weights[:0:-1], hidden[::-1], strict=True):
             steep = KNOWN[net.activation].gradient(layer.staircase.input_gradient(steep, weight), value)
             layers.append(steep)
-        grad = grad + net.stack[0].staircase.input_gradient(steep, group.weights[0]).view(z.shape)
+        grad = grad + net.stack[0].staircase.input_gradient(steep, group.weights[0]).view(shape)
         sums = layers[::-1] + sums
     return grad, sums
 
@@ -66,17 +67,16 @@ def weight_gradients(
 ) -> list[Tensor | None]:
     """The gradients at the context and at the parameters, None where not needed."""
     of_context, found, first, place = None, [], 0, 1
-    extra = len(tape) // len(run) - len(run[0].net.layers)  # what a link's tape has beside hidden values, and one
-    for link, group, (z, _, *rest) in zip(run, grouped(run, parameters), _cut(run, tape, extra + 1), strict=True):
-        net, count = link.net, len(link.net.layers)
-        inputs, layers = [z.reshape(-1, net.dim), *rest[: count - 1]], sums[first : first + count]
+    for link, group, (recorded, hidden) in zip(run, grouped(run, parameters), _cut(run, tape), strict=True):
+        net, count, point = link.net, len(link.net.layers), recorded.point
+        inputs, layers = [point.reshape(-1, net.dim), *hidden], sums[first : first + count]
         triples = zip(net.stack, layers, inputs, needs[place : place + count], strict=True)
         found += [layer.staircase.weight_gradient(grad, x) if need else None for layer, grad, x, need in triples]
         biases = needs[place + count : place + 2 * count]
         found += [grad.sum(0) if need else None for grad, need in zip(layers, biases, strict=True)]
         first, place = first + count, place + 2 * count
         if context is not None:
-            at_context = _sum_to(layers[0], z.shape[:-1], context.shape[:-1])
+            at_context = _sum_to(layers[0], point.shape[:-1], context.shape[:-1])
             if needs[0]:
                 more = (at_context @ group.projection[0]).view(context.shape)
                 of_context = more if of_context is None else of_context + more
@@ -86,9 +86,15 @@ def weight_gradients(
 
 
 def solve(
-    run: Run, z: Tensor, context: Tensor | None, parameters: Sequence[Tensor], preimage: Tensor | None
+    run: Run,
+    z: Tensor,
+    context: Tensor | None,
+    parameters: Sequence[Tensor],
+    preimage: Tensor | None,
+    *,
+    recording: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The preimage, the log-det, and a tape as that of `values`, with each link's image besides."""
+    """The preimage, the log-det, and a tape as that of `values`, of each link's inverse."""
     groups = grouped(run, parameters)
     knowns: list[tuple[Tensor, ...]] = []
     if preimage is not None:
@@ -100,9 +106,9 @@ def solve(
     for place in reversed(range(len(run))):
         link = run[place]
         x, numbers, *hidden = knowns[place] if knowns else _search(link, groups[place], z, context)
-        tape = [x, numbers, *hidden, z, *tape]
-        z, log_det = link.step._inverse(z, numbers, x)
-        total = total + wide(log_det)
+        recorded = _record(_known_inverse(link.step, x), z, numbers, recording, x)
+        tape = [*recorded, *hidden, *tape]
+        z, total = recorded.image.detach(), total + recorded.log_det.detach()
     return z, total, tape
 
 
@@ -115,9 +121,12 @@ def transposed_solve(
     the log-det adds) dc_i/dx_j``, and the gradient at y is ``v df/dy``: one transposed sweep.
     """
     sums: list[Tensor] = []
-    for link, group, part in zip(run, grouped(run, parameters), _cut(run, tape, 3), strict=True):
-        net, order, (x, numbers, *hidden, z) = link.net, link.order, part
-        of_map, of_log_det = _slopes(link.step, z, numbers, x, grad_log_det)
+    for link, group, (recorded, hidden) in zip(run, grouped(run, parameters), _cut(run, tape), strict=True):
+        net, order, ones = link.net, link.order, torch.ones_like(grad)
+        backward = _known_inverse(link.step, recorded.point)
+        # Element-wise, so the gradient of the sum over all variables has every variable's own slope.
+        of_map = _pull(backward, recorded, ones, None)
+        of_log_det = _pull(backward, recorded, None, grad_log_det)
         fixed, moved = (
             by_variable(net, each.reshape(-1, net.outputs * net.dim).t(), order)
             .unflatten(0, (net.dim, net.outputs))
@@ -130,7 +139,7 @@ def transposed_solve(
         v, *layers = sweep.pull(to_columns(grad, order), fixed, moved, list(weights), slopes, _sizes(net))
         layers[-1] = by_output(net, layers[-1], order)
         sums += [each.t() for each in layers]
-        grad = torch.addcmul(of_log_det[0], to_rows(v, order).view(z.shape), of_map[0])
+        grad = torch.addcmul(of_log_det[0], to_rows(v, order).view(ones.shape), of_map[0])
     return grad, sums
 
 
@@ -210,56 +219,67 @@ def _large(weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
     return ~torch.stack(squares).amax(0).le(_LARGE**2)
 
 
-def _pull_step(step: ElementWise, z: Tensor, numbers: Tensor, grad: Tensor, grad_log_det: Tensor) -> Pair:
-    """The gradients at z and at the numbers of a step's forward."""
+class Recorded(NamedTuple):
+    """An element-wise map at its point and numbers, with the graph of what it gave, where that is to be pulled back."""
 
-    def both(z: Tensor, numbers: Tensor) -> Pair:
-        image, log_det = step._forward(z, numbers)
-        return image, wide(log_det).expand(grad_log_det.shape)
+    point: Tensor
+    """Where the network was evaluated, ``(*batch, dim)``."""
+    z: Tensor
+    """What was mapped: the point, or for an inverse its image."""
+    numbers: Tensor
+    """``(*batch, outputs * dim)``"""
+    image: Tensor
+    log_det: Tensor
+    """In the wide dtype; of fewer axes where it is a constant."""
 
+
+def _record(function: Map, z: Tensor, numbers: Tensor, recording: bool, point: Tensor | None = None) -> Recorded:  # noqa: FBT001
+    # A compiler records nothing: it traces the way back from the numbers.
+    recording = recording and not torch.compiler.is_compiling()
+    with torch.set_grad_enabled(recording):
+        inputs = z.detach().requires_grad_(recording), numbers.detach().requires_grad_(recording)
+        image, log_det = function(*inputs)
+        return Recorded(inputs[0] if point is None else point, *inputs, image, wide(log_det))
+
+
+def _pull(function: Map, recorded: Recorded, grad: Tensor | None, grad_log_det: Tensor | None) -> Pair:
+    """The gradients at z and at the numbers, from those at the image and at the log-det; None for zero."""
+    _, z, numbers, image, log_det = recorded
     if torch.compiler.is_compiling():
-        return torch.func.vjp(both, z, numbers)[1]((grad, grad_log_det))
-    with torch.enable_grad():
-        inputs = z.detach().requires_grad_(), numbers.detach().requires_grad_()
-        return _grads(both(*inputs), inputs, (grad, grad_log_det))
-
-
-def _slopes(step: ElementWise, z: Tensor, numbers: Tensor, x: Tensor, grad_log_det: Tensor) -> tuple[Pair, Pair]:
-    """Of a step's inverse, each at the image and at the numbers: every variable's slopes, and the log-det's gradient.
-
-    Element-wise, so the gradient of the sum over all variables has every variable's own slope.
-    """
-
-    def both(z: Tensor, numbers: Tensor) -> Pair:
-        preimage, log_det = step._inverse(z, numbers, x)
-        return preimage, wide(log_det).expand(grad_log_det.shape)
-
-    ones = torch.ones_like(z)
-    if torch.compiler.is_compiling():
-        back = torch.func.vjp(both, z, numbers)[1]
-        return back((ones, torch.zeros_like(grad_log_det))), back((torch.zeros_like(z), grad_log_det))
-    with torch.enable_grad():
-        inputs = z.detach().requires_grad_(), numbers.detach().requires_grad_()
-        preimage, log_det = both(*inputs)
-        return _grads((preimage,), inputs, (ones,), again=True), _grads((log_det,), inputs, (grad_log_det,))
-
-
-def _grads(outputs: Sequence[Tensor], inputs: Pair, grads: Sequence[Tensor], *, again: bool = False) -> Pair:
-    """Gradients of those outputs that depend on the inputs; a shift's log-det, say, is a constant."""
-    pairs = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad]
+        return _traced_pull(function, z, numbers, grad, grad_log_det)
+    pairs = [(image, grad), (log_det, None if grad_log_det is None else grad_log_det.sum_to_size(log_det.shape))]
+    # A shift's log-det, say, is a constant and in no graph.
+    pairs = [pair for pair in pairs if pair[0].requires_grad and pair[1] is not None]
     if not pairs:
-        return torch.zeros_like(inputs[0]), torch.zeros_like(inputs[1])
+        return torch.zeros_like(z), torch.zeros_like(numbers)
     outputs, grads = zip(*pairs, strict=True)
-    found = torch.autograd.grad(outputs, inputs, grads, retain_graph=again, materialize_grads=True, allow_unused=True)
+    found = torch.autograd.grad(
+        outputs, (z, numbers), grads, retain_graph=True, materialize_grads=True, allow_unused=True
+    )
     return found[0], found[1]
 
 
-def _cut(run: Run, tape: Sequence[Tensor], extra: int) -> Iterator[Sequence[Tensor]]:
-    """Each link's part of a tape, which has `extra` tensors beside the hidden values."""
-    first = 0
+def _traced_pull(function: Map, z: Tensor, numbers: Tensor, grad: Tensor | None, grad_log_det: Tensor | None) -> Pair:
+    def both(z: Tensor, numbers: Tensor) -> Pair:
+        image, log_det = function(z, numbers)
+        return image, wide(log_det).expand(z.shape[:-1])
+
+    pull = torch.func.vjp(both, z, numbers)[1]
+    like = torch.zeros_like(z)
+    return pull((like if grad is None else grad, wide(like[..., 0]) if grad_log_det is None else grad_log_det))
+
+
+def _known_inverse(step: ElementWise, x: Tensor) -> Map:
+    """The step's inverse where the preimage is known."""
+    return lambda z, numbers: step._inverse(z, numbers, x)
+
+
+def _cut(run: Run, tape: Sequence[Tensor]) -> Iterator[tuple[Recorded, Sequence[Tensor]]]:
+    """Each link's part of a tape: its recorded step and its hidden values."""
+    first, count = 0, len(Recorded._fields)
     for link in run:
-        last = first + extra + len(link.net.layers) - 1
-        yield tape[first:last]
+        last = first + count + len(link.net.layers) - 1
+        yield Recorded(*tape[first : first + count]), tape[first + count : last]
         first = last
 
 

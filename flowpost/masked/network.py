@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import torch.nn.functional as F
@@ -35,6 +35,12 @@ class MaskedLinear(nn.Module):
     def lay_out(self, inputs: Sequence[int], units: Sequence[int], groups: int = 1) -> None:
         """Give the weights that are here to these degrees."""
         self.staircase = Staircase(inputs, units, groups)
+        self.staircase.edges(self.weight)
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> MaskedLinear:  # noqa: FBT001, FBT002
+        super()._apply(fn, recurse)
+        self.staircase.edges(self.weight)  # copied where the weight has moved, so that no compiled call has to
+        return self
 
     def reset_parameters(self) -> None:
         """Draw weights and biases as `torch.nn.Linear` does."""

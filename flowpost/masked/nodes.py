@@ -24,40 +24,46 @@ def forward(run: Run, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor
     if engine.choose(run, z) is None:
         return plain.forward(run, z, context)
     (z,) = broadcast(context, z)
-    return cast("tuple[Tensor, Tensor]", _Pass.apply(run, z, context, *flat(run)))
+    return cast("tuple[Tensor, Tensor]", _Pass.apply(run, torch.is_grad_enabled(), z, context, *flat(run)))
 
 
 def inverse(run: Run, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
     """The preimage of z under a run, and the log-det of the inverse."""
     if engine.choose_inverse(run, z) is None:
         return plain.inverse(run, z, context, preimage)
-    if preimage is None:
-        (z,) = broadcast(context, z)
-    else:
-        z, preimage = broadcast(context, z, preimage)
-    return cast("tuple[Tensor, Tensor]", _Solve.apply(run, preimage, z, context, *flat(run)))
+    z, *others = broadcast(context, z) if preimage is None else broadcast(context, z, preimage)
+    known = others[0] if others else None
+    found = _Solve.apply(run, torch.is_grad_enabled(), known, z, context, *flat(run))
+    return cast("tuple[Tensor, Tensor]", found)
 
 
 class _Pass(torch.autograd.Function):
     """A run's pass; z has the broadcast leading axes, and the parameters come as `flat` gives them."""
 
     @staticmethod
-    def forward(ctx: Ctx, run: Run, z: Tensor, context: Tensor | None, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        image, log_det, tape = engine.engine_on(z).values(run, z, context, parameters)
+    def forward(
+        ctx: Ctx,
+        run: Run,
+        recording: bool,  # noqa: FBT001
+        z: Tensor,
+        context: Tensor | None,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        image, log_det, tape = engine.engine_on(z).values(run, z, context, parameters, recording=recording)
         ctx.run = run
         ctx.save_for_backward(z, context, *parameters, *tape)
         return image, _whole(log_det, z)
 
     @staticmethod
     def backward(ctx: Ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        run, needs = ctx.run, ctx.needs_input_grad[1:]
+        run, needs = ctx.run, ctx.needs_input_grad[2:]
         z, context, *rest = ctx.saved_tensors
         parameters, tape = rest[: len(needs) - 2], rest[len(needs) - 2 :]
         if torch.is_grad_enabled():
-            return None, *_replay(partial(plain.forward, run), (z, context, *parameters), needs, grads)
+            return None, None, *_replay(partial(plain.forward, run), (z, context, *parameters), needs, grads)
         chosen = engine.engine_on(z)
         z_grad, sums = chosen.pull(run, tape, parameters, *grads)
-        return None, z_grad, *chosen.weight_gradients(run, tape, sums, context, parameters, needs[1:])
+        return None, None, z_grad, *chosen.weight_gradients(run, tape, sums, context, parameters, needs[1:])
 
 
 class _Solve(torch.autograd.Function):
@@ -65,16 +71,22 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Ctx, run: Run, preimage: Tensor | None, z: Tensor, context: Tensor | None, *parameters: Tensor
+        ctx: Ctx,
+        run: Run,
+        recording: bool,  # noqa: FBT001
+        preimage: Tensor | None,
+        z: Tensor,
+        context: Tensor | None,
+        *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        found, log_det, tape = engine.engine_on(z).solve(run, z, context, parameters, preimage)
+        found, log_det, tape = engine.engine_on(z).solve(run, z, context, parameters, preimage, recording=recording)
         ctx.run = run
         ctx.save_for_backward(preimage, z, context, *parameters, *tape)
         return found, _whole(log_det, z)
 
     @staticmethod
     def backward(ctx: Ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        run, needs = ctx.run, ctx.needs_input_grad[2:]
+        run, needs = ctx.run, ctx.needs_input_grad[3:]
         preimage, z, context, *rest = ctx.saved_tensors
         parameters, tape = rest[: len(needs) - 2], rest[len(needs) - 2 :]
         if torch.is_grad_enabled():
@@ -82,10 +94,10 @@ class _Solve(torch.autograd.Function):
             def inverse(z: Tensor, context: Tensor | None, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
                 return plain.inverse(run, z, context, preimage, parameters)
 
-            return None, None, *_replay(inverse, (z, context, *parameters), needs, grads)
+            return None, None, None, *_replay(inverse, (z, context, *parameters), needs, grads)
         chosen = engine.engine_on(z)
         z_grad, sums = chosen.transposed_solve(run, tape, parameters, *grads)
-        return None, None, z_grad, *chosen.weight_gradients(run, tape, sums, context, parameters, needs[1:])
+        return None, None, None, z_grad, *chosen.weight_gradients(run, tape, sums, context, parameters, needs[1:])
 
 
 def _whole(log_det: Tensor, z: Tensor) -> Tensor:
