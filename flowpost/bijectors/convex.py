@@ -56,19 +56,15 @@ class ConvexCombination(Bijector):
     """
 
     triangular = True
-    start: Tensor
 
     def __init__(self, dim: int, combinations: int) -> None:
-        self.combinations = check_int("combinations", combinations, minimum=1)
+        check_int("combinations", combinations, minimum=1)
         below = check_int("dim", dim, minimum=1) * (dim - 1) // 2
         weights = combinations if below and combinations > 1 else 0
-        super().__init__(dim, combinations * below + weights)
-        start = torch.cat([torch.zeros(combinations * below), torch.randn(weights)])
-        self.register_buffer("start", start, persistent=False)
-
-    def initial_context(self) -> Tensor:
-        """Identities, with random weights."""
-        return self.start.clone()
+        logits = torch.randn(weights, device="cpu")
+        start = torch.cat([logits.new_zeros(combinations * below), logits])
+        super().__init__(dim, len(start), start=start)
+        self.combinations = combinations
 
     def _numbers(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         if context is None:  # at dim 1

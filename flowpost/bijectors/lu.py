@@ -14,6 +14,7 @@ from flowpost.numerics.constants import Ordered
 from flowpost.numerics.products import by_columns, by_rows
 from flowpost.numerics.scales import softplus_scale
 from flowpost.numerics.triangles import multiply, solve, strict_tril
+from flowpost.numerics.watchers import full_precision
 
 
 class LU(NamedTuple):
@@ -39,7 +40,7 @@ def lu_linear(z: Tensor, below: Tensor, above: Tensor, diagonal: Tensor) -> tupl
     Returns:
         z' ``(*batch, dim)`` and log_det, of the diagonal's batch shape.
     """
-    with torch.autocast(z.device.type, enabled=False):
+    with full_precision(z.device.type):
         upper = diagonal * z + by_columns(by_rows, strict_tril(above, z.shape[-1]).mT, z)
     return multiply(upper, below), diagonal.log().sum(-1)
 

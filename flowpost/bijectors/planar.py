@@ -15,6 +15,7 @@ from flowpost.numerics.cascade import cascade, gram
 from flowpost.numerics.products import by_columns, by_rows, wide_dtype
 from flowpost.numerics.ridge import bounded_gain, log_slope, ridge
 from flowpost.numerics.roots import correct, tanh_root
+from flowpost.numerics.watchers import full_precision
 
 
 def _invertible(u: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,7 +66,7 @@ def planar_chain(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Te
         z' ``(*batch, dim)`` and log_det ``(*batch)``, summed in float64.
     """
     u_hat, wu, room = _invertible(u, w)
-    with torch.autocast(z.device.type, enabled=False):
+    with full_precision(z.device.type):
         start = by_columns(by_rows, w, z) if z.ndim >= w.ndim else (w * z.unsqueeze(-2)).sum(-1)
         inner = cascade(start + b, gram(w, u_hat))
         value, slope = ridge(inner)
@@ -124,16 +125,10 @@ class Planar(Bijector):
         >>> image, log_det = step(z, torch.randn(5, 5))
     """
 
-    start: Tensor
-
     def __init__(self, dim: int) -> None:
-        super().__init__(dim, 2 * check_int("dim", dim, minimum=1) + 1)
-        start = torch.cat([torch.zeros(dim), torch.randn(dim) / math.sqrt(dim), torch.zeros(1)])
-        self.register_buffer("start", start, persistent=False)
-
-    def initial_context(self) -> Tensor:
-        """No stretch, ``u = 0``, across a random direction w; w = 0 would be a point without gradient."""
-        return self.start.clone()
+        # w = 0 would be a point without gradient.
+        w = torch.randn(check_int("dim", dim, minimum=1), device="cpu") / math.sqrt(dim)
+        super().__init__(dim, 2 * dim + 1, start=torch.cat([torch.zeros_like(w), w, w.new_zeros(1)]))
 
     def _numbers(self, context: Tensor | None) -> tuple[Tensor, ...]:
         return cast(Tensor, context).split([self.dim, self.dim, 1], dim=-1)

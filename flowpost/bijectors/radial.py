@@ -103,15 +103,10 @@ class Radial(Bijector):
         >>> image, log_det = step(z, torch.randn(5, 4))
     """
 
-    start: Tensor
-
     def __init__(self, dim: int) -> None:
-        super().__init__(dim, check_int("dim", dim, minimum=1) + 2)
-        self.register_buffer("start", torch.cat([torch.randn(dim), torch.zeros(2)]), persistent=False)
-
-    def initial_context(self) -> Tensor:
-        """No stretch, around a random point: around one and the same, K steps would be clones."""
-        return self.start.clone()
+        # Around one and the same point, K steps would be clones.
+        center = torch.randn(check_int("dim", dim, minimum=1), device="cpu")
+        super().__init__(dim, dim + 2, start=torch.cat([center, center.new_zeros(2)]))
 
     def _numbers(self, context: Tensor | None) -> tuple[Tensor, ...]:
         return cast(Tensor, context).split([self.dim, 1, 1], dim=-1)

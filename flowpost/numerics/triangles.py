@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from flowpost.numerics.products import by_columns, by_rows
-from flowpost.numerics.watchers import on_host, unwatched
+from flowpost.numerics.watchers import full_precision, on_host, unwatched
 
 Ctx = Any  # of an autograd function: torch types it without what it stores
 
 
 def multiply(z: Tensor, entries: Tensor) -> Tensor:
     """``L z``, of z ``(*batch, dim)`` and the entries ``(*batch, dim (dim - 1) / 2)`` of L, row by row."""
-    with torch.autocast(z.device.type, enabled=False):
+    with full_precision(z.device.type):
         if on_host(z) and unwatched(z) and _once(z, entries):
             return z + cast(Tensor, _SumRows.apply(z, entries))
         return z + by_columns(by_rows, strict_tril(entries, z.shape[-1]), z)
@@ -35,7 +35,7 @@ def solve(z: Tensor, entries: Tensor) -> Tensor:
 def push_gaussian(loc: Tensor, tril: Tensor | None, entries: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and Cholesky factor of L z for z of N(loc, tril tril^T); tril None is the identity."""
     matrix = unit_tril(entries, loc.shape[-1])
-    with torch.autocast(loc.device.type, enabled=False):
+    with full_precision(loc.device.type):
         return by_columns(torch.matmul, matrix, loc), matrix if tril is None else matrix @ tril
 
 

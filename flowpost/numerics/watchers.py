@@ -1,11 +1,15 @@
-"""Who sees a step's operations: whether passes by hand, or numpy, may stand in for them."""
+"""Who else looks at a tensor's operations: compilers, transforms, dispatch modes, autocast."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
+
+_AS_IT_IS = nullcontext()
 
 
 def unwatched(z: Tensor) -> bool:
@@ -18,7 +22,7 @@ def unwatched(z: Tensor) -> bool:
         (torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling())  # an export
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or torch.is_autocast_enabled(z.device.type)
+        or autocast(z.device.type)
     )
 
 
@@ -41,3 +45,15 @@ def hooked(module: nn.Module) -> bool:
     """Whether calling a module does more than its ``forward`` does: hooks, or a ``forward`` put on the instance."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(hooks or "forward" in vars(module) or torch_module._has_any_global_hook())
+
+
+def autocast(device_type: str) -> bool:
+    """Whether autocast is on; never on a device that has none, as ``meta``, where torch raises if it is asked."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def full_precision(device_type: str) -> AbstractContextManager:
+    """A context in which autocast is off. It costs nothing where autocast is off already, but in a graph it is kept."""
+    needed = torch.compiler.is_compiling() or autocast(device_type)
+    off = needed and torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if off else _AS_IT_IS
