@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowpost.bijectors.base import LINE, Bijector
+from flowpost.bijectors.base import LINE, Bijector, apply, apply_inverse
 from flowpost.bijectors.networked import Networked
 from flowpost.masked.run import broadcast
 from flowpost.numerics.arguments import check_int, check_order
 from flowpost.numerics.constants import Ordered
+from flowpost.numerics.watchers import untouched
 
 
 class Coupling(Ordered, Networked):
@@ -87,13 +88,13 @@ class Coupling(Ordered, Networked):
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         passed, moved = self._split(z)
-        moved, log_det = self.step._forward(moved, self._numbers(passed, context))
+        moved, log_det = apply(self.step, moved, self._numbers(passed, context))
         return self._join(passed, moved), log_det
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         passed, moved = self._split(z)
         preimage = None if preimage is None else self._split(preimage)[1]
-        moved, log_det = self.step._inverse(moved, self._numbers(passed, context), preimage)
+        moved, log_det = apply_inverse(self.step, moved, self._numbers(passed, context), preimage)
         return self._join(passed, moved), log_det
 
     def _numbers(self, passed: Tensor, context: Tensor | None) -> Tensor:
@@ -135,14 +136,19 @@ class Perceptron(nn.Module):
 
     def forward(self, z: Tensor, context: Tensor | None) -> Tensor:
         """Outputs for z ``(*batch, variables)`` and the context."""
-        first, *others = cast("list[nn.Linear]", list(self.layers))
-        of_z, of_context = first.weight.split([z.shape[-1], first.in_features - z.shape[-1]], dim=1)
-        x = F.linear(z, of_z, first.bias)
-        if context is not None:
-            x = x + F.linear(context, of_context)
+        first, *others = self.layers
+        x = first(z) if context is None else _read(first, z, context)
         for layer in others:
             x = layer(self.activation(x))
         return x
+
+
+def _read(layer: nn.Module, z: Tensor, context: Tensor) -> Tensor:
+    """A linear layer of both side by side. One that somebody has changed is called, and h is expanded for it."""
+    if untouched(layer, nn.Linear):
+        of_z, of_context = cast(nn.Linear, layer).weight.split([z.shape[-1], context.shape[-1]], dim=1)
+        return F.linear(z, of_z, cast(nn.Linear, layer).bias) + F.linear(context, of_context)
+    return layer(torch.cat(broadcast(context, z, context), dim=-1))
 
 
 class Constant(nn.Module):

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules import module as torch_module
 
 _AS_IT_IS = nullcontext()
 
@@ -42,9 +41,22 @@ def watched() -> bool:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calling a module does more than its ``forward`` does: hooks, or a ``forward`` put on the instance."""
+    """Whether calling a module does more than its ``forward`` does: hooks, or a ``forward`` put on the instance.
+
+    Hooks on all modules at once are for measurements, says torch: what they are to see is what runs without them.
+    """
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks or "forward" in vars(module) or torch_module._has_any_global_hook())
+    return bool(hooks or "forward" in vars(module))
+
+
+def untouched(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a layer is exactly of a kind and its parameters say all that it does, so that they may be read instead.
+
+    Not so with a parametrization, a hook, a ``forward`` on the instance, or a parameter that is a tensor of another
+    kind, as a quantized or a distributed one.
+    """
+    plain = all(each is None or type(each) in (nn.Parameter, Tensor) for each in layer._parameters.values())
+    return type(layer) is kind and plain and not hooked(layer)
 
 
 def autocast(device_type: str) -> bool:
