@@ -7,21 +7,25 @@ from torch import Tensor
 
 from flowpost.bijectors.base import Bijector
 from flowpost.numerics.arguments import check_int
-from flowpost.numerics.triangles import multiply, push_gaussian, solve
+from flowpost.numerics.constants import Constant
+from flowpost.numerics.triangles import multiply, places, push_gaussian, solve
 
 
-def convex_combination(z: Tensor, entries: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+def convex_combination(
+    z: Tensor, entries: Tensor, logits: Tensor, kept: Constant | None = None
+) -> tuple[Tensor, Tensor]:
     """Volume-preserving linear map ``z' = (sum_k y_k L_k) z``, ``y = softmax(logits)``, ``log_det = 0``.
 
     Args:
         z: ``(*batch, dim)``.
         entries: ``(*batch, K, dim (dim - 1) / 2)``, every L_k below its unit diagonal, row by row.
         logits: ``(*batch, K)``.
+        kept: ``numerics.triangles.places(dim)``, where a step keeps them; by default they are made anew.
 
     Returns:
         z' ``(*batch, dim)`` and log_det, zero.
     """
-    return multiply(z, combine(entries, logits)), z.new_zeros(())
+    return multiply(z, combine(entries, logits), kept), z.new_zeros(())
 
 
 def combine(entries: Tensor, logits: Tensor) -> Tensor:
@@ -65,6 +69,7 @@ class ConvexCombination(Bijector):
         start = torch.cat([logits.new_zeros(combinations * below), logits])
         super().__init__(dim, len(start), start=start)
         self.combinations = combinations
+        self._places = places(dim)
 
     def _numbers(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         if context is None:  # at dim 1
@@ -76,10 +81,10 @@ class ConvexCombination(Bijector):
         return entries.unflatten(-1, (count, -1)), logits
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return convex_combination(z, *self._numbers(z, context))
+        return convex_combination(z, *self._numbers(z, context), self._places)
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
-        return solve(z, combine(*self._numbers(z, context))), z.new_zeros(())
+        return solve(z, combine(*self._numbers(z, context)), self._places), z.new_zeros(())
 
     def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return push_gaussian(loc, tril, combine(*self._numbers(loc, context)))
+        return push_gaussian(loc, tril, combine(*self._numbers(loc, context)), self._places)

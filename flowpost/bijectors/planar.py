@@ -11,9 +11,8 @@ from torch import Tensor
 
 from flowpost.bijectors.base import Bijector
 from flowpost.numerics.arguments import check_int
-from flowpost.numerics.cascade import cascade, gram
 from flowpost.numerics.products import by_columns, by_rows, wide_dtype
-from flowpost.numerics.ridge import bounded_gain, log_slope, ridge
+from flowpost.numerics.ridge import bounded_gain, cascade, log_slope, ridge
 from flowpost.numerics.roots import correct, tanh_root
 from flowpost.numerics.watchers import full_precision
 
@@ -68,7 +67,7 @@ def planar_chain(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Te
     u_hat, wu, room = _invertible(u, w)
     with full_precision(z.device.type):
         start = by_columns(by_rows, w, z) if z.ndim >= w.ndim else (w * z.unsqueeze(-2)).sum(-1)
-        inner = cascade(start + b, gram(w, u_hat))
+        inner = cascade(start + b, w @ u_hat.mT)
         value, slope = ridge(inner)
         image = z + by_columns(by_rows, u_hat.mT, value)
     log_det = log_slope(wu.squeeze(-1), room.squeeze(-1), value, slope)
