@@ -36,10 +36,12 @@ def combine(entries: Tensor, logits: Tensor) -> Tensor:
 class ConvexCombination(Bijector):
     """Linear map ``z' = (sum_k y_k L_k) z``: a convex combination of K lower-triangular maps with unit diagonals.
 
-    The combination has a unit diagonal too, so the map is invertible for every context and keeps volumes: after an
-    `Affine` it is the convex combination linear IAF. Identity where all L_k are; there the weights are drawn at random
-    when the step is built, since equal ones would keep the L_k equal. Forward costs O(K dim^2) an example, one product
-    a sample, for the matrices are combined first; the log-det is 0; the inverse is a triangular solve.
+    Use it after an `Affine`: the two are the convex combination linear IAF, a full-covariance Gaussian.
+
+    The combination has a unit diagonal too, so the map is invertible for every context and keeps volumes. At the
+    initial context every L_k is the identity, and so is the map. The weights there are drawn at random when the step is
+    built: from equal weights the L_k would stay equal. The matrices are combined once for each example, at O(K dim^2),
+    and a sample costs one product. The log-det is 0; the inverse is a triangular solve.
 
     Args:
         dim: size of z.
@@ -70,6 +72,10 @@ class ConvexCombination(Bijector):
         super().__init__(dim, len(start), start=start)
         self.combinations = combinations
         self._places = places(dim)
+
+    def extra_repr(self) -> str:
+        """Sizes and K, for the module's repr."""
+        return f"{super().extra_repr()}, combinations={self.combinations}"
 
     def _numbers(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         if context is None:  # at dim 1

@@ -26,7 +26,9 @@ def householder(z: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 class Householder(Bijector):
     """Householder flow ``z' = (I - 2 v v^T / |v|^2) z``: z in a mirror across v, so no volume changes.
 
-    Its own inverse, for every context; only the direction of v matters, and where v is zero the first axis stands in.
+    Use several after an `Affine`, to turn a diagonal Gaussian into one with correlations by few numbers an example.
+
+    Its own inverse, for every context. Only the direction of v matters, and where v is zero the first axis stands in.
     No context makes one reflection the identity: two equal ones in a row are. Forward and inverse cost O(dim); the
     log-det is 0.
 

@@ -74,6 +74,8 @@ def _solve_upper(matrix: Tensor, columns: Tensor) -> Tensor:
 class LULinear(Ordered, Bijector):
     """Linear map ``z' = P L U z + shift``: any mixing of the variables, at the price of two triangular products.
 
+    Use it between other steps, in place of a permutation: it learns which variables the next step mixes.
+
     P is a fixed permutation, L lower-triangular with a unit diagonal, U upper-triangular with a positive one, floored,
     so that the map is invertible for every context. At the zero context it is P alone, the identity where there is no
     `order`. Forward costs O(dim^2), the log-det O(dim); the inverse is two triangular solves.
@@ -91,7 +93,7 @@ class LULinear(Ordered, Bijector):
         ValueError: if `order` is no permutation.
 
     Reference:
-        Kingma & Dhariwal (2018), Glow: Generative Flow with Invertible 1x1 Convolutions, section 3.2, eq. 12.
+        Kingma & Dhariwal (2018), Glow: Generative Flow with Invertible 1x1 Convolutions, section 3.2.
 
     Example:
         >>> LULinear(3, order=[2, 0, 1])(torch.tensor([1.0, 2.0, 3.0]), torch.zeros(12))[0]

@@ -105,6 +105,9 @@ def planar_inverse(z: Tensor, u: Tensor, w: Tensor, b: Tensor, preimage: Tensor 
 class Planar(Bijector):
     """Planar flow ``z' = z + u_hat tanh(w.z + b)``: it stretches or squeezes z along u_hat, across one hyperplane.
 
+    Use 8 or more after an `Affine` for a posterior that is not Gaussian and cheap to draw from. A `Sylvester` step
+    moves z along more directions at once. Planar steps in sequence run together in a `Chain`.
+
     Invertible for every context: u is moved to u_hat, for which ``w.u_hat > -1``. Identity where u = 0, for any
     direction w, which is drawn at random when the step is built. Forward and log-det cost O(dim); the inverse is one
     scalar root a point, by a monotone Newton iteration, with exact first and second derivatives.

@@ -83,6 +83,9 @@ def radial_inverse(z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor) -> tu
 class Radial(Bijector):
     """Radial flow ``z' = z + b h (z - z0)``, ``h = 1 / (a + |z - z0|)``: it stretches or squeezes z around a point z0.
 
+    Use several after an `Affine` where the posterior is more peaked, or flatter, around a point than a Gaussian; they
+    bend little in many dimensions, where most points lie far from z0.
+
     Invertible for every context: ``a > 0`` and ``b > -a`` are made so, with floors that keep the log-det finite.
     Identity where ``beta = 0``, around any point z0, which is drawn at random when the step is built. Forward, inverse
     and log-det cost O(dim): the inverse is the stable root of a quadratic in the radius. The log-det has a kink at z0,

@@ -99,6 +99,8 @@ def _log_det(r1: Tensor, r2: Tensor, room: Tensor | None, value: Tensor, slope: 
 class Sylvester(Bijector):
     """Sylvester flow ``z' = z + Q R1 tanh(R2 Q^T z + b)``: M ridges in one step, in orthogonal directions.
 
+    Use a few after an `Affine` where planar steps are too weak: at rank M, one step moves z along M directions.
+
     Q is the first `rank` columns of a product of Householder reflections, so orthonormal for every context. The three
     forms of the paper are ``Sylvester(dim, rank)``, **orthogonal**, of M reflections, whose columns can be any;
     ``Sylvester(dim, dim, reflections)``, **Householder**; and ``Sylvester(dim, dim, 0)``, **triangular**, where Q is I,
@@ -129,7 +131,7 @@ class Sylvester(Bijector):
 
     Reference:
         van den Berg, Hasenclever, Tomczak & Welling (2018), Sylvester Normalizing Flows for Variational Inference,
-        eq. 10 to 17.
+        section 3.
 
     Example:
         >>> step = Sylvester(4, rank=2)
@@ -173,7 +175,7 @@ class Sylvester(Bijector):
 
     def extra_repr(self) -> str:
         """Sizes, for the module's repr."""
-        return f"dim={self.dim}, rank={self.rank}, reflections={self.reflections}"
+        return f"{super().extra_repr()}, rank={self.rank}, reflections={self.reflections}"
 
 
 def _start(dim: int, rank: int, reflections: int) -> Tensor:

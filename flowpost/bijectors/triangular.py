@@ -27,8 +27,10 @@ def unit_lower_triangular(z: Tensor, entries: Tensor, kept: Constant | None = No
 class UnitLowerTriangular(Bijector):
     """Linear map ``z' = L z`` with L lower-triangular and a unit diagonal: correlation without a change of volume.
 
-    Between the noise and an `Affine` it makes a full-covariance Gaussian, with ``loc`` the mean and ``diag(scale) L``
-    the Cholesky factor. Invertible for every context; identity at the zero context. Forward costs O(dim^2) an example,
+    Use it between the noise and an `Affine`: the two make a full-covariance Gaussian, with ``loc`` the mean and
+    ``diag(scale) L`` the Cholesky factor.
+
+    Invertible for every context; identity at the zero context. Forward costs O(dim^2) an example,
     of which assembling L is most; the log-det is 0; the inverse is a triangular solve.
 
     Args:
@@ -38,7 +40,7 @@ class UnitLowerTriangular(Bijector):
         z ``(*batch, dim)``, context ``(*batch, dim * (dim - 1) / 2)``: L below its diagonal, row by row.
 
     Reference:
-        Kingma & Welling (2019), section 2.5.1, eq. 2.40 and algorithm 3.
+        Kingma & Welling (2019), An Introduction to Variational Autoencoders, section 2.5.1, eq. 2.46 to 2.55.
 
     Example:
         >>> L = UnitLowerTriangular(2)
