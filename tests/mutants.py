@@ -266,7 +266,7 @@ def _inverse_wrong_sign(
 
 
 def _transposed_tril(entries: Tensor, dim: int) -> Tensor:
-    return _UNIT_TRIL(entries, dim).mT
+    return _STRICT_TRIL(entries, dim).mT + torch.eye(dim, dtype=entries.dtype)
 
 
 def _one_newton(residual: roots.Residual, root: Tensor) -> Tensor:
@@ -378,7 +378,7 @@ _BIN = spline._bin
 _INVERTIBLE, _RIDGE = planar._invertible, ridge.ridge
 _ACT_NORM, _RADIAL_GAIN = actnorm.act_norm, radial._gain
 _COUPLING = Coupling._forward
-_GATE, _MADE, _UNIT_TRIL = gated.gate, made.MADE.forward, lower.unit_tril
+_GATE, _MADE, _STRICT_TRIL = gated.gate, made.MADE.forward, lower.strict_tril
 _BACKWARD, _PARAMETER_GRADIENTS, _TRANSPOSED = passes.backward, passes.parameter_gradients, sweep.transposed_sweep
 _AUTOREGRESSIVE_INVERSE, _AFFINE_INVERSE = Autoregressive._inverse, Affine._inverse
 
@@ -528,7 +528,7 @@ MUTANTS = (
             (
                 triangular,
                 "unit_lower_triangular",
-                lambda z, e: (base.columns(torch.matmul, _transposed_tril(e, z.shape[-1]), z), z.new_zeros(())),
+                lambda z, e, *_: (base.columns(torch.matmul, _transposed_tril(e, z.shape[-1]), z), z.new_zeros(())),
             ),
         ),
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -67,7 +68,7 @@ class Entry(NamedTuple):
 
 
 def _order(dim: int) -> list[int]:
-    return torch.randperm(dim).tolist()
+    return random.Random(torch.initial_seed()).sample(range(dim), dim)  # real also under `torch.device("meta")`
 
 
 def _half(dim: int) -> int:

@@ -1,4 +1,4 @@
-"""Activation normalization: a learned affine map that a batch sets."""
+"""Activation normalization: a learned affine map that starts from a batch's mean and variance."""
 
 from __future__ import annotations
 
@@ -33,9 +33,11 @@ def _bounded(log_scale: Tensor) -> Tensor:
 class ActNorm(Bijector):
     """Learned affine map ``z' = (z - center) exp(l)`` of every variable: `initialize` sets it by a batch.
 
-    It reads no context, and is the identity until `initialize` is called, which is never done by itself: a first
-    ``forward`` that sets parameters would make a map depend on who was there first, differ from process to process, and
-    undo what was loaded. Invertible for all parameters: l is bounded. Forward, inverse and log-det cost O(dim).
+    Use it between the steps of a deep flow, to start every step on normalized points. It reads no context.
+
+    It is the identity until you call `initialize`. Its first ``forward`` does not do that for you: the map would then
+    depend on which batch came first, differ between processes, and undo what was loaded. Invertible for all parameters,
+    since l is bounded. Forward, inverse and log-det cost O(dim).
 
     Args:
         dim: size of z.
@@ -51,6 +53,7 @@ class ActNorm(Bijector):
     """
 
     triangular = True
+    elementwise = True
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim)
@@ -61,9 +64,9 @@ class ActNorm(Bijector):
     def initialize(self, z: Tensor) -> ActNorm:
         """Set the parameters so that this batch comes out with zero mean and unit variance.
 
-        In a chain, z is what the steps before this one make of a batch. A variable that is constant over the batch, up
-        to rounding, is centred and keeps its scale. Waits for the device. With several processes, initialize one and
-        let the others load its state.
+        In a chain, pass what the steps before this one make of a batch. A variable that is constant over the batch, up
+        to rounding, is centred and keeps its scale. The call reads values from the device. With several processes,
+        initialize one and let the others load its state.
 
         Args:
             z: ``(*batch, dim)``, finite, at least one row.

@@ -50,6 +50,9 @@ for _name, _scale in ARRAYS.values():
 class Affine(Bijector):
     """Element-wise affine map ``z' = loc + scale * z``: a diagonal Gaussian, when z is N(0, I).
 
+    Use it as the first step of an amortized posterior, to put the Gaussian that the other steps bend where x says; and
+    inside `Masked` and `Coupling`.
+
     The context is ``(loc, raw)``, and ``scale`` makes raw positive, so that the map is invertible for every context.
     Identity at the zero context. Forward, inverse and log-det cost O(dim).
 
@@ -62,7 +65,8 @@ class Affine(Bijector):
         z ``(*batch, dim)``, context ``(*batch, 2 * dim)``.
 
     Reference:
-        Kingma & Welling (2014), Auto-Encoding Variational Bayes, eq. 9; (2019), eq. 2.33.
+        Kingma & Welling (2014), Auto-Encoding Variational Bayes, eq. 9;
+        Kingma & Welling (2019), An Introduction to Variational Autoencoders, section 2.5, eq. 2.38 to 2.44.
 
     Example:
         >>> z, log_det = Affine(2)(torch.ones(3, 2), torch.zeros(3, 4))
@@ -76,6 +80,10 @@ class Affine(Bijector):
     def __init__(self, dim: int, scale: Callable[[Tensor], Tensor] = softplus_scale) -> None:
         super().__init__(dim, 2 * check_int("dim", dim, minimum=1))
         self.scale = scale
+
+    def extra_repr(self) -> str:
+        """Sizes and the scale's function, for the module's repr."""
+        return f"{super().extra_repr()}, scale={getattr(self.scale, '__name__', repr(self.scale))}"
 
     def columns(self) -> tuple[Column | None, Column | None]:
         """Both, for the scales that come with flowpost."""
@@ -102,7 +110,9 @@ class Affine(Bijector):
 
 
 class Shift(Bijector):
-    """Element-wise shift ``z' = z + loc``, ``log_det = 0``: what an additive coupling does (Dinh et al. 2015, eq. 9).
+    """Element-wise shift ``z' = z + loc``, ``log_det = 0``: what an additive coupling does.
+
+    Use it inside `Coupling` or `Masked` where the step must keep volumes.
 
     Invertible for every context, and the identity at zeros. Forward and inverse cost O(dim), the log-det nothing.
 
@@ -111,6 +121,9 @@ class Shift(Bijector):
 
     Shapes:
         z ``(*batch, dim)``, context ``(*batch, dim)``.
+
+    Reference:
+        Dinh et al. (2015), NICE: Non-linear Independent Components Estimation, section 3.2.
 
     Example:
         >>> Shift(2)(torch.zeros(2), torch.tensor([1.0, -1.0]))[0]
@@ -137,6 +150,8 @@ class Shift(Bijector):
 class Scale(Bijector):
     """A constant scale ``z' = factor * z`` of all variables, ``log_det = dim * log(factor)``; it reads no context.
 
+    Use it to undo a known scale, or to widen the base Gaussian. Cost: O(dim).
+
     Args:
         dim: size of z.
         factor: a positive number.
@@ -150,12 +165,17 @@ class Scale(Bijector):
     """
 
     triangular = True
+    elementwise = True
 
     def __init__(self, dim: int, factor: float) -> None:
         super().__init__(dim)
         if not 0 < factor < math.inf:
             raise ValueError(f"factor: expected a positive finite number, got {factor}")
         self.factor = float(factor)
+
+    def extra_repr(self) -> str:
+        """Size and factor, for the module's repr."""
+        return f"{super().extra_repr()}, factor={self.factor:.6g}"
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return z * self.factor, z.new_full((), self.dim * math.log(self.factor))

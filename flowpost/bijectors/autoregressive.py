@@ -84,10 +84,6 @@ class Masked(Ordered, Networked):
         """The order in which the variables are computed."""
         return torch.arange(self.dim, device=self._like.device) if self.order is None else self.order
 
-    def extra_repr(self) -> str:
-        """Sizes and order, for the module's repr."""
-        return super().extra_repr() + ("" if self._order is None else f", order={list(self._order.order)}")
-
     def _set_order(self, order: Sequence[int] | None) -> None:
         super()._set_order(order)
         if order is not None:

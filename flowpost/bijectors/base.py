@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from flowpost.checks import active, check_finite, check_inside, check_residual
 from flowpost.masked.run import Column
@@ -226,8 +227,9 @@ class Bijector(nn.Module, ABC):
 
 
 def apply(step: Bijector, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``_forward`` of a step within another: through its call where somebody has hooked it."""
-    return step(z, context, checked=True) if hooked(step) else step._forward(z, context)
+    """``_forward`` of a step within another: through its call where somebody has hooked it, or all modules."""
+    called = hooked(step) or torch_module._has_any_global_hook()
+    return step(z, context, checked=True) if called else step._forward(z, context)
 
 
 def apply_inverse(step: Bijector, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -7,21 +7,25 @@ from torch import Tensor
 
 from flowpost.bijectors.base import Bijector
 from flowpost.numerics.arguments import check_int
-from flowpost.numerics.triangles import multiply, push_gaussian, solve
+from flowpost.numerics.constants import Constant
+from flowpost.numerics.triangles import multiply, places, push_gaussian, solve
 
 
-def convex_combination(z: Tensor, entries: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+def convex_combination(
+    z: Tensor, entries: Tensor, logits: Tensor, kept: Constant | None = None
+) -> tuple[Tensor, Tensor]:
     """Volume-preserving linear map ``z' = (sum_k y_k L_k) z``, ``y = softmax(logits)``, ``log_det = 0``.
 
     Args:
         z: ``(*batch, dim)``.
         entries: ``(*batch, K, dim (dim - 1) / 2)``, every L_k below its unit diagonal, row by row.
         logits: ``(*batch, K)``.
+        kept: ``numerics.triangles.places(dim)``, where a step keeps them; by default they are made anew.
 
     Returns:
         z' ``(*batch, dim)`` and log_det, zero.
     """
-    return multiply(z, combine(entries, logits)), z.new_zeros(())
+    return multiply(z, combine(entries, logits), kept), z.new_zeros(())
 
 
 def combine(entries: Tensor, logits: Tensor) -> Tensor:
@@ -32,10 +36,12 @@ def combine(entries: Tensor, logits: Tensor) -> Tensor:
 class ConvexCombination(Bijector):
     """Linear map ``z' = (sum_k y_k L_k) z``: a convex combination of K lower-triangular maps with unit diagonals.
 
-    The combination has a unit diagonal too, so the map is invertible for every context and keeps volumes: after an
-    `Affine` it is the convex combination linear IAF. Identity where all L_k are; there the weights are drawn at random
-    when the step is built, since equal ones would keep the L_k equal. Forward costs O(K dim^2) an example, one product
-    a sample, for the matrices are combined first; the log-det is 0; the inverse is a triangular solve.
+    Use it after an `Affine`: the two are the convex combination linear IAF, a full-covariance Gaussian.
+
+    The combination has a unit diagonal too, so the map is invertible for every context and keeps volumes. At the
+    initial context every L_k is the identity, and so is the map. The weights there are drawn at random when the step is
+    built: from equal weights the L_k would stay equal. The matrices are combined once for each example, at O(K dim^2),
+    and a sample costs one product. The log-det is 0; the inverse is a triangular solve.
 
     Args:
         dim: size of z.
@@ -56,19 +62,20 @@ class ConvexCombination(Bijector):
     """
 
     triangular = True
-    start: Tensor
 
     def __init__(self, dim: int, combinations: int) -> None:
-        self.combinations = check_int("combinations", combinations, minimum=1)
+        check_int("combinations", combinations, minimum=1)
         below = check_int("dim", dim, minimum=1) * (dim - 1) // 2
         weights = combinations if below and combinations > 1 else 0
-        super().__init__(dim, combinations * below + weights)
-        start = torch.cat([torch.zeros(combinations * below), torch.randn(weights)])
-        self.register_buffer("start", start, persistent=False)
+        logits = torch.randn(weights, device="cpu")
+        start = torch.cat([logits.new_zeros(combinations * below), logits])
+        super().__init__(dim, len(start), start=start)
+        self.combinations = combinations
+        self._places = places(dim)
 
-    def initial_context(self) -> Tensor:
-        """Identities, with random weights."""
-        return self.start.clone()
+    def extra_repr(self) -> str:
+        """Sizes and K, for the module's repr."""
+        return f"{super().extra_repr()}, combinations={self.combinations}"
 
     def _numbers(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         if context is None:  # at dim 1
@@ -80,10 +87,10 @@ class ConvexCombination(Bijector):
         return entries.unflatten(-1, (count, -1)), logits
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return convex_combination(z, *self._numbers(z, context))
+        return convex_combination(z, *self._numbers(z, context), self._places)
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
-        return solve(z, combine(*self._numbers(z, context))), z.new_zeros(())
+        return solve(z, combine(*self._numbers(z, context)), self._places), z.new_zeros(())
 
     def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return push_gaussian(loc, tril, combine(*self._numbers(loc, context)))
+        return push_gaussian(loc, tril, combine(*self._numbers(loc, context)), self._places)

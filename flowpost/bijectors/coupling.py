@@ -1,4 +1,4 @@
-"""Coupling: some variables pass, and with h they give the numbers of a step on the others."""
+"""Coupling: some variables stay, and a network of them gives the numbers of a step on the others."""
 
 from __future__ import annotations
 
@@ -10,29 +10,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowpost.bijectors.base import LINE, Bijector
+from flowpost.bijectors.base import LINE, Bijector, apply, apply_inverse
 from flowpost.bijectors.networked import Networked
 from flowpost.masked.run import broadcast
 from flowpost.numerics.arguments import check_int, check_order
 from flowpost.numerics.constants import Ordered
+from flowpost.numerics.watchers import untouched
 
 
 class Coupling(Ordered, Networked):
-    """Coupling ``z'_a = z_a``, ``z'_b = f(z_b; c(z_a, h))``: a step on some variables, whose numbers the others give.
+    """Coupling ``z'_a = z_a``, ``z'_b = f(z_b; n(z_a, c))``: a step on some variables, whose numbers the others give.
 
-    With `Shift` it is additive (NICE, volume-preserving), with `Affine` affine (RealNVP); any step will do. Invertible
-    because z_a is there on both sides, and f is: forward, inverse and log-det are one pass of the network c and one of
-    f. A fresh coupling is f at its ``initial_context``, the identity where f has one.
+    Use it where drawing and scoring points from elsewhere must both be fast: either costs one pass of the network n and
+    one of f. With `Shift` it is additive (NICE) and keeps volumes, with `Affine` affine (RealNVP); any step will do.
+
+    Invertible because z_a is known on both sides, and f is invertible. A fresh coupling is f at its
+    ``initial_context``, the identity where f has one.
 
     Args:
         dim: size of z.
         step: the bijector f of the variables that move, which reads a context; the other ``dim - step.dim`` pass. If
-            all of them move, the network reads h alone, and without h it is a constant.
-        context_size: size of h; 0 for none.
+            all of them move, the network reads c alone, and without c it is a learned constant.
+        context_size: size of c; 0 for none.
         hidden: widths of the network's hidden layers, any number of them.
         order: the variables, first those that pass; by default as they come.
         activation: element-wise, between the layers.
-        network: from its number of inputs, those that pass and then h's, and its number of outputs to any module
+        network: from its number of inputs, those that pass and then c's, and its number of outputs to any module
             ``(*batch, inputs) -> (*batch, outputs)``, in place of `hidden` and `activation`. Its outputs are multiplied
             by gains that start at 0.
 
@@ -44,7 +47,7 @@ class Coupling(Ordered, Networked):
         ValueError: for a step of more variables than `dim`, one that reads no context, or one not of the real line.
 
     Reference:
-        Dinh et al. (2015), NICE: Non-linear Independent Components Estimation, eq. 5 to 9;
+        Dinh et al. (2015), NICE: Non-linear Independent Components Estimation, section 3.2;
         Dinh et al. (2017), Density Estimation using Real NVP, eq. 4 to 8.
 
     Example:
@@ -85,15 +88,19 @@ class Coupling(Ordered, Networked):
         order = torch.cat([torch.arange(self.passing, device=own.device), self.passing + own])
         return order if self.order is None else self.order[order]
 
+    def extra_repr(self) -> str:
+        """Sizes, how many variables pass, and the order, for the module's repr."""
+        return f"{super().extra_repr()}, passing={self.passing}"
+
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         passed, moved = self._split(z)
-        moved, log_det = self.step._forward(moved, self._numbers(passed, context))
+        moved, log_det = apply(self.step, moved, self._numbers(passed, context))
         return self._join(passed, moved), log_det
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         passed, moved = self._split(z)
         preimage = None if preimage is None else self._split(preimage)[1]
-        moved, log_det = self.step._inverse(moved, self._numbers(passed, context), preimage)
+        moved, log_det = apply_inverse(self.step, moved, self._numbers(passed, context), preimage)
         return self._join(passed, moved), log_det
 
     def _numbers(self, passed: Tensor, context: Tensor | None) -> Tensor:
@@ -110,9 +117,9 @@ class Coupling(Ordered, Networked):
 
 
 class Perceptron(nn.Module):
-    """A multilayer perceptron of variables and h; its last layer starts at 0, with the bias `start`.
+    """A multilayer perceptron of variables and c; its last layer starts at 0, with the bias `start`.
 
-    h is projected once however many samples of the variables share it.
+    c is projected once however many samples of the variables share it.
 
     Args:
         inputs: how many numbers both have together.
@@ -133,20 +140,29 @@ class Perceptron(nn.Module):
         with torch.no_grad():
             last.bias.copy_(start)
 
+    def extra_repr(self) -> str:
+        """The activation, for the module's repr."""
+        return f"activation={getattr(self.activation, '__name__', repr(self.activation))}"
+
     def forward(self, z: Tensor, context: Tensor | None) -> Tensor:
         """Outputs for z ``(*batch, variables)`` and the context."""
-        first, *others = cast("list[nn.Linear]", list(self.layers))
-        of_z, of_context = first.weight.split([z.shape[-1], first.in_features - z.shape[-1]], dim=1)
-        x = F.linear(z, of_z, first.bias)
-        if context is not None:
-            x = x + F.linear(context, of_context)
+        first, *others = self.layers
+        x = first(z) if context is None else _read(first, z, context)
         for layer in others:
             x = layer(self.activation(x))
         return x
 
 
+def _read(layer: nn.Module, z: Tensor, context: Tensor) -> Tensor:
+    """A linear layer of both side by side. One that somebody has changed is called, and c is expanded for it."""
+    if untouched(layer, nn.Linear):
+        of_z, of_context = cast(nn.Linear, layer).weight.split([z.shape[-1], context.shape[-1]], dim=1)
+        return F.linear(z, of_z, cast(nn.Linear, layer).bias) + F.linear(context, of_context)
+    return layer(torch.cat(broadcast(context, z, context), dim=-1))
+
+
 class Constant(nn.Module):
-    """Where nothing passes and there is no h: the outputs `start`, to be learned."""
+    """Where nothing passes and there is no c: the outputs `start`, to be learned."""
 
     def __init__(self, start: Tensor) -> None:
         super().__init__()
@@ -158,7 +174,7 @@ class Constant(nn.Module):
 
 
 class Gained(nn.Module):
-    """Any network of variables and h side by side, ``start + gain * network``, with gains that start at 0."""
+    """Any network of variables and c side by side, ``start + gain * network``, with gains that start at 0."""
 
     def __init__(self, network: nn.Module, start: Tensor) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Deep sigmoids: the logit of a mixture of sigmoids, which can make any number of modes."""
+"""Deep sigmoids: the logit of a mixture of sigmoids, which can have any number of steep places."""
 
 from __future__ import annotations
 
@@ -121,11 +121,13 @@ def deep_sigmoid_inverse(
 class DeepSigmoid(Bijector):
     """Element-wise deep sigmoid flow, ``z' = logit(sum_j w_j sigmoid(a_j z + b_j))``, once or several times over.
 
-    The context gives a, b and w for each unit, made positive, bounded, and a softmax, so that the map increases for
-    every context, with a slope between 4.5e-5 and 54.6 a layer. Identity at the zero context, where all a are 1 and all
-    b are 0: a mixture of different sigmoids is never one sigmoid, so there is no other. Forward and log-det cost
-    O(layers * units * dim), the inverse some 45 times that: a bracketed Newton iteration, with exact first and second
-    derivatives.
+    Use it inside `Masked` or `Coupling` where one variable has several modes given those before it, and mostly its
+    forward is needed.
+
+    The context gives a, b and w for each unit. They are made positive, bounded and a softmax, so that the map increases
+    for every context, with a slope between 4.5e-5 and 54.6 a layer. Identity at the zero context alone, where all a are
+    1 and all b are 0, since a mixture of different sigmoids is never one sigmoid. Forward and log-det cost O(layers *
+    units * dim), the inverse some 45 times that: a bracketed Newton iteration, with exact first and second derivatives.
 
     Args:
         dim: size of z.
@@ -137,7 +139,7 @@ class DeepSigmoid(Bijector):
         all units, each for all variables, as ``(layers, 3, units, dim)`` flattened.
 
     Reference:
-        Huang, Krueger, Lacoste & Courville (2018), Neural Autoregressive Flows, eq. 8 and C.1, with a and b bounded.
+        Huang, Krueger, Lacoste & Courville (2018), Neural Autoregressive Flows, eq. 8, with a and b bounded.
 
     Example:
         >>> step = DeepSigmoid(2, units=4)
@@ -150,6 +152,10 @@ class DeepSigmoid(Bijector):
         numbers = 3 * check_int("units", units, minimum=1) * check_int("layers", layers, minimum=1)
         super().__init__(dim, numbers * check_int("dim", dim, minimum=1))
         self.units, self.layers = units, layers
+
+    def extra_repr(self) -> str:
+        """Sizes, for the module's repr."""
+        return f"{super().extra_repr()}, units={self.units}, layers={self.layers}"
 
     def _numbers(self, context: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor]]:
         layers = cast(Tensor, context).unflatten(-1, (self.layers, 3, self.units, -1)).unbind(-4)

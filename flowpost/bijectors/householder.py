@@ -26,15 +26,22 @@ def householder(z: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 class Householder(Bijector):
     """Householder flow ``z' = (I - 2 v v^T / |v|^2) z``: z in a mirror across v, so no volume changes.
 
-    Its own inverse, for every context; only the direction of v matters, and where v is zero the first axis stands in.
-    No context makes one reflection the identity: two equal ones in a row are. The direction is drawn at random when the
-    step is built. Forward and inverse cost O(dim); the log-det is 0.
+    Use several after an `Affine`, to turn a diagonal Gaussian into one with correlations by few numbers an example.
+
+    Its own inverse, for every context. Only the direction of v matters, and where v is zero the first axis stands in.
+    No context makes one reflection the identity: two equal ones in a row are. Forward and inverse cost O(dim); the
+    log-det is 0.
 
     Args:
         dim: size of z.
+        direction: v at the start, ``(dim,)``; drawn at random by default. Two steps of one direction, one after the
+            other, start as the identity.
 
     Shapes:
         z ``(*batch, dim)``, context v ``(*batch, dim)``; none at dim 1, where ``z' = -z`` whatever v.
+
+    Raises:
+        ValueError: for a direction of another shape.
 
     Reference:
         Tomczak & Welling (2016), Improving Variational Auto-Encoders using Householder Flow.
@@ -45,16 +52,13 @@ class Householder(Bijector):
         tensor([-1.,  2.])
     """
 
-    start: Tensor
-
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, direction: Tensor | None = None) -> None:
         size = check_int("dim", dim, minimum=1) if dim != 1 else 0
-        super().__init__(dim, size)
-        self.register_buffer("start", torch.randn(size), persistent=False)
-
-    def initial_context(self) -> Tensor:
-        """A random direction; zero would be a point without gradient."""
-        return self.start.clone()
+        if direction is None:
+            direction = torch.randn(dim, device="cpu")  # zero would be a point without gradient
+        elif direction.shape != (dim,):
+            raise ValueError(f"direction: expected shape ({dim},), got {tuple(direction.shape)}")
+        super().__init__(dim, size, start=direction[:size])
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return householder(z, z.new_ones(1) if context is None else context)

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from flowpost.bijectors.base import Bijector
 from flowpost.numerics.arguments import check_int, check_order
-from flowpost.numerics.constants import Ordered
+from flowpost.numerics.constants import Constant, Ordered
 from flowpost.numerics.products import by_columns, by_rows
 from flowpost.numerics.scales import softplus_scale
-from flowpost.numerics.triangles import multiply, solve, strict_tril
+from flowpost.numerics.triangles import multiply, places, solve, strict_tril
+from flowpost.numerics.watchers import full_precision
 
 
 class LU(NamedTuple):
@@ -27,7 +28,9 @@ class LU(NamedTuple):
     """Of U, ``(*batch, dim)``, positive."""
 
 
-def lu_linear(z: Tensor, below: Tensor, above: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
+def lu_linear(
+    z: Tensor, below: Tensor, above: Tensor, diagonal: Tensor, kept: Constant | None = None
+) -> tuple[Tensor, Tensor]:
     """Linear map ``z' = L U z``, ``log_det = sum(log diagonal)``.
 
     Args:
@@ -35,16 +38,19 @@ def lu_linear(z: Tensor, below: Tensor, above: Tensor, diagonal: Tensor) -> tupl
         below: ``(*batch, dim (dim - 1) / 2)``, L below its unit diagonal, row by row.
         above: ``(*batch, dim (dim - 1) / 2)``, U above its diagonal, column by column.
         diagonal: ``(*batch, dim)``, positive.
+        kept: ``numerics.triangles.places(dim)``, where a step keeps them; by default they are made anew.
 
     Returns:
         z' ``(*batch, dim)`` and log_det, of the diagonal's batch shape.
     """
-    with torch.autocast(z.device.type, enabled=False):
-        upper = diagonal * z + by_columns(by_rows, strict_tril(above, z.shape[-1]).mT, z)
-    return multiply(upper, below), diagonal.log().sum(-1)
+    with full_precision(z.device.type):
+        upper = diagonal * z + by_columns(by_rows, strict_tril(above, z.shape[-1], kept).mT, z)
+    return multiply(upper, below, kept), diagonal.log().sum(-1)
 
 
-def lu_linear_inverse(z: Tensor, below: Tensor, above: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
+def lu_linear_inverse(
+    z: Tensor, below: Tensor, above: Tensor, diagonal: Tensor, kept: Constant | None = None
+) -> tuple[Tensor, Tensor]:
     """Undo `lu_linear`, by two triangular solves.
 
     Args:
@@ -52,12 +58,13 @@ def lu_linear_inverse(z: Tensor, below: Tensor, above: Tensor, diagonal: Tensor)
         below: as in `lu_linear`.
         above: as in `lu_linear`.
         diagonal: as in `lu_linear`.
+        kept: as in `lu_linear`.
 
     Returns:
         The preimage ``(*batch, dim)`` and the log-det of the inverse.
     """
-    upper = strict_tril(above, z.shape[-1]).mT + torch.diag_embed(diagonal)
-    return by_columns(_solve_upper, upper, solve(z, below)), -diagonal.log().sum(-1)
+    upper = strict_tril(above, z.shape[-1], kept).mT + torch.diag_embed(diagonal)
+    return by_columns(_solve_upper, upper, solve(z, below, kept)), -diagonal.log().sum(-1)
 
 
 def _solve_upper(matrix: Tensor, columns: Tensor) -> Tensor:
@@ -66,6 +73,8 @@ def _solve_upper(matrix: Tensor, columns: Tensor) -> Tensor:
 
 class LULinear(Ordered, Bijector):
     """Linear map ``z' = P L U z + shift``: any mixing of the variables, at the price of two triangular products.
+
+    Use it between other steps, in place of a permutation: it learns which variables the next step mixes.
 
     P is a fixed permutation, L lower-triangular with a unit diagonal, U upper-triangular with a positive one, floored,
     so that the map is invertible for every context. At the zero context it is P alone, the identity where there is no
@@ -84,7 +93,7 @@ class LULinear(Ordered, Bijector):
         ValueError: if `order` is no permutation.
 
     Reference:
-        Kingma & Dhariwal (2018), Glow: Generative Flow with Invertible 1x1 Convolutions, section 3.2, eq. 12.
+        Kingma & Dhariwal (2018), Glow: Generative Flow with Invertible 1x1 Convolutions, section 3.2.
 
     Example:
         >>> LULinear(3, order=[2, 0, 1])(torch.tensor([1.0, 2.0, 3.0]), torch.zeros(12))[0]
@@ -95,6 +104,7 @@ class LULinear(Ordered, Bijector):
 
     def __init__(self, dim: int, order: Sequence[int] | None = None) -> None:
         super().__init__(dim, check_int("dim", dim, minimum=1) * (dim + 1))
+        self._places = places(dim)
         self._set_order(None if order is None else check_order(order, dim))
 
     def _numbers(self, context: Tensor | None) -> tuple[LU, Tensor]:
@@ -104,10 +114,10 @@ class LULinear(Ordered, Bijector):
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         matrix, shift = self._numbers(context)
-        image, log_det = lu_linear(z, *matrix)
+        image, log_det = lu_linear(z, *matrix, self._places)
         return (image if self._order is None else self._order.take(image)) + shift, log_det
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         matrix, shift = self._numbers(context)
         image = z - shift
-        return lu_linear_inverse(image if self._order is None else self._order.put(image), *matrix)
+        return lu_linear_inverse(image if self._order is None else self._order.put(image), *matrix, self._places)

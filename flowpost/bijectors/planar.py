@@ -11,10 +11,10 @@ from torch import Tensor
 
 from flowpost.bijectors.base import Bijector
 from flowpost.numerics.arguments import check_int
-from flowpost.numerics.cascade import cascade, gram
 from flowpost.numerics.products import by_columns, by_rows, wide_dtype
-from flowpost.numerics.ridge import bounded_gain, log_slope, ridge
+from flowpost.numerics.ridge import bounded_gain, cascade, log_slope, ridge
 from flowpost.numerics.roots import correct, tanh_root
+from flowpost.numerics.watchers import full_precision
 
 
 def _invertible(u: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,9 +65,9 @@ def planar_chain(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Te
         z' ``(*batch, dim)`` and log_det ``(*batch)``, summed in float64.
     """
     u_hat, wu, room = _invertible(u, w)
-    with torch.autocast(z.device.type, enabled=False):
+    with full_precision(z.device.type):
         start = by_columns(by_rows, w, z) if z.ndim >= w.ndim else (w * z.unsqueeze(-2)).sum(-1)
-        inner = cascade(start + b, gram(w, u_hat))
+        inner = cascade(start + b, w @ u_hat.mT)
         value, slope = ridge(inner)
         image = z + by_columns(by_rows, u_hat.mT, value)
     log_det = log_slope(wu.squeeze(-1), room.squeeze(-1), value, slope)
@@ -105,6 +105,9 @@ def planar_inverse(z: Tensor, u: Tensor, w: Tensor, b: Tensor, preimage: Tensor 
 class Planar(Bijector):
     """Planar flow ``z' = z + u_hat tanh(w.z + b)``: it stretches or squeezes z along u_hat, across one hyperplane.
 
+    Use 8 or more after an `Affine` for a posterior that is not Gaussian and cheap to draw from. A `Sylvester` step
+    moves z along more directions at once. Planar steps in sequence run together in a `Chain`.
+
     Invertible for every context: u is moved to u_hat, for which ``w.u_hat > -1``. Identity where u = 0, for any
     direction w, which is drawn at random when the step is built. Forward and log-det cost O(dim); the inverse is one
     scalar root a point, by a monotone Newton iteration, with exact first and second derivatives.
@@ -124,16 +127,10 @@ class Planar(Bijector):
         >>> image, log_det = step(z, torch.randn(5, 5))
     """
 
-    start: Tensor
-
     def __init__(self, dim: int) -> None:
-        super().__init__(dim, 2 * check_int("dim", dim, minimum=1) + 1)
-        start = torch.cat([torch.zeros(dim), torch.randn(dim) / math.sqrt(dim), torch.zeros(1)])
-        self.register_buffer("start", start, persistent=False)
-
-    def initial_context(self) -> Tensor:
-        """No stretch, ``u = 0``, across a random direction w; w = 0 would be a point without gradient."""
-        return self.start.clone()
+        # w = 0 would be a point without gradient.
+        w = torch.randn(check_int("dim", dim, minimum=1), device="cpu") / math.sqrt(dim)
+        super().__init__(dim, 2 * dim + 1, start=torch.cat([torch.zeros_like(w), w, w.new_zeros(1)]))
 
     def _numbers(self, context: Tensor | None) -> tuple[Tensor, ...]:
         return cast(Tensor, context).split([self.dim, self.dim, 1], dim=-1)

@@ -83,6 +83,9 @@ def radial_inverse(z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor) -> tu
 class Radial(Bijector):
     """Radial flow ``z' = z + b h (z - z0)``, ``h = 1 / (a + |z - z0|)``: it stretches or squeezes z around a point z0.
 
+    Use several after an `Affine` where the posterior is more peaked, or flatter, around a point than a Gaussian; they
+    bend little in many dimensions, where most points lie far from z0.
+
     Invertible for every context: ``a > 0`` and ``b > -a`` are made so, with floors that keep the log-det finite.
     Identity where ``beta = 0``, around any point z0, which is drawn at random when the step is built. Forward, inverse
     and log-det cost O(dim): the inverse is the stable root of a quadratic in the radius. The log-det has a kink at z0,
@@ -103,15 +106,10 @@ class Radial(Bijector):
         >>> image, log_det = step(z, torch.randn(5, 4))
     """
 
-    start: Tensor
-
     def __init__(self, dim: int) -> None:
-        super().__init__(dim, check_int("dim", dim, minimum=1) + 2)
-        self.register_buffer("start", torch.cat([torch.randn(dim), torch.zeros(2)]), persistent=False)
-
-    def initial_context(self) -> Tensor:
-        """No stretch, around a random point: around one and the same, K steps would be clones."""
-        return self.start.clone()
+        # Around one and the same point, K steps would be clones.
+        center = torch.randn(check_int("dim", dim, minimum=1), device="cpu")
+        super().__init__(dim, dim + 2, start=torch.cat([center, center.new_zeros(2)]))
 
     def _numbers(self, context: Tensor | None) -> tuple[Tensor, ...]:
         return cast(Tensor, context).split([self.dim, 1, 1], dim=-1)

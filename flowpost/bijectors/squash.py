@@ -1,4 +1,4 @@
-"""Element-wise maps from the line onto an interval, for constrained latents: sigmoid, softplus, tanh."""
+"""Element-wise maps from the line onto an interval, for latents that are bounded: sigmoid, softplus, tanh."""
 
 from __future__ import annotations
 
@@ -102,10 +102,11 @@ def _softplus(z: Tensor) -> Tensor:
 class Sigmoid(Bijector):
     """Element-wise ``z' = 1 / (1 + exp(-z))``, from the line onto (0, 1); it reads no context.
 
-    The log-det is exact for every z. The image is not: beyond z = 17 in float32, 37 in float64, it rounds to 1, below
-    -88 and -709 it leaves the normal numbers, and such an image has no finite preimage. Well before, its last digit is
-    worth much: at z = 10 in float32 the preimage of the image is 1e-3 off. So score samples by their own pass. Cost:
-    O(dim).
+    Use it as the last step of a flow whose latents are probabilities or proportions, each by itself.
+
+    The log-det is exact for every z. The image is rounded: beyond z = 17 in float32, 37 in float64, it is 1, and below
+    -88 and -709 it is no normal number; such an image has no finite preimage. Even at z = 10 the preimage of a float32
+    image is off by 1e-3. So take the log q of samples from the pass that drew them. Cost: O(dim).
 
     Args:
         dim: size of z.
@@ -116,6 +117,7 @@ class Sigmoid(Bijector):
         tensor([0.5000, 0.5000])
     """
 
+    elementwise = True
     codomain = (0.0, 1.0)
 
     def __init__(self, dim: int) -> None:
@@ -127,16 +129,14 @@ class Sigmoid(Bijector):
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         return sigmoid_inverse(z)
 
-    def causal_order(self) -> Tensor:
-        """Any: the variables do not meet."""
-        return torch.arange(self.dim)
-
 
 class Softplus(Bijector):
     """Element-wise ``z' = log(1 + exp(z))``, from the line onto the positive numbers; it reads no context.
 
-    Image and log-det are exact for every z, and so is the preimage, but that below z = -88 in float32, -709 in float64,
-    the image leaves the normal numbers. Cost: O(dim).
+    Use it as the last step of a flow whose latents are positive, such as rates and scales.
+
+    Image, log-det and preimage are exact for every z above -88 in float32, -709 in float64. Below, the image is no
+    normal number. Cost: O(dim).
 
     Args:
         dim: size of z.
@@ -147,6 +147,7 @@ class Softplus(Bijector):
         tensor([0.6931, 0.6931])
     """
 
+    elementwise = True
     codomain = (0.0, math.inf)
 
     def __init__(self, dim: int) -> None:
@@ -158,16 +159,14 @@ class Softplus(Bijector):
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         return softplus_inverse(z)
 
-    def causal_order(self) -> Tensor:
-        """Any: the variables do not meet."""
-        return torch.arange(self.dim)
-
 
 class Tanh(Bijector):
     """Element-wise ``z' = tanh(z)``, from the line onto (-1, 1); it reads no context.
 
-    The log-det is exact for every z. The image is not: beyond +-9 in float32, 19 in float64, it rounds to 1, which
-    has no finite preimage; before that its last digit is worth much, as `Sigmoid` says. Cost: O(dim).
+    Use it as the last step of a flow whose latents are bounded on both sides, such as actions.
+
+    The log-det is exact for every z. The image is rounded: beyond +-9 in float32, 19 in float64, it is +-1, which has
+    no finite preimage. As with `Sigmoid`, take the log q of samples from the pass that drew them. Cost: O(dim).
 
     Args:
         dim: size of z.
@@ -178,6 +177,7 @@ class Tanh(Bijector):
         tensor(0.)
     """
 
+    elementwise = True
     codomain = (-1.0, 1.0)
 
     def __init__(self, dim: int) -> None:
@@ -188,7 +188,3 @@ class Tanh(Bijector):
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         return tanh_inverse(z)
-
-    def causal_order(self) -> Tensor:
-        """Any: the variables do not meet."""
-        return torch.arange(self.dim)

@@ -14,6 +14,7 @@ from flowpost.numerics.products import by_columns, by_rows
 from flowpost.numerics.reflections import orthonormal, pivoted
 from flowpost.numerics.ridge import bounded_gain, log_slope, positive, ridge
 from flowpost.numerics.roots import tanh_roots
+from flowpost.numerics.watchers import full_precision
 
 _REACH = 1e3  # of R1 and R2: where they were larger, the inverse would be a matter of rounding
 
@@ -37,7 +38,7 @@ def sylvester(
     Returns:
         z' ``(*batch, dim)`` and log_det ``(*batch)``.
     """
-    with torch.autocast(z.device.type, enabled=False):
+    with full_precision(z.device.type):
         value, slope = ridge(_inner(z, q, r2, b))
         return z + _outer(q, r1, value), _log_det(r1, r2, room, value, slope)
 
@@ -67,7 +68,7 @@ def sylvester_inverse(
     Returns:
         The preimage ``(*batch, dim)`` and the log-det of the inverse ``(*batch)``, first and second derivatives exact.
     """
-    with torch.autocast(z.device.type, enabled=False):
+    with full_precision(z.device.type):
         product, target = r2 @ r1, _inner(z, q, r2, b)
         y = tanh_roots(product, target) if preimage is None else _inner(preimage, q, r2, b).detach()
         eye = torch.eye(b.shape[-1], dtype=z.dtype, device=z.device)
@@ -97,6 +98,8 @@ def _log_det(r1: Tensor, r2: Tensor, room: Tensor | None, value: Tensor, slope: 
 
 class Sylvester(Bijector):
     """Sylvester flow ``z' = z + Q R1 tanh(R2 Q^T z + b)``: M ridges in one step, in orthogonal directions.
+
+    Use a few after an `Affine` where planar steps are too weak: at rank M, one step moves z along M directions.
 
     Q is the first `rank` columns of a product of Householder reflections, so orthonormal for every context. The three
     forms of the paper are ``Sylvester(dim, rank)``, **orthogonal**, of M reflections, whose columns can be any;
@@ -128,30 +131,20 @@ class Sylvester(Bijector):
 
     Reference:
         van den Berg, Hasenclever, Tomczak & Welling (2018), Sylvester Normalizing Flows for Variational Inference,
-        eq. 10 to 17.
+        section 3.
 
     Example:
         >>> step = Sylvester(4, rank=2)
         >>> image, log_det = step(torch.randn(5, 4), torch.randn(5, step.context_size))
     """
 
-    start: Tensor
-
     def __init__(self, dim: int, rank: int | None = None, reflections: int | None = None) -> None:
         rank = check_int("dim", dim, minimum=1) if rank is None else check_int("rank", rank, minimum=1)
         if rank > dim:
             raise ValueError(f"rank: expected an int <= {dim}, the size of z, got {rank}")
         reflections = rank if reflections is None else check_int("reflections", reflections, minimum=0)
-        super().__init__(dim, reflections * (dim - 1) + rank * (rank + 2))
+        super().__init__(dim, reflections * (dim - 1) + rank * (rank + 2), start=_start(dim, rank, reflections))
         self.rank, self.reflections = rank, reflections
-        vectors = torch.randn(reflections * (dim - 1)) / math.sqrt(dim)
-        below, raw = (torch.randn(rank, rank) / math.sqrt(rank)).tril(-1), torch.randn(rank) / math.sqrt(rank)
-        start = torch.cat([vectors, below.flatten(), raw, torch.zeros(rank)])
-        self.register_buffer("start", start, persistent=False)
-
-    def initial_context(self) -> Tensor:
-        """No move, ``R1 = 0``, along random directions Q and with a random R2; b is 0."""
-        return self.start.clone()
 
     def causal_order(self) -> Tensor | None:
         """From the last variable to the first where ``Q = I``: there the Jacobian is upper triangular."""
@@ -182,4 +175,12 @@ class Sylvester(Bijector):
 
     def extra_repr(self) -> str:
         """Sizes, for the module's repr."""
-        return f"dim={self.dim}, rank={self.rank}, reflections={self.reflections}"
+        return f"{super().extra_repr()}, rank={self.rank}, reflections={self.reflections}"
+
+
+def _start(dim: int, rank: int, reflections: int) -> Tensor:
+    """No move, ``R1 = 0``, along random directions Q and with a random R2; b is 0."""
+    vectors = torch.randn(reflections * (dim - 1), device="cpu") / math.sqrt(dim)
+    below = (torch.randn(rank, rank, device="cpu") / math.sqrt(rank)).tril(-1)
+    raw = torch.randn(rank, device="cpu") / math.sqrt(rank)
+    return torch.cat([vectors, below.flatten(), raw, raw.new_zeros(rank)])

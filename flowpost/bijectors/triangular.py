@@ -6,27 +6,31 @@ from torch import Tensor
 
 from flowpost.bijectors.base import Bijector
 from flowpost.numerics.arguments import check_int
-from flowpost.numerics.triangles import multiply, push_gaussian, solve
+from flowpost.numerics.constants import Constant
+from flowpost.numerics.triangles import multiply, places, push_gaussian, solve
 
 
-def unit_lower_triangular(z: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
+def unit_lower_triangular(z: Tensor, entries: Tensor, kept: Constant | None = None) -> tuple[Tensor, Tensor]:
     """Volume-preserving linear map ``z' = L z``, L lower-triangular with unit diagonal, ``log_det = 0``.
 
     Args:
         z: ``(*batch, dim)``.
         entries: ``(*batch, dim (dim - 1) / 2)``, L below its diagonal, row by row.
+        kept: ``numerics.triangles.places(dim)``, where a step keeps them; by default they are made anew.
 
     Returns:
         z' ``(*batch, dim)`` and log_det, zero.
     """
-    return multiply(z, entries), z.new_zeros(())
+    return multiply(z, entries, kept), z.new_zeros(())
 
 
 class UnitLowerTriangular(Bijector):
     """Linear map ``z' = L z`` with L lower-triangular and a unit diagonal: correlation without a change of volume.
 
-    Between the noise and an `Affine` it makes a full-covariance Gaussian, with ``loc`` the mean and ``diag(scale) L``
-    the Cholesky factor. Invertible for every context; identity at the zero context. Forward costs O(dim^2) an example,
+    Use it between the noise and an `Affine`: the two make a full-covariance Gaussian, with ``loc`` the mean and
+    ``diag(scale) L`` the Cholesky factor.
+
+    Invertible for every context; identity at the zero context. Forward costs O(dim^2) an example,
     of which assembling L is most; the log-det is 0; the inverse is a triangular solve.
 
     Args:
@@ -36,7 +40,7 @@ class UnitLowerTriangular(Bijector):
         z ``(*batch, dim)``, context ``(*batch, dim * (dim - 1) / 2)``: L below its diagonal, row by row.
 
     Reference:
-        Kingma & Welling (2019), section 2.5.1, eq. 2.40 and algorithm 3.
+        Kingma & Welling (2019), An Introduction to Variational Autoencoders, section 2.5.1, eq. 2.46 to 2.55.
 
     Example:
         >>> L = UnitLowerTriangular(2)
@@ -48,15 +52,16 @@ class UnitLowerTriangular(Bijector):
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, check_int("dim", dim, minimum=1) * (dim - 1) // 2)
+        self._places = places(dim)
 
     def _entries(self, z: Tensor, context: Tensor | None) -> Tensor:
         return z.new_zeros(0) if context is None else context  # at dim 1 there is nothing below the diagonal
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return unit_lower_triangular(z, self._entries(z, context))
+        return unit_lower_triangular(z, self._entries(z, context), self._places)
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
-        return solve(z, self._entries(z, context)), z.new_zeros(())
+        return solve(z, self._entries(z, context), self._places), z.new_zeros(())
 
     def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return push_gaussian(loc, tril, self._entries(loc, context))
+        return push_gaussian(loc, tril, self._entries(loc, context), self._places)

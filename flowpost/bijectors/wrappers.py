@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flowpost.bijectors.base import Bijector, apply, apply_inverse, wrapped
 from flowpost.masked.run import Column
 from flowpost.numerics.arguments import check_int
+from flowpost.numerics.watchers import full_precision
 
 
 class _Wrapper(Bijector):
@@ -89,7 +90,7 @@ class Conditioned(_Wrapper):
 
     def _read(self, context: Tensor | None) -> Tensor | None:
         features = cast(Tensor, context)
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features.device.type):
             return self.head(features)
 
     def head_scale(self) -> Tensor:

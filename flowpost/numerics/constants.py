@@ -113,6 +113,10 @@ class Ordered(nn.Module):
     def back(self, back: Tensor) -> None:
         pass  # it follows from the order
 
+    def extra_repr(self) -> str:
+        """Sizes and order, for the module's repr."""
+        return super().extra_repr() + ("" if self._order is None else f", order={list(self._order.order)}")
+
     def _set_order(self, order: Sequence[int] | None) -> None:
         """Take a permutation, or None, as the order; a subclass whose weights lie in it does more."""
         self._order = None if order is None else Order(order)

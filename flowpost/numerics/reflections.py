@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowpost.numerics.watchers import full_precision
+
 
 def reflect(z: Tensor, v: Tensor) -> Tensor:
     """The mirror image of z in the plane across v, ``z - 2 v (v.z) / |v|^2``; the length of v does not matter.
@@ -38,7 +40,7 @@ def orthonormal(v: Tensor, rank: int) -> Tensor:
     count, dim = v.shape[-2:]
     eye = torch.eye(dim, rank, dtype=v.dtype, device=v.device)
     half = 1 - 0.5 * torch.eye(count, dtype=v.dtype, device=v.device)
-    with torch.autocast(v.device.type, enabled=False):
+    with full_precision(v.device.type):
         triangle = (v @ v.mT).triu() * half
         return eye - v.mT @ torch.linalg.solve_triangular(triangle, v[..., :rank], upper=True)
 

@@ -45,3 +45,18 @@ def log_slope(gain: Tensor, room: Tensor, value: Tensor, slope: Tensor) -> Tenso
         slope: of tanh at x.
     """
     return torch.where(gain > -0.5, torch.log1p(gain * slope), torch.log(room * slope + value * value))
+
+
+def cascade(start: Tensor, gain: Tensor) -> Tensor:
+    """The x with ``x_k = start_k + sum_{j<k} gain_kj tanh(x_j)``: K ridges, each of which sees what those before moved.
+
+    Cost: O(K^2), in K small steps.
+
+    Args:
+        start: ``(*batch, K)``.
+        gain: ``(*batch, K, K)`` with axes that may be fewer; what is not below its diagonal is not read.
+    """
+    x = start
+    for k, column in enumerate(gain.tril(-1).unbind(-1)[:-1]):
+        x = torch.addcmul(x, column, torch.tanh(x[..., k : k + 1]))
+    return x

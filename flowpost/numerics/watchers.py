@@ -1,11 +1,14 @@
-"""Who sees a step's operations: whether passes by hand, or numpy, may stand in for them."""
+"""Who else looks at a tensor's operations: compilers, transforms, dispatch modes, autocast."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules import module as torch_module
+
+_AS_IT_IS = nullcontext()
 
 
 def unwatched(z: Tensor) -> bool:
@@ -18,7 +21,7 @@ def unwatched(z: Tensor) -> bool:
         (torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling())  # an export
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or torch.is_autocast_enabled(z.device.type)
+        or autocast(z.device.type)
     )
 
 
@@ -38,6 +41,31 @@ def watched() -> bool:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calling a module does more than its ``forward`` does: hooks, or a ``forward`` put on the instance."""
+    """Whether calling a module does more than its ``forward`` does: hooks, or a ``forward`` put on the instance.
+
+    Hooks on all modules at once are for measurements, says torch: what they are to see is what runs without them.
+    """
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks or "forward" in vars(module) or torch_module._has_any_global_hook())
+    return bool(hooks or "forward" in vars(module))
+
+
+def untouched(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a layer is exactly of a kind and its parameters say all that it does, so that they may be read instead.
+
+    Not so with a parametrization, a hook, a ``forward`` on the instance, or a parameter that is a tensor of another
+    kind, as a quantized or a distributed one.
+    """
+    plain = all(each is None or type(each) in (nn.Parameter, Tensor) for each in layer._parameters.values())
+    return type(layer) is kind and plain and not hooked(layer)
+
+
+def autocast(device_type: str) -> bool:
+    """Whether autocast is on; never on a device that has none, as ``meta``, where torch raises if it is asked."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def full_precision(device_type: str) -> AbstractContextManager:
+    """A context in which autocast is off. It costs nothing where autocast is off already, but in a graph it is kept."""
+    needed = torch.compiler.is_compiling() or autocast(device_type)
+    off = needed and torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if off else _AS_IT_IS

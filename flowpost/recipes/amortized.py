@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import torch
 
 from flowpost.bijectors.affine import Affine
 from flowpost.bijectors.base import Bijector
@@ -203,8 +203,9 @@ def radial_steps(dim: int, steps: int) -> list[Radial]:
 
 def householder_steps(dim: int, steps: int) -> list[Householder]:
     """`steps` reflections, two by two in a direction of their own: two equal ones are the identity."""
-    pairs = [Householder(dim) for _ in range((check_int("steps", steps, minimum=1) + 1) // 2)]
-    return [copy.deepcopy(pairs[index // 2]) for index in range(steps)]
+    pairs = range((check_int("steps", steps, minimum=1) + 1) // 2)
+    directions = [torch.randn(check_int("dim", dim, minimum=1), device="cpu") for _ in pairs]
+    return [Householder(dim, directions[index // 2]) for index in range(steps)]
 
 
 def orthogonal_sylvester_steps(dim: int, steps: int = 4, rank: int | None = None) -> list[Sylvester]:
