@@ -89,7 +89,8 @@ def read(layer: nn.Module) -> Effective:
 def scaled(layer: nn.Module, factor: float, *, bias: float) -> Effective:
     weight, old = layer.weight, layer.bias
     assert isinstance(weight, Tensor)
-    return lambda: (weight * factor, old * bias if isinstance(old, Tensor) else None)
+    found = weight * factor, old * bias if isinstance(old, Tensor) else None
+    return lambda: found
 
 
 def weight_norm(root: nn.Module, name: str) -> Effective:
@@ -144,7 +145,7 @@ def lora(root: nn.Module, name: str) -> Effective:
 
 def forward_hook(root: nn.Module, name: str) -> Effective:
     layer = root.get_submodule(name)
-    layer.register_forward_hook(lambda _, args, result: 1.3 * result)
+    layer.register_forward_hook(lambda _, args, result: 1.3 * result)  # pyright: ignore[reportOperatorIssue]
     return scaled(layer, 1.3, bias=1.3)
 
 
