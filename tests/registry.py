@@ -67,7 +67,7 @@ class Entry(NamedTuple):
 
 
 def _order(dim: int) -> list[int]:
-    return torch.randperm(dim).tolist()
+    return torch.randperm(dim, device="cpu").tolist()  # also where modules are built on the meta device
 
 
 def _half(dim: int) -> int:
