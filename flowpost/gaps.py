@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ from torch.func import functional_call
 
 from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.chain import Chain
+from flowpost.density import standard_normal_log_prob
 from flowpost.importance import ImportanceEstimate, summarize, warn_unreliable
 from flowpost.numerics.arguments import check_int
-from flowpost.posterior import standard_normal_log_prob
 from flowpost.vae import VAE
 
 
@@ -131,7 +131,7 @@ def _gaps(
 ) -> tuple[Tensor, Tensor]:
     """The posteriors' ELBOs ``(posteriors, B)``, and the rows of the best one's `ImportanceEstimate`, ``(4, B)``."""
     with torch.no_grad():
-        context = vae.context(x)
+        context = cast(Tensor, vae.encode(x).context)
         starts = [_Local(flow, _start(flow, context)) for flow in flows]
     locals_ = [_fit(vae, x, start, *fitting) for start in starts]
     seed = int(torch.randint(2**62, ()))

@@ -285,7 +285,19 @@ POSTERIOR: list[tuple[Callable[[FlowPosterior], object], type[Exception], str]] 
     ),
     (lambda q: q.log_prob(torch.zeros(6, 4)), ValueError, "h: this posterior needs shape (*, 3), got None"),
     (lambda q: q.gaussian(H), TypeError, "posterior: expected a Gaussian one, got a flow of Chain"),
-    (lambda q: q.distribution(torch.zeros(6, 2)), ValueError, "h: expected shape (*, 3), got (6, 2)"),
+    (lambda q: q.at(torch.zeros(6, 2)), ValueError, "h: expected shape (*, 3), got (6, 2)"),
+    (lambda q: q(H, (5,), [0.0]), TypeError, "noise: expected a torch.Tensor, got list"),
+    (
+        lambda q: q(H, (5,), torch.zeros(5, 6, 4, dtype=torch.float64)),
+        TypeError,
+        "noise: expected torch.float32 like the parameters, got torch.float64; call .to(torch.float32)",
+    ),
+    (
+        lambda q: q(H, noise=torch.zeros(6, 4, device="meta")),
+        ValueError,
+        "noise: expected device cpu like the parameters, got meta",
+    ),
+    (lambda q: q.at(H).expand((5,)), ValueError, "batch_shape: expected one that (6,) expands to, got (5,)"),
 ]
 
 
