@@ -41,7 +41,9 @@ def log_marginal(vae: VAE, x: Tensor, samples: int = 1000, *, pairs: int = 1000)
     Reference:
         Kingma & Welling (2019), section 2.6; Rezende et al. (2014), appendix E.
     """
-    return torch.cat([_log_mean(chunks, samples) for chunks in _log_weights(vae, x, samples, pairs)])
+    parts = _log_weights(vae, x, samples, pairs)
+    sums = [reduce(torch.logaddexp, (chunk.logsumexp(0) for chunk in chunks)) for chunks in parts]
+    return torch.cat(sums) - math.log(samples)
 
 
 def importance_estimate(vae: VAE, x: Tensor, samples: int = 1000, *, pairs: int = 1000) -> ImportanceEstimate:
@@ -129,18 +131,18 @@ def active_units(vae: VAE, x: Tensor, samples: int = 64, *, threshold: float = 0
         ``ActiveUnits(variance, active)``; ``active.sum()`` is the number to report.
 
     Raises:
-        ValueError: if `samples` is below 2 or `pairs` below 1.
+        ValueError: if `samples` or the examples are below 2, or `pairs` below 1.
 
     Reference:
-        Burda, Grosse & Salakhutdinov (2016), section 5.2.
+        Burda, Grosse & Salakhutdinov (2016), Importance Weighted Autoencoders.
 
     Example:
         >>> vae = VAE(nn.Linear(9, 16), flowpost.planar(16, dim=2), nn.Linear(2, 9), Bernoulli())
         >>> active_units(vae, torch.rand(50, 9).round()).active.shape
         torch.Size([2])
     """
-    check_int("samples", samples, minimum=2)
-    check_int("pairs", pairs, minimum=1)
+    samples, pairs = check_int("samples", samples, minimum=2), check_int("pairs", pairs, minimum=1)
+    check_int("len(x)", len(x), minimum=2)
     with torch.no_grad():
         parts = [_means(vae, part, samples) for part in x.split(max(1, pairs // samples))]
     means, noise = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -180,7 +182,7 @@ def decompose_elbo(vae: VAE, x: Tensor, samples: int = 1, *, pairs: int = 100_00
         ``ELBODecomposition(reconstruction, mutual_information, marginal_kl)``.
 
     Raises:
-        ValueError: if `samples` or `pairs` is below 1.
+        ValueError: if `samples` or `pairs` is below 1, or there is no example.
 
     Reference:
         Hoffman & Johnson (2016), ELBO Surgery: Yet Another Way to Carve Up the Variational Evidence Lower Bound.
@@ -191,8 +193,8 @@ def decompose_elbo(vae: VAE, x: Tensor, samples: int = 1, *, pairs: int = 100_00
         >>> bool(terms.mutual_information.mean() < math.log(50))
         True
     """
-    check_int("samples", samples, minimum=1)
-    check_int("pairs", pairs, minimum=1)
+    samples, pairs = check_int("samples", samples, minimum=1), check_int("pairs", pairs, minimum=1)
+    check_int("len(x)", len(x), minimum=1)
     with torch.no_grad():
         contexts = torch.cat([cast(Tensor, vae.encode(part).context) for part in x.split(_EXAMPLES)])
         rows = torch.arange(len(x), device=x.device).split(max(1, min(_EXAMPLES, pairs // samples)))
@@ -232,8 +234,7 @@ def _means(vae: VAE, x: Tensor, samples: int) -> tuple[Tensor, Tensor]:
 
 def _log_weights(vae: VAE, x: Tensor, samples: int, pairs: int) -> Iterator[Iterator[Tensor]]:
     """For each part of x its log-weights in chunks ``(n, B)``, to be read before the next part."""
-    check_int("samples", samples, minimum=1)
-    check_int("pairs", pairs, minimum=1)
+    samples, pairs = check_int("samples", samples, minimum=1), check_int("pairs", pairs, minimum=1)
     for part in x.split(min(_EXAMPLES, pairs)):
         yield _chunks(vae, part, samples, max(1, pairs // max(1, len(part))))
 
@@ -246,7 +247,3 @@ def _chunks(vae: VAE, x: Tensor, samples: int, size: int) -> Iterator[Tensor]:
             out = vae.evaluate(x, q, (min(size, samples - start),))
             log_w = out.log_likelihood.double() + out.log_prior.double() - out.log_q.double()
         yield log_w
-
-
-def _log_mean(chunks: Iterator[Tensor], samples: int) -> Tensor:
-    return reduce(torch.logaddexp, (chunk.logsumexp(0) for chunk in chunks)) - math.log(samples)

@@ -97,7 +97,7 @@ def inference_gaps(
         ValueError: if a number is out of range, or `richer` is of another dim.
 
     Reference:
-        Cremer, Li & Duvenaud (2018), Inference Suboptimality in Variational Autoencoders, section 3.
+        Cremer, Li & Duvenaud (2018), Inference Suboptimality in Variational Autoencoders.
 
     Example:
         >>> vae = VAE(nn.Linear(9, 16), flowpost.diagonal(16, dim=2), nn.Linear(2, 9), Bernoulli())
@@ -106,10 +106,9 @@ def inference_gaps(
         >>> gaps.approximation.shape
         torch.Size([5])
     """
-    check_int("steps", steps, minimum=0)
+    steps = check_int("steps", steps, minimum=0)
     numbers = {"step_samples": step_samples, "samples": samples, "examples": examples, "pairs": pairs}
-    for name, number in numbers.items():
-        check_int(name, number, minimum=1)
+    step_samples, samples, examples, pairs = (check_int(name, number, 1) for name, number in numbers.items())
     for name, rate in {"lr": lr, "weights_lr": weights_lr}.items():
         if not 0 < rate < math.inf:
             raise ValueError(f"{name}: expected a positive finite number, got {rate}")

@@ -99,6 +99,21 @@ def test_iwae_is_the_log_of_the_mean_weight() -> None:
     torch.testing.assert_close(far, expected - 1e6)
 
 
+def test_a_log_q_for_each_token_is_refused() -> None:
+    """Four tokens of four examples: it broadcast, and mixed them."""
+    whole, tokens = torch.zeros(2, 4), torch.zeros(2, 4, 4)
+    said = r": expected a shape like log_likelihood's \(2, 4\), got \(2, 4, 4\); sum over tokens or other parts of an"
+    for bound in (elbo, elbo_terms, iwae):
+        with pytest.raises(ValueError, match="^log_q" + said):
+            bound(whole, whole, tokens)
+        with pytest.raises(ValueError, match="^log_prior" + said):
+            bound(whole, tokens, whole)
+        with pytest.raises(ValueError, match=r"^log_prior: expected a shape like log_likelihood's \(2, 4, 4\), got"):
+            bound(tokens, whole, whole)
+    with pytest.raises(ValueError, match=r"^kl: expected a shape like log_likelihood's \(4,\), got \(4, 4\)"):
+        elbo(whole, whole, whole, torch.zeros(4, 4))
+
+
 def test_latents_kl_adds_up_to_the_factorized_gaussian_s() -> None:
     loc, scale = torch.randn(6, 4, dtype=torch.float64), torch.rand(6, 4, dtype=torch.float64) + 0.1
     torch.testing.assert_close(latent_kl(loc, scale).sum(-1), gaussian_kl(loc, torch.diag_embed(scale)))
@@ -189,6 +204,9 @@ def test_factorized_whatever_it_is_made_of() -> None:
 
     assert latents(flowpost.Chain(flowpost.Scale(2, 0.5), flowpost.Chain(flowpost.Affine(2), flowpost.Affine(2))))
     assert latents(flowpost.Conditioned(flowpost.Affine(2), 3))
+    assert latents(
+        flowpost.Chain(flowpost.Affine(2), flowpost.Learned(flowpost.Shift(2)), flowpost.Learned(flowpost.Affine(2)))
+    )
     assert not latents(flowpost.Chain(flowpost.Affine(2), flowpost.UnitLowerTriangular(2)))
 
 
