@@ -80,7 +80,7 @@ def model_ranks(vae: VAE, data: Data, device: torch.device) -> Tensor:
         return z, draw_pixels(vae, z, shape)
 
     def draw(x: Tensor, samples: int) -> Tensor:
-        return vae.posterior.sample_at(vae.context(x), (samples,)).z
+        return vae.encode(x).sample((samples,))
 
     return sbc_ranks(simulate, draw, SIMULATIONS, RANKED).cpu()
 

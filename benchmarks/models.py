@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.data import Data
-from flowpost.posterior import standard_normal_log_prob
+from flowpost.density import standard_normal_log_prob
 from flowpost.recipes import RECIPES
 from flowpost.vae import VAE, Bernoulli, Binomial, Categorical, Likelihood
 
@@ -45,7 +45,7 @@ def count_parameters(model: nn.Module) -> int:
 
 def codes(vae: VAE, x: Tensor, count: int = 1) -> Tensor:
     """Draws from q(z|x), ``(count, B, dim)``."""
-    return vae.posterior.sample_at(vae.context(x), (count,)).z
+    return vae.encode(x).sample((count,))
 
 
 def mean_images(vae: VAE, z: Tensor, shape: torch.Size) -> Tensor:

@@ -20,8 +20,10 @@ from flowpost.bijectors.sylvester import Sylvester
 from flowpost.bijectors.triangular import UnitLowerTriangular
 from flowpost.bijectors.wrappers import Conditioned, Inverse, Learned
 from flowpost.checks import DomainError, IllConditionedWarning, InversionError, NonFiniteError, checking
+from flowpost.density import Sample
+from flowpost.distribution import FlowDistribution
 from flowpost.files import CorruptFileError, load, save
-from flowpost.posterior import FlowDistribution, FlowPosterior, Sample
+from flowpost.posterior import FlowPosterior
 from flowpost.recipes import (
     affine_iaf,
     cc_lin_iaf,

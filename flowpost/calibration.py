@@ -41,7 +41,7 @@ def sbc_ranks(
         ValueError: if a number is below 1, or `simulate` and `draw` do not give those shapes.
 
     Reference:
-        Talts et al. (2018), Validating Bayesian Inference Algorithms with Simulation-Based Calibration, algorithm 1.
+        Talts et al. (2018), Validating Bayesian Inference Algorithms with Simulation-Based Calibration.
 
     Example:
         >>> def simulate(n):
@@ -51,8 +51,8 @@ def sbc_ranks(
         >>> ranks.shape
         torch.Size([200, 2])
     """
-    for name, number in {"simulations": simulations, "samples": samples, "batch": batch}.items():
-        check_int(name, number, minimum=1)
+    numbers = {"simulations": simulations, "samples": samples, "batch": batch}
+    simulations, samples, batch = (check_int(name, number, 1) for name, number in numbers.items())
     ranks = []
     with torch.no_grad():
         for start in range(0, simulations, batch):
@@ -135,7 +135,7 @@ def rank_ecdf(ranks: Tensor, samples: int, level: float = 0.95, *, rounds: int =
         >>> rank_ecdf(torch.arange(64).unsqueeze(-1), samples=63).inside
         tensor([True])
     """
-    check_int("rounds", rounds, minimum=1)
+    samples, rounds = check_int("samples", samples, minimum=1), check_int("rounds", rounds, minimum=1)
     if not 0 < level < 1 or rounds * (1 - level) < 1:
         raise ValueError(f"level: expected a probability in (0, {1 - 1 / rounds:.4g}] for {rounds} rounds, got {level}")
     count = len(ranks)
@@ -161,7 +161,7 @@ def _binomial_cdf(count: int, probability: Tensor) -> Tensor:
 
 def _smallest_tails(tail: Tensor, count: int, samples: int, rounds: int, seed: int) -> Tensor:
     """The smallest p-value over k of each of `rounds` sets of uniform ranks."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     found = []
     for start in range(0, rounds, _ROUNDS):
         ranks = torch.randint(samples + 1, (min(_ROUNDS, rounds - start), count), generator=generator)

@@ -74,13 +74,24 @@ def check_finite(name: str, value: Tensor | None, hint: str = "") -> None:
 def check_inside(name: str, value: Tensor, interval: tuple[float, float]) -> None:
     """Raise `DomainError` naming the rows and the first feature that lie outside an open interval."""
     low, high = interval
-    outside = (value <= low) | (value >= high)
-    if not bool(outside.any()):
+    _refuse(name, value, (value <= low) | (value >= high), f"numbers between {low} and {high}")
+
+
+def check_values(name: str, value: Tensor, low: int, high: int, *, whole: bool) -> None:
+    """Raise `DomainError` naming the rows and the first feature that are not from `low` to `high`, or not whole."""
+    bad = ~((value >= low) & (value <= high))
+    if whole and value.is_floating_point():
+        bad = bad | (value != value.round())
+    _refuse(name, value, bad, f"{'whole ' if whole else ''}numbers from {low} to {high}")
+
+
+def _refuse(name: str, value: Tensor, bad: Tensor, expected: str) -> None:
+    if not bool(bad.any()):
         return
-    rows, bad = value.detach().reshape(-1, value.shape[-1]), outside.reshape(-1, value.shape[-1])
+    rows, bad = value.detach().reshape(-1, value.shape[-1]), bad.reshape(-1, value.shape[-1])
     row, feature = (int(i) for i in bad.nonzero()[0])
     raise DomainError(
-        f"{name}: expected numbers between {low} and {high}, got {int(bad.any(-1).sum())} of {len(rows)} rows outside "
+        f"{name}: expected {expected}, got {int(bad.any(-1).sum())} of {len(rows)} rows outside "
         f"(first: row {row}, feature {feature} = {rows[row, feature].item()})"
     )
 

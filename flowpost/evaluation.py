@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import reduce
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from flowpost.distribution import FlowDistribution
 from flowpost.importance import ImportanceEstimate, summarize, warn_unreliable
 from flowpost.numerics.arguments import check_int
 from flowpost.objectives import latent_kl
@@ -40,7 +41,9 @@ def log_marginal(vae: VAE, x: Tensor, samples: int = 1000, *, pairs: int = 1000)
     Reference:
         Kingma & Welling (2019), section 2.6; Rezende et al. (2014), appendix E.
     """
-    return torch.cat([_log_mean(chunks, samples) for chunks in _log_weights(vae, x, samples, pairs)])
+    parts = _log_weights(vae, x, samples, pairs)
+    sums = [reduce(torch.logaddexp, (chunk.logsumexp(0) for chunk in chunks)) for chunks in parts]
+    return torch.cat(sums) - math.log(samples)
 
 
 def importance_estimate(vae: VAE, x: Tensor, samples: int = 1000, *, pairs: int = 1000) -> ImportanceEstimate:
@@ -98,7 +101,7 @@ def kl_per_latent(vae: VAE, x: Tensor) -> Tensor:
         torch.Size([5, 2])
     """
     with torch.no_grad():
-        parts = [vae.posterior.gaussian_at(vae.context(part)) for part in x.split(_EXAMPLES)]
+        parts = [vae.encode(part).gaussian() for part in x.split(_EXAMPLES)]
         return torch.cat([latent_kl(loc.double(), tril.double().norm(dim=-1)) for loc, tril in parts])
 
 
@@ -128,18 +131,18 @@ def active_units(vae: VAE, x: Tensor, samples: int = 64, *, threshold: float = 0
         ``ActiveUnits(variance, active)``; ``active.sum()`` is the number to report.
 
     Raises:
-        ValueError: if `samples` is below 2 or `pairs` below 1.
+        ValueError: if `samples` or the examples are below 2, or `pairs` below 1.
 
     Reference:
-        Burda, Grosse & Salakhutdinov (2016), section 5.2.
+        Burda, Grosse & Salakhutdinov (2016), Importance Weighted Autoencoders.
 
     Example:
         >>> vae = VAE(nn.Linear(9, 16), flowpost.planar(16, dim=2), nn.Linear(2, 9), Bernoulli())
         >>> active_units(vae, torch.rand(50, 9).round()).active.shape
         torch.Size([2])
     """
-    check_int("samples", samples, minimum=2)
-    check_int("pairs", pairs, minimum=1)
+    samples, pairs = check_int("samples", samples, minimum=2), check_int("pairs", pairs, minimum=1)
+    check_int("len(x)", len(x), minimum=2)
     with torch.no_grad():
         parts = [_means(vae, part, samples) for part in x.split(max(1, pairs // samples))]
     means, noise = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -179,7 +182,7 @@ def decompose_elbo(vae: VAE, x: Tensor, samples: int = 1, *, pairs: int = 100_00
         ``ELBODecomposition(reconstruction, mutual_information, marginal_kl)``.
 
     Raises:
-        ValueError: if `samples` or `pairs` is below 1.
+        ValueError: if `samples` or `pairs` is below 1, or there is no example.
 
     Reference:
         Hoffman & Johnson (2016), ELBO Surgery: Yet Another Way to Carve Up the Variational Evidence Lower Bound.
@@ -190,10 +193,10 @@ def decompose_elbo(vae: VAE, x: Tensor, samples: int = 1, *, pairs: int = 100_00
         >>> bool(terms.mutual_information.mean() < math.log(50))
         True
     """
-    check_int("samples", samples, minimum=1)
-    check_int("pairs", pairs, minimum=1)
+    samples, pairs = check_int("samples", samples, minimum=1), check_int("pairs", pairs, minimum=1)
+    check_int("len(x)", len(x), minimum=1)
     with torch.no_grad():
-        contexts = torch.cat([vae.context(part) for part in x.split(_EXAMPLES)])
+        contexts = torch.cat([cast(Tensor, vae.encode(part).context) for part in x.split(_EXAMPLES)])
         rows = torch.arange(len(x), device=x.device).split(max(1, min(_EXAMPLES, pairs // samples)))
         parts = [_decompose(vae, x[row], row, contexts, samples, pairs) for row in rows]
     return ELBODecomposition(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -201,11 +204,11 @@ def decompose_elbo(vae: VAE, x: Tensor, samples: int = 1, *, pairs: int = 100_00
 
 def _decompose(vae: VAE, x: Tensor, row: Tensor, contexts: Tensor, samples: int, pairs: int) -> ELBODecomposition:
     """The terms of the examples `row` of all those whose contexts are given."""
-    out = vae.evaluate(x, contexts[row], (samples,))
+    out = vae.evaluate(x, _at(vae, contexts[row]), (samples,))
     z, own = out.sample.z.unsqueeze(-2), out.log_q.double()
     total = torch.full_like(own, -math.inf)
     for columns in torch.arange(len(contexts), device=row.device).split(max(1, pairs // max(1, own.numel()))):
-        log_q = vae.posterior.log_prob_at(z, contexts[columns]).double()  # (samples, B, columns)
+        log_q = _at(vae, contexts[columns]).log_prob(z).double()  # (samples, B, columns)
         log_q = torch.where(log_q.isnan(), -math.inf, log_q)  # overflowed on the way back: there is no density there
         log_q = torch.where(row.unsqueeze(-1) == columns, own.unsqueeze(-1), log_q)  # known without an inverse
         total = torch.logaddexp(total, log_q.logsumexp(-1))
@@ -214,33 +217,33 @@ def _decompose(vae: VAE, x: Tensor, row: Tensor, contexts: Tensor, samples: int,
     return ELBODecomposition(*(term.mean(0) for term in terms))
 
 
+def _at(vae: VAE, context: Tensor) -> FlowDistribution:
+    """The q(.|x) of a context that is known."""
+    return FlowDistribution(vae.posterior.flow, context, context.shape[:-1])
+
+
 def _means(vae: VAE, x: Tensor, samples: int) -> tuple[Tensor, Tensor]:
     """E_q[z] and the variance of its estimate, each ``(B, dim)``."""
-    context = vae.context(x)
-    if vae.posterior.is_gaussian:
-        loc = vae.posterior.gaussian_at(context)[0].double()
-        return loc, torch.zeros_like(loc)
-    z = vae.posterior.sample_at(context, (samples,)).z.double()
+    q = vae.encode(x)
+    if q.is_gaussian:
+        mean = q.mean.double()
+        return mean, torch.zeros_like(mean)
+    z = q.draw((samples,)).z.double()
     return z.mean(0), z.var(0) / samples
 
 
 def _log_weights(vae: VAE, x: Tensor, samples: int, pairs: int) -> Iterator[Iterator[Tensor]]:
     """For each part of x its log-weights in chunks ``(n, B)``, to be read before the next part."""
-    check_int("samples", samples, minimum=1)
-    check_int("pairs", pairs, minimum=1)
+    samples, pairs = check_int("samples", samples, minimum=1), check_int("pairs", pairs, minimum=1)
     for part in x.split(min(_EXAMPLES, pairs)):
         yield _chunks(vae, part, samples, max(1, pairs // max(1, len(part))))
 
 
 def _chunks(vae: VAE, x: Tensor, samples: int, size: int) -> Iterator[Tensor]:
     with torch.no_grad():
-        context = vae.context(x)
+        q = vae.encode(x)
     for start in range(0, samples, size):
         with torch.no_grad():  # not around `yield`: the reader would run without gradient too
-            out = vae.evaluate(x, context, (min(size, samples - start),))
+            out = vae.evaluate(x, q, (min(size, samples - start),))
             log_w = out.log_likelihood.double() + out.log_prior.double() - out.log_q.double()
         yield log_w
-
-
-def _log_mean(chunks: Iterator[Tensor], samples: int) -> Tensor:
-    return reduce(torch.logaddexp, (chunk.logsumexp(0) for chunk in chunks)) - math.log(samples)

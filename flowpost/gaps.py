@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ from torch.func import functional_call
 
 from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.chain import Chain
+from flowpost.density import standard_normal_log_prob
 from flowpost.importance import ImportanceEstimate, summarize, warn_unreliable
 from flowpost.numerics.arguments import check_int
-from flowpost.posterior import standard_normal_log_prob
 from flowpost.vae import VAE
 
 
@@ -97,7 +97,7 @@ def inference_gaps(
         ValueError: if a number is out of range, or `richer` is of another dim.
 
     Reference:
-        Cremer, Li & Duvenaud (2018), Inference Suboptimality in Variational Autoencoders, section 3.
+        Cremer, Li & Duvenaud (2018), Inference Suboptimality in Variational Autoencoders.
 
     Example:
         >>> vae = VAE(nn.Linear(9, 16), flowpost.diagonal(16, dim=2), nn.Linear(2, 9), Bernoulli())
@@ -106,10 +106,9 @@ def inference_gaps(
         >>> gaps.approximation.shape
         torch.Size([5])
     """
-    check_int("steps", steps, minimum=0)
+    steps = check_int("steps", steps, minimum=0)
     numbers = {"step_samples": step_samples, "samples": samples, "examples": examples, "pairs": pairs}
-    for name, number in numbers.items():
-        check_int(name, number, minimum=1)
+    step_samples, samples, examples, pairs = (check_int(name, number, 1) for name, number in numbers.items())
     for name, rate in {"lr": lr, "weights_lr": weights_lr}.items():
         if not 0 < rate < math.inf:
             raise ValueError(f"{name}: expected a positive finite number, got {rate}")
@@ -131,7 +130,7 @@ def _gaps(
 ) -> tuple[Tensor, Tensor]:
     """The posteriors' ELBOs ``(posteriors, B)``, and the rows of the best one's `ImportanceEstimate`, ``(4, B)``."""
     with torch.no_grad():
-        context = vae.context(x)
+        context = cast(Tensor, vae.encode(x).context)
         starts = [_Local(flow, _start(flow, context)) for flow in flows]
     locals_ = [_fit(vae, x, start, *fitting) for start in starts]
     seed = int(torch.randint(2**62, ()))

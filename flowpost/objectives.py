@@ -24,12 +24,20 @@ def elbo_terms(log_likelihood: Tensor, log_prior: Tensor, log_q: Tensor, kl: Ten
     Returns:
         ``ELBOTerms(reconstruction, kl)``, each ``(B,)``. ``(reconstruction - weight * kl).mean()`` is what to maximize.
 
+    Raises:
+        ValueError: as `elbo`.
+
     Example:
         >>> terms = elbo_terms(torch.tensor([-7.0]), torch.tensor([-3.0]), torch.tensor([-1.0]))
         >>> terms.reconstruction, terms.kl
         (tensor([-7.]), tensor([2.]))
     """
-    return ELBOTerms(_over_samples(log_likelihood), _over_samples(log_q - log_prior if kl is None else kl))
+    if kl is None:
+        _check_axes(log_likelihood, log_prior=log_prior, log_q=log_q)
+        return ELBOTerms(_over_samples(log_likelihood), _over_samples(log_q - log_prior))
+    reconstruction = _over_samples(log_likelihood)
+    _check_axes(reconstruction, kl=kl)
+    return ELBOTerms(reconstruction, kl)
 
 
 def elbo(
@@ -53,6 +61,9 @@ def elbo(
 
     Returns:
         ``(B,)``. Its mean is what to maximize.
+
+    Raises:
+        ValueError: if the terms do not have equally many axes: a log-density of each token, say, is not one of x.
 
     Reference:
         Kingma & Welling (2019), eq. 2.10; Kingma & Welling (2014), eq. 7.
@@ -83,13 +94,17 @@ def iwae(log_likelihood: Tensor, log_prior: Tensor, log_q: Tensor, *, kl_weight:
     Returns:
         ``(B,)``. Its mean is what to maximize.
 
+    Raises:
+        ValueError: if the terms do not have equally many axes: a log-density of each token, say, is not one of x.
+
     Reference:
-        Burda, Grosse & Salakhutdinov (2016), eq. 8.
+        Burda, Grosse & Salakhutdinov (2016), Importance Weighted Autoencoders.
 
     Example:
         >>> iwae(torch.tensor([[1.0], [3.0]]).log(), torch.zeros(2, 1), torch.zeros(2, 1)).exp()
         tensor([2.])
     """
+    _check_axes(log_likelihood, log_prior=log_prior, log_q=log_q)
     log_weight = log_likelihood + kl_weight * (log_prior - log_q)
     if log_weight.ndim < 2:
         return log_weight
@@ -209,6 +224,16 @@ class _Reweigh(torch.autograd.Function):
         rest = (minus_weight.sum(axes, keepdim=True) if axes else minus_weight) - minus_weight
         factor = 1 + rest / torch.where(total == 0, 1, total)
         return through_z * factor.unsqueeze(-1)
+
+
+def _check_axes(log_likelihood: Tensor, **terms: Tensor) -> None:
+    """Raise for a term that would broadcast against the likelihood into a mix of examples."""
+    for name, term in terms.items():
+        if term.ndim != log_likelihood.ndim:
+            raise ValueError(
+                f"{name}: expected a shape like log_likelihood's {tuple(log_likelihood.shape)}, got "
+                f"{tuple(term.shape)}; sum over tokens or other parts of an example first"
+            )
 
 
 def _over_samples(values: Tensor) -> Tensor:

@@ -1,114 +1,24 @@
-"""The reference VAE: likelihoods, and the model in one class."""
+"""The reference VAE: the model in one class, and with it its likelihoods."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowpost.bijectors.affine import Affine, Scale
 from flowpost.bijectors.base import Bijector
-from flowpost.numerics.arguments import check_int
+from flowpost.density import Sample, standard_normal_log_prob
+from flowpost.distribution import FlowDistribution
+from flowpost.likelihoods import Bernoulli as Bernoulli
+from flowpost.likelihoods import Binomial as Binomial
+from flowpost.likelihoods import Categorical as Categorical
+from flowpost.likelihoods import Gaussian as Gaussian
+from flowpost.likelihoods import Likelihood
 from flowpost.objectives import elbo_terms, gaussian_kl, latent_kl, reweigh
-from flowpost.posterior import FlowPosterior, Sample, standard_normal_log_prob
+from flowpost.posterior import FlowPosterior
 
 _GRADIENTS = ("standard", "stl", "dreg")
-
-
-class Likelihood(nn.Module, ABC):
-    """p(x|z), independent over the elements of x, from `numbers` decoder outputs for each of them.
-
-    ``log_prob`` takes the decoder's outputs as ``(*batch, numbers, elements)`` and x as ``(*batch, elements)``, leading
-    axes broadcasting, and sums over the elements; ``mean`` gives E[x|z], ``(*batch, elements)``.
-    """
-
-    numbers = 1
-
-    @abstractmethod
-    def log_prob(self, outputs: Tensor, x: Tensor) -> Tensor:
-        """The log p(x|z), ``(*batch)``."""
-
-    @abstractmethod
-    def mean(self, outputs: Tensor) -> Tensor:
-        """The expectation of x, ``(*batch, elements)``."""
-
-
-class Binomial(Likelihood):
-    """Counts from 0 to n, ``log p(x) = log C(n, x) + x a - n softplus(a)`` with the logit a; one output an element.
-
-    Args:
-        n: number of trials, at least 1.
-    """
-
-    def __init__(self, n: int) -> None:
-        super().__init__()
-        self.n = check_int("n", n, minimum=1)
-
-    def log_prob(self, outputs: Tensor, x: Tensor) -> Tensor:
-        """The log p(x|z), ``(*batch)``."""
-        logit = outputs.squeeze(-2)
-        ways = math.lgamma(self.n + 1) - torch.lgamma(x + 1) - torch.lgamma(self.n - x + 1)
-        return (x * logit - self.n * F.softplus(logit)).sum(-1) + ways.sum(-1)
-
-    def mean(self, outputs: Tensor) -> Tensor:
-        """The expectation of x, ``(*batch, elements)``."""
-        return self.n * torch.sigmoid(outputs.squeeze(-2))
-
-
-class Bernoulli(Binomial):
-    """Binary x, ``log p(x) = x a - softplus(a)`` with the logit a; one output an element."""
-
-    def __init__(self) -> None:
-        super().__init__(1)
-
-    def log_prob(self, outputs: Tensor, x: Tensor) -> Tensor:
-        """The log p(x|z), ``(*batch)``."""
-        logit = outputs.squeeze(-2)
-        return (x * logit - F.softplus(logit)).sum(-1)
-
-
-class Gaussian(Likelihood):
-    """Real x, ``N(x; loc, exp(s)^2)``; two outputs an element, loc and s, softly bounded at +-10."""
-
-    numbers = 2
-
-    def log_prob(self, outputs: Tensor, x: Tensor) -> Tensor:
-        """The log p(x|z), ``(*batch)``."""
-        loc, raw = outputs.unbind(-2)
-        log_scale = 10 * torch.tanh(raw / 10)
-        return standard_normal_log_prob((x - loc) * torch.exp(-log_scale)) - log_scale.sum(-1)
-
-    def mean(self, outputs: Tensor) -> Tensor:
-        """The expectation of x, ``(*batch, elements)``."""
-        return outputs.select(-2, 0)
-
-
-class Categorical(Likelihood):
-    """One of the levels 0 to ``levels - 1``, by a softmax over ``levels`` outputs an element.
-
-    Args:
-        levels: number of levels, at least 2.
-    """
-
-    def __init__(self, levels: int) -> None:
-        super().__init__()
-        self.numbers = check_int("levels", levels, minimum=2)
-
-    def log_prob(self, outputs: Tensor, x: Tensor) -> Tensor:
-        """The log p(x|z), ``(*batch)``."""
-        index = x.long().unsqueeze(-2)
-        batch = torch.broadcast_shapes(outputs.shape[:-2], index.shape[:-2])
-        chosen = outputs.expand(*batch, -1, -1).gather(-2, index.expand(*batch, -1, -1)).squeeze(-2)
-        return (chosen - outputs.logsumexp(-2)).sum(-1)
-
-    def mean(self, outputs: Tensor) -> Tensor:
-        """The expectation of x, ``(*batch, elements)``."""
-        levels = torch.arange(self.numbers, dtype=outputs.dtype, device=outputs.device)
-        return (outputs.softmax(-2) * levels.unsqueeze(-1)).sum(-2)
 
 
 class VAEOutput(NamedTuple):
@@ -174,7 +84,7 @@ class VAE(nn.Module):
         - ``"dreg"``: double reparameterization, for `iwae` over all of `sample_shape` and nothing else; unbiased.
 
         Args:
-            x: ``(B, *event)``.
+            x: ``(B, *event)``, of any real dtype: the encoder gets it as it is, the likelihood converts integers.
             sample_shape: leading axes of samples of z for each x.
             gradient: the estimator.
 
@@ -182,42 +92,51 @@ class VAE(nn.Module):
             ``VAEOutput(log_likelihood, log_prior, log_q, kl, sample, latent_kl)``.
 
         Raises:
-            ValueError: if the decoder's output does not have ``likelihood.numbers`` for each element of x, or for an
-                unknown `gradient`.
+            TypeError: if x is no real tensor.
+            ValueError: if the encoder does not give one row of features for each x, the decoder not
+                ``likelihood.numbers`` for each of its elements, or for an unknown `gradient`.
 
         Reference:
             Kingma & Welling (2014); Roeder et al. (2017); Tucker et al. (2018).
         """
-        context = self.context(x)
-        out = self.evaluate(x, context, sample_shape, gradient)
-        if gradient != "standard" or not self.posterior.is_gaussian:
+        q = self.encode(x)
+        out = self.evaluate(x, q, sample_shape, gradient)
+        if gradient != "standard" or not q.is_gaussian:
             return out
-        loc, tril = self.posterior.gaussian_at(context)
-        if not _factorized(self.posterior):
+        loc, tril = q.gaussian()
+        if not _factorized(q.flow):
             return out._replace(kl=gaussian_kl(loc, tril))
         latents = latent_kl(loc, tril.diagonal(dim1=-2, dim2=-1))
         return out._replace(kl=latents.sum(-1), latent_kl=latents)
 
-    def context(self, x: Tensor) -> Tensor:
-        """What the posterior's flow reads for x: all of q(z|x) that does not depend on the sample."""
-        context = self.posterior.context(self.encoder(x))
-        if context is None:
+    def encode(self, x: Tensor) -> FlowDistribution:
+        """The q(z|x), of batch shape ``(B,)``."""
+        if not isinstance(x, Tensor) or x.is_complex():
+            raise TypeError(f"x: expected a real tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
+        h = self.encoder(x)
+        if isinstance(h, Tensor) and (h.ndim != 2 or h.shape[0] != x.shape[0]):
+            raise ValueError(
+                f"encoder: expected features ({x.shape[0]}, features), one row for each x, got shape {tuple(h.shape)}; "
+                f"sum or average over tokens or pixels in the encoder first"
+            )
+        q = self.posterior.at(h)
+        if q.context is None:
             raise ValueError("posterior: expected one that reads features, got one whose flow takes no context")
-        return context
+        return q
 
     def evaluate(
-        self, x: Tensor, context: Tensor, sample_shape: tuple[int, ...] = (), gradient: str = "standard"
+        self, x: Tensor, q: FlowDistribution, sample_shape: tuple[int, ...] = (), gradient: str = "standard"
     ) -> VAEOutput:
-        """As `forward`, for a context that is known, and without the closed-form KL."""
+        """As `forward`, for a q(z|x) that is known, and without the closed-form KL."""
         if gradient not in _GRADIENTS:
             raise ValueError(f"gradient: expected one of {', '.join(_GRADIENTS)}, got {gradient!r}")
-        sample = self.posterior.sample_at(context, sample_shape)
+        sample = q.draw(sample_shape)
         if gradient != "dreg":
-            log_q = sample.log_prob if gradient == "standard" else self.posterior.path_log_prob_at(sample, context)
+            log_q = sample.log_prob if gradient == "standard" else q.path_log_prob(sample)
             return VAEOutput(*self.log_joint(x, sample.z), log_q, None, sample)
         z, zeros, more_zeros = reweigh(sample.z)
         log_likelihood, log_prior = self.log_joint(x, z)
-        log_q = self.posterior.path_log_prob_at(sample._replace(z=z), context)
+        log_q = q.path_log_prob(sample._replace(z=z))
         return VAEOutput(log_likelihood + zeros, log_prior, log_q + more_zeros, None, sample)
 
     def log_joint(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,7 +146,7 @@ class VAE(nn.Module):
 
     def decode(self, z: Tensor, elements: int) -> Tensor:
         """The likelihood's numbers ``(*batch, numbers, elements)`` for z ``(*batch, dim)``."""
-        outputs = self.decoder(z.flatten(0, -2)).flatten(1)
+        outputs = self.decoder(z.flatten(0, -2)).flatten(1).to(z.dtype)
         numbers = self.likelihood.numbers
         if outputs.shape[1] != numbers * elements:
             name = type(self.likelihood).__name__
@@ -237,8 +156,6 @@ class VAE(nn.Module):
         return outputs.view(*z.shape[:-1], numbers, elements)
 
 
-def _factorized(posterior: FlowPosterior) -> bool:
-    """Whether every step acts on each latent alone."""
-    steps = [module for module in posterior.flow.modules() if isinstance(module, Bijector)]
-    leaves = [step for step in steps if sum(isinstance(part, Bijector) for part in step.modules()) == 1]
-    return all(isinstance(leaf, (Affine, Scale)) for leaf in leaves)
+def _factorized(flow: Bijector) -> bool:
+    """Whether a Gaussian flow acts on each latent alone."""
+    return all(step.elementwise for step in flow.leaves())

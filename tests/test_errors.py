@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from registry import ENTRIES, Case, Entry, backward, draw
@@ -29,7 +30,9 @@ from flowpost import (
     Sylvester,
     UnitLowerTriangular,
 )
-from flowpost.evaluation import log_marginal
+from flowpost.calibration import rank_ecdf, sbc_ranks
+from flowpost.evaluation import active_units, decompose_elbo, importance_estimate, log_marginal
+from flowpost.gaps import inference_gaps
 from flowpost.recipes import RECIPES
 from flowpost.vae import VAE, Bernoulli, Binomial, Categorical
 
@@ -285,7 +288,19 @@ POSTERIOR: list[tuple[Callable[[FlowPosterior], object], type[Exception], str]] 
     ),
     (lambda q: q.log_prob(torch.zeros(6, 4)), ValueError, "h: this posterior needs shape (*, 3), got None"),
     (lambda q: q.gaussian(H), TypeError, "posterior: expected a Gaussian one, got a flow of Chain"),
-    (lambda q: q.distribution(torch.zeros(6, 2)), ValueError, "h: expected shape (*, 3), got (6, 2)"),
+    (lambda q: q.at(torch.zeros(6, 2)), ValueError, "h: expected shape (*, 3), got (6, 2)"),
+    (lambda q: q(H, (5,), [0.0]), TypeError, "noise: expected a torch.Tensor, got list"),
+    (
+        lambda q: q(H, (5,), torch.zeros(5, 6, 4, dtype=torch.float64)),
+        TypeError,
+        "noise: expected torch.float32 like the parameters, got torch.float64; call .to(torch.float32)",
+    ),
+    (
+        lambda q: q(H, noise=torch.zeros(6, 4, device="meta")),
+        ValueError,
+        "noise: expected device cpu like the parameters, got meta",
+    ),
+    (lambda q: q.at(H).expand((5,)), ValueError, "batch_shape: expected one that (6,) expands to, got (5,)"),
 ]
 
 
@@ -424,6 +439,28 @@ def test_the_decoder_s_width() -> None:
     raises(ValueError, message, lambda: model(6)(torch.zeros(4, 5)))
 
 
+def test_a_vae_s_x() -> None:
+    raises(TypeError, "x: expected a real tensor, got list", lambda: model()([[0.0] * 5]))  # pyright: ignore
+    x = torch.zeros(4, 5, dtype=torch.complex64)
+    raises(TypeError, "x: expected a real tensor, got torch.complex64", lambda: model()(x))
+
+
+def test_features_of_several_tokens() -> None:
+    """As many tokens as examples: sizes that agree by chance, where each x met the features of all others."""
+    vae = VAE(nn.Unflatten(1, (4, 3)), flowpost.diagonal(3, 2), nn.Linear(2, 12), Bernoulli())
+    message = (
+        "encoder: expected features (4, features), one row for each x, got shape (4, 4, 3); "
+        "sum or average over tokens or pixels in the encoder first"
+    )
+    raises(ValueError, message, lambda: vae(torch.zeros(4, 12)))
+    vae = VAE(nn.Flatten(0), flowpost.diagonal(12, 2), nn.Linear(2, 12), Bernoulli())
+    raises(
+        ValueError,
+        message.replace("4, features", "1, features").replace("4, 4, 3", "12,"),
+        lambda: vae(torch.zeros(1, 12)),
+    )
+
+
 def test_a_vae_needs_a_posterior_that_reads_features() -> None:
     vae = VAE(nn.Linear(5, 3), FlowPosterior(3, Reverse(2)), nn.Linear(2, 5), Bernoulli())
     message = "posterior: expected one that reads features, got one whose flow takes no context"
@@ -434,6 +471,29 @@ def test_log_marginal_s_counts() -> None:
     x = torch.zeros(4, 5)
     raises(ValueError, "samples: expected an int >= 1, got 0", lambda: log_marginal(model(), x, 0))
     raises(ValueError, "pairs: expected an int >= 1, got 0", lambda: log_marginal(model(), x, pairs=0))
+
+
+def test_too_few_examples_for_a_figure_of_all_of_them() -> None:
+    x = torch.zeros(1, 5)
+    raises(ValueError, "len(x): expected an int >= 1, got 0", lambda: decompose_elbo(model(), x[:0]))
+    raises(ValueError, "len(x): expected an int >= 2, got 1", lambda: active_units(model(), x))
+
+
+def test_numpy_s_ints_are_ints() -> None:
+    vae, x, three, fifty = model(), torch.zeros(4, 5), np.int64(3), np.int32(50)
+    assert vae(x, (three,)).log_q.shape == (3, 4)
+    assert vae.encode(x).rsample((three, three)).shape == (3, 3, 4, 2)
+    assert vae.posterior(H, (three,), torch.zeros(3, 6, 2)).z.shape == (3, 6, 2)
+    assert log_marginal(vae, x, three, pairs=three).shape == (4,)
+    assert importance_estimate(vae, x, fifty, pairs=fifty).k_hat.shape == (4,)
+    assert active_units(vae, x, three, pairs=three).variance.shape == (2,)
+    assert decompose_elbo(vae, x, three, pairs=three).marginal_kl.shape == (4,)
+    gaps = inference_gaps(vae, x, steps=three, step_samples=three, samples=fifty, examples=three, pairs=three)
+    assert gaps.elbo.shape == (4,)
+    ranks = sbc_ranks(
+        lambda n: (torch.randn(n, 2), torch.zeros(n, 5)), lambda x, s: vae.encode(x).sample((s,)), three, three
+    )
+    assert rank_ecdf(ranks, three, rounds=fifty, seed=three).inside.shape == (2,)
 
 
 def test_an_empty_batch_through_the_vae() -> None:

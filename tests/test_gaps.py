@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import cast
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def test_local_posteriors_are_each_example_s_own() -> None:
     """The batched map is a loop over examples, each with its context and weights."""
     vae, x = flow_vae(3), torch.randn(4, 5, dtype=torch.float64)
     flow = Chain(vae.posterior.flow, Planar(3).double())
-    local = _Local(flow, _start(flow, vae.context(x))).copy()
+    local = _Local(flow, _start(flow, cast(Tensor, vae.encode(x).context))).copy()
     with torch.no_grad():
         for value in (local.context, *local.weights.values()):
             value.add_(0.1 * torch.randn_like(value))

@@ -25,9 +25,10 @@ ROOMS = [
     {"numerics"},
     {"masked"},
     {"bijectors"},
-    {"functional", "posterior"},
+    {"functional", "density", "distribution", "posterior"},
     {"recipes"},
-    {"wrap", "files", "_format", "objectives", "schedules", "vae", "importance", "evaluation", "gaps", "calibration"},
+    {"wrap", "files", "_format", "objectives", "schedules", "likelihoods", "vae"}
+    | {"importance", "evaluation", "gaps", "calibration"},
 ]
 """From the ground up: what stands in a room imports from its own and from those below."""
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 import flowpost
-from flowpost import FlowPosterior, Sample
+from flowpost import FlowDistribution, FlowPosterior, Sample
 from flowpost.objectives import elbo, elbo_terms, free_bits, gaussian_kl, iwae, latent_kl
 from flowpost.schedules import constant, cyclical, linear
 from flowpost.vae import VAE, Gaussian
@@ -97,6 +97,21 @@ def test_iwae_is_the_log_of_the_mean_weight() -> None:
     torch.testing.assert_close(one, elbo(likelihood[0], prior[0], log_q[0]))
     far = iwae(likelihood - 1e6, prior, log_q)
     torch.testing.assert_close(far, expected - 1e6)
+
+
+def test_a_log_q_for_each_token_is_refused() -> None:
+    """Four tokens of four examples: it broadcast, and mixed them."""
+    whole, tokens = torch.zeros(2, 4), torch.zeros(2, 4, 4)
+    said = r": expected a shape like log_likelihood's \(2, 4\), got \(2, 4, 4\); sum over tokens or other parts of an"
+    for bound in (elbo, elbo_terms, iwae):
+        with pytest.raises(ValueError, match="^log_q" + said):
+            bound(whole, whole, tokens)
+        with pytest.raises(ValueError, match="^log_prior" + said):
+            bound(whole, tokens, whole)
+        with pytest.raises(ValueError, match=r"^log_prior: expected a shape like log_likelihood's \(2, 4, 4\), got"):
+            bound(tokens, whole, whole)
+    with pytest.raises(ValueError, match=r"^kl: expected a shape like log_likelihood's \(4,\), got \(4, 4\)"):
+        elbo(whole, whole, whole, torch.zeros(4, 4))
 
 
 def test_latents_kl_adds_up_to_the_factorized_gaussian_s() -> None:
@@ -189,6 +204,9 @@ def test_factorized_whatever_it_is_made_of() -> None:
 
     assert latents(flowpost.Chain(flowpost.Scale(2, 0.5), flowpost.Chain(flowpost.Affine(2), flowpost.Affine(2))))
     assert latents(flowpost.Conditioned(flowpost.Affine(2), 3))
+    assert latents(
+        flowpost.Chain(flowpost.Affine(2), flowpost.Learned(flowpost.Shift(2)), flowpost.Learned(flowpost.Affine(2)))
+    )
     assert not latents(flowpost.Chain(flowpost.Affine(2), flowpost.UnitLowerTriangular(2)))
 
 
@@ -509,20 +527,31 @@ def test_dreg_varies_less_than_plain_iwae_at_64_samples() -> None:
     assert spread["dreg", "decoder"] == pytest.approx(spread["standard", "decoder"].item())
 
 
+class WithNoise(FlowDistribution):
+    """One whose draws are always the same: a compiled program draws other numbers."""
+
+    fixed: Tensor
+
+    def draw(self, sample_shape: tuple[int, ...] = (), noise: Tensor | None = None) -> Sample:
+        return super().draw(sample_shape, self.fixed)
+
+
 def test_a_training_step_compiles_whole() -> None:
     vae, x, gradient = small_vae("planar", dim=3), torch.randn(5, 4, dtype=torch.float64), "dreg"
-    vae.posterior.sample_at = _with_noise(vae.posterior)  # the compiled program draws other numbers
+    posterior, noise = vae.posterior, torch.randn(6, 5, 3, dtype=torch.float64)
+
+    def at(h: Tensor) -> FlowDistribution:
+        q = WithNoise(posterior.flow, posterior.context(h), h.shape[:-1])
+        q.fixed = noise
+        return q
+
+    posterior.at = at  # pyright: ignore[reportAttributeAccessIssue]
     torch.compiler.reset()
     compiled = torch.compile(lambda x: objective(vae, x, 6, gradient).mean(), fullgraph=True, backend="aot_eager")
     expected = objective(vae, x, 6, gradient).mean()
     torch.testing.assert_close(compiled(x), expected)
     torch.testing.assert_close(gradients(compiled(x), vae), gradients(expected, vae))
     torch.compiler.reset()
-
-
-def _with_noise(posterior: FlowPosterior) -> Callable[..., Sample]:
-    real, noise = posterior.sample_at, torch.randn(6, 5, 3, dtype=torch.float64)
-    return lambda context, sample_shape: real(context, sample_shape, noise)
 
 
 @pytest.mark.parametrize("unused", [False, True])

@@ -7,8 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributions import Independent, MultivariateNormal, Normal
-from torch.distributions import kl_divergence as torch_kl
+from torch.distributions import MultivariateNormal, Normal
 
 import flowpost
 from flowpost import Affine, Chain, FlowPosterior, Planar, Reverse, Sample, Scale, UnitLowerTriangular
@@ -389,75 +388,6 @@ def test_compiles_into_one_graph(name: str) -> None:
     wanted = torch.autograd.grad(expected.log_prob.sum() + expected.z.sin().sum(), parameters)
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-
-
-# -------------------------------------------------------------------------------------------------- distributions
-
-
-@every
-def test_distribution(name: str) -> None:
-    posterior, h = make(name), features(2, 4)
-    distribution = posterior.distribution(h)
-    assert distribution.batch_shape == (2, 4)
-    assert distribution.event_shape == (3,)
-    assert distribution.has_rsample
-    z, log_prob = distribution.rsample_and_log_prob((6,))
-    assert z.requires_grad
-    torch.testing.assert_close(distribution.log_prob(z), log_prob, rtol=0, atol=1e-6)
-    torch.testing.assert_close(log_prob, posterior.log_prob(z, h), rtol=0, atol=1e-6)
-    torch.manual_seed(3)
-    first = distribution.rsample(torch.Size([5]))
-    torch.manual_seed(3)
-    assert torch.equal(distribution.sample(torch.Size([5])), first)
-    assert not distribution.sample().requires_grad
-    assert distribution.sample().shape == (2, 4, 3)
-    wide = distribution.expand(torch.Size([6, 2, 4]))
-    assert wide.batch_shape == (6, 2, 4)
-    torch.testing.assert_close(wide.log_prob(z), log_prob, rtol=0, atol=1e-6)
-    independent = Independent(distribution, 1)
-    assert independent.batch_shape == (2,)
-    assert independent.event_shape == (4, 3)
-    torch.testing.assert_close(independent.log_prob(z), log_prob.sum(-1), rtol=0, atol=1e-6)
-    assert "FlowDistribution" in repr(distribution)
-
-
-def test_distribution_follows_the_optimizer() -> None:
-    posterior, h = make("planar"), features(4)
-    distribution = posterior.distribution(h)
-    z = torch.randn(4, 3, dtype=torch.float64)
-    before = distribution.log_prob(z)
-    with torch.no_grad():
-        for parameter in posterior.parameters():
-            parameter.add_(0.1)
-    after = distribution.log_prob(z)
-    assert (before != after).all()
-    torch.testing.assert_close(after, posterior.log_prob(z, h))
-
-
-def test_distribution_without_features() -> None:
-    distribution = make("full_covariance", features=0).distribution()
-    assert distribution.batch_shape == ()
-    z, log_prob = distribution.rsample_and_log_prob((9,))
-    torch.testing.assert_close(distribution.log_prob(z), log_prob)
-    with pytest.raises(ValueError, match="^batch_shape: a posterior without features has none to expand"):
-        distribution.expand(torch.Size([2]))
-
-
-def test_distribution_s_samples_estimate_torch_s_kl() -> None:
-    """In torch's own code: KL(q || p) by Monte Carlo, within four standard errors of the closed form."""
-    posterior, h = make("full_covariance", push=0.2), features(1)
-    loc, scale_tril = posterior.gaussian(h)
-    prior = MultivariateNormal(torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64))
-    exact = torch_kl(MultivariateNormal(loc, scale_tril=scale_tril), prior)
-    z, log_prob = posterior.distribution(h).rsample_and_log_prob((20_000,))
-    terms = log_prob - prior.log_prob(z)
-    assert (terms.mean(0) - exact).abs() < 4 * terms.std(0) / math.sqrt(20_000)
-
-
-def test_validation_of_a_distribution_s_value() -> None:
-    distribution = flowpost.FlowDistribution(make("planar"), features(4), validate_args=True)
-    with pytest.raises(ValueError, match="Real"):
-        distribution.log_prob(torch.full((4, 3), math.nan, dtype=torch.float64))
 
 
 # ------------------------------------------------------------------------------------------------------- own heads

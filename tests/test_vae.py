@@ -260,16 +260,16 @@ def test_log_marginal_is_the_plain_average_of_weights_whatever_the_chunks(monkey
     logits = vae.decoder(out.z)
     weights = td.Bernoulli(logits=logits).log_prob(x).sum(-1) + td.Normal(0.0, 1.0).log_prob(out.z).sum(-1)
     expected = (weights - out.log_prob).exp().mean(0).log()
-    real = vae.posterior.sample_at
+    real = flowpost.FlowDistribution.draw
     for pairs in (5, 10, 35, 1000):
         drawn = 0
 
-        def sample_at(context: Tensor, sample_shape: tuple[int, ...] = ()) -> flowpost.Sample:
+        def draw(q: flowpost.FlowDistribution, sample_shape: tuple[int, ...] = ()) -> flowpost.Sample:
             nonlocal drawn
             start, drawn = drawn, drawn + sample_shape[0]
-            return real(context, sample_shape, noise[start:drawn])
+            return real(q, sample_shape, noise[start:drawn])
 
-        monkeypatch.setattr(vae.posterior, "sample_at", sample_at)
+        monkeypatch.setattr(flowpost.FlowDistribution, "draw", draw)
         torch.testing.assert_close(log_marginal(vae, x, 23, pairs=pairs), expected.detach(), rtol=0, atol=1e-10)
         assert drawn == 23
 

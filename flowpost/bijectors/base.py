@@ -13,7 +13,14 @@ from torch.nn.modules import module as torch_module
 
 from flowpost.checks import active, check_finite, check_inside, check_residual
 from flowpost.masked.run import Column
-from flowpost.numerics.arguments import check_context, check_int, check_like, check_tensor
+from flowpost.numerics.arguments import (
+    check_context,
+    check_int,
+    check_like,
+    check_tensor,
+    check_untraced,
+    refuse_shards,
+)
 from flowpost.numerics.constants import Constant, prepare
 from flowpost.numerics.products import wide
 from flowpost.numerics.watchers import hooked
@@ -121,6 +128,7 @@ class Bijector(nn.Module, ABC):
         """
         if checked:
             return self._inverse(z, context, preimage)
+        refuse_shards(self)
         context = self._check(z, context)
         if preimage is not None:
             check_tensor("preimage", preimage, self.dim, self.event_ndim)
@@ -203,6 +211,7 @@ class Bijector(nn.Module, ABC):
         return self
 
     def _check(self, z: Tensor, context: Tensor | None) -> Tensor | None:
+        check_untraced()
         check_tensor("z", z, self.dim, self.event_ndim)
         parameter = next(self.parameters(), None)
         if parameter is not None:
@@ -236,6 +245,8 @@ def apply_inverse(step: Bijector, z: Tensor, context: Tensor | None, preimage: T
     """``_inverse`` of a step within another: through its own ``inverse`` where somebody has put one there."""
     if "inverse" in vars(step):
         return step.inverse(z, context, preimage=preimage, checked=True)
+    if hooked(step):
+        refuse_shards(step)
     return step._inverse(z, context, preimage)
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from flowpost.numerics.watchers import hooked
 
 FLOATS = (torch.float32, torch.float64)
 
@@ -104,3 +107,53 @@ def _trap(value: Tensor) -> str:
 
 def _broadcasts(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     return all(m == n or m == 1 or n == 1 for m, n in zip(reversed(a), reversed(b), strict=False))
+
+
+def check_sample_shape(sample_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the axes of samples as ints (numpy's too), or raise."""
+    if not isinstance(sample_shape, tuple) or not all(_is_int(size) for size in sample_shape):
+        raise TypeError(f"sample_shape: expected a tuple of ints, got {sample_shape!r}")
+    if any(size < 0 for size in sample_shape):
+        raise ValueError(f"sample_shape: expected non-negative ints, got {tuple(sample_shape)}")
+    return tuple(sample_shape)
+
+
+def check_noise(noise: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    """Raise unless a draw that is to be mapped has the shape, and the dtype and device of the posterior."""
+    if not isinstance(noise, Tensor):
+        raise TypeError(f"noise: expected a torch.Tensor, got {type(noise).__name__}")
+    if tuple(noise.shape) != shape:
+        raise ValueError(f"noise: expected shape {shape}, got {tuple(noise.shape)}")
+    if noise.dtype != like.dtype:
+        raise TypeError(f"noise: expected {like.dtype} like the parameters, got {noise.dtype}; call .to({like.dtype})")
+    if noise.device != like.device:
+        raise ValueError(f"noise: expected device {like.device} like the parameters, got {noise.device}")
+
+
+def check_untraced() -> None:
+    """Raise under `torch.jit.trace`, which cannot follow the passes by hand and freezes shapes that it should not."""
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        raise RuntimeError("torch.jit.trace: flowpost's passes cannot be traced; use torch.export or torch.compile")
+
+
+def refuse_shards(module: nn.Module) -> None:
+    """Raise if a parameter that a method is to read is a shard: `torch.distributed.fsdp` gathers them for ``forward``.
+
+    Modules within that are hooked themselves are passed over: their own calls gather theirs.
+    """
+    if torch.compiler.is_compiling() or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if any(hasattr(parameter, "placements") for parameter in module.parameters(recurse=False)):
+        raise RuntimeError(
+            "parameters: expected whole tensors, got the shards of a DTensor; call "
+            "torch.distributed.fsdp.register_fsdp_forward_method(module, name) for each method but forward that is "
+            "called: inverse, log_prob, path_log_prob"
+        )
+    for child in module.children():
+        if not hooked(child):
+            refuse_shards(child)
+
+
+def _is_int(size: object) -> bool:
+    # Of torch's own kinds of int none is turned into a number here: that would fix an export's dynamic size.
+    return isinstance(size, (int, torch.SymInt, Integral))

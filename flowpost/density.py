@@ -1,0 +1,105 @@
+"""z and its log q: what a flow of standard normal noise and its context give."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowpost.bijectors.base import Bijector, apply, apply_inverse
+from flowpost.checks import active, warn_moved
+from flowpost.numerics.arguments import check_noise, check_sample_shape
+from flowpost.numerics.precision import full_precision
+from flowpost.numerics.products import wide_dtype
+
+_LOG_2PI = math.log(2 * math.pi)
+
+
+class Sample(NamedTuple):
+    """What a posterior returns."""
+
+    z: Tensor
+    """``(*sample_shape, *batch, dim)``"""
+    log_prob: Tensor
+    """log q(z|x), ``(*sample_shape, *batch)``"""
+    noise: Tensor
+    """The draw from N(0, I) that was mapped to z, of z's shape."""
+
+
+def standard_normal_log_prob(z: Tensor) -> Tensor:
+    """The log N(z; 0, I) of z ``(*batch, dim)``, ``(*batch)``."""
+    return _normal(z).to(z.dtype)
+
+
+def draw(
+    flow: Bijector, context: Tensor | None, batch: tuple[int, ...], sample_shape: tuple[int, ...], noise: Tensor | None
+) -> Sample:
+    """Map noise to z, with the log-density of z that the same pass gives."""
+    shape = (*check_sample_shape(sample_shape), *batch, flow.dim)
+    if noise is None:
+        noise = torch.randn(shape, dtype=flow._like.dtype, device=flow._like.device)
+    else:
+        check_noise(noise, shape, flow._like)
+    z, log_det = apply(flow, noise, flow._check(noise, context))
+    return Sample(z, _score(noise, log_det, -1), noise)
+
+
+def log_density(flow: Bijector, z: Tensor, context: Tensor | None, batch: tuple[int, ...]) -> Tensor:
+    """The log q of any z, by the flow's inverse; over `batch`, which the context may have as axes of size 1, or not."""
+    fixed = flow._check(z, context)
+    noise, log_det = apply_inverse(flow, z, fixed, None)
+    log_prob = _score(noise, log_det, 1)
+    if active():
+        flow.inverse(z, context)  # holds the values to its checks
+        warn_moved(log_prob.detach(), _nudged(flow, z, fixed))
+    if batch_of(context) != batch:
+        log_prob = log_prob.expand(torch.broadcast_shapes(log_prob.shape, batch))
+    return log_prob
+
+
+@torch.no_grad()
+def _nudged(flow: Bijector, z: Tensor, context: Tensor | None) -> list[Tensor]:
+    """Log q a few roundings from z: where it moves, the flow has lost the digits that decide it."""
+    eps = 4 * torch.finfo(z.dtype).eps
+    return [_score(*apply_inverse(flow, z * (1 + sign * eps), context, None), 1) for sign in (1, -1)]
+
+
+def path_log_density(flow: Bijector, sample: Sample, context: Tensor | None) -> Tensor:
+    """The log q of an own sample, as a function of its z alone."""
+    if not isinstance(sample, Sample):
+        raise TypeError(f"sample: expected a flowpost.Sample, got {type(sample).__name__}")
+    z, log_prob, noise = sample
+    if not torch.is_grad_enabled():
+        return log_prob
+
+    def total(z: Tensor) -> Tensor:
+        return _score(*apply_inverse(flow, z, fixed, noise), 1).sum()
+
+    with torch.no_grad(), full_precision(z):
+        fixed = flow._check(z, None if context is None else context.detach())
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            # It follows z and nothing else: no parameter has to be frozen, or un-frozen, for it.
+            slope = torch.func.grad(total)(z)
+        else:  # the same through the passes by hand, where nothing is searched; no parameter's grad is touched
+            leaf = z.detach().requires_grad_()
+            with torch.enable_grad():
+                (slope,) = torch.autograd.grad(total(leaf), leaf)
+    return log_prob.detach() + ((z - z.detach()) * slope).sum(-1)
+
+
+def batch_of(value: Tensor | None) -> tuple[int, ...]:
+    """The leading axes of features or of a context."""
+    return () if value is None else tuple(value.shape[:-1])
+
+
+def _normal(z: Tensor) -> Tensor:
+    """The log N(z; 0, I), wide: constant and factor in one operation, for a step on a GPU is bound by their number."""
+    return torch.rsub((z * z).sum(-1, dtype=wide_dtype(z)), -0.5 * z.shape[-1] * _LOG_2PI, alpha=0.5)
+
+
+def _score(noise: Tensor, log_det: Tensor, sign: int) -> Tensor:
+    """The log N(noise; 0, I) + sign log_det in noise's dtype, nan where it is not finite."""
+    log_prob = torch.add(_normal(noise), log_det, alpha=sign)
+    return torch.nan_to_num(log_prob, nan=math.nan, posinf=math.nan, neginf=math.nan).to(noise.dtype)

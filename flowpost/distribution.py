@@ -1,0 +1,203 @@
+"""q(.|x) as a `torch.distributions.Distribution`, and its KL in closed form where it is Gaussian."""
+
+from __future__ import annotations
+
+import math
+from copy import copy
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.distributions import (
+    Distribution,
+    Independent,
+    MultivariateNormal,
+    Normal,
+    constraints,
+    kl_divergence,
+    register_kl,
+)
+
+from flowpost.bijectors.base import LINE, Bijector
+from flowpost.density import Sample, draw, log_density, path_log_density
+
+
+class FlowDistribution(Distribution):
+    """q(.|x), a `torch.distributions.Distribution` that draws z with its log q: ``q = posterior.at(h)``.
+
+    The features have been read: whatever is asked of it, the head runs no more. So it is q(.|x) of the parameters that
+    the head had then, to be made anew after an optimizer step. A sample is scored by the pass that makes it; `log_prob`
+    of any other z inverts the flow.
+
+    For a Gaussian family (`is_gaussian`) `mean`, `variance`, `stddev` and `entropy` are exact, and so is
+    `torch.distributions.kl_divergence` with another one, an ``Independent(Normal(...), 1)`` and a `MultivariateNormal`,
+    either way round. No other family has them in closed form.
+
+    Args:
+        flow: the bijector from noise to z.
+        context: what it reads, ``(*batch, context_size)``; None where it reads nothing.
+        batch_shape: what the context's leading axes broadcast to.
+        validate_args: whether `log_prob` looks at its argument's values, for which the host waits.
+    """
+
+    arg_constraints = {}  # pyright: ignore[reportAssignmentType]
+    has_rsample = True
+
+    def __init__(
+        self,
+        flow: Bijector,
+        context: Tensor | None = None,
+        batch_shape: tuple[int, ...] = (),
+        *,
+        validate_args: bool = False,
+    ) -> None:
+        self.flow, self.context = flow, context
+        super().__init__(torch.Size(batch_shape), torch.Size((flow.dim,)), validate_args=validate_args)
+
+    @constraints.dependent_property(is_discrete=False, event_dim=1)
+    def support(self) -> constraints.Constraint:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Where z lies: the flow's codomain, in every variable."""
+        low, high = self.flow.codomain
+        if (low, high) == LINE:
+            return constraints.real_vector
+        if low == -math.inf:
+            return constraints.independent(constraints.less_than(high), 1)
+        each = constraints.greater_than(low) if high == math.inf else constraints.interval(low, high)
+        return constraints.independent(each, 1)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.flow).__name__}, batch_shape={tuple(self.batch_shape)})"
+
+    def expand(self, batch_shape: tuple[int, ...], _instance: Distribution | None = None) -> FlowDistribution:
+        """The same q over a larger batch shape, of the same class; the context is not copied."""
+        old, shape = self.batch_shape, torch.Size(batch_shape)
+        grows = len(old) <= len(shape) and all(
+            a in (1, b) for a, b in zip(reversed(old), reversed(shape), strict=False)
+        )
+        if not grows:
+            raise ValueError(f"batch_shape: expected one that {tuple(old)} expands to, got {tuple(shape)}")
+        new = cast(FlowDistribution, copy(self) if _instance is None else _instance)
+        new.flow, new.context = self.flow, self.context
+        Distribution.__init__(new, shape, self.event_shape, validate_args=self._validate_args)
+        return new
+
+    def draw(self, sample_shape: tuple[int, ...] = (), noise: Tensor | None = None) -> Sample:
+        """Draw z ~ q(z|x), reparameterized, with its log-density and its noise.
+
+        Args:
+            sample_shape: leading axes of independent samples for every x.
+            noise: the standard normal draw to map, ``(*sample_shape, *batch_shape, dim)``, instead of a fresh one.
+
+        Returns:
+            ``Sample(z, log_prob, noise)``.
+        """
+        return draw(self.flow, self.context, self.batch_shape, sample_shape, noise)
+
+    def rsample_and_log_prob(self, sample_shape: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+        """A reparameterized sample and its log-density, in one pass."""
+        return self.draw(tuple(sample_shape))[:2]
+
+    def rsample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
+        """A reparameterized sample ``(*sample_shape, *batch_shape, dim)``."""
+        return self.draw(tuple(sample_shape)).z
+
+    def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
+        """A sample without gradient."""
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The log q(value|x) of any value, by the flow's inverse."""
+        if self._validate_args:
+            self._validate_sample(value)
+        return log_density(self.flow, value, self.context, self.batch_shape)
+
+    def path_log_prob(self, sample: Sample) -> Tensor:
+        """The log q(z|x) of an own sample as a function of z alone, as `FlowPosterior.path_log_prob`."""
+        return path_log_density(self.flow, sample, self.context)
+
+    @property
+    def is_gaussian(self) -> bool:
+        """Whether q is Gaussian for every context."""
+        return self.flow.triangular
+
+    def gaussian(self) -> tuple[Tensor, Tensor]:
+        """Mean ``(*batch_shape, dim)`` and Cholesky factor ``(*batch_shape, dim, dim)`` of a Gaussian q.
+
+        Raises:
+            TypeError: if q is not Gaussian (`is_gaussian` tells).
+        """
+        if not self.is_gaussian:
+            raise TypeError(f"posterior: expected a Gaussian one, got a flow of {type(self.flow).__name__}")
+        zeros = self.flow._like.new_zeros(self.flow.dim)
+        loc, tril = self.flow._push_gaussian(zeros, None, self.flow._check(zeros, self.context))
+        return loc.expand(*self.batch_shape, -1), cast(Tensor, tril).expand(*self.batch_shape, -1, -1)
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean of a Gaussian q, ``(*batch_shape, dim)``."""
+        self._require_gaussian("mean")
+        return self.gaussian()[0]
+
+    @property
+    def variance(self) -> Tensor:
+        """The variance of each variable of a Gaussian q, ``(*batch_shape, dim)``."""
+        self._require_gaussian("variance")
+        return self.gaussian()[1].square().sum(-1)
+
+    def entropy(self) -> Tensor:
+        """The entropy of a Gaussian q in nats, ``(*batch_shape)``: ``dim / 2 - log q(mean)``."""
+        self._require_gaussian("entropy")
+        zeros = self.flow._like.new_zeros((*self.batch_shape, self.flow.dim))
+        return 0.5 * self.flow.dim - self.draw(noise=zeros).log_prob
+
+    def _require_gaussian(self, name: str) -> None:
+        if not self.is_gaussian:
+            raise NotImplementedError(
+                f"{name}: a flow of {type(self.flow).__name__} has none in closed form, only a Gaussian has; "
+                f"estimate it from samples, q.rsample_and_log_prob((1000,))"
+            )
+
+
+@register_kl(FlowDistribution, FlowDistribution)
+@register_kl(FlowDistribution, MultivariateNormal)
+@register_kl(FlowDistribution, Independent)
+@register_kl(FlowDistribution, Normal)
+@register_kl(MultivariateNormal, FlowDistribution)
+@register_kl(Independent, FlowDistribution)
+@register_kl(Normal, FlowDistribution)
+def _kl(p: Distribution, q: Distribution) -> Tensor:
+    """KL(p || q) of two Gaussians."""
+    return kl_divergence(_as_normal("p", p), _as_normal("q", q))
+
+
+def _as_normal(name: str, given: Distribution) -> MultivariateNormal:
+    """The Gaussian over vectors that a distribution is."""
+    if isinstance(given, MultivariateNormal):
+        return given
+    if isinstance(given, FlowDistribution) and given.is_gaussian:
+        loc, scale_tril = given.gaussian()
+    elif isinstance(given, Independent) and _is_diagonal(given):
+        loc, scale_tril = given.base_dist.loc, torch.diag_embed(given.base_dist.scale)
+    elif isinstance(given, Normal):
+        raise TypeError(
+            f"{name}: expected a distribution over vectors, got a bare Normal; wrap it in Independent(..., 1)"
+        )
+    else:
+        raise NotImplementedError(
+            f"kl_divergence: {name} is {_named(given)}, and only two Gaussians over vectors have a KL in closed form; "
+            f"estimate it from samples z of p, (p.log_prob(z) - q.log_prob(z)).mean(0)"
+        )
+    return MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False)
+
+
+def _is_diagonal(given: Independent) -> bool:
+    return isinstance(given.base_dist, Normal) and given.reinterpreted_batch_ndims == 1
+
+
+def _named(given: Distribution) -> str:
+    if isinstance(given, FlowDistribution):
+        return f"a flow of {type(given.flow).__name__}"
+    if isinstance(given, Independent):
+        return f"Independent({type(given.base_dist).__name__}, {given.reinterpreted_batch_ndims})"
+    return f"a {type(given).__name__}"
