@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,9 @@ from flowpost.numerics.scales import exp_scale
 from flowpost.posterior import FlowPosterior
 from flowpost.recipes.record import names, recipe
 
+_FORGET_BIAS = 2.0
+_GAIN = 1 + math.exp(-_FORGET_BIAS)  # 1 / sigmoid(forget_bias)
+
 
 @recipe
 def iaf(
@@ -27,11 +31,16 @@ def iaf(
     steps: int = 4,
     hidden: Sequence[int] = (320, 320),
     context_size: int = 64,
+    gain: float = _GAIN,
 ) -> FlowPosterior:
     """Inverse autoregressive flow (Kingma et al. 2016): a diagonal Gaussian, then gated autoregressive steps.
 
     The default for a posterior that is drawn from and scored at its own samples: one pass, whatever its shape. The
     steps share one context c. The variables' order is reversed from one step to the next.
+
+    A fresh one is a diagonal Gaussian: every gate starts as the identity. The paper's gate has ``gain=1`` and shrinks
+    volume at every z. Posteriors that flowpost saved before the gates had a gain are of ``gain=1``: `flowpost.load`
+    knows that of a file, and a ``state_dict`` of then is for ``iaf(..., gain=1.0)``.
 
     Args:
         features: size of the encoder's features; 0 for a posterior without an encoder.
@@ -39,14 +48,18 @@ def iaf(
         steps: number of autoregressive steps.
         hidden: widths of each step's hidden layers.
         context_size: size of c, which every step's network reads.
+        gain: constant factor of every gate, as in `Autoregressive`; by default ``1 / sigmoid(2)``, of the gates' start.
 
     Returns:
-        A posterior that starts near N(0, I) times ``sigmoid(2)`` per step, the gates' start.
+        A posterior that starts near N(0, I); with another gain, times ``gain * sigmoid(2)`` per step.
 
     Example:
         >>> z, log_prob, noise = flowpost.iaf(16, dim=2, hidden=(32, 32))(torch.randn(8, 16), sample_shape=(50,))
     """
-    gated = [Autoregressive(dim, context_size, hidden, order=order) for order in _orders(dim, steps)]
+    gated = [
+        Autoregressive(dim, context_size, hidden, order=order, forget_bias=_FORGET_BIAS, gain=gain)
+        for order in _orders(dim, steps)
+    ]
     return FlowPosterior(features, Chain(Affine(dim), Shared(*gated)))
 
 

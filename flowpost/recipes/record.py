@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ParamSpec
 
 from flowpost.posterior import FlowPosterior
@@ -13,6 +13,8 @@ P = ParamSpec("P")
 
 RECIPES: dict[str, Callable[..., FlowPosterior]] = {}
 """Every recipe by its name, in the order of definition; each takes ``(features, dim, **options)``."""
+BEFORE: Mapping[str, Mapping[str, object]] = {"iaf": {"gain": 1.0}}
+"""What an older release built, where that is not what a younger option's default builds now."""
 
 
 def recipe(build: Callable[P, FlowPosterior]) -> Callable[P, FlowPosterior]:
@@ -37,6 +39,11 @@ def recipe(build: Callable[P, FlowPosterior]) -> Callable[P, FlowPosterior]:
 
     RECIPES[build.__name__] = recorded
     return recorded
+
+
+def arguments(record: Mapping) -> dict[str, object]:
+    """The arguments of a posterior's record, with those that the record is too old to name."""
+    return {**BEFORE.get(record["name"], {}), **record["arguments"]}
 
 
 def names(module: str) -> list[str]:
