@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from flowpost._format import DTYPES, CorruptFileError, Entry, Header, encode, read_header, read_tensors, write
 from flowpost.posterior import FlowPosterior
 from flowpost.recipes import RECIPES
+from flowpost.recipes.record import arguments
 
 _STEPS = 4096  # each is Python objects, which the tensors' sizes do not bound
 _LISTED = 20
@@ -149,28 +150,29 @@ def _rebuild(header: Header) -> FlowPosterior:
         said = reprlib.repr(header.recipes[""])
         what = f"{header.path!r} is not of its recipe {said}, or was altered since (then pass into=)"
         raise CorruptFileError(f"path: {what}: {error}") from error
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # what is drawn here is nobody's random number
+    with torch.device("cpu"):
         return _build(header)
 
 
 def _build(header: Header) -> FlowPosterior:
     recipe = RECIPES[header.recipes[""]["name"]]
-    bound = inspect.signature(recipe).bind(**header.recipes[""]["arguments"])
+    bound = inspect.signature(recipe).bind(**arguments(header.recipes[""]))
     bound.apply_defaults()
     _check_size(bound.arguments, header)
     dtypes = [entry.dtype for entry in header.tensors.values() if entry.dtype.is_floating_point]
-    return recipe(**bound.arguments).to(dtype=dtypes[0] if dtypes else None)
+    with torch.random.fork_rng(devices=[]):  # what is drawn here is nobody's random number
+        return recipe(**bound.arguments).to(dtype=dtypes[0] if dtypes else None)
 
 
-def _check_size(arguments: Mapping[str, object], header: Header) -> None:
+def _check_size(given: Mapping[str, object], header: Header) -> None:
     """Refuse numbers that would build much more than the file holds, before anything is built.
 
     A state has at least about as many numbers as any argument says, as features times dim, and, for each step, as the
     variables and as the pairs of units in neighbouring layers.
     """
-    lists = [[*value] for value in arguments.values() if isinstance(value, (list, tuple))]
-    sizes = [value for value in arguments.values() if type(value) is int] + sum(lists, [])
-    features, dim, steps = (arguments.get(name, 1) for name in ("features", "dim", "steps"))
+    lists = [[*value] for value in given.values() if isinstance(value, (list, tuple))]
+    sizes = [value for value in given.values() if type(value) is int] + sum(lists, [])
+    features, dim, steps = (given.get(name, 1) for name in ("features", "dim", "steps"))
     if any(type(size) is not int or size < 0 for size in [*sizes, features, dim, steps]):
         raise ValueError("sizes that are no ints of at least 0")
     features, dim, steps = cast(tuple[int, int, int], (features, dim, steps))
@@ -208,9 +210,10 @@ def _fields(theirs: Mapping[str, dict], ours: Mapping[str, dict]) -> Iterator[st
         if his["name"] != mine["name"]:
             yield f"{prefix}recipe {reprlib.repr(his['name'])} != {mine['name']!r}"
             continue
-        for key, value in mine["arguments"].items():
-            if key in his["arguments"] and his["arguments"][key] != value:
-                yield f"{prefix}{key} {reprlib.repr(his['arguments'][key])} != {value!r}"
+        given = arguments(his)
+        for key, value in arguments(mine).items():
+            if key in given and given[key] != value:
+                yield f"{prefix}{key} {reprlib.repr(given[key])} != {value!r}"
 
 
 def _untied(header: Header, module: nn.Module) -> list[str]:

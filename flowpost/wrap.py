@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -10,24 +11,14 @@ from torch import Tensor, nn
 
 from flowpost.bijectors.affine import Affine, Scale
 from flowpost.bijectors.base import Bijector
-from flowpost.bijectors.chain import Chain, Shared
-from flowpost.bijectors.convex import ConvexCombination
-from flowpost.bijectors.triangular import UnitLowerTriangular
-from flowpost.bijectors.wrappers import linear_head
+from flowpost.bijectors.chain import Chain
+from flowpost.bijectors.gate import Gate
+from flowpost.bijectors.wrappers import Learned, linear_head
 from flowpost.checks import active, check_finite
 from flowpost.numerics.arguments import check_int
 from flowpost.numerics.scales import log_var_scale
 from flowpost.posterior import FlowPosterior, Sample
 from flowpost.recipes import RECIPES
-from flowpost.recipes.amortized import (
-    householder_steps,
-    householder_sylvester_steps,
-    orthogonal_sylvester_steps,
-    planar_steps,
-    radial_steps,
-    triangular_sylvester_steps,
-)
-from flowpost.recipes.networks import iaf_steps
 
 
 def wrap(
@@ -150,32 +141,14 @@ class _PairHead(nn.Module):
         return pair if self.linear is None else torch.cat([self.linear(pair), pair], dim=-1)
 
 
-def _iaf_start(dim: int, steps: int = 4, **options: object) -> list[Bijector]:
-    """IAF steps that are together the identity at their start."""
-    parts = iaf_steps(dim, steps, **options)  # pyright: ignore[reportArgumentType]
-    gate = torch.sigmoid(torch.tensor(2.0, dtype=torch.float64)).item()
-    return [Shared(*parts), Scale(dim, gate**-steps)]
-
-
 def _steps(flow: str, dim: int, options: Mapping[str, object]) -> list[Bijector]:
-    """A recipe's steps but for the diagonal Gaussian that it starts or ends with."""
-    if flow in _STARTS:
-        return _STARTS[flow](dim, **options)
-    return [step for step in cast(Chain, RECIPES[flow](1, dim, **options).flow) if not isinstance(step, Affine)]
-
-
-_STARTS: Mapping[str, Callable[..., list]] = {
-    "diagonal": lambda dim: [],
-    "full_covariance": lambda dim: [UnitLowerTriangular(dim)],
-    "planar": lambda dim, steps=8: planar_steps(dim, steps),
-    "radial": lambda dim, steps=8: radial_steps(dim, steps),
-    "householder": lambda dim, steps=8: householder_steps(dim, steps),
-    "cc_lin_iaf": lambda dim, combinations=5: [ConvexCombination(dim, combinations)],
-    "orthogonal_sylvester": orthogonal_sylvester_steps,
-    "householder_sylvester": householder_sylvester_steps,
-    "triangular_sylvester": triangular_sylvester_steps,
-    "iaf": _iaf_start,
-}
+    """A recipe's steps without its diagonal Gaussian, whose place the encoder's own Gaussian takes."""
+    whole = cast(Learned, RECIPES[flow](0, dim, **options).flow).step
+    steps = [step for step in whole if not isinstance(step, Affine)] if isinstance(whole, Chain) else []
+    gates = [leaf for step in steps for leaf in step.leaves() if isinstance(leaf, Gate)]
+    start = math.prod(gate.gain / (1 + math.exp(-gate.forget_bias)) for gate in gates)
+    # Gates of the recipe's own gain start as the identity; with another they would widen or narrow the Gaussian.
+    return steps if math.isclose(start, 1) else [*steps, Scale(dim, 1 / start)]
 
 
 def _width(encoder: nn.Module, features: int | None, example: object) -> int | None:

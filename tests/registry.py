@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,7 @@ from flowpost import (
 )
 from flowpost.bijectors.base import LINE
 from flowpost.functional import exp_scale, log_var_scale
-from flowpost.recipes.amortized import householder_steps
+from flowpost.recipes import householder
 from flowpost.testing.cases import place
 
 SCALES = (0.03, 1.0, 3.0)
@@ -167,7 +167,7 @@ ENTRIES = [
     Entry("planar_flow", lambda dim: Chain(Affine(dim), *(Planar(dim) for _ in range(4))), identity=True),
     Entry("radial_flow", lambda dim: Chain(Affine(dim), *(Radial(dim) for _ in range(3))), identity=True),
     Entry("cc_lin_iaf", lambda dim: Chain(Affine(dim), ConvexCombination(dim, 3)), identity=True),
-    Entry("householder_flow", lambda dim: Chain(Affine(dim), *householder_steps(dim, 2)), identity=True),
+    Entry("householder_flow", lambda dim: cast(Learned, householder(0, dim, steps=2).flow).step, identity=True),
     Entry("positive_flow", lambda dim: Chain(Affine(dim), Radial(dim), Softplus(dim))),
     Entry("sylvester_flow", lambda dim: Chain(Affine(dim), Sylvester(dim, 1), Reverse(dim), Sylvester(dim, dim, 0))),
     Entry("iaf", lambda dim: Chain(Affine(dim), Shared(_ar(dim, 3), Reverse(dim), _ar(dim, 3)))),

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import io
 import json
+import math
 import os
 import pickle
 import struct
@@ -127,7 +128,8 @@ def test_every_recipe_comes_back_to_the_bit(path: Path, name: str, features: int
 def test_default_arguments_are_saved(path: Path) -> None:
     posterior = flowpost.iaf(2, 3)
     flowpost.save(posterior, path)
-    arguments = {"features": 2, "dim": 3, "steps": 4, "hidden": [320, 320], "context_size": 64}
+    sizes = {"features": 2, "dim": 3, "steps": 4, "hidden": [320, 320], "context_size": 64}
+    arguments = {**sizes, "gain": 1 + math.exp(-2)}
     for module in (posterior, flowpost.load(path)):
         assert vars(module)["recipe"] == {"name": "iaf", "arguments": arguments}
 
@@ -137,6 +139,29 @@ def test_an_option_that_a_file_does_not_name_has_its_default(path: Path) -> None
     flowpost.save(posterior, path)
     forge(path, lambda table, config: config["recipes"][""]["arguments"].pop("steps"))
     assert bits(flowpost.load(path)) == bits(posterior)
+
+
+def test_a_record_without_a_gain_is_of_gates_that_had_none(path: Path) -> None:
+    posterior = flowpost.iaf(4, 3, steps=2, hidden=(8,), context_size=3, gain=1.0)
+    flowpost.save(posterior, path)
+    forge(path, lambda table, config: config["recipes"][""]["arguments"].pop("gain"))
+    loaded = flowpost.load(path)
+    h, noise = torch.randn(5, 4), torch.randn(5, 3)
+    assert torch.equal(loaded(h, noise=noise).z, posterior(h, noise=noise).z)
+    assert vars(loaded)["recipe"]["arguments"]["gain"] == 1
+    flowpost.save(loaded, path)  # from now on the file says so
+    assert vars(flowpost.load(path, into=posterior))["recipe"]["arguments"]["gain"] == 1
+    forge(path, lambda table, config: config["recipes"][""]["arguments"].update(gain=1.5))
+    with pytest.raises(ValueError, match=r"\(file != into\): gain 1.5 != 1.0$"):
+        flowpost.load(path, into=posterior)
+
+
+@pytest.mark.parametrize("gain", [0, 0.0, -1.5, "1.0", [1.0], None, {}, 10**18])
+def test_a_gain_that_is_none_is_refused(path: Path, gain: object) -> None:
+    flowpost.save(build("iaf"), path)
+    forge(path, _arguments(gain=gain))
+    with pytest.raises(CorruptFileError, match="is not of its recipe"):
+        flowpost.load(path)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden.make import numbers
+from golden.make import numbers, wrapped, wrapped_numbers
 from safetensors.torch import load_file
+from torch import nn
 
 import flowpost
 
@@ -27,3 +28,31 @@ def test_a_file_of_then_gives_the_numbers_of_then(name: str) -> None:
         torch.testing.assert_close(
             found[key], value, rtol=1e-11, atol=1e-11, msg=lambda said, key=key: f"{key}: {said}"
         )
+
+
+def test_a_file_or_state_of_then_is_for_gates_without_a_gain() -> None:
+    """A file knows by its record that it is older than the gain; of a state dict the caller has to know."""
+    path = GOLDEN / "iaf.posterior.safetensors"
+    old = flowpost.load(path)
+    assert vars(old)["recipe"]["arguments"]["gain"] == 1
+    options = {key: value for key, value in vars(old)["recipe"]["arguments"].items() if key != "gain"}
+    with pytest.raises(ValueError, match=r"\(file != into\): gain 1.0 != 1.1353352832366128"):
+        flowpost.load(path, into=flowpost.iaf(**options).double())
+    into = flowpost.iaf(**options, gain=1.0).double()
+    into.load_state_dict(load_file(path))
+    for key, value in numbers(into).items():
+        assert torch.equal(value, numbers(old)[key]), key
+    assert flowpost.load(path, into=into) is into
+
+
+def test_a_wrapped_iaf_of_then_gives_the_numbers_of_then() -> None:
+    wanted = load_file(GOLDEN / "wrapped_numbers.safetensors")
+    into = wrapped(gain=1.0)
+    for load in (lambda path: flowpost.load(path, into=into), lambda path: into.load_state_dict(load_file(path))):
+        for parameter in into.parameters():
+            nn.init.zeros_(parameter)
+        load(GOLDEN / "wrapped.safetensors")
+        found = wrapped_numbers(into)
+        assert found.keys() == wanted.keys()
+        for key, value in wanted.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-11, atol=1e-11)

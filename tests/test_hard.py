@@ -2,6 +2,7 @@
 
 import socket
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from benchmarks.config import configure
 from benchmarks.data import load
 from benchmarks.train import train_one
 from flowpost.objectives import elbo
-from flowpost.recipes.networks import iaf_steps
 from flowpost.testing import push
 from flowpost.vae import VAE, Bernoulli
 
@@ -23,7 +23,7 @@ from flowpost.vae import VAE, Bernoulli
 @pytest.mark.parametrize(("dim", "amount"), [(64, 0.0), (64, 0.3), (256, 0.0)])
 def test_sixteen_steps_in_float32_come_back(dim: int, amount: float) -> None:
     """B3's residual at depth 16, where public flows lose all digits or turn to nan."""
-    flow = flowpost.Chain(flowpost.Affine(dim), flowpost.Shared(*iaf_steps(dim, 16, (64,), 8)))
+    flow = cast(flowpost.Learned, flowpost.iaf(0, dim, 16, (64,), 8).flow).step
     push(flow, amount, seed=0)
     y, context = torch.randn(8, dim), flow.initial_context() + 0.1 * torch.randn(8, flow.context_size)
     with torch.no_grad():

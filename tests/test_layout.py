@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 import flowpost
-from flowpost import evaluation, objectives, vae
+from flowpost import Bijector, evaluation, objectives, vae
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "flowpost").rglob("*.py"))
 MODULES = sorted(info.name for info in pkgutil.walk_packages(flowpost.__path__, "flowpost."))
+PUBLIC: list[str] = vars(flowpost)["__all__"]
 ROOMS = [
     {"checks"},
     {"numerics"},
@@ -93,10 +94,32 @@ def test_input_is_never_checked_by_assert(path: Path) -> None:
 
 
 def test_public_names() -> None:
-    assert flowpost.__all__ == sorted(flowpost.__all__, key=lambda name: (name[0].islower(), name))
-    for name in flowpost.__all__:
+    assert PUBLIC == sorted(set(PUBLIC), key=lambda name: (name[0].islower(), name))
+    for name in PUBLIC:
         assert getattr(flowpost, name).__doc__, name
     assert flowpost.planar.__module__ == "flowpost.recipes.amortized"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "flowpost" / "bijectors").glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_every_step_is_exported(path: Path) -> None:
+    module = importlib.import_module(f"flowpost.bijectors.{path.stem}")
+    for name, value in vars(module).items():
+        if isinstance(value, type) and issubclass(value, Bijector) and name[0] != "_" and name != "Networked":
+            assert getattr(flowpost.bijectors, name) is value
+            assert name in flowpost.bijectors.__all__
+            assert getattr(flowpost, name) is value
+
+
+def test_the_recipes_are_the_public_functions_of_their_room() -> None:
+    """A type checker sees those where Python sees `RECIPES`."""
+    seen = []
+    for name in ("amortized", "networks"):
+        tree = ast.parse((ROOT / "flowpost" / "recipes" / f"{name}.py").read_text())
+        seen += [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
+    assert seen == [*flowpost.recipes.RECIPES] == vars(flowpost.recipes)["__all__"]
+    for name in seen:
+        assert getattr(flowpost, name) is flowpost.recipes.RECIPES[name]
+    assert seen[0] == "diagonal"
 
 
 def run(code: str) -> str:
@@ -184,7 +207,7 @@ def test_readme_s_shapes_are_true() -> None:
 @pytest.mark.parametrize("name", [name for name in MODULES if "testing" not in name])
 def test_docstring_examples_run(name: str) -> None:
     module = importlib.import_module(name)
-    public = {key: getattr(flowpost, key) for key in flowpost.__all__}
+    public = {key: getattr(flowpost, key) for key in PUBLIC}
     helpers = {key: value for part in (vae, objectives, evaluation) for key, value in vars(part).items()}
     namespace = {**helpers, **public, "torch": torch, "nn": nn, "flowpost": flowpost}
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -194,7 +217,7 @@ def test_docstring_examples_run(name: str) -> None:
 
 def test_every_public_name_has_an_example() -> None:
     plain = {"Bijector", "FlowDistribution", "Sample"}  # made by others, or by a subclass
-    for name in flowpost.__all__:
+    for name in PUBLIC:
         value = getattr(flowpost, name)
         error = isinstance(value, type) and issubclass(value, Exception)
         if callable(value) and not error and name not in plain:

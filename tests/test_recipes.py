@@ -1,11 +1,14 @@
 """The named posteriors: the architectures of their papers, and where they start."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from golden.make import Halves
+from torch import Tensor, nn
 
 import flowpost
 from flowpost import (
@@ -17,6 +20,7 @@ from flowpost import (
     DeepSigmoid,
     FlowPosterior,
     Inverse,
+    Learned,
     Masked,
     Planar,
     Shared,
@@ -25,6 +29,7 @@ from flowpost import (
     UnitLowerTriangular,
 )
 from flowpost.recipes import RECIPES
+from flowpost.recipes.record import names, recipe
 
 GATE = 1 / (1 + math.exp(-2))
 
@@ -73,7 +78,7 @@ def test_the_sylvester_forms() -> None:
         torch.testing.assert_close(flow(z, flow.initial_context())[0], z)  # every variable in its place
 
 
-def test_iaf_reverses_the_order_between_steps_that_share_h() -> None:
+def test_iaf_reverses_the_order_between_steps_that_share_c() -> None:
     flow = flowpost.iaf(6, 4, steps=3, hidden=(8, 9), context_size=5).flow
     assert isinstance(flow, Chain)
     first, shared = flow
@@ -88,8 +93,8 @@ def test_iaf_reverses_the_order_between_steps_that_share_h() -> None:
             assert step.context_size == 5
 
 
-def test_iaf_reads_h_in_every_step() -> None:
-    """Each step's projection of h has a gradient once its last layer has left zero."""
+def test_iaf_reads_c_in_every_step() -> None:
+    """Each step's projection of c has a gradient once its last layer has left zero."""
     posterior = flowpost.iaf(6, 4, steps=3, hidden=(16,), context_size=5)
     for parameter in posterior.flow.parameters():
         torch.nn.init.normal_(parameter)
@@ -122,7 +127,7 @@ def shared_steps(posterior: FlowPosterior) -> list[Bijector]:
 
 
 @pytest.mark.parametrize("name", ["affine_iaf", "maf"])
-def test_plain_autoregressive_flows_reverse_the_order_between_steps_that_share_h(name: str) -> None:
+def test_plain_autoregressive_flows_reverse_the_order_between_steps_that_share_c(name: str) -> None:
     steps = shared_steps(RECIPES[name](6, 4, steps=3, hidden=(8, 9), context_size=5))
     masked = [step.step if isinstance(step, Inverse) else step for step in steps]
     assert [isinstance(step, Inverse) for step in steps] == [name == "maf"] * 3
@@ -137,12 +142,12 @@ def test_plain_autoregressive_flows_reverse_the_order_between_steps_that_share_h
 @pytest.mark.parametrize(("dim", "halves"), [(1, [[], []]), (4, [[0, 1], [2, 3]]), (5, [[0, 1], [2, 3, 4]])])
 def test_couplings_pass_one_half_and_then_the_other(name: str, dim: int, halves: list[list[int]]) -> None:
     steps = shared_steps(RECIPES[name](6, dim, steps=3, hidden=(8, 9), context_size=5))
-    z, h = torch.randn(7, dim), torch.randn(7, 5)
+    z, c = torch.randn(7, dim), torch.randn(7, 5)
     for step, variables in zip(steps, [*halves, halves[0]], strict=True):
         assert isinstance(step, Coupling)
         for parameter in step.parameters():
             torch.nn.init.normal_(parameter)
-        image, log_det = step(z, h)
+        image, log_det = step(z, c)
         assert (image == z).all(0).nonzero().flatten().tolist() == variables
         assert (log_det == 0).all() == (name == "nice")
 
@@ -193,15 +198,72 @@ def test_alternating_mixes_all_variables(name: str, dim: int) -> None:
 @pytest.mark.parametrize("features", [6, 0])
 @pytest.mark.parametrize("dim", [1, 3, 40])
 def test_a_fresh_posterior_is_near_standard_normal(name: str, features: int, dim: int) -> None:
-    """iaf times sigmoid(2) for each of its four steps. Against this Gaussian, log q differs by a part of a nat."""
+    """Against N(0, I), log q differs by a part of a nat."""
     posterior = RECIPES[name](features, dim)
-    gain = GATE**4 if name == "iaf" else 1.0
     h = (torch.randn(64, 6),) if features else ()
     z, log_prob, noise = posterior(*h, sample_shape=(4,))
     tolerance = 0.12 if features else 1e-5
-    expected = torch.distributions.Normal(0.0, gain).log_prob(z).sum(-1)
-    assert (z - gain * noise).abs().max() < tolerance * (5 if dim == 40 else 1) * gain
+    expected = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(-1)
+    assert (z - noise).abs().max() < tolerance * (5 if dim == 40 else 1)
     assert (log_prob - expected).abs().mean() < (0.25 * math.sqrt(dim) if features else 1e-4 * dim)
+
+
+@pytest.mark.parametrize("features", [6, 0])
+def test_a_fresh_iaf_is_the_diagonal_gaussian_of_its_affine_step(features: int) -> None:
+    """Its gates start as the identity, whatever h, so z and log q are those of the affine step alone."""
+    posterior = flowpost.iaf(features, 4, steps=5, hidden=(16,)).double()
+    h = (3 * torch.randn(7, 6, dtype=torch.float64),) if features else ()
+    z, log_prob, noise = posterior(*h, sample_shape=(9,))
+    flow = posterior.flow.step if isinstance(posterior.flow, Learned) else posterior.flow
+    assert isinstance(flow, Chain)
+    affine = next(iter(flow))
+    context = posterior.head(*h) if posterior.head is not None else flow.initial_context()
+    alone, log_det = affine(noise, context[..., :8])
+    torch.testing.assert_close(z, alone, rtol=1e-14, atol=1e-14)
+    expected = torch.distributions.Normal(0.0, 1.0).log_prob(noise.double()).sum(-1) - log_det
+    torch.testing.assert_close(log_prob, expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("gain", [1.0, 1.3])
+def test_iaf_with_another_gain_starts_wider_or_narrower(gain: float) -> None:
+    z, log_prob, noise = flowpost.iaf(0, 3, steps=4, hidden=(16,), gain=gain)(sample_shape=(9,))
+    scale = (gain * GATE) ** 4
+    torch.testing.assert_close(z, scale * noise)
+    torch.testing.assert_close(log_prob, torch.distributions.Normal(0.0, scale).log_prob(z).sum(-1))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_has_one_affine_step_first_or_last(name: str) -> None:
+    """In the place of which `wrap` puts the Gaussian of an encoder."""
+    flow = RECIPES[name](6, 3).flow
+    steps = [*flow] if isinstance(flow, Chain) else [flow]
+    assert [isinstance(step, Affine) for step in steps].count(True) == 1
+    assert isinstance(steps[0], Affine) or isinstance(steps[-1], Affine)
+
+
+def test_a_function_becomes_a_recipe_by_its_decorator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`RECIPES`, the record, `load` and `wrap` follow from the function alone."""
+    monkeypatch.setitem(RECIPES, "ridges", flowpost.planar)  # so that the entry goes when the test is over
+
+    @recipe
+    def ridges(features: int, dim: int, ranks: Sequence[int] = (1, 2)) -> FlowPosterior:
+        return FlowPosterior(features, Chain(*(Sylvester(dim, rank) for rank in ranks), Affine(dim)))
+
+    assert RECIPES["ridges"] is ridges
+    assert names(__name__) == ["ridges"]
+    ranks = [np.int64(1), 3]
+    posterior = ridges(6, 3, ranks=ranks)  # pyright: ignore[reportArgumentType]
+    assert vars(posterior)["recipe"] == {"name": "ridges", "arguments": {"features": 6, "dim": 3, "ranks": [1, 3]}}
+    flowpost.save(posterior, tmp_path / "ridges.safetensors")
+    h, noise = torch.randn(5, 6), torch.randn(5, 3)
+    assert torch.equal(flowpost.load(tmp_path / "ridges.safetensors")(h, noise=noise).z, posterior(h, noise=noise).z)
+
+    on_features = flowpost.wrap(nn.Linear(6, 7), 3, features=7, flow="ridges", ranks=(1,))
+    assert vars(on_features.posterior)["recipe"]["arguments"] == {"features": 7, "dim": 3, "ranks": [1]}
+    on_pair = flowpost.wrap(Halves(), 3, example=h, flow="ridges", ranks=(2, 2, 1))
+    assert isinstance(on_pair.posterior.flow, Chain)
+    assert [type(step) for step in on_pair.posterior.flow] == [Sylvester] * 3 + [Affine]
+    torch.testing.assert_close(on_pair(h, noise=noise).z, h[:, :3] + torch.exp(h[:, 3:] / 2) * noise)
 
 
 @pytest.mark.parametrize("name", RECIPES)

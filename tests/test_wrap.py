@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from flowpost import Affine, Chain, Planar, wrap
+from flowpost import Affine, Chain, Planar, Scale, Shared, wrap
+from flowpost.functional import log_var_scale
 from flowpost.recipes import RECIPES
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
@@ -28,7 +29,9 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("householder_sylvester", {"steps": 1, "reflections": 2}),
     ("triangular_sylvester", {"steps": 2}),
     *(("iaf", {"steps": steps, "hidden": (16,), "context_size": 5}) for steps in (1, 2, 3, 4)),
+    ("iaf", {"steps": 3, "hidden": (16,), "context_size": 5, "gain": 1.0}),
 ]
+OPTIONS += [(name, {}) for name in RECIPES if name not in dict(OPTIONS)]
 flows = pytest.mark.parametrize(("flow", "options"), OPTIONS, ids=lambda value: str(value))
 
 
@@ -102,6 +105,28 @@ def test_a_pair_starts_at_the_encoder_s_own_gaussian(flow: str, options: dict[st
     expected = Normal(loc, torch.exp(log_var / 2)).log_prob(z).sum(-1)
     torch.testing.assert_close(log_prob, expected, rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(posterior.log_prob(z, X), expected, rtol=1e-4, atol=1e-4)
+
+
+@flows
+def test_a_pair_starts_there_to_the_last_digits(flow: str, options: dict[str, Any]) -> None:
+    encoder = Pair().double()
+    loc, log_var = encoder(X.double())
+    z, log_prob, noise = wrap(encoder, 3, example=X[:1].double(), flow=flow, **options)(X.double())
+    gaussian = Normal(loc, log_var_scale(log_var))
+    torch.testing.assert_close(z, loc + log_var_scale(log_var) * noise, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(log_prob, gaussian.log_prob(z).sum(-1), rtol=1e-12, atol=1e-12)
+
+
+def test_the_gates_of_a_wrapped_iaf_need_no_correction() -> None:
+    """With the recipe's gain they start as the identity; with another a constant scale undoes what they do."""
+
+    def steps(**options: Any) -> list[type]:  # noqa: ANN401
+        flow = wrap(Pair(), 3, example=X[:1], flow="iaf", hidden=(16,), **options).posterior.flow
+        assert isinstance(flow, Chain)
+        return [type(step) for step in flow]
+
+    assert steps() == [Shared, Affine]
+    assert steps(gain=1.0) == [Shared, Scale, Affine]
 
 
 def test_a_pair_with_a_flow_of_one_s_own() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 
 from flowpost.bijectors.affine import Affine
@@ -16,10 +19,10 @@ from flowpost.bijectors.sylvester import Sylvester
 from flowpost.bijectors.triangular import UnitLowerTriangular
 from flowpost.numerics.arguments import check_int
 from flowpost.posterior import FlowPosterior
-from flowpost.recipes.record import recorded
+from flowpost.recipes.record import names, recipe
 
 
-@recorded
+@recipe
 def diagonal(features: int, dim: int) -> FlowPosterior:
     """Factorized Gaussian posterior, ``z = loc + scale * noise`` (Kingma & Welling 2014, eq. 9).
 
@@ -36,7 +39,7 @@ def diagonal(features: int, dim: int) -> FlowPosterior:
     return FlowPosterior(features, Affine(dim))
 
 
-@recorded
+@recipe
 def full_covariance(features: int, dim: int) -> FlowPosterior:
     """Full-covariance Gaussian posterior, ``z = loc + diag(scale) L noise``, ``diag(scale) L`` its Cholesky factor.
 
@@ -55,7 +58,7 @@ def full_covariance(features: int, dim: int) -> FlowPosterior:
     return FlowPosterior(features, Chain(UnitLowerTriangular(dim), Affine(dim)))
 
 
-@recorded
+@recipe
 def planar(features: int, dim: int, steps: int = 8) -> FlowPosterior:
     """Diagonal Gaussian followed by planar steps, all amortized (Rezende & Mohamed 2015, eq. 10).
 
@@ -70,10 +73,10 @@ def planar(features: int, dim: int, steps: int = 8) -> FlowPosterior:
     Example:
         >>> z, log_prob, noise = flowpost.planar(16, dim=2, steps=8)(torch.randn(8, 16), sample_shape=(50,))
     """
-    return FlowPosterior(features, Chain(Affine(dim), *planar_steps(dim, steps)))
+    return FlowPosterior(features, Chain(Affine(dim), *_times(steps, Planar, dim)))
 
 
-@recorded
+@recipe
 def radial(features: int, dim: int, steps: int = 8) -> FlowPosterior:
     """Diagonal Gaussian followed by radial steps, all amortized (Rezende & Mohamed 2015, eq. 14).
 
@@ -88,10 +91,34 @@ def radial(features: int, dim: int, steps: int = 8) -> FlowPosterior:
     Example:
         >>> z, log_prob, noise = flowpost.radial(16, dim=2, steps=8)(torch.randn(8, 16), sample_shape=(50,))
     """
-    return FlowPosterior(features, Chain(Affine(dim), *radial_steps(dim, steps)))
+    return FlowPosterior(features, Chain(Affine(dim), *_times(steps, Radial, dim)))
 
 
-@recorded
+@recipe
+def householder(features: int, dim: int, steps: int = 8) -> FlowPosterior:
+    """Householder flow (Tomczak & Welling 2016): a diagonal Gaussian, then reflections, all amortized.
+
+    It is a Gaussian of covariance ``Q diag(scale^2) Q^T``; dim - 1 reflections make any orthogonal Q up to a sign.
+    Every direction comes from the features by a linear layer, where the paper has one from the other.
+
+    Args:
+        features: size of the encoder's features; 0 for a posterior without an encoder.
+        dim: size of z.
+        steps: number of reflections; an even number starts as the identity, two by two.
+
+    Returns:
+        A posterior that starts near N(0, I).
+
+    Example:
+        >>> z, log_prob, noise = flowpost.householder(16, dim=2, steps=2)(torch.randn(8, 16), sample_shape=(50,))
+    """
+    pairs = range((check_int("steps", steps, minimum=1) + 1) // 2)
+    directions = [torch.randn(check_int("dim", dim, minimum=1), device="cpu") for _ in pairs]
+    reflections = [Householder(dim, directions[index // 2]) for index in range(steps)]
+    return FlowPosterior(features, Chain(Affine(dim), *reflections))
+
+
+@recipe
 def cc_lin_iaf(features: int, dim: int, combinations: int = 5) -> FlowPosterior:
     """Convex combination linear IAF (Tomczak & Welling 2017): a diagonal Gaussian, then ``sum_k y_k L_k``, amortized.
 
@@ -111,28 +138,7 @@ def cc_lin_iaf(features: int, dim: int, combinations: int = 5) -> FlowPosterior:
     return FlowPosterior(features, Chain(Affine(dim), ConvexCombination(dim, combinations)))
 
 
-@recorded
-def householder(features: int, dim: int, steps: int = 8) -> FlowPosterior:
-    """Householder flow (Tomczak & Welling 2016): a diagonal Gaussian, then reflections, all amortized.
-
-    It is a Gaussian of covariance ``Q diag(scale^2) Q^T``; dim - 1 reflections make any orthogonal Q up to a sign.
-    Every direction comes from the features by a linear layer, where the paper has one from the other.
-
-    Args:
-        features: size of the encoder's features; 0 for a posterior without an encoder.
-        dim: size of z.
-        steps: number of reflections; an even number starts as the identity, two by two.
-
-    Returns:
-        A posterior that starts near N(0, I).
-
-    Example:
-        >>> z, log_prob, noise = flowpost.householder(16, dim=2, steps=2)(torch.randn(8, 16), sample_shape=(50,))
-    """
-    return FlowPosterior(features, Chain(Affine(dim), *householder_steps(dim, steps)))
-
-
-@recorded
+@recipe
 def orthogonal_sylvester(features: int, dim: int, steps: int = 4, rank: int | None = None) -> FlowPosterior:
     """Diagonal Gaussian followed by orthogonal Sylvester steps, all amortized (van den Berg et al. 2018, section 3).
 
@@ -149,10 +155,11 @@ def orthogonal_sylvester(features: int, dim: int, steps: int = 4, rank: int | No
     Example:
         >>> z, log_prob, noise = flowpost.orthogonal_sylvester(16, dim=4)(torch.randn(8, 16), sample_shape=(50,))
     """
-    return FlowPosterior(features, Chain(Affine(dim), *orthogonal_sylvester_steps(dim, steps, rank)))
+    rank = (check_int("dim", dim, minimum=1) + 1) // 2 if rank is None else rank
+    return FlowPosterior(features, Chain(Affine(dim), *_times(steps, Sylvester, dim, rank)))
 
 
-@recorded
+@recipe
 def householder_sylvester(features: int, dim: int, steps: int = 4, reflections: int = 8) -> FlowPosterior:
     """Diagonal Gaussian followed by Sylvester steps of full rank, Q a few reflections (van den Berg et al. 2018).
 
@@ -168,10 +175,11 @@ def householder_sylvester(features: int, dim: int, steps: int = 4, reflections: 
     Example:
         >>> z, log_prob, noise = flowpost.householder_sylvester(16, dim=4)(torch.randn(8, 16), sample_shape=(50,))
     """
-    return FlowPosterior(features, Chain(Affine(dim), *householder_sylvester_steps(dim, steps, reflections)))
+    check_int("reflections", reflections, minimum=1)
+    return FlowPosterior(features, Chain(Affine(dim), *_times(steps, Sylvester, dim, dim, reflections)))
 
 
-@recorded
+@recipe
 def triangular_sylvester(features: int, dim: int, steps: int = 4) -> FlowPosterior:
     """Diagonal Gaussian followed by triangular Sylvester steps, of which every other one sees the variables reversed.
 
@@ -188,41 +196,15 @@ def triangular_sylvester(features: int, dim: int, steps: int = 4) -> FlowPosteri
     Example:
         >>> z, log_prob, noise = flowpost.triangular_sylvester(16, dim=4)(torch.randn(8, 16), sample_shape=(50,))
     """
-    return FlowPosterior(features, Chain(Affine(dim), *triangular_sylvester_steps(dim, steps)))
+    parts = [part for step in _times(steps, Sylvester, dim, dim, 0) for part in (step, Reverse(dim))]
+    whole = parts if steps % 2 == 0 else parts[:-1]  # an even number of reversals leaves the variables in place
+    return FlowPosterior(features, Chain(Affine(dim), *whole))
 
 
-def planar_steps(dim: int, steps: int) -> list[Planar]:
-    """`steps` planar steps, each with a direction of its own."""
-    return [Planar(dim) for _ in range(check_int("steps", steps, minimum=1))]
+def _times(steps: int, make: Callable[..., Bijector], *sizes: int) -> list[Bijector]:
+    """`steps` steps of the same sizes, each with numbers of its own."""
+    return [make(*sizes) for _ in range(check_int("steps", steps, minimum=1))]
 
 
-def radial_steps(dim: int, steps: int) -> list[Radial]:
-    """`steps` radial steps, each with a point of its own."""
-    return [Radial(dim) for _ in range(check_int("steps", steps, minimum=1))]
-
-
-def householder_steps(dim: int, steps: int) -> list[Householder]:
-    """`steps` reflections, two by two in a direction of their own: two equal ones are the identity."""
-    pairs = range((check_int("steps", steps, minimum=1) + 1) // 2)
-    directions = [torch.randn(check_int("dim", dim, minimum=1), device="cpu") for _ in pairs]
-    return [Householder(dim, directions[index // 2]) for index in range(steps)]
-
-
-def orthogonal_sylvester_steps(dim: int, steps: int = 4, rank: int | None = None) -> list[Sylvester]:
-    """`steps` Sylvester steps of orthogonal columns of their own, half as many as there are variables."""
-    rank = (check_int("dim", dim, minimum=1) + 1) // 2 if rank is None else rank
-    return [Sylvester(dim, rank) for _ in range(check_int("steps", steps, minimum=1))]
-
-
-def householder_sylvester_steps(dim: int, steps: int = 4, reflections: int = 8) -> list[Sylvester]:
-    """`steps` Sylvester steps of full rank, each of as many reflections."""
-    check_int("reflections", reflections, minimum=1)
-    return [Sylvester(dim, dim, reflections) for _ in range(check_int("steps", steps, minimum=1))]
-
-
-def triangular_sylvester_steps(dim: int, steps: int = 4) -> list[Bijector]:
-    """`steps` Sylvester steps with ``Q = I``, every other one between two reversals: the variables stay in place."""
-    parts: list[Bijector] = []
-    for _ in range(check_int("steps", steps, minimum=1)):
-        parts += [Sylvester(dim, dim, 0), Reverse(dim)]
-    return parts if steps % 2 == 0 else parts[:-1]
+if not TYPE_CHECKING:  # a type checker reads the functions themselves
+    __all__ = names(__name__)

@@ -1,9 +1,11 @@
-"""The posteriors whose steps have networks of their own, which read the variables and share h."""
+"""The posteriors whose steps have networks of their own, which read the variables and share a context c."""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from flowpost.bijectors.affine import Affine, Shift
 from flowpost.bijectors.autoregressive import Autoregressive, Masked
@@ -16,34 +18,52 @@ from flowpost.bijectors.wrappers import Inverse
 from flowpost.numerics.arguments import check_int
 from flowpost.numerics.scales import exp_scale
 from flowpost.posterior import FlowPosterior
-from flowpost.recipes.record import recorded
+from flowpost.recipes.record import names, recipe
+
+_FORGET_BIAS = 2.0
+_GAIN = 1 + math.exp(-_FORGET_BIAS)  # 1 / sigmoid(forget_bias)
 
 
-@recorded
+@recipe
 def iaf(
-    features: int, dim: int, steps: int = 4, hidden: Sequence[int] = (320, 320), context_size: int = 64
+    features: int,
+    dim: int,
+    steps: int = 4,
+    hidden: Sequence[int] = (320, 320),
+    context_size: int = 64,
+    gain: float = _GAIN,
 ) -> FlowPosterior:
-    """Inverse autoregressive flow (Kingma et al. 2016): a diagonal Gaussian, then gated autoregressive steps sharing h.
+    """Inverse autoregressive flow (Kingma et al. 2016): a diagonal Gaussian, then gated autoregressive steps.
 
-    The variables' order is reversed from one step to the next.
+    The default for a posterior that is drawn from and scored at its own samples: one pass, whatever its shape. The
+    steps share one context c. The variables' order is reversed from one step to the next.
+
+    A fresh one is a diagonal Gaussian: every gate starts as the identity. The paper's gate has ``gain=1`` and shrinks
+    volume at every z. Posteriors that flowpost saved before the gates had a gain are of ``gain=1``: `flowpost.load`
+    knows that of a file, and a ``state_dict`` of then is for ``iaf(..., gain=1.0)``.
 
     Args:
         features: size of the encoder's features; 0 for a posterior without an encoder.
         dim: size of z.
         steps: number of autoregressive steps.
         hidden: widths of each step's hidden layers.
-        context_size: size of h, which every step's network reads.
+        context_size: size of c, which every step's network reads.
+        gain: constant factor of every gate, as in `Autoregressive`; by default ``1 / sigmoid(2)``, of the gates' start.
 
     Returns:
-        A posterior that starts near N(0, I) times ``sigmoid(2)`` per step, the gates' start.
+        A posterior that starts near N(0, I); with another gain, times ``gain * sigmoid(2)`` per step.
 
     Example:
         >>> z, log_prob, noise = flowpost.iaf(16, dim=2, hidden=(32, 32))(torch.randn(8, 16), sample_shape=(50,))
     """
-    return FlowPosterior(features, Chain(Affine(dim), Shared(*iaf_steps(dim, steps, hidden, context_size))))
+    gated = [
+        Autoregressive(dim, context_size, hidden, order=order, forget_bias=_FORGET_BIAS, gain=gain)
+        for order in _orders(dim, steps)
+    ]
+    return FlowPosterior(features, Chain(Affine(dim), Shared(*gated)))
 
 
-@recorded
+@recipe
 def affine_iaf(
     features: int, dim: int, steps: int = 4, hidden: Sequence[int] = (320, 320), context_size: int = 64
 ) -> FlowPosterior:
@@ -56,7 +76,7 @@ def affine_iaf(
         dim: size of z.
         steps: number of autoregressive steps.
         hidden: widths of each step's hidden layers.
-        context_size: size of h, which every step's network reads.
+        context_size: size of c, which every step's network reads.
 
     Returns:
         A posterior that starts near N(0, I).
@@ -64,12 +84,11 @@ def affine_iaf(
     Example:
         >>> z, log_prob, noise = flowpost.affine_iaf(16, dim=2, hidden=(32, 32))(torch.randn(8, 16), sample_shape=(50,))
     """
-    return FlowPosterior(
-        features, Chain(Affine(dim), Shared(*masked_steps(_exp_affine, dim, steps, hidden, context_size)))
-    )
+    masked = _masked_steps(_exp_affine, dim, steps, hidden, context_size)
+    return FlowPosterior(features, Chain(Affine(dim), Shared(*masked)))
 
 
-@recorded
+@recipe
 def maf(
     features: int, dim: int, steps: int = 4, hidden: Sequence[int] = (320, 320), context_size: int = 64
 ) -> FlowPosterior:
@@ -83,7 +102,7 @@ def maf(
         dim: size of z.
         steps: number of autoregressive steps.
         hidden: widths of each step's hidden layers.
-        context_size: size of h, which every step's network reads.
+        context_size: size of c, which every step's network reads.
 
     Returns:
         A posterior that starts near N(0, I).
@@ -91,25 +110,25 @@ def maf(
     Example:
         >>> log_prob = flowpost.maf(16, dim=2, hidden=(32, 32)).log_prob(torch.randn(8, 2), torch.randn(8, 16))
     """
-    masked = masked_steps(lambda size: Inverse(_exp_affine(size)), dim, steps, hidden, context_size)
+    masked = _masked_steps(lambda size: Inverse(_exp_affine(size)), dim, steps, hidden, context_size)
     return FlowPosterior(features, Chain(Affine(dim), Shared(*(Inverse(step) for step in masked))))
 
 
-@recorded
+@recipe
 def nice(
     features: int, dim: int, steps: int = 4, hidden: Sequence[int] = (320, 320), context_size: int = 64
 ) -> FlowPosterior:
-    """NICE (Dinh et al. 2015): a diagonal Gaussian, then additive couplings, which keep volume, sharing h.
+    """NICE (Dinh et al. 2015): a diagonal Gaussian, then additive couplings, which keep volume, sharing c.
 
     The Gaussian's scale is the paper's. One half of the variables and the other pass in turn. At dim 1 each step is a
-    shift by a function of h.
+    shift by a function of c.
 
     Args:
         features: size of the encoder's features; 0 for a posterior without an encoder.
         dim: size of z.
         steps: number of couplings.
         hidden: widths of the hidden layers of each coupling's network.
-        context_size: size of h, which every coupling's network reads.
+        context_size: size of c, which every coupling's network reads.
 
     Returns:
         A posterior that starts near N(0, I).
@@ -117,24 +136,25 @@ def nice(
     Example:
         >>> z, log_prob, noise = flowpost.nice(16, dim=2, hidden=(32, 32))(torch.randn(8, 16), sample_shape=(50,))
     """
-    return FlowPosterior(features, Chain(Affine(dim), Shared(*coupling_steps(Shift, dim, steps, hidden, context_size))))
+    couplings = _coupling_steps(Shift, dim, steps, hidden, context_size)
+    return FlowPosterior(features, Chain(Affine(dim), Shared(*couplings)))
 
 
-@recorded
+@recipe
 def realnvp(
     features: int, dim: int, steps: int = 4, hidden: Sequence[int] = (320, 320), context_size: int = 64
 ) -> FlowPosterior:
-    """RealNVP (Dinh et al. 2017): a diagonal Gaussian, then affine couplings ``z' = t + exp(s) z`` sharing h.
+    """RealNVP (Dinh et al. 2017): a diagonal Gaussian, then affine couplings ``z' = t + exp(s) z`` sharing c.
 
     s is softly bounded, by `exp_scale`. One half of the variables and the other pass in turn. At dim 1 each step is an
-    affine map by functions of h.
+    affine map by functions of c.
 
     Args:
         features: size of the encoder's features; 0 for a posterior without an encoder.
         dim: size of z.
         steps: number of couplings.
         hidden: widths of the hidden layers of each coupling's network.
-        context_size: size of h, which every coupling's network reads.
+        context_size: size of c, which every coupling's network reads.
 
     Returns:
         A posterior that starts near N(0, I).
@@ -142,12 +162,11 @@ def realnvp(
     Example:
         >>> z, log_prob, noise = flowpost.realnvp(16, dim=2, hidden=(32, 32))(torch.randn(8, 16), sample_shape=(50,))
     """
-    return FlowPosterior(
-        features, Chain(Affine(dim), Shared(*coupling_steps(_exp_affine, dim, steps, hidden, context_size)))
-    )
+    couplings = _coupling_steps(_exp_affine, dim, steps, hidden, context_size)
+    return FlowPosterior(features, Chain(Affine(dim), Shared(*couplings)))
 
 
-@recorded
+@recipe
 def spline_autoregressive(
     features: int,
     dim: int,
@@ -167,7 +186,7 @@ def spline_autoregressive(
         dim: size of z.
         steps: number of autoregressive steps.
         hidden: widths of each step's hidden layers.
-        context_size: size of h, which every step's network reads.
+        context_size: size of c, which every step's network reads.
         bins: of each spline, from 2 to 50.
         bound: where the splines end and the identity begins.
 
@@ -179,10 +198,11 @@ def spline_autoregressive(
         >>> z, log_prob, noise = posterior(torch.randn(8, 16), sample_shape=(50,))
     """
     spline = functools.partial(Spline, bins=bins, bound=bound)
-    return FlowPosterior(features, Chain(Shared(*masked_steps(spline, dim, steps, hidden, context_size)), Affine(dim)))
+    masked = _masked_steps(spline, dim, steps, hidden, context_size)
+    return FlowPosterior(features, Chain(Shared(*masked), Affine(dim)))
 
 
-@recorded
+@recipe
 def spline_coupling(
     features: int,
     dim: int,
@@ -195,14 +215,14 @@ def spline_coupling(
     """Coupling neural spline flow, RQ-NSF (C) (Durkan et al. 2019): `realnvp` with splines, fast both ways.
 
     The splines act on the noise, which lies where their bins are; a diagonal Gaussian's loc and scale come last. One
-    half of the variables and the other pass in turn. At dim 1 each step is a spline by functions of h.
+    half of the variables and the other pass in turn. At dim 1 each step is a spline by functions of c.
 
     Args:
         features: size of the encoder's features; 0 for a posterior without an encoder.
         dim: size of z.
         steps: number of couplings.
         hidden: widths of the hidden layers of each coupling's network.
-        context_size: size of h, which every coupling's network reads.
+        context_size: size of c, which every coupling's network reads.
         bins: of each spline, from 2 to 50.
         bound: where the splines end and the identity begins.
 
@@ -214,11 +234,11 @@ def spline_coupling(
         >>> z, log_prob, noise = posterior(torch.randn(8, 16), sample_shape=(50,))
     """
     spline = functools.partial(Spline, bins=bins, bound=bound)
-    couplings = coupling_steps(spline, dim, steps, hidden, context_size)
+    couplings = _coupling_steps(spline, dim, steps, hidden, context_size)
     return FlowPosterior(features, Chain(Shared(*couplings), Affine(dim)))
 
 
-@recorded
+@recipe
 def naf(
     features: int,
     dim: int,
@@ -237,7 +257,7 @@ def naf(
         dim: size of z.
         steps: number of autoregressive steps.
         hidden: widths of each step's hidden layers.
-        context_size: size of h, which every step's network reads.
+        context_size: size of c, which every step's network reads.
         units: sigmoids in a layer.
         layers: deep sigmoids in sequence in each step.
 
@@ -249,32 +269,27 @@ def naf(
         >>> z, log_prob, noise = posterior(torch.randn(8, 16), sample_shape=(50,))
     """
     sigmoids = functools.partial(DeepSigmoid, units=units, layers=layers)
-    masked = masked_steps(sigmoids, dim, steps, hidden, context_size)
+    masked = _masked_steps(sigmoids, dim, steps, hidden, context_size)
     return FlowPosterior(features, Chain(Affine(dim), Shared(*masked)))
 
 
-def iaf_steps(dim: int, steps: int, hidden: Sequence[int] = (320, 320), context_size: int = 64) -> list[Autoregressive]:
-    """`steps` autoregressive steps, every other one in the reverse order: the variables stay where they are."""
-    return [Autoregressive(dim, context_size, hidden, order=order) for order in _orders(dim, steps)]
-
-
-def masked_steps(
+def _masked_steps(
     step: Callable[[int], Bijector],
     dim: int,
     steps: int,
-    hidden: Sequence[int] = (320, 320),
-    context_size: int = 64,
+    hidden: Sequence[int],
+    context_size: int,
 ) -> list[Masked]:
     """`steps` autoregressive steps of what `step` makes of `dim`, every other one in the reverse order."""
     return [Masked(step(dim), context_size, hidden, order=order) for order in _orders(dim, steps)]
 
 
-def coupling_steps(
+def _coupling_steps(
     step: Callable[[int], Bijector],
     dim: int,
     steps: int,
-    hidden: Sequence[int] = (320, 320),
-    context_size: int = 64,
+    hidden: Sequence[int],
+    context_size: int,
 ) -> list[Coupling]:
     """`steps` couplings of what `step` makes of a number of variables: those that pass in one move in the next."""
     moving = [dim - dim // 2, max(dim // 2, 1)]
@@ -290,3 +305,7 @@ def _orders(dim: int, steps: int) -> list[Sequence[int] | None]:
     """An order for each step: the variables as they come and reversed, in turn."""
     orders = [None, range(check_int("dim", dim, minimum=1))[::-1]]
     return [orders[index % 2] for index in range(check_int("steps", steps, minimum=1))]
+
+
+if not TYPE_CHECKING:  # a type checker reads the functions themselves
+    __all__ = names(__name__)

@@ -1,34 +1,58 @@
-"""How a recipe leaves its name on what it makes."""
+"""What makes a function a recipe: `RECIPES` has it, and what it returns says how it was built."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ParamSpec
 
 from flowpost.posterior import FlowPosterior
 
 P = ParamSpec("P")
 
+RECIPES: dict[str, Callable[..., FlowPosterior]] = {}
+"""Every recipe by its name, in the order of definition; each takes ``(features, dim, **options)``."""
+BEFORE: Mapping[str, Mapping[str, object]] = {"iaf": {"gain": 1.0}}
+"""What an older release built, where that is not what a younger option's default builds now."""
 
-def recorded(recipe: Callable[P, FlowPosterior]) -> Callable[P, FlowPosterior]:
-    """Write a recipe's name and arguments on the posterior it returns, so that `flowpost.load` can build it again."""
-    signature = inspect.signature(recipe)
 
-    @functools.wraps(recipe)
-    def build(*args: P.args, **kwargs: P.kwargs) -> FlowPosterior:
-        posterior = recipe(*args, **kwargs)
+def recipe(build: Callable[P, FlowPosterior]) -> Callable[P, FlowPosterior]:
+    """Enter a function in `RECIPES`, and write its name and arguments on every posterior that it returns.
+
+    The rest follows from `RECIPES`: the names that `flowpost` exports, the flows that `wrap` knows by name, and what
+    `flowpost.load` can build. The function takes ``(features, dim, **options)`` of ints, floats and lists of ints, and
+    has exactly one `Affine` among the steps of its chain: `wrap` puts an encoder's own Gaussian in the place of it.
+    """
+    signature = inspect.signature(build)
+
+    @functools.wraps(build)
+    def recorded(*args: P.args, **kwargs: P.kwargs) -> FlowPosterior:
+        posterior = build(*args, **kwargs)
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         vars(posterior)["recipe"] = {
-            "name": recipe.__name__,
+            "name": build.__name__,
             "arguments": {key: _plain(value) for key, value in bound.arguments.items()},
         }
         return posterior
 
-    return build
+    RECIPES[build.__name__] = recorded
+    return recorded
+
+
+def arguments(record: Mapping) -> dict[str, object]:
+    """The arguments of a posterior's record, with those that the record is too old to name."""
+    return {**BEFORE.get(record["name"], {}), **record["arguments"]}
+
+
+def names(module: str) -> list[str]:
+    """The names of the recipes that a module defines: its ``__all__``."""
+    return [name for name, build in RECIPES.items() if build.__module__ == module]
 
 
 def _plain(value: object) -> object:
-    return [*value] if isinstance(value, Sequence) and not isinstance(value, str) else value
+    """The same in JSON's types; numpy's numbers and arrays too."""
+    if hasattr(value, "tolist"):
+        return value.tolist()  # pyright: ignore[reportAttributeAccessIssue]
+    return [_plain(part) for part in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
