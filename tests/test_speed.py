@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import subprocess
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 import benchmarks.speed as speed
 from benchmarks import __main__ as cli
+from benchmarks.peers import here
 from benchmarks.run import MARKS, Run, fill, typed
 from benchmarks.speed import others, timing
 from benchmarks.speed.contests import external, training
@@ -41,7 +41,7 @@ Make = Callable[..., Flow]
 peers = pytest.mark.parametrize(
     "make",
     [
-        pytest.param(make, id=name, marks=pytest.mark.skipif(importlib.util.find_spec(name) is None, reason="no peer"))
+        pytest.param(make, id=name, marks=pytest.mark.skipif(not here(name), reason="no peer"))
         for name, make in EQUAL.items()
     ],
 )
@@ -105,7 +105,7 @@ def test_dense_is_no_flow() -> None:
     assert jacobian_gap(drawn(Dense)) > 1e-5
 
 
-@pytest.mark.skipif(importlib.util.find_spec("normflows") is None, reason="no peer")
+@pytest.mark.skipif(not here("normflows"), reason="no peer")
 def test_normflows_has_no_such_network() -> None:
     """Its feed-forward MADE refuses a context, and one residual block has a third hidden layer."""
     with pytest.raises(UnequalWork, match="^normflows: weight matrices: expected"):
@@ -258,7 +258,7 @@ def test_another_gaussian_is_refused() -> None:
                              .requires_grad_(), 5)  # fmt: skip
 
 
-@pytest.mark.skipif(importlib.util.find_spec("pyro") is None, reason="no peer")
+@pytest.mark.skipif(not here("pyro"), reason="no peer")
 def test_pyros_planar_chain_is_a_density() -> None:
     numbers = others.numbers_for(others.planar(3), 1, CPU).detach().double()
     noise = torch.randn(1, 3, dtype=torch.float64)
@@ -478,7 +478,7 @@ def test_a_page_without_marks_is_refused(text: str, tmp_path: Path, capsys: pyte
     assert page.read_text() == text
 
 
-@pytest.mark.skipif(importlib.util.find_spec("zuko") is None, reason="no peer")
+@pytest.mark.skipif(not here("zuko"), reason="no peer")
 def test_a_peers_import_leaves_torch_as_it_was() -> None:
     code = """
 from torch.distributions import Distribution
