@@ -14,8 +14,9 @@ from benchmarks.config import ALL, BASIC, GRADIENTS, OBJECTIVES, ConfigError, co
 from benchmarks.data import NAMES, DataError
 from benchmarks.job import job
 from benchmarks.models import POSTERIORS
-from benchmarks.reliability import reliability
+from benchmarks.reliability.command import reliability
 from benchmarks.report import Report
+from benchmarks.run import Out
 from benchmarks.speed import speed
 from benchmarks.targets import targets
 
@@ -108,9 +109,7 @@ def main_job(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads.  [digits: 1, others: 2]")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder to write to.  [default: runs/<time>-<data>]", file_okay=False)
-    ] = None,
+    out: Out = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="A first look within a minute: one seed, few epochs and samples.")
     ] = False,

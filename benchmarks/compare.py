@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from benchmarks.config import Config, ConfigError
 from benchmarks.objective import bound_name
-from benchmarks.report import Report, Run, by_posterior, markdown_table
+from benchmarks.report import Report, Result, by_posterior
+from benchmarks.run import terminal
+from benchmarks.table import Table
 
 # Jobs whose figures of a run mean the same.
 SHARED = ("data", "samples", "gap_images")
 
-Row = tuple[Config, str, list[Run]]
+Row = tuple[Config, str, list[Result]]
 
 
 def compare(
@@ -33,8 +34,7 @@ def compare(
     _check_comparable([report.config for report in reports])
     if not rows:
         raise ConfigError("folders: expected finished runs, got none")
-    console = Console(markup=False, highlight=False)
-    console.print(markdown_table(table(rows)), soft_wrap=True)
+    terminal().print(table(rows).markdown(), soft_wrap=True)
 
 
 def _check_comparable(configs: Sequence[Config]) -> None:
@@ -44,8 +44,8 @@ def _check_comparable(configs: Sequence[Config]) -> None:
             raise ConfigError(f"folders: expected jobs of one {name.replace('_', '-')}, got {', '.join(values)}")
 
 
-def table(rows: Sequence[Row]) -> list[list[str]]:
-    """A header, then a line for each posterior of each job; `mean ± standard error` where there are two seeds."""
+def table(rows: Sequence[Row]) -> Table:
+    """A row for each posterior of each job; `mean ± standard error` where there are two seeds."""
     keys = {"neg_elbo": "-ELBO", "nll": "NLL"}
     if all(config.gaps for config, _, _ in rows):
         keys |= {"approximation_gap": "approx", "amortization_gap": "amort"}
@@ -59,10 +59,10 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
         trained = bound_name(config)[1:] + (f" {config.gradient}" if config.gradient != "standard" else "")
         figures += [mean_error(differences(runs, rows[0][2], key), signed=True) for key in decisive]
         body.append([name, trained, str(config.dim), str(len(runs)), *figures])
-    return [header, *body]
+    return Table(header, body)
 
 
-def differences(runs: Sequence[Run], others: Sequence[Run], key: str) -> list[float]:
+def differences(runs: Sequence[Result], others: Sequence[Result], key: str) -> list[float]:
     """Of a figure, for each seed that both have."""
     theirs = {run["seed"]: run[key] for run in others}
     return [run[key] - theirs[run["seed"]] for run in runs if run["seed"] in theirs]

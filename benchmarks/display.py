@@ -1,4 +1,4 @@
-"""The live line of a job, where there is a terminal, and its line for each finished run."""
+"""The live line of a command, where there is a terminal, and a job's line for each finished run."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ from rich.progress import BarColumn, Progress, TextColumn
 from benchmarks.train import History
 
 
+def live(console: Console, last: str) -> Progress:
+    """A line that says how far something is, where there is a terminal: description, bar and `last`."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn(last))
+    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+
+
 class Display:
     """One live line for the run in hand, where there is a terminal, and a line for each finished run."""
 
     def __init__(self, console: Console, runs: int, epochs: int, done: int = 0, bound: str = "-ELBO") -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[left]}"))
-        self.progress = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self.progress = live(console, "{task.fields[left]}")
         self.task = self.progress.add_task("", total=runs, left="", completed=done)
         self.epochs, self.done, self.begun, self.start = epochs, done, done, time.perf_counter()
         self.bound = bound

@@ -1,31 +1,39 @@
-"""What figures may depend on besides the configuration: versions and hardware."""
+"""What figures depend on besides the configuration: versions and hardware."""
 
 from __future__ import annotations
 
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import flowpost
-from benchmarks.config import Config
+from benchmarks import peers
 
 
-def environment(config: Config) -> dict[str, object]:
-    """What the figures may depend on besides the configuration: versions and hardware."""
-    device = torch.device(config.device)
+def environment(device: str = "cpu", threads: int = 1, libraries: Iterable[str] = ()) -> dict[str, object]:
+    """Versions and hardware.
+
+    Args:
+        device: that is measured on.
+        threads: of PyTorch on the CPU.
+        libraries: import names of the public libraries that take part.
+    """
     cpu = _cpu_name()
     return {
         "python": platform.python_version(),
         **versions(),
+        "libraries": {name: peers.version(name) for name in libraries},
         "commit": _commit(),
         "system": platform.platform(),
         "cpu": cpu,
         "cores": os.cpu_count(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "threads": threads,
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu,
     }
 
 
@@ -43,11 +51,11 @@ def _cpu_name() -> str:
     return next(iter(names), platform.processor() or platform.machine())
 
 
-def _commit() -> str | None:
-    """The checkout's commit, marked where files differ from it; None outside a checkout."""
+def _commit() -> str:
+    """The checkout's commit, marked where files differ from it."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip() or None
+        return "unknown"
+    return result.stdout.strip() or "unknown"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.canvas import ACROSS, bar_chart, colour, name_bars, panels, title
 from benchmarks.data import Data
-from benchmarks.report import Report, Run, by_posterior
+from benchmarks.report import Report, Result, by_posterior
 from flowpost.calibration import rank_ecdf, rank_histogram, sbc_ranks
 from flowpost.vae import VAE, Binomial
 
@@ -40,7 +40,7 @@ def gaps(report: Report) -> Figure:
     return figure
 
 
-def _gap_bar(panel: Axes, i: int, runs: list[Run], shade: str) -> None:
+def _gap_bar(panel: Axes, i: int, runs: list[Result], shade: str) -> None:
     parts = np.array([[run["approximation_gap"], run["amortization_gap"]] for run in runs])
     tops = np.concatenate([np.zeros((len(runs), 1)), parts.cumsum(1)], axis=1)
     offsets = i + 0.09 * (np.arange(len(runs)) - (len(runs) - 1) / 2)

@@ -45,7 +45,7 @@ def draw(report: Report, data: Data, models: Models) -> None:
         if report.config.dim == 2:
             figures["true_posterior"] = true_posteriors(models, data, device)
     for name, figure in figures.items():
-        figure.savefig(report.folder / f"{name}.png", dpi=DPI)
+        figure.savefig(report.run.folder / f"{name}.png", dpi=DPI)
 
 
 def _ink(data: Data) -> str:

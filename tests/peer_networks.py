@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peer_steps import Arrays, Map, Pair, module, of_transform
+from peer_steps import Arrays, Map, of_transform
 from torch import Tensor, nn
+
+from benchmarks.peers import Pair, module, nflows, pyro
 
 
 def layers(a: Arrays) -> list[Arrays]:
@@ -48,15 +50,11 @@ def nflows_network(a: Arrays, outputs: int) -> Any:
 def pyro_network(a: Arrays, outputs: int) -> Any:
     """pyro's, with or without a context, which stands in front of the variables."""
     dim, parts = a["z"].shape[-1], layers(a)
-    nets, widths = module("pyro.nn"), [len(layer["bias"]) for layer in parts[:-1]]
     options = {"param_dims": [1] * outputs, "permutation": a["order"].long(), "nonlinearity": nn.ELU()}
-    if "h" in a:
-        net = nets.ConditionalAutoRegressiveNN(dim, a["h"].shape[-1], widths, **options)
-    else:
-        net = nets.AutoRegressiveNN(dim, widths, **options)
+    given = (a["h"],) if "h" in a else ()
+    net = pyro.network(dim, sum(h.shape[-1] for h in given), [len(p["bias"]) for p in parts[:-1]], **options)
     for linear, layer in zip(net.layers, parts, strict=True):
         give(linear, layer)
-    given = (a["h"],) if "h" in a else ()
     return lambda z: torch.stack(net(z, *given), -2)
 
 
@@ -135,7 +133,7 @@ def nflows_maf(a: Arrays, *, inverse: bool) -> Pair:
     kind = module("nflows.transforms").MaskedAffineAutoregressiveTransform
     step = kind(a["z"].shape[-1], 8)
     step.autoregressive_net = Bounded(nflows_network(a, 2), convert, a["order"])
-    return (step.inverse if inverse else step)(a["z"])
+    return nflows.call(step, a["z"], inverse=inverse)
 
 
 def pyro_naf(a: Arrays, *, inverse: bool) -> Pair:

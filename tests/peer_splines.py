@@ -11,8 +11,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from peer_networks import nflows_network, perceptron, soft
-from peer_steps import Arrays, Map, Pair, module
+from peer_steps import Arrays, Map
 from torch import Tensor, nn
+
+from benchmarks.peers import Pair, module, nflows, zuko
 
 ZUKO_SLOPE = 1e-30  # its floor, moved out of the way
 ZUKO_LOG_SLOPE = float(np.log(ZUKO_SLOPE))
@@ -49,14 +51,9 @@ def zuko_spline_of(raw: tuple[Tensor, Tensor, Tensor]) -> Any:
     return module("zuko.transforms").MonotonicRQSTransform(*zuko_numbers(raw), bound=3.0, slope=ZUKO_SLOPE)
 
 
-def elementwise(kind: Any, z: Tensor, *, inverse: bool) -> Pair:
-    step = kind.inv if inverse else kind
-    image, log_det = step.call_and_ladj(z)
-    return image, log_det.sum(-1)
-
-
 def zuko_spline(a: Arrays, *, inverse: bool) -> Pair:
-    return elementwise(zuko_spline_of(numbers_of_spline(a)), a["z"], inverse=inverse)
+    spline = module("zuko.transforms").DependentTransform(zuko_spline_of(numbers_of_spline(a)), 1)
+    return zuko.call(spline, a["z"], inverse=inverse)
 
 
 def raw_spline(outputs: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,7 +69,7 @@ def zuko_autoregressive_spline(a: Arrays, *, inverse: bool) -> Pair:
     kind = parts.AutoregressiveTransform(
         lambda z: parts.DependentTransform(zuko_spline_of(raw_spline(network(z), bins)), 1), passes=dim
     )
-    return (kind.inv if inverse else kind).call_and_ladj(a["z"])
+    return zuko.call(kind, a["z"], inverse=inverse)
 
 
 def zuko_coupling(a: Arrays, make: Callable[[Tensor], Any], *, inverse: bool) -> Pair:
@@ -81,7 +78,7 @@ def zuko_coupling(a: Arrays, make: Callable[[Tensor], Any], *, inverse: bool) ->
     kind = parts.CouplingTransform(
         lambda passed: parts.DependentTransform(make(network(torch.cat([passed, a["h"]], -1))), 1), a["passing"] > 0
     )
-    return (kind.inv if inverse else kind).call_and_ladj(a["z"])
+    return zuko.call(kind, a["z"], inverse=inverse)
 
 
 def zuko_affine_coupling(a: Arrays, *, inverse: bool) -> Pair:
@@ -110,7 +107,7 @@ def nflows_additive_coupling(a: Arrays, *, inverse: bool) -> Pair:
 
     kind = module("nflows.transforms").AdditiveCouplingTransform
     step = kind(1 - a["passing"], lambda *_: Conditioner())
-    return (step.inverse if inverse else step)(a["z"], a["h"])
+    return nflows.call(step, a["z"], a["h"], inverse=inverse)
 
 
 MAPS: dict[str, Map] = {

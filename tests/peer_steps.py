@@ -4,25 +4,21 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
+from benchmarks.peers import Pair, module, nflows, normflows, pyro
+
 Arrays = dict[str, Tensor]
-Pair = tuple[Tensor, Tensor]
 Map = Callable[..., Pair]
 """The numbers, and whether the inverse is asked for, to the image and the log-det of that direction."""
-
-module = importlib.import_module
 
 
 def of_transform(transform: Any, z: Tensor, *, inverse: bool) -> Pair:
     """A `torch.distributions` transform, whose log-dets are of one variable each where it is element-wise."""
-    step = transform.inv if inverse else transform
-    image = step(z)
-    log_det = step.log_abs_det_jacobian(z, image)
+    image, log_det = pyro.call(transform, z, inverse=inverse)
     return image, log_det.sum(-1) if log_det.ndim == z.ndim else log_det
 
 
@@ -34,7 +30,7 @@ def pyro_planar(a: Arrays, *, inverse: bool) -> Pair:
 def normflows_planar(a: Arrays, *, inverse: bool) -> Pair:
     """One set of numbers for all points."""
     flow = module("normflows.flows").Planar(a["w"].shape, u=a["u"][None], w=a["w"][None], b=a["b"])
-    return flow(a["z"])
+    return normflows.call(flow, a["z"])
 
 
 def pyro_radial(a: Arrays, *, inverse: bool) -> Pair:
@@ -46,7 +42,7 @@ def normflows_radial(a: Arrays, *, inverse: bool) -> Pair:
     """One set of numbers for all points."""
     flow = module("normflows.flows").Radial(a["center"].shape, z_0=a["center"][None])
     flow.alpha.data, flow.beta.data = a["alpha"], a["beta"]
-    return flow(a["z"])
+    return normflows.call(flow, a["z"])
 
 
 def pyro_householder(a: Arrays, *, inverse: bool) -> Pair:
@@ -67,7 +63,7 @@ def nflows_lu(a: Arrays, *, inverse: bool) -> Pair:
     step = module("nflows.transforms").LULinear(a["z"].shape[-1])
     step.lower_entries.data, step.upper_entries.data = a["lower"], a["upper"]
     step.unconstrained_upper_diag.data, step.bias.data = a["diagonal"], a["shift"]
-    return step(a["z"])
+    return nflows.call(step, a["z"])
 
 
 def nflows_act_norm(a: Arrays, *, inverse: bool) -> Pair:
@@ -75,7 +71,7 @@ def nflows_act_norm(a: Arrays, *, inverse: bool) -> Pair:
     step = module("nflows.transforms").ActNorm(a["z"].shape[-1])
     step.log_scale.data, step.shift.data = a["log_scale"], a["shift"]
     step.eval()
-    return (step.inverse if inverse else step)(a["z"])
+    return nflows.call(step, a["z"], inverse=inverse)
 
 
 MAPS: dict[str, Map] = {

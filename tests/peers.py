@@ -7,9 +7,9 @@ undone on paper: a parameter goes to the library as the number that makes the sa
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -22,17 +22,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.peers import Pair, installed
 from flowpost import Bijector
 
-LIBRARIES = ("pyro", "nflows", "zuko", "normflows")
-HERE = {name for name in LIBRARIES if importlib.util.find_spec(name) is not None}
+HERE = set(installed())
 POINTS = 40
 HIDDEN = (12, 12)  # of every network
 FIXED = {"order", "passing", "bins"}  # numbers that say which map it is
 
 Arrays = dict[str, Tensor]
 M = TypeVar("M", bound=nn.Module)
-Pair = tuple[Tensor, Tensor]
 Peer = Callable[..., Pair]
 
 
@@ -66,7 +65,10 @@ class Case(NamedTuple):
 def libraries(folder: Path) -> Iterator[Peer]:
     """Ask the libraries for the image and log-det of a map."""
     command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("peer_worker.py"))]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}  # where `benchmarks` is
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
         questions, answers = cast("IO[str]", process.stdin), cast("IO[str]", process.stdout)
 
         def ask(name: str, arrays: Arrays, *, inverse: bool = False) -> Pair:

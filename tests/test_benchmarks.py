@@ -30,10 +30,8 @@ TINY = ["--epochs", "2", "--width", "16", "--samples", "50", "--seeds", "1", "--
 def run_cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     """Exit code, stdout and stderr."""
     threads = torch.get_num_threads()
-    try:
-        code = cli.main(arguments)
-    finally:
-        torch.set_num_threads(threads)
+    code = cli.main(arguments)
+    assert torch.get_num_threads() == threads
     out, err = capsys.readouterr()
     return code, out, err
 
@@ -119,9 +117,7 @@ def test_missing_data_is_said_plainly(
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     folder = tmp_path_factory.mktemp("run")
-    threads = torch.get_num_threads()
     code = cli.main([*TINY, "--posterior", "diagonal,iaf", "--posterior", "planar", "--dim", "2", "--out", str(folder)])
-    torch.set_num_threads(threads)
     return code, folder
 
 

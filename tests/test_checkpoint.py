@@ -326,9 +326,7 @@ def test_a_finished_job_resumed_draws_its_pictures_again(
     drawn = []
     monkeypatch.setattr(job, "draw", lambda report, data, models: drawn.append(sorted(models)))
     before = figures(whole_job)
-    threads = torch.get_num_threads()
     assert cli.main(["--resume", str(whole_job)]) == 0
-    torch.set_num_threads(threads)
     assert "4 of 4 runs are already finished" in capsys.readouterr().out
     assert drawn == [["diagonal", "iaf"]]
     assert figures(whole_job) == before
@@ -371,5 +369,5 @@ def test_a_new_job_in_an_old_folder_takes_up_nothing(tmp_path: Path, data: Data,
     folder = tmp_path / "checkpoints"
     Training(data, config, folder).stop(1)
     (folder / ".0123.tmp").write_bytes(b"half")
-    job._begin(config, tmp_path)
+    job.begin(config, tmp_path)
     assert not folder.exists()

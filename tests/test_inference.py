@@ -17,9 +17,10 @@ from benchmarks.config import Config, ConfigError, configure, from_json
 from benchmarks.data import Data, load
 from benchmarks.figures import evaluate
 from benchmarks.inference import RANKED, SIMULATIONS, draw_pixels, model_ranks
+from benchmarks.job import begin
 from benchmarks.models import build
 from benchmarks.objective import bound_name, negative_bound, objective_loss, objective_name, objective_pass
-from benchmarks.report import Report, Run
+from benchmarks.report import Result
 from benchmarks.train import validate
 from flowpost.calibration import rank_ecdf
 from flowpost.posterior import Sample
@@ -237,7 +238,7 @@ def test_a_job_keeps_its_objective_and_splits_the_gap(job_folder: Path) -> None:
     assert {path.stem for path in job_folder.glob("*.png")} >= {"gaps", "calibration"}
 
 
-def runs(*figures: float, posterior: str = "diagonal", first: int = 0) -> list[Run]:
+def runs(*figures: float, posterior: str = "diagonal", first: int = 0) -> list[Result]:
     keys = ("neg_elbo", "nll")
     return [
         {"posterior": posterior, "seed": seed, "error": None, **dict.fromkeys(keys, figure)}
@@ -252,8 +253,8 @@ def test_compared_rows_are_paired_by_seed() -> None:
         (configure(objective="iwae", gradient="dreg"), "diagonal", runs(1.0, 2.0, first=1)),
         (configure(), "iaf", runs(3.0, posterior="iaf", first=7)),
     ]
-    head, *body = table(rows)
-    assert head == [
+    found = table(rows)
+    assert found.header == [
         "posterior",
         "trained on",
         "dim",
@@ -263,6 +264,7 @@ def test_compared_rows_are_paired_by_seed() -> None:
         "less the first's -ELBO",
         "less the first's NLL",
     ]
+    body = found.rows
     assert body[0] == ["diagonal", "ELBO", "16", "3", "6.33 ± 1.45", "6.33 ± 1.45", *["+0.00 ± 0.00"] * 2]
     assert body[1] == ["diagonal", "IWAE(5) dreg", "16", "2", "1.50 ± 0.50", "1.50 ± 0.50", *["-3.50 ± 0.50"] * 2]
     assert body[2] == ["iaf", "ELBO", "16", "1", "3.00", "3.00", "-", "-"]
@@ -276,7 +278,7 @@ def test_jobs_are_compared_from_the_command_line(job_folder: Path, capsys: pytes
 
 
 def test_jobs_that_cannot_be_compared_are_refused(job_folder: Path, tmp_path: Path) -> None:
-    Report(tmp_path, configure("mnist-static", samples=50))
+    begin(configure("mnist-static", samples=50), tmp_path)
     with pytest.raises(ConfigError, match="^folders: expected jobs of one data, got digits, mnist-static"):
         compare([job_folder, tmp_path])
     with pytest.raises(ConfigError, match="^folder: expected that of a job, got .*nowhere"):

@@ -16,14 +16,17 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import flowpost
-from benchmarks import reliability
+from benchmarks import __main__ as cli
+from benchmarks.reliability import command
 from benchmarks.reliability.board import Library, count, markdown, tables
 from benchmarks.reliability.judge import NOT_APPLICABLE, RAW, SILENT, SURVIVED, Model, Pair, is_clear, judge
 from benchmarks.reliability.libraries import load
 from benchmarks.reliability.own import flowpost_models
 from benchmarks.reliability.worker import uses
+from benchmarks.run import MARKS
 from flowpost.recipes import RECIPES
 
+ROOT = Path(__file__).parents[1]
 USES = {use.name: use for use in uses(quick=False)}
 MODELS = {model.name: model for model in flowpost_models()}
 
@@ -43,6 +46,12 @@ def test_one_model_compiles() -> None:
 
 def test_importing_flowpost_changes_nothing() -> None:
     assert judge(USES["import leaves torch as it was"], load("flowpost")[0]).outcome == SURVIVED
+
+
+def test_what_importing_flowpost_does_is_watched() -> None:
+    """It is imported when its models are asked for, and not before: else nobody would see what that changes."""
+    code = "import sys, benchmarks.reliability.worker; sys.exit('flowpost' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_every_family_and_recipe_is_asked() -> None:
@@ -236,8 +245,8 @@ def test_a_process_that_dies_costs_one_use(monkeypatch: pytest.MonkeyPatch) -> N
             [sys.executable, "-c", SCRIPT, str(skip)], stdout=subprocess.PIPE, stderr=log, text=True
         )
 
-    monkeypatch.setattr(reliability, "_start", start)
-    library = reliability.ask("toy", Console(quiet=True))
+    monkeypatch.setattr(command, "_start", start)
+    library = command.ask("toy", Console(quiet=True))
     assert [one["outcome"] for one in library["tries"]] == [SURVIVED, RAW, SURVIVED]
     assert library["tries"][1]["reason"] == "the process ended with code 11: Segmentation fault"
 
@@ -247,15 +256,27 @@ def library(*outcomes: str) -> Library:
     return {"version": "1.0", "models": ["m"], "uses": [one["use"] for one in tries], "tries": tries}
 
 
-def test_run_writes_json_and_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reliability, "ask", lambda name, console, quick: library(SURVIVED, SILENT, RAW, NOT_APPLICABLE))
-    assert reliability.run(tmp_path / "new", ["flowpost"], quick=True) == 0
-    board = json.loads((tmp_path / "new" / "reliability.json").read_text())["libraries"]
+def test_the_command_writes_json_and_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "ask", lambda name, console, quick: library(SURVIVED, SILENT, RAW, NOT_APPLICABLE))
+    page, out = tmp_path / "page.md", tmp_path / "new"
+    page.write_text(f"above\n{MARKS[0]}\n{MARKS[1]}\nbelow\n")
+    options = ["--library", "flowpost", "--quick", "--out", str(out), "--page", str(page)]
+    assert cli.main(["reliability", *options]) == 0
+    content = json.loads((out / "reliability.json").read_text())
+    board = content["libraries"]
     assert count(board["flowpost"]["tries"]) == {SURVIVED: 1, SILENT: 1, RAW: 1, NOT_APPLICABLE: 1, "tried": 3}
-    page = (tmp_path / "new" / "reliability.md").read_text()
-    assert "| flowpost 1.0 | 1 | 1 / 3 (33 %) | 1 | 1 |" in page
-    assert "| flowpost | u1 | m | r \\| s |" in page
+    text = page.read_text()
+    assert (out / "reliability.md").read_text() in text
+    assert "| flowpost 1.0 | 1 | 1 / 3 (33 %) | 1 | 1 |" in text
+    assert "| flowpost | u1 | m | r \\| s |" in text
     assert len(tables(board)) == 2
+    # Where it was measured is in the file, on the page and on the terminal.
+    there = content["environment"]
+    assert content["quick"]
+    for shown in (text, capsys.readouterr().out):
+        assert f"Python {there['python']}, torch {torch.__version__}, flowpost {flowpost.__version__}; commit" in shown
 
 
 def test_all_survived_is_one_table_and_100_percent() -> None:
@@ -272,11 +293,11 @@ def test_a_library_that_cannot_be_built_is_said_so(
         command = [sys.executable, "-c", "import sys; sys.exit('ImportError: no such thing')"]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
 
-    monkeypatch.setattr(reliability, "_start", start)
-    assert reliability.run(tmp_path, ["flowpost"]) == 1
+    monkeypatch.setattr(command, "_start", start)
+    assert cli.main(["reliability", "--library", "flowpost", "--out", str(tmp_path)]) == 1
     assert "flowpost: its models could not be built: ImportError: no such thing" in capsys.readouterr().err
 
 
 def test_an_unknown_library_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert reliability.run(None, ["nothing"]) == 2
+    assert cli.main(["reliability", "--library", "nothing"]) == 2
     assert "library: expected some of flowpost" in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import subprocess
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 
 import benchmarks.speed as speed
 from benchmarks import __main__ as cli
-from benchmarks.page import MARKS, command, fill
+from benchmarks.peers import here
+from benchmarks.run import MARKS, Run, fill, typed
 from benchmarks.speed import others, timing
 from benchmarks.speed.contests import external, training
 from benchmarks.speed.dense import Dense, products
@@ -26,7 +26,7 @@ from benchmarks.speed.flows import Flow, draw, features, log_normal, training_lo
 from benchmarks.speed.hall import Hall
 from benchmarks.speed.memory import peak_bytes
 from benchmarks.speed.ours import Flowpost
-from benchmarks.speed.peers import PEERS, Normflows
+from benchmarks.speed.peers import PEERS
 from benchmarks.speed.results import Contest, Goal, MemoryGoal
 from benchmarks.speed.sizes import MINI, Plan, Size
 from benchmarks.speed.steps import compiled, scoring_step, training_step
@@ -36,11 +36,12 @@ from benchmarks.speed.work import UnequalWork, check_scoring, check_training
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
-EQUAL = {name: make for name, make in PEERS.items() if make is not Normflows}
+EQUAL = {name: make for name, make in PEERS.items() if name != "normflows"}
+Make = Callable[..., Flow]
 peers = pytest.mark.parametrize(
     "make",
     [
-        pytest.param(make, id=name, marks=pytest.mark.skipif(importlib.util.find_spec(name) is None, reason="no peer"))
+        pytest.param(make, id=name, marks=pytest.mark.skipif(not here(name), reason="no peer"))
         for name, make in EQUAL.items()
     ],
 )
@@ -51,7 +52,7 @@ TINY = Plan(
 )  # fmt: skip
 
 
-def drawn(make: Callable[..., Flow], **changes: int) -> Flow:
+def drawn(make: Make, **changes: int) -> Flow:
     flow = make(replace(MINI, **changes))
     draw(flow)
     return flow
@@ -62,18 +63,18 @@ def drawn(make: Callable[..., Flow], **changes: int) -> Flow:
 
 @pytest.mark.parametrize("make", [Flowpost, Dense])
 @pytest.mark.parametrize("samples", [1, 3])
-def test_ours_and_dense_do_the_work(make: type[Flow], samples: int) -> None:
+def test_ours_and_dense_do_the_work(make: Make, samples: int) -> None:
     check_training(drawn(make, samples=samples))
 
 
 @peers
 @pytest.mark.parametrize("samples", [1, 3])
-def test_peers_do_the_work(make: type[Flow], samples: int) -> None:
+def test_peers_do_the_work(make: Make, samples: int) -> None:
     check_training(drawn(make, samples=samples))
 
 
 @peers
-def test_peers_inverses_are_right(make: type[Flow]) -> None:
+def test_peers_inverses_are_right(make: Make) -> None:
     check_scoring(drawn(make))
 
 
@@ -96,7 +97,7 @@ def test_our_log_det_is_the_jacobians() -> None:
 
 
 @peers
-def test_peers_log_dets_are_their_jacobians(make: type[Flow]) -> None:
+def test_peers_log_dets_are_their_jacobians(make: Make) -> None:
     assert jacobian_gap(drawn(make)) < 1e-10
 
 
@@ -104,10 +105,11 @@ def test_dense_is_no_flow() -> None:
     assert jacobian_gap(drawn(Dense)) > 1e-5
 
 
-@pytest.mark.skipif(importlib.util.find_spec("normflows") is None, reason="no peer")
+@pytest.mark.skipif(not here("normflows"), reason="no peer")
 def test_normflows_has_no_such_network() -> None:
-    with pytest.raises(UnequalWork, match="normflows: .* third hidden layer"):
-        Normflows(MINI)
+    """Its feed-forward MADE refuses a context, and one residual block has a third hidden layer."""
+    with pytest.raises(UnequalWork, match="^normflows: weight matrices: expected"):
+        check_training(drawn(PEERS["normflows"]))
 
 
 class Narrow(Dense):
@@ -169,7 +171,7 @@ class Summed(Dense):
         (Summed, "summed: z and log q: expected"),
     ],
 )
-def test_unequal_work_is_refused(make: type[Flow], message: str) -> None:
+def test_unequal_work_is_refused(make: Make, message: str) -> None:
     with pytest.raises(UnequalWork, match=message):
         check_training(drawn(make))
 
@@ -200,7 +202,7 @@ class StoppedInverse(Flowpost):
     ("make", "message"),
     [(WrongInverse, "log q of its own samples: .* off by 0.0"), (StoppedInverse, "stoppedinverse: z got no gradient")],
 )
-def test_a_wrong_inverse_is_refused(make: type[Flow], message: str) -> None:
+def test_a_wrong_inverse_is_refused(make: Make, message: str) -> None:
     with pytest.raises(UnequalWork, match=message):
         check_scoring(drawn(make))
 
@@ -222,7 +224,7 @@ def test_steps_take_every_gradient() -> None:
 
 
 @pytest.mark.parametrize("make", [Flowpost, Dense])
-def test_a_compiled_step_has_the_eager_gradients(make: type[Flow], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_step_has_the_eager_gradients(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, backend="aot_eager", fullgraph=True))
     step = training_step(drawn(make))
@@ -256,7 +258,7 @@ def test_another_gaussian_is_refused() -> None:
                              .requires_grad_(), 5)  # fmt: skip
 
 
-@pytest.mark.skipif(importlib.util.find_spec("pyro") is None, reason="no peer")
+@pytest.mark.skipif(not here("pyro"), reason="no peer")
 def test_pyros_planar_chain_is_a_density() -> None:
     numbers = others.numbers_for(others.planar(3), 1, CPU).detach().double()
     noise = torch.randn(1, 3, dtype=torch.float64)
@@ -443,13 +445,14 @@ def test_wrong_options_are_one_line(arguments: list[str], message: str, capsys: 
 
 
 def test_tables_go_between_the_marks_of_a_page(tmp_path: Path) -> None:
-    page, folder = tmp_path / "page.md", tmp_path / "run"
-    folder.mkdir()
-    (folder / "speed.md").write_text("new tables\n")
-    (folder / "speed.png").write_bytes(b"plot")
+    page, run = tmp_path / "page.md", Run(tmp_path / "run", {})
+    run.write("speed.md", "new tables")
+    (run.folder / "speed.png").write_bytes(b"plot")
     page.write_text(f"above\n{MARKS[0]}\nold\n{MARKS[1]}\nbelow\n")
+    speed.publish(run)  # on no page
+    run.page = page
     for _ in range(2):  # once more changes nothing
-        speed.publish(folder, page)
+        speed.publish(run)
         text = page.read_text()
         assert text.startswith(f"above\n{MARKS[0]}\n\nnew tables\n\n![")
         assert text.endswith(f"](page.png)\n\n{MARKS[1]}\nbelow\n")
@@ -462,8 +465,8 @@ def test_the_committed_page_has_its_marks() -> None:
 
 
 def test_the_command_is_printed_without_folders() -> None:
-    typed = ["speed", "--out", "somewhere/of mine", "--quick", "--page=docs/x.md", "--only", "planar, 16"]
-    assert command(typed) == "python -m benchmarks speed --quick --only 'planar, 16'"
+    words = ["speed", "--out", "somewhere/of mine", "--quick", "--page=docs/x.md", "--only", "planar, 16"]
+    assert typed(words) == "python -m benchmarks speed --quick --only 'planar, 16'"
 
 
 @pytest.mark.parametrize("text", ["", f"{MARKS[1]} {MARKS[0]}", f"only {MARKS[0]}"])
@@ -475,13 +478,13 @@ def test_a_page_without_marks_is_refused(text: str, tmp_path: Path, capsys: pyte
     assert page.read_text() == text
 
 
-@pytest.mark.skipif(importlib.util.find_spec("zuko") is None, reason="no peer")
+@pytest.mark.skipif(not here("zuko"), reason="no peer")
 def test_a_peers_import_leaves_torch_as_it_was() -> None:
     code = """
 from torch.distributions import Distribution
-from benchmarks.speed.peers import Zuko
+from benchmarks.speed.peers import PEERS
 from benchmarks.speed.sizes import MINI
-Zuko(MINI)
+PEERS["zuko"](MINI)
 print(Distribution._validate_args)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)

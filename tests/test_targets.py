@@ -16,7 +16,7 @@ from benchmarks import __main__ as cli
 from benchmarks import targets
 from benchmarks.config import BASIC
 from benchmarks.models import POSTERIORS
-from benchmarks.page import fill
+from benchmarks.run import fill
 from benchmarks.targets import fitting
 from benchmarks.targets.energies import ENERGIES, STRIP, Energy
 from benchmarks.targets.fitting import Fit, Plan, build, draw, fit, free_energies, has_steps, kl, place, temperature

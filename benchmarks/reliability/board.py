@@ -1,4 +1,4 @@
-"""What the scoreboard found, as numbers, as tables on the terminal, and as a page."""
+"""What the scoreboard found, as numbers and as tables."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TypedDict
 
-from rich import box
-from rich.table import Table
-
 from benchmarks.reliability.judge import NOT_APPLICABLE, RAW, SILENT, SURVIVED
+from benchmarks.table import Table
 
 HEADER = ("library", "models", "survived / tried", "raw or unsupported", "silent")
 
@@ -41,15 +39,15 @@ def count(tries: Sequence[Try]) -> Counter[str]:
     return outcomes + Counter(tried=len(tries) - outcomes[NOT_APPLICABLE])
 
 
-def rows(board: Board) -> list[list[str]]:
-    """The scoreboard: a row for each library."""
-    lines = []
+def scoreboard(board: Board) -> Table:
+    """A row for each library."""
+    rows = []
     for name, library in board.items():
         found = count(library["tries"])
         share = f"{found[SURVIVED]} / {found['tried']} ({_percent(found[SURVIVED], found['tried'])})"
         title = f"{name} {library['version']}"
-        lines.append([title, str(len(library["models"])), share, str(found[RAW]), str(found[SILENT])])
-    return lines
+        rows.append([title, str(len(library["models"])), share, str(found[RAW]), str(found[SILENT])])
+    return Table(HEADER, rows, caption="By hard uses of every model; uses that do not apply are left out")
 
 
 def _percent(part: int, whole: int) -> str:
@@ -57,10 +55,11 @@ def _percent(part: int, whole: int) -> str:
     return f"{100 * part // whole} %" if whole else "n.a."
 
 
-def by_use(board: Board) -> list[list[str]]:
-    """A row for each use: survived / raw / silent for every library, uses that do not apply left out."""
+def by_use(board: Board) -> Table:
+    """A row for each use, a column for each library."""
     names = list(dict.fromkeys(use for library in board.values() for use in library["uses"]))
-    return [[name, *(_cell(library, name) for library in board.values())] for name in names]
+    cells = [[name, *(_cell(library, name) for library in board.values())] for name in names]
+    return Table(("use", *board), cells, "by use", "Survived / raw / silent, in models")
 
 
 def _cell(library: Library, use: str) -> str:
@@ -79,36 +78,16 @@ def faults(board: Board, outcome: str) -> list[list[str]]:
 
 
 def tables(board: Board) -> list[Table]:
-    """The scoreboard, and where flowpost does not survive, what happened."""
-    result = [_table(HEADER, rows(board), "by hard uses of every model; uses that do not apply are left out")]
+    """For a terminal: the scoreboard, and where flowpost does not survive, what happened."""
     own = {name: library for name, library in board.items() if name == "flowpost"}
     wrong = [[outcome, *row[1:]] for outcome in (SILENT, RAW) for row in faults(own, outcome)]
-    if wrong:
-        result.append(_table(("flowpost", "use", "models", "reason"), wrong, "what flowpost does not survive"))
-    return result
-
-
-def _table(header: Sequence[str], body: list[list[str]], caption: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False)
-    for title in header:
-        numeric = title in HEADER[1:]
-        table.add_column(title, justify="right" if numeric else "left", overflow="fold")
-    for row in body:
-        table.add_row(*row)
-    return table
+    header = ("flowpost", "use", "models", "reason")
+    found = [Table(header, wrong, caption="What flowpost does not survive", numbers=False)] if wrong else []
+    return [scoreboard(board), *found]
 
 
 def markdown(board: Board) -> str:
-    """The tables of the page: the scoreboard, every use, every silent fault."""
-    parts = [
-        _markdown(HEADER, rows(board)),
-        "## By use\n\nsurvived / raw / silent, in models.\n\n" + _markdown(("use", *board), by_use(board)),
-        "## Silent faults\n\n" + _markdown(("library", "use", "models", "what came back (the first model's)"),
-                                           faults(board, SILENT)),
-    ]  # fmt: skip
-    return "\n\n".join(parts) + "\n"
-
-
-def _markdown(header: Sequence[str], body: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *body]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    """For a page: the scoreboard, every use, every silent fault."""
+    header = ("library", "use", "models", "what came back (the first model's)")
+    silent = Table(header, faults(board, SILENT), "silent faults", numbers=False)
+    return "\n\n".join(table.markdown() for table in (scoreboard(board), by_use(board), silent))

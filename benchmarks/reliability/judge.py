@@ -21,7 +21,7 @@ CONTEXT = 5
 _ARGUMENT = r"(z|x|y|c|h|inputs?|context|features|values?|parameters?|checkpoint|noise|dim)"
 _NAMED = re.compile(rf"(?<![\w.(]){_ARGUMENT}\b(?!\.)")
 _WANTED = re.compile(
-    r"expect|must|should|need|requir|takes|missing|unexpected|at least|only support|"
+    r"expect|must|should|need|requir|takes|reads|missing|unexpected|at least|only support|"
     r"does not (match|broadcast)|non-finite",
     re.IGNORECASE,
 )

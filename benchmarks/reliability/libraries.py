@@ -1,4 +1,4 @@
-"""The libraries on the scoreboard: which are here, their models, and what importing them does to torch.
+"""The libraries on the scoreboard: their models, and what importing them does to torch.
 
 Each library is imported only when its models are asked for, and in a process of its own: some change torch on import.
 """
@@ -6,30 +6,16 @@ Each library is imported only when its models are asked for, and in a process of
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
-import importlib.util
 from dataclasses import replace
+from functools import partial
 
 import torch
+from torch import nn
 from torch.distributions import Distribution
 
-from benchmarks.reliability import peers
-from benchmarks.reliability.judge import Model
+from benchmarks.peers import Family, Sizes, families
+from benchmarks.reliability.judge import CONTEXT, Model
 from benchmarks.reliability.own import flowpost_models
-
-DISTRIBUTIONS = {
-    "flowpost": "flowpost",
-    "zuko": "zuko",
-    "nflows": "nflows",
-    "normflows": "normflows",
-    "pyro": "pyro-ppl",
-}
-"""Import name and what pip calls it."""
-
-
-def installed() -> list[str]:
-    """The libraries that can be asked here."""
-    return [name for name in DISTRIBUTIONS if importlib.util.find_spec(name) is not None]
 
 
 def load(library: str) -> list[Model]:
@@ -38,8 +24,21 @@ def load(library: str) -> list[Model]:
     importlib.import_module(library)
     after = _settings()
     changed = tuple(name for name in before if before[name] != after[name])
-    first, *others = flowpost_models() if library == "flowpost" else getattr(peers, library)()
+    own = library == "flowpost"
+    first, *others = flowpost_models() if own else [_model(one) for one in families(library).values()]
     return [replace(first, changed=changed), *others]
+
+
+def _model(family: Family) -> Model:
+    """A public library's, of two steps."""
+
+    def build(dim: int, width: int) -> nn.Module:
+        return family.build(Sizes(dim, width))
+
+    slow = partial(family.call, inverse=True) if family.invertible else None
+    width = CONTEXT if family.amortized else None
+    return Model(family.name, build, family.call, slow, conditional=lambda dim: width,
+                 optional_context=family.optional_context)  # fmt: skip
 
 
 def _settings() -> dict[str, object]:

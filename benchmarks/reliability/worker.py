@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
-import importlib
-import importlib.metadata
 import itertools
 import json
 import os
@@ -13,9 +11,10 @@ from typing import TextIO
 
 import torch
 
+from benchmarks.peers import version
 from benchmarks.reliability import inputs, numbers, state, transforms
 from benchmarks.reliability.judge import Model, Use, judge
-from benchmarks.reliability.libraries import DISTRIBUTIONS, load
+from benchmarks.reliability.libraries import load
 
 LIMIT = 120  # seconds for one use of one model
 
@@ -36,7 +35,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with _private_stdout() as out:
         models, tries = load(given.library), uses(quick=given.quick)
-        head = {"version": _version(given.library), "models": [m.name for m in models], "uses": [u.name for u in tries]}
+        head = {"version": version(given.library), "models": [m.name for m in models], "uses": [u.name for u in tries]}
         print(json.dumps(head), file=out, flush=True)
         for model, use in itertools.islice(itertools.product(models, tries), given.skip, None):
             _try(model, use, out)
@@ -56,13 +55,6 @@ def _private_stdout() -> TextIO:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return out
-
-
-def _version(library: str) -> str:
-    try:
-        return importlib.metadata.version(DISTRIBUTIONS[library])
-    except importlib.metadata.PackageNotFoundError:  # a checkout on the path
-        return str(getattr(importlib.import_module(library), "__version__", "unknown"))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,6 @@ class Dense(Flow):
     Plain eager modules without checks, sums in float32, and no reversals, which full matrices do not need.
     """
 
-    invertible = False
-
     def __init__(self, size: Size) -> None:
         super().__init__(size)
         self.nets = nn.ModuleList(DenseStep(size) for _ in range(size.steps))

@@ -22,11 +22,10 @@ class Flow(nn.Module, ABC):
 
     skips_zeros = False
     """Whether fewer products are computed than weights times rows."""
-    invertible = True
 
     def __init__(self, size: Size) -> None:
         super().__init__()
-        self.size = size
+        self.size, self.name = size, type(self).__name__.lower()
 
     @abstractmethod
     def activations(self) -> Sequence[object]:

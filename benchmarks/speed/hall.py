@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from benchmarks.peers import here
 from benchmarks.speed.dense import Dense
 from benchmarks.speed.flows import Flow, draw
 from benchmarks.speed.ours import Flowpost
@@ -35,14 +35,14 @@ class Hall:
         return Rounds(self.plan.budget, self.plan.least, self.plan.most)
 
     @property
-    def contestants(self) -> dict[str, type[Flow]]:
+    def contestants(self) -> dict[str, Callable[[Size], Flow]]:
         """Ours, the yardstick, and the libraries that are installed."""
-        here = {name: make for name, make in PEERS.items() if self.peers and importlib.util.find_spec(name) is not None}
-        return {OURS: Flowpost, DENSE: Dense, **here}
+        peers = {name: make for name, make in PEERS.items() if self.peers and here(name)}
+        return {OURS: Flowpost, DENSE: Dense, **peers}
 
 
 def build(
-    hall: Hall, size: Size, check: Callable[[Flow], None], names: Mapping[str, type[Flow]]
+    hall: Hall, size: Size, check: Callable[[Flow], None], names: Mapping[str, Callable[[Size], Flow]]
 ) -> tuple[dict[str, Flow], dict[str, str]]:
     """The flows that do the work at this size, and why the others do not."""
     flows, left_out = {}, {}

@@ -1,20 +1,17 @@
 """The posteriors without a network: given numbers for each example, flowpost beside torch and pyro."""
 
-# ruff: noqa: ANN401 - pyro is imported by name where it is installed, so it has no types here.
-
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
 import flowpost as fp
+from benchmarks.peers import module, pyro
 from benchmarks.speed.flows import log_normal, training_loss
-from benchmarks.speed.peers import library
 from benchmarks.speed.steps import Step
 from benchmarks.speed.work import UnequalWork, check_same
 
@@ -86,22 +83,21 @@ def as_unit_lower(numbers: Tensor, dim: int) -> Tensor:
 
 def pyro_planar(dim: int) -> Sampler:
     """Pyro's `ConditionalPlanar`s, each with a slice of the numbers for its network."""
-    conditional = library("pyro.distributions.transforms").ConditionalPlanar
+    conditional = module(pyro.TRANSFORMS).ConditionalPlanar
     width = 2 * dim + 1
 
     def numbers_of(step: int, numbers: Tensor) -> tuple[Tensor, ...]:
         u, w, bias = numbers[..., step * width : (step + 1) * width].split([dim, dim, 1], dim=-1)
         return bias, u, w
 
-    chain: list[Any] = [conditional(partial(numbers_of, step)) for step in range(STEPS)]
+    chain = [conditional(partial(numbers_of, step)) for step in range(STEPS)]
 
     def sample(numbers: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        start = z = torch.randn(*numbers.shape[:-1], dim, device=numbers.device) if noise is None else noise
-        log_q = log_normal(start)
-        for transform in chain:
-            step, before = transform.condition(numbers), z
-            z = step(before)
-            log_q = log_q - step.log_abs_det_jacobian(before, z)
+        z = torch.randn(*numbers.shape[:-1], dim, device=numbers.device) if noise is None else noise
+        log_q = log_normal(z)
+        for step in chain:
+            z, log_det = pyro.call(step, z, numbers)
+            log_q = log_q - log_det
         return z, log_q
 
     return sample

@@ -1,14 +1,12 @@
-"""A run's findings as tables, on the terminal and in `speed.md`: goals first, then everyone's times."""
+"""A run's findings as tables: goals, and everyone's times."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from rich import box
-from rich.table import Table
-
 from benchmarks.speed.results import DENSE, OURS, Contest
 from benchmarks.speed.timing import Spread
+from benchmarks.table import Table
 
 GOALS = ("what", "size", "mode", "goal", "beside", "measured (quartiles)", "met")
 TIMES = ("size", "who", "time (quartiles)", "over dense", "over flowpost", "peak MB")
@@ -75,46 +73,31 @@ def absences(contests: Iterable[Contest]) -> list[str]:
     return sorted(found)
 
 
-def tables(contests: Sequence[Contest]) -> list[Table]:
-    """For a terminal."""
-    parts = groups(contests).items()
-    result = [_table(title, *_filled(TIMES, time_rows(group)), _caption(group)) for title, group in parts]
-    goals = goal_rows(contests)
-    return [*result, *([_table("goals", GOALS, goals, None)] if goals else [])]
+def goals(contests: Iterable[Contest]) -> list[Table]:
+    """What was to be reached, and what was, in one table; none where nothing was."""
+    rows = goal_rows(contests)
+    return [Table(GOALS, rows, "goals", numbers=False)] if rows else []
 
 
-def _caption(group: Sequence[Contest]) -> str:
-    rounds = "/".join(str(one.rounds) for one in group)
-    return f"median and quartiles over {rounds} rounds; ratios within rounds"
-
-
-def _table(title: str, header: Sequence[str], body: Sequence[Sequence[str]], caption: str | None) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", caption=caption,
-                  caption_justify="left", padding=(0, 1, 0, 0), show_edge=False)  # fmt: skip
-    for name in header:
-        table.add_column(name, overflow="fold")
-    for row in body:
-        table.add_row(*row)
-    return table
-
-
-def markdown(contests: Sequence[Contest], head: str) -> str:
-    """`speed.md`: where and how it was measured, the goals, and every table."""
-    parts = [head, "## Goals", _markdown(GOALS, goal_rows(contests))]
+def times(contests: Sequence[Contest]) -> list[Table]:
+    """What is timed, a table each."""
+    tables = []
     for title, group in groups(contests).items():
-        header, rows = _filled(TIMES, time_rows(group))
-        parts += [f"## {title[0].upper()}{title[1:]}", _markdown(header, rows), f"{_caption(group).capitalize()}."]
+        rounds = "/".join(str(one.rounds) for one in group)
+        caption = f"Median and quartiles over {rounds} rounds; ratios within rounds"
+        tables.append(Table(*_filled(TIMES, time_rows(group)), title, caption, numbers=False))
+    return tables
+
+
+def markdown(contests: Sequence[Contest], origin: str) -> str:
+    """`speed.md`: where and how it was measured, the goals, and every table."""
+    parts = [origin, *(table.markdown() for table in (*goals(contests), *times(contests)))]
     if absent := absences(contests):
         parts += ["## Left out", "\n".join(f"- {line}" for line in absent)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
 def _filled(header: Sequence[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
     """Without the columns in which nobody has anything."""
     kept = [i for i in range(len(header)) if any(row[i] not in (NOBODY, "1") for row in rows)]
     return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
-
-
-def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *body]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)

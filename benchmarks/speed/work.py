@@ -41,7 +41,7 @@ def check_scoring(flow: Flow) -> None:
     log_q = flow.log_prob(z, h)
     if not torch.allclose(log_q, drawn, rtol=1e-3, atol=1e-3):
         worst = (log_q - drawn).abs().max().item()
-        raise UnequalWork(f"{_name(flow)}: log q of its own samples: expected what came with them, off by {worst}")
+        raise UnequalWork(f"{flow.name}: log q of its own samples: expected what came with them, off by {worst}")
     _check_gradients(flow, log_q.sum(), {"z": z, "h": h, **dict(flow.named_parameters())})
 
 
@@ -50,10 +50,6 @@ def check_same(name: str, found: Iterable[Tensor], wanted: Iterable[Tensor], bou
     for one, other in zip(found, wanted, strict=True):
         if one.shape != other.shape or not torch.allclose(one, other, rtol=bound, atol=bound):
             raise UnequalWork(f"{name}: expected the same numbers as flowpost's")
-
-
-def _name(flow: nn.Module) -> str:
-    return type(flow).__name__.lower()
 
 
 def weight_shapes(size: Size, *, joined: bool) -> Counter[tuple[int, ...]]:
@@ -67,13 +63,13 @@ def _check_weights(flow: Flow) -> None:
     found = Counter(tuple(p.shape) for p in flow.parameters() if p.ndim == 2)
     if found not in [weight_shapes(flow.size, joined=joined) for joined in (False, True)]:
         wanted = f"{dict(weight_shapes(flow.size, joined=False))}, or the first two joined"
-        raise UnequalWork(f"{_name(flow)}: weight matrices: expected {wanted}, got {dict(found)}")
+        raise UnequalWork(f"{flow.name}: weight matrices: expected {wanted}, got {dict(found)}")
 
 
 def _check_activations(flow: Flow) -> None:
     found = list(flow.activations())
     if len(found) != 2 * flow.size.steps or not all(f is F.relu or isinstance(f, nn.ReLU) for f in found):
-        raise UnequalWork(f"{_name(flow)}: activations: expected {2 * flow.size.steps} ReLUs, got {found}")
+        raise UnequalWork(f"{flow.name}: activations: expected {2 * flow.size.steps} ReLUs, got {found}")
 
 
 def _check_shapes(flow: Flow, z: Tensor, log_q: Tensor) -> None:
@@ -81,7 +77,7 @@ def _check_shapes(flow: Flow, z: Tensor, log_q: Tensor) -> None:
     rows = (size.samples, size.batch) if size.samples > 1 else (size.batch,)
     if (*z.shape,) != (*rows, size.dim) or (*log_q.shape,) != rows or z.dtype != torch.float32:
         found = f"{tuple(z.shape)}, {tuple(log_q.shape)}, {z.dtype}"
-        raise UnequalWork(f"{_name(flow)}: z and log q: expected {(*rows, size.dim)}, {rows}, float32, got {found}")
+        raise UnequalWork(f"{flow.name}: z and log q: expected {(*rows, size.dim)}, {rows}, float32, got {found}")
 
 
 def _check_products(flow: Flow, operations: int) -> None:
@@ -91,7 +87,7 @@ def _check_products(flow: Flow, operations: int) -> None:
     low = 2 * ((size.weights - of_h) * size.rows + of_h * size.batch)
     high = 2 * size.weights * size.rows
     if operations > high or (operations < low and not flow.skips_zeros):
-        raise UnequalWork(f"{_name(flow)}: operations of a forward pass: expected {low} to {high}, got {operations}")
+        raise UnequalWork(f"{flow.name}: operations of a forward pass: expected {low} to {high}, got {operations}")
 
 
 def _check_outputs(flow: Flow, loss: Loss, z: Tensor, log_q: Tensor) -> None:
@@ -99,11 +95,11 @@ def _check_outputs(flow: Flow, loss: Loss, z: Tensor, log_q: Tensor) -> None:
     gradients = torch.autograd.grad(loss(*both), both, allow_unused=True)
     for name, gradient in zip(("z", "log q"), gradients, strict=True):
         if gradient is None or not gradient.any():
-            raise UnequalWork(f"{_name(flow)}: the loss does not use {name}")
+            raise UnequalWork(f"{flow.name}: the loss does not use {name}")
 
 
 def _check_gradients(flow: Flow, loss: Tensor, leaves: dict[str, Tensor]) -> None:
     gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     for name, gradient in zip(leaves, gradients, strict=True):
         if gradient is None or not gradient.any() or not gradient.isfinite().all():
-            raise UnequalWork(f"{_name(flow)}: {name} got no gradient, or one that is zero or not finite")
+            raise UnequalWork(f"{flow.name}: {name} got no gradient, or one that is zero or not finite")

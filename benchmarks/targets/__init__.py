@@ -6,29 +6,21 @@ KL: the energies' normalizers are known.
 
 from __future__ import annotations
 
-import json
-import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
-from datetime import datetime
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
 from benchmarks.canvas import title
-from benchmarks.config import Config, ConfigError, posterior_names
-from benchmarks.environment import environment
-from benchmarks.page import command, fill
-from benchmarks.report import replace_text
+from benchmarks.config import ConfigError, posterior_names
+from benchmarks.run import Out, Page, Run, cpu_threads, terminal
 from benchmarks.targets.fitting import Fit, Plan, fit, has_steps
 from benchmarks.targets.pictures import Densities, fitted, one_recipe, overview
-from benchmarks.targets.table import is_impossible, markdown, notes, table
+from benchmarks.targets.table import is_impossible, notes, table
 
 FULL, FULL_STEPS = Plan(), (2, 8, 32)
 QUICK, QUICK_STEPS = Plan(iterations=200, starts=2, batch=64, lr=3e-2, samples=20_000, cells=60), (2, 8)
@@ -60,12 +52,8 @@ def targets(
     quick: Annotated[
         bool, typer.Option("--quick", help="A first look within two minutes: short fits, no K = 32.")
     ] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder to write to.  [default: runs/<time>-targets]", file_okay=False)
-    ] = None,
-    page: Annotated[
-        Path | None, typer.Option(help="Put the table on this page too, between its marks, and the picture beside it.")
-    ] = None,
+    out: Out = None,
+    page: Page = None,
 ) -> None:
     """Fit every posterior to the four energies of Rezende & Mohamed (2015), and print the exact KL(q || p).
 
@@ -78,18 +66,11 @@ def targets(
     plan = replace(plan, **{name: value for name, value in given.items() if value is not None})
     ks = _ks(steps) if steps is not None else QUICK_STEPS if quick else FULL_STEPS
     names = posterior_names(posterior or ["all"])
-    if page is not None:
-        fill(page, "")  # before anything is fitted
-    folder = out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-targets"
+    run = Run.begin("targets", out, threads=threads, page=page)
     tasks = [(name, k) for name in names for k in (ks if has_steps(name) else (None,))]
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        code = run(tasks, plan, folder, jobs)
-        if page is not None:
-            publish(folder, page)
-    finally:
-        torch.set_num_threads(before)
+    with cpu_threads(threads):
+        code = hold(run, tasks, plan, jobs)
+        publish(run)
     raise typer.Exit(code)
 
 
@@ -100,28 +81,26 @@ def _ks(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, parts)))
 
 
-def run(tasks: Sequence[Task], plan: Plan, folder: Path, jobs: int) -> int:
+def hold(run: Run, tasks: Sequence[Task], plan: Plan, jobs: int) -> int:
     """Fit, write after every fit and draw after every posterior; 1 if a figure is missing or impossible."""
-    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 120)
-    started = datetime.now().astimezone()
-    folder.mkdir(parents=True, exist_ok=True)
+    console = terminal()
     done: dict[Task, Result] = {}
     fits: list[Fit] = []
     for task, result in results(tasks, plan, jobs):
         done[task] = result
         fits = [one for each in tasks if each in done for one in done[each][0]]
         console.print(_line(result[0]))
-        write(folder, fits, plan, started)
+        write(run, fits, plan)
         own = {each: done[each][1] for each in tasks if each[0] == task[0] and each in done}
         if len(own) == sum(each[0] == task[0] for each in tasks):
             by_steps = {"q" if k is None else f"K = {k}": densities for (_, k), densities in own.items()}
-            one_recipe(task[0], by_steps).savefig(folder / f"{task[0]}.png", dpi=DPI)
+            one_recipe(task[0], by_steps).savefig(run.folder / f"{task[0]}.png", dpi=DPI)
     last = {title(task[0]): done[task][1] for task in tasks}
-    overview(last).savefig(folder / "targets.png", dpi=DPI)
+    overview(last).savefig(run.folder / "targets.png", dpi=DPI)
     console.print(table(fits, plan, torch.get_num_threads()))
     for note in notes(fits):
         console.print(note, soft_wrap=True)
-    console.print(f"Table, figures and pictures: {folder}", soft_wrap=True)
+    console.print(f"Table, figures and pictures: {run.folder}", soft_wrap=True)
     return int(any(is_impossible(one) or one.kl != one.kl for one in fits))
 
 
@@ -153,32 +132,13 @@ def _line(figures: Sequence[Fit]) -> str:
     return f"{what}: KL {', '.join(f'{one.energy} {one.kl:.3f}' for one in figures)}, {first.seconds:.0f} s"
 
 
-def write(folder: Path, fits: Sequence[Fit], plan: Plan, started: datetime) -> None:
-    """`targets.json` and `targets.md`, each replaced in one go."""
-    seconds = (datetime.now().astimezone() - started).total_seconds()
-    content = {
-        "started": started.isoformat(timespec="seconds"),
-        "seconds": round(seconds, 1),
-        "command": command(sys.argv[1:]),
-        "threads": torch.get_num_threads(),
-        "plan": asdict(plan),
-        "environment": environment(Config()),
-        "fits": [one.as_json() for one in fits],
-    }
-    replace_text(folder / "targets.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
-    replace_text(folder / "targets.md", markdown(fits, plan, torch.get_num_threads()))
+def write(run: Run, fits: Sequence[Fit], plan: Plan) -> None:
+    """`targets.json` and `targets.md`."""
+    run.write("targets.json", {"plan": asdict(plan), "fits": [one.as_json() for one in fits]})
+    run.write("targets.md", f"{table(fits, plan, torch.get_num_threads()).markdown()}\n\n{run.origin()}")
 
 
-def publish(folder: Path, page: Path) -> None:
-    """Put a run's table and its picture on a page, with the command, versions and hardware."""
-    content = json.loads((folder / "targets.json").read_text(encoding="utf-8"))
-    there = content["environment"]
-    where = (
-        f"Measured on {content['started'][:10]}, {content['seconds'] / 60:.0f} minutes, on {there['cpu']} "
-        f"({there['cores']} cores, threads: {content['threads']}); Python {there['python']}, torch {there['torch']}, "
-        f"flowpost {there['flowpost']}; commit {there['commit']}.\n\n```bash\n{content['command']}\n```"
-    )
-    shutil.copyfile(folder / "targets.png", page.with_suffix(".png"))
-    picture = f"![The target and every posterior's density, a row for each energy]({page.stem}.png)"
-    figures = (folder / "targets.md").read_text(encoding="utf-8").strip()
-    replace_text(page, fill(page, f"{picture}\n\n{figures}\n\n{where}\n"))
+def publish(run: Run) -> None:
+    """Put the picture and the table on the page."""
+    picture = run.picture("targets.png", "The target and every posterior's density, a row for each energy")
+    run.publish(f"{picture}\n\n{(run.folder / 'targets.md').read_text(encoding='utf-8')}")

@@ -1,32 +1,30 @@
-"""The table of a run, on a terminal and in Markdown."""
+"""The table of a run."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-from rich import box
-from rich.table import Table
-
-from benchmarks.report import markdown_table
+from benchmarks.table import Table
 from benchmarks.targets.energies import ENERGIES
 from benchmarks.targets.fitting import Fit, Plan
 
 FLOOR = -5.0  # standard errors: no KL is smaller, unless log q is not that of the samples
 
 
-def rows(fits: Sequence[Fit]) -> list[list[str]]:
-    """The header, then a row for each posterior and number of steps."""
+def table(fits: Sequence[Fit], plan: Plan, threads: int) -> Table:
+    """A row for each posterior and number of steps."""
     groups: dict[tuple[str, int | None], dict[str, Fit]] = {}
     for fit in fits:
         groups.setdefault((fit.posterior, fit.steps), {})[fit.energy] = fit
-    lines = [["posterior", "K", *(energy.name for energy in ENERGIES), "params", "s"]]
+    rows = []
     for (name, steps), by_energy in groups.items():
         any_fit = next(iter(by_energy.values()))
         cells = [_cell(by_energy[energy.name]) for energy in ENERGIES]
         k = "" if steps is None else str(steps)
-        lines.append([name, k, *cells, f"{any_fit.parameters:,}", f"{any_fit.seconds:.0f}"])
-    return lines
+        rows.append([name, k, *cells, f"{any_fit.parameters:,}", f"{any_fit.seconds:.0f}"])
+    header = ["posterior", "K", *(energy.name for energy in ENERGIES), "params", "s"]
+    return Table(header, rows, caption=caption(plan, threads), notes=notes(fits))
 
 
 def _cell(fit: Fit) -> str:
@@ -60,22 +58,3 @@ def notes(fits: Sequence[Fit]) -> list[str]:
 def is_impossible(fit: Fit) -> bool:
     """Whether the KL is so far below 0 that the density cannot be that of the samples."""
     return fit.kl < FLOOR * fit.standard_error
-
-
-def markdown(fits: Sequence[Fit], plan: Plan, threads: int) -> str:
-    """`targets.md`."""
-    remarks = "".join(f"\n- {note}" for note in notes(fits))
-    return f"{markdown_table(rows(fits))}\n\n{caption(plan, threads)}.\n{remarks}"
-
-
-def table(fits: Sequence[Fit], plan: Plan, threads: int) -> Table:
-    """The same for a terminal."""
-    head, *body = rows(fits)
-    words = caption(plan, threads)
-    made = Table(box=box.SIMPLE_HEAD, caption=words, caption_justify="left", padding=(0, 1, 0, 0), show_edge=False)
-    for title in head:
-        first = title == head[0]
-        made.add_column(title, justify="left" if first else "right", no_wrap=True)
-    for row in body:
-        made.add_row(*row)
-    return made

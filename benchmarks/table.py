@@ -1,0 +1,59 @@
+"""A table, written down once and shown twice: on the terminal, and in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.table import Table as Grid
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells under a header: ``console.print(table)`` shows it on a terminal, ``table.markdown()`` on a page."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+    caption: str = ""
+    """What the cells are, without a full stop."""
+    notes: Sequence[str] = ()
+    """Lines below it on a page; a terminal has been told of them."""
+    numbers: bool = True
+    """Whether every column but the first has numbers, which lie to the right."""
+
+    def __rich__(self) -> Grid:
+        grid = Grid(
+            title=self.title or None,
+            title_justify="left",
+            title_style="bold",
+            caption=self.caption or None,
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            show_edge=False,
+        )
+        for index, name in enumerate(self.header):
+            number, label = self.numbers and index > 0, self.numbers and index == 0
+            # A terminal too narrow for a number breaks it; it never cuts digits off.
+            grid.add_column(name, justify="right" if number else "left", no_wrap=label, overflow="fold")
+        for row in self.rows:
+            grid.add_row(*row)
+        return grid
+
+    def markdown(self) -> str:
+        """Title, cells, caption and notes."""
+        rule = ["---", *["---:" if self.numbers else "---"] * (len(self.header) - 1)]
+        parts = [
+            self.title and f"## {self.title[0].upper()}{self.title[1:]}",
+            "\n".join(map(_line, (self.header, rule, *self.rows))),
+            self.caption and f"{self.caption}.",
+            "\n".join(f"- {note}" for note in self.notes),
+        ]
+        return "\n\n".join(part for part in parts if part)
+
+
+def _line(cells: Sequence[str]) -> str:
+    escaped = (cell.replace("|", "\\|") for cell in cells)
+    return f"| {' | '.join(escaped)} |"
