@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from flowpost.testing import maths, tensors
+from flowpost.testing import derivatives, inverses, maths, modules, tensors, transforms
 from flowpost.testing.cases import PUSHES, Case, ContractError, Make, push
 
 __all__ = ["PROPERTIES", "BijectorContract", "ContractError", "Make", "check_bijector", "push"]
@@ -16,35 +16,47 @@ Property = Callable[[Case], float]
 OFTEN: Mapping[str, Property] = {
     "log_det": maths.log_det,
     "orientation": maths.orientation,
-    "round_trip": maths.round_trip,
-    "cancel": maths.cancel,
-    "known": maths.known,
-    "mass": maths.mass,
     "structure": maths.structure,
     "sampling": maths.sampling,
+    "mass": maths.mass,
     "composition": maths.composition,
-    "shapes": tensors.shapes,
+    "round_trip": inverses.round_trip,
+    "cancel": inverses.cancel,
+    "preimage": inverses.preimage,
+    "context_matters": derivatives.context_matters,
     "rows": tensors.rows,
-    "context_matters": tensors.context_matters,
 }
 """Tried on every example."""
 
 ONCE: Mapping[str, Property] = {
-    "gradients": maths.gradients,
     "identity": maths.identity,
+    "undone": inverses.undone,
+    "preimage_derivatives": inverses.preimage_derivatives,
+    "gradients": derivatives.gradients,
+    "dependent": derivatives.dependent,
+    "context_everywhere": derivatives.context_everywhere,
+    "extremes": derivatives.extremes,
+    "shapes": tensors.shapes,
+    "strides": tensors.strides,
     "dtypes": tensors.dtypes,
     "autocast": tensors.autocast,
-    "purity": tensors.purity,
-    "extremes": tensors.extremes,
-    "state": tensors.state,
-    "transforms": tensors.transforms,
-    "compiles": tensors.compiles,
     "bad_input": tensors.bad_input,
-    "passes": tensors.passes,
+    "purity": modules.purity,
+    "state": modules.state,
+    "rebuilt": modules.rebuilt,
+    "averaged": modules.averaged,
+    "unchanged": modules.unchanged,
+    "layers": modules.layers,
+    "transforms": transforms.transforms,
+    "meta": transforms.meta,
+    "passes": transforms.passes,
 }
 """Slow, or the same for all parameters: tried once for each dim and dtype."""
 
-PROPERTIES: Mapping[str, Property] = {**OFTEN, **ONCE}
+COMPILED: Mapping[str, Property] = {"compiles": transforms.compiles, "batch_sizes": transforms.batch_sizes}
+"""As slow as all others together: tried at the last dim."""
+
+PROPERTIES: Mapping[str, Property] = {**OFTEN, **ONCE, **COMPILED}
 
 
 def check_bijector(
@@ -105,8 +117,8 @@ def cases(
     device: str = "cpu",
 ) -> list[Case]:
     """The conditions under which a property is tried: every push and context scale meets every dim in turn."""
-    if name in ONCE:
-        some = dims[-1:] if name == "compiles" else dims
+    if name not in OFTEN:
+        some = dims[-1:] if name in COMPILED else dims
         return [Case(make, dim, context_size, dtype, seed, device=device) for seed, dim in enumerate(some)]
     scales = (0.3, 1.0, 3.0)
     return [
