@@ -70,7 +70,8 @@ def sensitivity(direction: Map, step: Bijector, z: Tensor, context: Tensor | Non
         inputs = [z[row].detach().requires_grad_()]
         inputs += [] if context is None else [context[row].detach().requires_grad_()]
         values = [*inputs, *step.parameters()]
-        for out in direction(*inputs)[output].reshape(-1):
+        outputs = direction(*inputs)[output].reshape(-1)
+        for out in outputs if outputs.requires_grad else ():
             slopes = torch.autograd.grad(out, values, retain_graph=True, allow_unused=True)
             moved = sum((s * v).abs().sum() for s, v in zip(slopes, values, strict=True) if s is not None)
             found[place] = torch.maximum(found[place], torch.as_tensor(moved).detach())

@@ -194,7 +194,10 @@ def _alike(one: object, other: object) -> bool:
 
 
 def layers(case: Case) -> float:
-    """B27: a layer whose weight somebody reparametrized is called: half its norm is half its weight, in both ways."""
+    """B27: a layer that somebody changed is called in both directions: reparametrized, or with a hook.
+
+    Half the length of a reparametrized weight is half the weight.
+    """
     step, plain = reparametrized(case.step()), case.step()
     with torch.no_grad():
         for module in step.modules():
@@ -203,11 +206,21 @@ def layers(case: Case) -> float:
         for module in layered(plain):
             module.get_parameter("weight").mul_(0.5)
     worst, bound = 0.0, 1e-10 if case.dtype == torch.float64 else 1e-5
-    for (name, direction, z), (_, wanted, _) in zip(sides(case, step, 3), sides(case, plain, 3), strict=True):
-        worst = max(
-            worst, same(f"layers: {name}", direction(z, case.context(3)), wanted(z, case.context(3)), bound, case)
-        )
+    context = case.context(3)
+    for (name, found), (_, wanted) in zip(both(case, step, context, 3), both(case, plain, context, 3), strict=True):
+        worst = max(worst, same(f"layers: {name}", found, wanted, bound, case))
+    _hooked(case)
     return worst
+
+
+def _hooked(case: Case) -> None:
+    step, called = case.step(), set[nn.Module]()
+    for module in layered(step):
+        module.register_forward_hook(lambda module, *_: called.add(module))
+    for name, _ in both(case, step, case.context(3), 3):
+        missed = [type(module).__name__ for module in layered(step) if module not in called]
+        require(not missed, case, f"layers: with a hook, {missed} are not called ({name})")
+        called.clear()
 
 
 def layered(step: Bijector) -> list[nn.Module]:
