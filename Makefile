@@ -10,7 +10,7 @@ FILES := pyproject.toml constraints.txt
 # An environment variable, unlike `-c`, also holds for the isolated environment the package is built in.
 INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: bench speed test test-full test-compile test-slow test-plain test-peers test-deep mutants mass lint clean
+.PHONY: bench speed test test-full test-compile test-plain test-peers test-deep mutants mass lint clean
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -21,19 +21,15 @@ speed: $(VENV)/.peers
 
 # Every family, every property of the contract at one size, the main job, the command line: under 5 minutes on two cores.
 test: $(VENV)/.test
-	$(PYTEST) -m "not full and not compile and not slow" $(ARGS)
+	$(PYTEST) -m "not full and not compile" $(ARGS)
 
 # That, and more sizes, examples and models: under 10 minutes.
 test-full: $(VENV)/.test
-	$(PYTEST) -m "not compile and not slow" $(ARGS)
+	$(PYTEST) -m "not compile" $(ARGS)
 
 # Compilation and export of every recipe and family; of planar, iaf, maf and realnvp it is in test-full too.
 test-compile: $(VENV)/.test
 	$(PYTEST) -m compile $(ARGS)
-
-# Other people's encoders, and long trainings.
-test-slow: $(VENV)/.test
-	$(PYTEST) -m slow $(ARGS)
 
 # The contract once more without the passes by hand, for the operations that they stand in for.
 test-plain: $(VENV)/.test

@@ -627,7 +627,10 @@ MUTANTS = (
             (
                 triangular,
                 "unit_lower_triangular",
-                lambda z, e, *_: (products.by_columns(torch.matmul, _transposed_tril(e, z.shape[-1]), z), z.new_zeros(())),
+                lambda z, e, *_: (
+                    products.by_columns(torch.matmul, _transposed_tril(e, z.shape[-1]), z),
+                    z.new_zeros(()),
+                ),
             ),
         ),
     ),
