@@ -2,6 +2,7 @@
 # Options for the benchmark go in ARGS: make bench ARGS="--quick --posterior iaf"
 PYTHON ?= python3
 ARGS ?=
+PYTEST = $(BIN)/python -m pytest -n auto --durations=10
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ FILES := pyproject.toml constraints.txt
 # An environment variable, unlike `-c`, also holds for the isolated environment the package is built in.
 INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: bench speed test test-plain test-peers test-deep mutants mass lint clean
+.PHONY: bench speed test test-full test-compile test-plain test-peers test-deep mutants mass lint clean
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -18,21 +19,30 @@ bench: $(VENV)/.bench
 speed: $(VENV)/.peers
 	$(BIN)/python -m benchmarks speed $(ARGS)
 
+# Every family, every property of the contract at one size, the main job, the command line: under 5 minutes on two cores.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(PYTEST) -m "not full and not compile" $(ARGS)
+
+# That, and more sizes, examples and models: under 10 minutes.
+test-full: $(VENV)/.test
+	$(PYTEST) -m "not compile" $(ARGS)
+
+# Compilation and export of every recipe and family; of planar, iaf, maf and realnvp it is in test-full too.
+test-compile: $(VENV)/.test
+	$(PYTEST) -m compile $(ARGS)
 
 # The contract once more without the passes by hand, for the operations that they stand in for.
 test-plain: $(VENV)/.test
-	FLOWPOST_PLAIN=1 $(BIN)/python -m pytest -n auto tests/test_contract.py \
+	FLOWPOST_PLAIN=1 $(PYTEST) tests/test_contract.py \
 		-k "2_context or autoregressive_order or autoregressive_wide or masked_affine or iaf or maf" $(ARGS)
 
 # The same maps in public libraries, which come with the peers extra.
 test-peers: $(VENV)/.test-peers
-	$(BIN)/python -m pytest -n auto tests/test_peers*.py $(ARGS)
+	$(PYTEST) tests/test_peers*.py $(ARGS)
 
-# Random seeds, 500 examples a property, inductor: hours on two cores, for a nightly machine.
+# All of the above with random seeds, 500 examples a property, and inductor: hours on two cores, for a nightly machine.
 test-deep: $(VENV)/.test
-	FLOWPOST_DEEP=1 $(BIN)/python -m pytest -n auto $(ARGS)
+	FLOWPOST_DEEP=1 $(PYTEST) $(ARGS)
 
 mutants: $(VENV)/.test
 	$(BIN)/python -m tests.mutants

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -46,6 +47,7 @@ from flowpost.bijectors import (
     base,
     convex,
     deep_sigmoid,
+    gate,
     householder,
     lu,
     planar,
@@ -56,10 +58,11 @@ from flowpost.bijectors import (
     triangular,
 )
 from flowpost.functional import exp_scale
-from flowpost.masked import gated, gated_inverse, masked_inverse, operators, passes, staircase, sweep
+from flowpost.masked import engine, host, nodes, plain, run, staircase
 from flowpost.masked import network as made
-from flowpost.numerics import ridge, roots
+from flowpost.numerics import products, ridge, roots
 from flowpost.numerics import triangles as lower
+from flowpost.numerics.constants import Constant
 from flowpost.testing import PROPERTIES, ContractError, check_bijector, push
 
 Build = Callable[[int], Bijector]
@@ -186,37 +189,42 @@ def _ridge_one_regime(x: Tensor) -> tuple[Tensor, Tensor]:
     return value, torch.where(x < -1, 0.9 * slope, slope)
 
 
-def _gate_float32_log_det(z: Tensor, logit: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    image, log_det = _GATE(z, logit, mean)
+def _gate_float32_log_det(z: Tensor, logit: Tensor, mean: Tensor, gain: float = 1.0) -> tuple[Tensor, Tensor]:
+    image, log_det = _GATE(z, logit, mean, gain)
     return image, log_det.float().to(z.dtype)
 
 
-def _gate_squeezed(z: Tensor, logit: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    image, log_det = _GATE(z, logit, mean)
+def _gate_squeezed(z: Tensor, logit: Tensor, mean: Tensor, gain: float = 1.0) -> tuple[Tensor, Tensor]:
+    image, log_det = _GATE(z, logit, mean, gain)
     return image, log_det.squeeze()
 
 
-def _gate_log_of_sigmoid(z: Tensor, logit: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    return _GATE(z, logit, mean)[0], torch.log(torch.sigmoid(logit)).sum(-1)
+def _gate_log_of_sigmoid(z: Tensor, logit: Tensor, mean: Tensor, gain: float = 1.0) -> tuple[Tensor, Tensor]:
+    return _GATE(z, logit, mean, gain)[0], torch.log(torch.sigmoid(logit)).sum(-1)
 
 
-def _gate_disagrees(z: Tensor, logit: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    return _GATE(z, logit, mean)[0], F.logsigmoid(logit + 1e-3).sum(-1)
+def _gate_disagrees(z: Tensor, logit: Tensor, mean: Tensor, gain: float = 1.0) -> tuple[Tensor, Tensor]:
+    return _GATE(z, logit, mean, gain)[0], F.logsigmoid(logit + 1e-3).sum(-1)
 
 
-def _mask_not_strict(self: staircase.Staircase) -> Tensor:
-    return torch.tensor(self.inputs) <= torch.tensor(self.units).unsqueeze(-1) + 1
+def _gate_gain_once(z: Tensor, logit: Tensor, mean: Tensor, gain: float = 1.0) -> tuple[Tensor, Tensor]:
+    image, log_det = _GATE(z, logit, mean, gain)
+    return image, log_det + (1 - z.shape[-1]) * math.log(gain)
 
 
-def _unmasked(self: staircase.Staircase, x: Tensor, weight: Tensor, masks: object) -> Tensor:
-    return F.linear(x, weight)
+def _mask_not_strict(self: staircase.Staircase) -> Constant:
+    return Constant(torch.tensor(self.inputs) <= torch.tensor(self.units).unsqueeze(-1) + 1)
 
 
-def _numbers_the_other_way(self: Masked, z: Tensor, context: Tensor | None) -> Tensor:
-    return self.net(z, context).mT.flatten(-2)
+def _unmasked(self: made.MaskedLinear, x: Tensor) -> Tensor:
+    return F.linear(x, self.weight, self.bias)
 
 
-def _rows_in_the_order_they_come(columns: Tensor, order: Tensor | None) -> Tensor:
+def _numbers_the_other_way(self: made.MADE, z: Tensor, context: Tensor | None = None) -> Tensor:
+    return _MADE(self, z, context).flatten(-2).unflatten(-1, (self.dim, self.outputs)).mT
+
+
+def _rows_in_the_order_they_come(columns: Tensor, order: object) -> Tensor:
     return columns.t().contiguous()
 
 
@@ -235,21 +243,58 @@ def _context_ignored(self: made.MADE, z: Tensor, context: Tensor | None = None) 
     return _MADE(self, z, None if context is None else torch.zeros_like(context))
 
 
-def _backward_without_activation(
-    net: made.MADE, grad: Tensor, values: list[Tensor], weights: list[Tensor]
-) -> list[Tensor]:
-    return _BACKWARD(net, grad, [torch.ones_like(value) for value in values], weights)
+def _pull_without_activation(
+    run: run.Run, tape: Sequence[Tensor], parameters: Sequence[Tensor], grad: Tensor, grad_log_det: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    flat = {name: known._replace(gradient=lambda grad, value: grad) for name, known in host.KNOWN.items()}
+    with mock.patch.object(host, "KNOWN", flat):
+        return _PULL(run, tape, parameters, grad, grad_log_det)
 
 
 def _context_gradient_dropped(*args: object) -> list[Tensor | None]:
-    first, *others = _PARAMETER_GRADIENTS(*args)  # pyright: ignore[reportArgumentType]
+    first, *others = _WEIGHT_GRADIENTS(*args)  # pyright: ignore[reportArgumentType]
     return [None if first is None else torch.zeros_like(first), *others]
 
 
-def _sweep_back_without_outputs(*args: Any) -> None:  # noqa: ANN401
-    sizes, weights, slopes, sums, grad, _ = args
-    sums[-1][:] = 0
-    _TRANSPOSED(sizes, weights, slopes, sums, grad, lambda k: None)
+def _transposed_solve_without_network(
+    run: run.Run, tape: Sequence[Tensor], parameters: Sequence[Tensor], grad: Tensor, grad_log_det: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    nothing = [torch.zeros_like(parameter) for parameter in parameters]
+    return _TRANSPOSED_SOLVE(run, tape, nothing, grad, grad_log_det)
+
+
+def _replay_of_what_came(
+    function: Callable[..., Any], inputs: Sequence[Tensor | None], needs: Sequence[bool], grads: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Of the inputs themselves: what reaches one through another is counted at both."""
+    with mock.patch.object(Tensor, "view_as", lambda self, other: self):
+        return _REPLAY(function, inputs, needs, grads)
+
+
+def _mask_in_a_buffer(self: made.MaskedLinear, inputs: Sequence[int], units: Sequence[int], groups: int = 1) -> None:
+    _LAY_OUT(self, inputs, units, groups)
+    self.register_buffer("mask", self.staircase.mask.value.to(self.weight.dtype), persistent=False)
+
+
+def _by_the_buffer(self: made.MaskedLinear, x: Tensor) -> Tensor:
+    return F.linear(x, self.weight * self.get_buffer("mask"), self.bias)
+
+
+def _shapes_in_a_set(context: Tensor | None, *tensors: Tensor) -> list[Tensor]:
+    """Hashes sizes, so that a compiler makes every one of them a number."""
+    shapes = {tuple(int(size) for size in each.shape[:-1]) for each in (*tensors, context) if each is not None}
+    batch = torch.broadcast_shapes(*shapes)
+    return [each.expand(*batch, -1) for each in tensors]
+
+
+def _affine_reads(z: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    image, log_det = _AFFINE(z, loc, scale)
+    return image * (1.0 if float(scale.detach().amin()) > 0 else -1.0), log_det
+
+
+def _affine_on_the_default_device(z: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    image, log_det = _AFFINE(z, loc, scale)
+    return image + torch.zeros((), dtype=z.dtype), log_det
 
 
 def _default_dtype_inverse(
@@ -317,6 +362,29 @@ class HiddenOrder(Bijector):
         return z[..., self.order.argsort()], z.new_zeros(())
 
 
+class BufferedOrder(HiddenOrder):
+    """A permutation in a buffer, which is averaged as numbers are, and truncated."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        order = self.order
+        del self.order
+        self.register_buffer("order", order)
+
+
+class Restless(Affine):
+    """Counts its calls in a buffer."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        if not torch._C._are_functorch_transforms_active():
+            self.get_buffer("calls").add_(1)
+        return super()._forward(z, context)
+
+
 class TransposedSylvester(Bijector):
     """``z + Q R1 tanh(R2 Q^T z + b)`` with a log-det that is right for the transposed factors only."""
 
@@ -340,11 +408,11 @@ class TransposedSylvester(Bijector):
 
 
 def _sylvester_inner_transposed(z: Tensor, q: Tensor, r2: Tensor, b: Tensor) -> Tensor:
-    return base.columns(base.by_rows, q @ r2.mT, z) + b
+    return products.by_columns(products.by_rows, q @ r2.mT, z) + b
 
 
 def _sylvester_outer_transposed(q: Tensor, r1: Tensor, value: Tensor) -> Tensor:
-    return base.columns(base.by_rows, r1.mT @ q.mT, value)
+    return products.by_columns(products.by_rows, r1.mT @ q.mT, value)
 
 
 def _gain_unbounded(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -379,13 +447,18 @@ _BIN = spline._bin
 _INVERTIBLE, _RIDGE = planar._invertible, ridge.ridge
 _ACT_NORM, _RADIAL_GAIN = actnorm.act_norm, radial._gain
 _COUPLING = Coupling._forward
-_GATE, _MADE, _STRICT_TRIL = gated.gate, made.MADE.forward, lower.strict_tril
-_BACKWARD, _PARAMETER_GRADIENTS, _TRANSPOSED = passes.backward, passes.parameter_gradients, sweep.transposed_sweep
+_GATE, _MADE, _STRICT_TRIL = gate.gate, made.MADE.forward, lower.strict_tril
+_PULL, _WEIGHT_GRADIENTS, _TRANSPOSED_SOLVE = host.pull, host.weight_gradients, host.transposed_solve
+_REPLAY, _LAY_OUT, _AFFINE = nodes._replay, made.MaskedLinear.lay_out, affine.affine
 _AUTOREGRESSIVE_INVERSE, _AFFINE_INVERSE = Autoregressive._inverse, Affine._inverse
 
 
 def _step(dim: int) -> Bijector:
     return Autoregressive(dim, 6, (16, 16))
+
+
+def _gained(dim: int) -> Bijector:
+    return Autoregressive(dim, 6, (16, 16), gain=1.1)
 
 
 def _reflections(dim: int) -> Bijector:
@@ -405,12 +478,20 @@ def _nothing(*args: object, **kwargs: object) -> None:
     return None
 
 
+def _yes(*args: object) -> bool:
+    return True
+
+
+def _no(*args: object) -> bool:
+    return False
+
+
 def _as_it_came(step: Bijector, z: Tensor, context: Tensor | None) -> Tensor | None:
     return context
 
 
-PLAIN = (passes, "by_hand", lambda net, z: False)
-"""A fault in the plain operations is not seen where those by hand stand in for them."""
+PLAIN = (engine, "choose", lambda run, z: None)
+"""A fault in the plain operations is not seen where an engine stands in for them."""
 MUTANTS = (
     Mutant("Sylvester with transposed factors", "pyro", TransposedSylvester),
     Mutant("planar without u-hat", "pythae, torchflows", Planar, ((planar, "_invertible", _planar_unconstrained),)),
@@ -451,25 +532,25 @@ MUTANTS = (
         Sylvester,
         ((sylvester, "orthonormal", _columns_not_orthogonal),),
     ),
-    Mutant("squeeze at batch 1", "pythae", _step, (PLAIN, (gated, "gate", _gate_squeezed))),
+    Mutant("squeeze at batch 1", "pythae", _step, ((gate, "gate", _gate_squeezed),)),
     Mutant("element-wise radius", "torchflows", ElementwiseRadial),
-    Mutant("float32 log-det in float64", "pythae", _step, (PLAIN, (gated, "gate", _gate_float32_log_det))),
-    Mutant("gate and log-det disagree", "flow-VAEs", _step, (PLAIN, (gated, "gate", _gate_disagrees))),
+    Mutant("float32 log-det in float64", "pythae", _step, ((gate, "gate", _gate_float32_log_det),)),
+    Mutant("gate and log-det disagree", "flow-VAEs", _step, ((gate, "gate", _gate_disagrees),)),
     Mutant("default dtype in the inverse", "pyro", _step, ((Autoregressive, "_inverse", _default_dtype_inverse),)),
-    Mutant("mask not strict", "-", _step, ((staircase.Staircase, "mask", _mask_not_strict),)),
-    Mutant("no mask", "-", _step, (PLAIN, (staircase.Staircase, "linear", _unmasked))),
+    Mutant("mask not strict", "-", _step, ((staircase.Staircase, "_mask", _mask_not_strict),)),
+    Mutant("no mask", "-", _step, (PLAIN, (made.MaskedLinear, "forward", _unmasked))),
     Mutant(
         "numbers of one variable go to another",
         "-",
         _masked,
-        ((Masked, "_numbers", _numbers_the_other_way),),
+        (PLAIN, (made.MADE, "forward", _numbers_the_other_way)),
         dims=(2, 5),
     ),
     Mutant(
         "inverse in another order",
         "-",
         _masked,
-        ((masked_inverse, "to_rows", _rows_in_the_order_they_come),),
+        ((host, "to_rows", _rows_in_the_order_they_come),),
         dims=(2, 5),
     ),
     Mutant("coupling reads what moves", "-", _coupling, ((Coupling, "_forward", _all_of_z),)),
@@ -499,16 +580,34 @@ MUTANTS = (
     ),
     Mutant("state outside state_dict", "torchflows", HiddenOrder),
     Mutant("context ignored", "nflows, normflows", _step, (PLAIN, (made.MADE, "forward", _context_ignored))),
-    Mutant("backward by hand skips an activation", "-", _step, ((passes, "backward", _backward_without_activation),)),
-    Mutant(
-        "backward by hand drops the context", "-", _step, ((passes, "parameter_gradients", _context_gradient_dropped),)
-    ),
+    Mutant("the way back skips an activation", "-", _step, ((host, "pull", _pull_without_activation),)),
+    Mutant("the way back drops the context", "-", _step, ((host, "weight_gradients", _context_gradient_dropped),)),
     Mutant(
         "implicit gradient drops the network",
         "-",
         _step,
-        ((operators, "transposed_sweep", _sweep_back_without_outputs),),
+        ((host, "transposed_solve", _transposed_solve_without_network),),
     ),
+    Mutant("create_graph counts twice", "flowpost 8666d94", _step, ((nodes, "_replay", _replay_of_what_came),)),
+    Mutant(
+        "a mask that a load does not rebuild",
+        "flowpost 8666d94",
+        _step,
+        (PLAIN, (made.MaskedLinear, "lay_out", _mask_in_a_buffer), (made.MaskedLinear, "forward", _by_the_buffer)),
+    ),
+    Mutant(
+        "a changed layer is passed by",
+        "flowpost 8666d94",
+        _step,
+        tuple((room, "untouched", _yes) for room in (engine, plain)),
+    ),
+    Mutant("a hooked layer is passed by", "flowpost 8666d94", _step, ((engine, "hooked", _no),)),
+    Mutant("an order that is averaged", "flowpost 8666d94", BufferedOrder, dims=(5,)),
+    Mutant("an evaluation that changes the state", "flowpost 8666d94", Restless),
+    Mutant("each batch size compiled", "flowpost 8666d94", _step, ((nodes, "broadcast", _shapes_in_a_set),), dims=(2,)),
+    Mutant("a value read on the host", "many", Affine, ((affine, "affine", _affine_reads),)),
+    Mutant("a constant on the default device", "many", Affine, ((affine, "affine", _affine_on_the_default_device),)),
+    Mutant("the gain's log for one variable", "-", _gained, ((gate, "gate", _gate_gain_once),), dims=(2, 5)),
     Mutant("cache by identity", "pyro", lambda dim: Learned(CachedPlanar(dim))),
     Mutant("no check of z", "all", Planar, ((base, "check_tensor", _nothing),)),
     Mutant("no check of the context", "all", Planar, ((base, "check_context", _as_it_came),)),
@@ -517,7 +616,7 @@ MUTANTS = (
         "no bound on the gate",
         "-",
         _step,
-        (PLAIN, *((owner, "gate_parameters", lambda a, m, b=2.0: (a + b, m)) for owner in (gated, gated_inverse))),
+        ((gate, "gate_parameters", lambda a, m, b=2.0: (a + b, m)),),
     ),
     Mutant(
         "log-det of the inverse has the wrong sign", "flowjax", Affine, ((Affine, "_inverse", _inverse_wrong_sign),)
@@ -530,7 +629,10 @@ MUTANTS = (
             (
                 triangular,
                 "unit_lower_triangular",
-                lambda z, e, *_: (base.columns(torch.matmul, _transposed_tril(e, z.shape[-1]), z), z.new_zeros(())),
+                lambda z, e, *_: (
+                    products.by_columns(torch.matmul, _transposed_tril(e, z.shape[-1]), z),
+                    z.new_zeros(()),
+                ),
             ),
         ),
     ),
@@ -544,7 +646,7 @@ MUTANTS = (
         "log(sigmoid) for logsigmoid",
         "many",
         _step,
-        (PLAIN, (gated, "gate", _gate_log_of_sigmoid)),
+        ((gate, "gate", _gate_log_of_sigmoid),),
         equivalent="the logit is bounded, so both are exact",
     ),
 )

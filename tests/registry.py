@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
@@ -41,6 +42,7 @@ from flowpost import (
     UnitLowerTriangular,
 )
 from flowpost.bijectors.base import LINE
+from flowpost.bijectors.gate import Gate
 from flowpost.functional import exp_scale, log_var_scale
 from flowpost.recipes import householder
 from flowpost.testing.cases import place
@@ -80,6 +82,12 @@ def _ar(dim: int, context_size: int = 0, hidden: Sequence[int] = (12,), **option
     return Autoregressive(dim, context_size, hidden, **options)  # pyright: ignore[reportArgumentType]
 
 
+def _tied(first: Bijector, second: Bijector) -> list[Bijector]:
+    return [first, second, first]
+
+
+OPEN = 1 + math.exp(-2.0)
+"""The gain with which a gate of forget bias 2 starts as the identity."""
 ENTRIES = [
     Entry("affine", Affine, identity=True),
     Entry("affine_log_var", lambda dim: Affine(dim, log_var_scale), identity=True),
@@ -98,6 +106,8 @@ ENTRIES = [
     Entry("tanh", Tanh),
     Entry("deep_sigmoid", lambda dim: DeepSigmoid(dim, units=3), identity=True, local=True),
     Entry("spline", lambda dim: Spline(dim, bins=4), identity=True, local=True),
+    Entry("gate", lambda dim: Gate(dim, 1.0)),
+    Entry("gate_gain", lambda dim: Gate(dim, gain=OPEN), identity=True),
     Entry("sylvester_orthogonal", lambda dim: Sylvester(dim, (dim + 1) // 2), identity=True),
     Entry("sylvester_householder", lambda dim: Sylvester(dim, dim, 2), identity=True),
     Entry("sylvester_triangular", lambda dim: Sylvester(dim, dim, 0), identity=True),
@@ -110,6 +120,7 @@ ENTRIES = [
     Entry("autoregressive_relu_context", lambda dim: _ar(dim, 4, (16,), activation=F.relu, forget_bias=1.0)),
     Entry("autoregressive_order", lambda dim: _ar(dim, 2, (8,), order=_order(dim))),
     Entry("autoregressive_narrow", lambda dim: _ar(dim, 2, (2,))),
+    Entry("autoregressive_gain", lambda dim: _ar(dim, 2, (8,), gain=OPEN), identity=True),
     # 300 units, 2 and more blocks in MaskedLinear.
     Entry("autoregressive_wide", lambda dim: _ar(dim, 3, (300, 260))),
     Entry("masked_affine", lambda dim: Masked(Affine(dim, exp_scale), 0, (8,)), identity=True),
@@ -171,6 +182,9 @@ ENTRIES = [
     Entry("positive_flow", lambda dim: Chain(Affine(dim), Radial(dim), Softplus(dim))),
     Entry("sylvester_flow", lambda dim: Chain(Affine(dim), Sylvester(dim, 1), Reverse(dim), Sylvester(dim, dim, 0))),
     Entry("iaf", lambda dim: Chain(Affine(dim), Shared(_ar(dim, 3), Reverse(dim), _ar(dim, 3)))),
+    Entry(
+        "autoregressive_run", lambda dim: Shared(*_tied(_ar(dim, 3, (8,)), _ar(dim, 3, (6, 6), order=range(dim)[::-1])))
+    ),
     Entry("maf", lambda dim: Chain(Inverse(_ar(dim, 2)), Permute(_order(dim)), Inverse(_ar(dim, 2)))),
     Entry("shared_planar", lambda dim: Shared(Planar(dim), Reverse(dim), Planar(dim))),
     Entry("shared_without_context", lambda dim: Shared(Reverse(dim), Scale(dim, 2.0), _ar(dim))),

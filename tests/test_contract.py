@@ -1,21 +1,43 @@
-"""The shipped contract suite over every entry of the registry, and over a broken step that it must catch."""
+"""The shipped contract suite over every entry of the registry, and over a broken step that it must catch.
 
+`test_contract` is tried by every run of the tests, at one size. What is marked `full` adds sizes, cases of Hypothesis
+and the judge without rounding; what is marked `compile` takes seconds an entry.
+"""
+
+import dataclasses
 import os
+from collections.abc import Sequence
 
+import exact
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from registry import ENTRIES, Entry
 
 import flowpost
-from flowpost import Bijector, Inverse, Learned, Planar
-from flowpost.testing import PROPERTIES, BijectorContract, ContractError, check_bijector, push
-from flowpost.testing.cases import Make
+from flowpost import Bijector, Householder, Inverse, Learned, Permute, Planar, Reverse
+from flowpost.testing import (
+    COMPILED,
+    OFTEN,
+    ONCE,
+    PROPERTIES,
+    BijectorContract,
+    ContractError,
+    check_bijector,
+    derivatives,
+    push,
+)
+from flowpost.testing.cases import PUSHES, Case, Make, condition, jacobian
 
-# Compiling takes seconds: one entry a family and wrapper, no chains beyond the recipes'.
-COMPILED = {
+DEEP = "FLOWPOST_DEEP" in os.environ
+WRAPPED = ("learned_", "inverse_", "conditioned_")
+
+COMPILE_FIRST = {"planar"}
+COMPILE_IN_FULL = {"iaf", "maf", "coupling_affine_context"}
+COMPILE = {
     "affine",
     "unit_lower_triangular",
-    "planar",
     "sigmoid",
     "tanh",
     "act_norm",
@@ -28,23 +50,17 @@ COMPILED = {
     "autoregressive_2_context",
     "autoregressive_order",
     "masked_affine_context",
-    "coupling_affine_context",
     "permute",
+    "learned_planar",
     "learned_full_covariance",
     "conditioned_planar",
     "inverse_autoregressive",
-    "iaf",
+    "full_covariance",
 }
+"""Entries that are compiled: one a family and wrapper, no chains beyond the recipes'."""
 
-WRAPPED = ("learned_", "inverse_", "conditioned_")
-DEEP = "FLOWPOST_DEEP" in os.environ
-
-
-def _skips(entry: Entry) -> set[str]:
-    step = entry.make(2, 0)
-    slow_way_first = any(isinstance(module, Inverse) for module in step.modules())
-    skips = {"passes"} if slow_way_first else set()
-    return skips | (set() if entry.identity else {"identity"}) | (set() if entry.name in COMPILED else {"compiles"})
+every = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+both_dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 
 
 def _maker(entry: Entry) -> Make:
@@ -55,26 +71,84 @@ def _maker(entry: Entry) -> Make:
     return make
 
 
-@pytest.mark.parametrize("name", PROPERTIES)
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
-def test_contract(entry: Entry, name: str) -> None:
-    if name in _skips(entry):
-        pytest.skip("the step declares that it has no such property, or a like one is compiled")
+def _skips(entry: Entry) -> set[str]:
+    """The properties that the step declares not to have."""
+    step = entry.make(2, 0)
+    slow_way_first = any(isinstance(module, Inverse) for module in step.modules())
+    skips = {"passes"} if slow_way_first else set()
+    return skips | (set() if entry.identity else {"identity"}) | ({"context_everywhere"} if entry.local else set())
 
+
+def _check(entry: Entry, name: str, dims: Sequence[int], examples: int) -> None:
+    if name in _skips(entry):
+        pytest.skip("the step declares that it has no such property")
     # Triangular solves in float32 at contexts of 1e4 overflow honestly: "nested" has one in its forward, the gradient
     # of two in a row grows with the sixth power of the entries at dim 4.
     solves = entry.name == "nested" or "lu_linear" in entry.name
-    dtypes = (torch.float64,) if solves and name == "extremes" else (torch.float64, torch.float32)
-    # A wrapper of what is an entry itself meets every push and context scale, but one size.
-    dims, examples = ((3,), 3) if entry.name.startswith(WRAPPED) and not DEEP else ((1, 2, 4), 9)
+    narrow = solves and name == "extremes"
+    dtypes = (torch.float64,) if narrow else (torch.float64, torch.float32)
     others = [other for other in PROPERTIES if other != name]
     check_bijector(_maker(entry), dims=dims, dtypes=dtypes, examples=examples, skip=others)
 
 
+@pytest.mark.parametrize("name", [*OFTEN, *ONCE])
+@every
+def test_contract(entry: Entry, name: str) -> None:
+    """At one size, every push and context scale; the mass where it is cheap."""
+    _check(entry, name, dims=(1,) if name == "mass" else (3,), examples=3)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", OFTEN)
+@every
+def test_contract_on_more_examples(entry: Entry, name: str) -> None:
+    """A wrapper of what is an entry itself meets every push, but fewer sizes."""
+    small = entry.name.startswith(WRAPPED) and not DEEP
+    _check(entry, name, dims=(1, 2) if small else (1, 2, 4), examples=6 if small else 9)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ONCE)
+@every
+def test_contract_at_more_sizes(entry: Entry, name: str) -> None:
+    _check(entry, name, dims=(1,) if entry.name.startswith(WRAPPED) and not DEEP else (1, 4), examples=1)
+
+
+def _compiled() -> list:
+    marks = dict.fromkeys(COMPILE, [pytest.mark.compile]) | dict.fromkeys(COMPILE_IN_FULL, [pytest.mark.full])
+    marks |= dict.fromkeys(COMPILE_FIRST, [])
+    return [pytest.param(entry, marks=marks[entry.name], id=entry.name) for entry in ENTRIES if entry.name in marks]
+
+
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("entry", _compiled())
+def test_contract_compiled(entry: Entry, name: str) -> None:
+    _check(entry, name, dims=(3,), examples=1)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["log_det", "round_trip", "cancel", "undone"])
+@both_dtypes
+@every
+@settings(max_examples=500 if DEEP else 8)
+@given(
+    dim=st.integers(1, 6),
+    seed=st.integers(0, 2**20),
+    amount=st.sampled_from(PUSHES),
+    scale=st.sampled_from([0.1, 1.0, 3.0]),
+)
+def test_contract_anywhere(
+    entry: Entry, dtype: torch.dtype, name: str, dim: int, seed: int, amount: float, scale: float
+) -> None:
+    """B1 to B4 where Hypothesis looks; the log-det with no allowance for what autodiff rounds."""
+    PROPERTIES[name](Case(_maker(entry), dim, 0, dtype, seed, amount, scale, judge=exact.slogdet))
+
+
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("names", "examples"), [({"log_det"}, 3), ({"round_trip", "cancel"}, 1)], ids=["value", "back"]
 )
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+@every
 def test_at_64_variables(entry: Entry, names: set[str], examples: int) -> None:
     """The log-det at every push and context scale, the way back near the start: no matrix of 64 random rows has one."""
     check_bijector(
@@ -82,10 +156,34 @@ def test_at_64_variables(entry: Entry, names: set[str], examples: int) -> None:
     )
 
 
+@pytest.mark.parametrize("dim", [1, pytest.param(2, marks=pytest.mark.full), pytest.param(5, marks=pytest.mark.full)])
+def test_orientation_is_the_family_s_own(dim: int) -> None:
+    """B2: every family keeps orientation, for every context; only a permutation or a reflection may turn it."""
+    for entry in ENTRIES:
+        parts = [type(part) for part in entry.make(dim, 0).modules()]
+        if {Reverse, Permute, Householder} & set(parts) or entry.name == "lu_linear_order":
+            continue
+        for seed in range(8):
+            step, z, context = Case(_maker(entry), dim, 0, seed=seed, push=1.0, context_scale=3.0).points(2)
+            matrix = jacobian(step, z, context)
+            assert (torch.linalg.det(matrix)[condition(matrix) < 1e8] > 0).all(), entry.name
+
+
+@pytest.mark.parametrize("dim", [1, 3])
+@pytest.mark.parametrize("entry", [entry for entry in ENTRIES if entry.local], ids=lambda entry: entry.name)
+def test_a_local_number_of_the_context_acts_somewhere(entry: Entry, dim: int) -> None:
+    case = Case(_maker(entry), dim, 0, seed=11)
+    points = torch.linspace(-2.95, 2.95, 121, dtype=torch.float64).view(-1, 1, 1) + 0.01 * case.z(5)
+    step, context = case.step(), case.context(5)
+    assert context is not None
+    for direction in (step, step.inverse):
+        derivatives.context_acts(case, "anywhere", direction, points, context)
+
+
 class TestPlanar(BijectorContract):
     """As a third party runs it: a class, one test a property."""
 
-    skip = ("compiles",)
+    skip = tuple(COMPILED)
     dims = (3,)
     examples = 3
 
@@ -103,12 +201,36 @@ def test_failure_names_the_property_and_the_case() -> None:
         check_bijector(lambda dim, dtype, seed, push, context_size: Wrong(dim).to(dtype))
 
 
+def test_a_judge_decides_where_autodiff_is_over_the_bound() -> None:
+    """At the foot of a steep planar step autodiff loses digits: allowed for without a judge, judged with one."""
+
+    def make(*, dim: int, context_size: int, dtype: torch.dtype, seed: int, push: float) -> Bijector:
+        step = Learned(Planar(dim)).to(dtype)
+        step.load_state_dict({"context": torch.tensor([-100.0, 0.28, 0.0], dtype=dtype)}, strict=False)
+        return step
+
+    asked = []
+
+    def judge(*arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.append(arguments)
+        return exact.slogdet(*arguments)  # pyright: ignore[reportArgumentType]
+
+    case = Case(make, 1, 0, seed=1)
+    PROPERTIES["log_det"](case)
+    PROPERTIES["log_det"](dataclasses.replace(case, judge=judge))
+    assert asked
+    off = dataclasses.replace(case, judge=lambda *arguments: (judge(*arguments)[0], judge(*arguments)[1] + 1e-9))
+    with pytest.raises(ContractError, match="error"):
+        PROPERTIES["log_det"](off)
+
+
 def test_report_and_unknown_names() -> None:
     worst = check_bijector(
-        lambda dim, dtype, seed, push, context_size: flowpost.Affine(dim), dims=(2,), examples=2, skip=["compiles"]
+        lambda dim, dtype, seed, push, context_size: flowpost.Affine(dim), dims=(2,), examples=2, skip=[*COMPILED]
     )
-    assert set(worst) == set(PROPERTIES) - {"compiles"}
+    assert set(worst) == set(PROPERTIES) - set(COMPILED)
     assert 0 < worst["log_det"] < 1e-3
+    assert 1 < worst["meta"] < 100
     with pytest.raises(ValueError, match="skip: expected names among .*, got speed"):
         check_bijector(Planar, skip=["speed"])
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from flowpost import Affine, Autoregressive, Bijector, Inverse, Masked, Planar, Shift
 from flowpost.functional import exp_scale, gate_parameters, softplus_scale
 from flowpost.masked import engine
-from flowpost.masked.network import MADE
+from flowpost.masked.network import MADE, MaskedLinear
 
 F64 = torch.float64
 
@@ -283,3 +283,14 @@ def test_the_inverse_s_gradient_is_that_of_the_implicit_function(kind: str) -> N
     grad = torch.randn(1, 3, dtype=F64)
     (found,) = torch.autograd.grad(back, y, grad)
     torch.testing.assert_close(found[0], torch.linalg.solve(matrix.mT, grad[0]))
+
+
+def test_masked_linear_equals_the_full_masked_product() -> None:
+    for reads, width in [(50, 1), (50, 300), (50, 1100), (600, 700)]:
+        units = sorted(torch.randint(0, 41, (width,)).tolist())
+        rising = sorted(torch.randint(0, 41, (reads,)).tolist())
+        for inputs, groups in [(rising, 1), (rising[::-1], 2), (torch.randint(0, 41, (reads,)).tolist(), 1)]:
+            layer = MaskedLinear(inputs, units, groups).double()
+            x = torch.randn(2, 3, reads, dtype=torch.float64)
+            mask = torch.tensor([[float(d <= e) for d in inputs] for e in units * groups], dtype=torch.float64)
+            torch.testing.assert_close(layer(x), x @ (layer.weight * mask).T + layer.bias)

@@ -68,7 +68,7 @@ def test_twelve_sizes_compile_twice(name: str, use: Callable[..., Pair]) -> None
     assert_compiles_twice(lambda h, z: use(posterior, h, z), inputs)
 
 
-@pytest.mark.slow
+@pytest.mark.compile
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("use", [sample, samples, log_prob, log_probs, path])
 def test_every_recipe_compiles_twice(name: str, use: Callable[..., Pair]) -> None:
@@ -76,7 +76,7 @@ def test_every_recipe_compiles_twice(name: str, use: Callable[..., Pair]) -> Non
     assert_compiles_twice(lambda h, z: use(posterior, h, z), inputs)
 
 
-@pytest.mark.slow
+@pytest.mark.compile
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 def test_every_entry_compiles_twice(entry: Entry, direction: str) -> None:
@@ -121,7 +121,7 @@ def fixed_inputs(size: int) -> Pair:
     return inputs(size)
 
 
-@pytest.mark.slow
+@pytest.mark.compile
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("use", [sample, log_prob])
 def test_every_recipe_exports_with_a_batch_of_any_size(name: str, use: Callable[..., Pair]) -> None:
