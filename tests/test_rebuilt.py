@@ -106,7 +106,7 @@ def assert_starts(step: Bijector, one: Bijector, other: Bijector) -> None:
     assert (found[random] != 0).all()
     assert (found[random].abs() < 20).all()
     torch.testing.assert_close(found[~random].double(), start[~random], rtol=0, atol=1e-6)
-    torch.testing.assert_close(step.context_gain().double(), one.context_gain().double(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(step.head_scale().double(), one.head_scale().double(), rtol=0, atol=1e-6)
 
 
 def points(entry: Entry) -> tuple[Bijector, Tensor, Tensor | None]:

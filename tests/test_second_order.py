@@ -230,7 +230,7 @@ def test_chains(name: str, direction: str, samples: tuple[int, ...]) -> None:
         if direction != "known":
             return weighed(*getattr(chain, direction)(points, context))
         image = chain(points, context)[0]
-        return weighed(*chain.inverse(image, context, known=points.detach()))
+        return weighed(*chain.inverse(image, context, preimage=points.detach()))
 
     if direction == "known":  # a preimage that is given has no derivatives but the first
         assert_first_agree(loss, [z, context, *chain.parameters()])
