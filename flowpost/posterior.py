@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flowpost.bijectors.base import LINE, Bijector
+from flowpost.bijectors.base import LINE, Bijector, follow
 from flowpost.bijectors.wrappers import Learned, linear_head
 from flowpost.checks import active, check_finite
 from flowpost.density import Sample, batch_of, draw, log_density, path_log_density
@@ -55,6 +55,7 @@ class FlowPosterior(nn.Module):
         if head is None and features and flow.context_size:
             head = linear_head(features, flow)
         self.head = head
+        self.register_load_state_dict_post_hook(follow)
 
     @property
     def dim(self) -> int:

@@ -119,6 +119,8 @@ def points(entry: Entry) -> tuple[Bijector, Tensor, Tensor | None]:
 def test_an_entry_built_on_meta(entry: Entry, load: Callable[[nn.Module, nn.Module], None]) -> None:
     source, z, context = points(entry)
     step = on_meta(lambda: entry.make(CASE.dim, CASE.seed + 1).double())
+    if load is assigned and not list(step.parameters()):
+        pytest.skip("its state has no parameter that would say where the step is now")
     load(step, source)
     assert isinstance(step, Bijector)
     assert_same(of_step(step, z, context), of_step(source, z, context))
@@ -141,16 +143,15 @@ def test_an_entry_that_was_emptied(entry: Entry) -> None:
 
 @poison
 @recipes
-def test_a_start_is_redrawn_from_the_global_random_state(name: str) -> None:
-    """The same seed, the same start; two seeds, two starts."""
+def test_a_start_outlives_being_emptied(name: str) -> None:
+    """It is drawn when a module is built, also on a device without memory: the same seed, the same start."""
 
     def start(seed: int) -> Tensor:
-        posterior = on_meta(lambda: small(name))
-        torch.manual_seed(seed)
+        posterior = on_meta(lambda: small(name, seed=seed))
         assert isinstance(posterior, FlowPosterior)
         return posterior.to_empty(device="cpu").flow.initial_context()
 
-    assert torch.equal(start(1), start(1))
+    assert torch.equal(start(1), small(name, seed=1).flow.initial_context())
     random = small(name).flow.initial_context() != small(name, seed=1).flow.initial_context()
     assert (start(1) != start(2))[random].all()
 
@@ -167,7 +168,8 @@ def test_a_file_loads_into_an_emptied_posterior(name: str, tmp_path: Path) -> No
     assert_same(of_posterior(posterior), of_posterior(source))
     assert_same(of_posterior(flowpost.load(tmp_path / "posterior")), of_posterior(source))
     with torch.device("meta"):
-        assert_same(of_posterior(flowpost.load(tmp_path / "posterior", device="cpu")), of_posterior(source))
+        loaded = flowpost.load(tmp_path / "posterior", device="cpu")
+    assert_same(of_posterior(loaded), of_posterior(source))
 
 
 @poison

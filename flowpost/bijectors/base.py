@@ -77,6 +77,7 @@ class Bijector(nn.Module, ABC):
         self._start = None if start is None else Constant(start)
         # Of no size, so there is nothing in it to save or spoil: it says where the module is, and of what dtype.
         self.register_buffer("_like", torch.empty(0), persistent=False)
+        self.register_load_state_dict_post_hook(follow)
 
     @abstractmethod
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]: ...
@@ -248,6 +249,16 @@ def apply_inverse(step: Bijector, z: Tensor, context: Tensor | None, preimage: T
     if hooked(step):
         refuse_shards(step)
     return step._inverse(z, context, preimage)
+
+
+def follow(module: nn.Module, _: object = None) -> None:
+    """Tell the steps in a module where a load has put it: one by assignment moves parameters and nothing else."""
+    parameter = next(module.parameters(), None)
+    if parameter is None or parameter.is_meta:
+        return
+    for step in module.modules():
+        if isinstance(step, Bijector) and (step is module or step._like.is_meta):
+            step._like = parameter.new_empty(0)
 
 
 def wrapped(step: Bijector) -> bool:
