@@ -11,7 +11,7 @@ from typing import TypeVar, cast
 import pytest
 import torch
 from registry import ENTRIES, Case, Entry, carry, draw, push
-from small import DIM, FEATURES, small
+from small import DIM, FEATURES, OPTIONS, small
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -122,7 +122,8 @@ def test_an_entry_built_on_meta(entry: Entry, load: Callable[[nn.Module, nn.Modu
     load(step, source)
     assert isinstance(step, Bijector)
     assert_same(of_step(step, z, context), of_step(source, z, context))
-    assert_starts(step, *(entry.make(CASE.dim, seed) for seed in (1, 2)))
+    if load is emptied or source.state_dict():  # a state of no tensors does not say where they would be
+        assert_starts(step, *(entry.make(CASE.dim, seed) for seed in (1, 2)))
 
 
 @poison
@@ -141,12 +142,12 @@ def test_an_entry_that_was_emptied(entry: Entry) -> None:
 
 @poison
 @recipes
-def test_a_start_is_redrawn_from_the_global_random_state(name: str) -> None:
-    """The same seed, the same start; two seeds, two starts."""
+def test_a_random_start_is_a_draw_of_the_seed_s(name: str) -> None:
+    """The same seed, the same start; two seeds, two starts: no empty memory and no constant in its place."""
 
     def start(seed: int) -> Tensor:
-        posterior = on_meta(lambda: small(name))
         torch.manual_seed(seed)
+        posterior = on_meta(lambda: RECIPES[name](FEATURES, DIM, **OPTIONS.get(name, {})))
         assert isinstance(posterior, FlowPosterior)
         return posterior.to_empty(device="cpu").flow.initial_context()
 
@@ -167,7 +168,8 @@ def test_a_file_loads_into_an_emptied_posterior(name: str, tmp_path: Path) -> No
     assert_same(of_posterior(posterior), of_posterior(source))
     assert_same(of_posterior(flowpost.load(tmp_path / "posterior")), of_posterior(source))
     with torch.device("meta"):
-        assert_same(of_posterior(flowpost.load(tmp_path / "posterior", device="cpu")), of_posterior(source))
+        loaded = flowpost.load(tmp_path / "posterior", device="cpu")
+    assert_same(of_posterior(loaded), of_posterior(source))
 
 
 @poison
