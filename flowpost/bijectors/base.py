@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -21,7 +21,7 @@ from flowpost.numerics.arguments import (
     check_untraced,
     refuse_shards,
 )
-from flowpost.numerics.constants import Constant, prepare
+from flowpost.numerics.constants import Constant, Placed
 from flowpost.numerics.products import wide
 from flowpost.numerics.watchers import hooked
 
@@ -30,7 +30,7 @@ Pair = tuple["Bijector", Tensor | None]
 """A step and the context that it reads."""
 
 
-class Bijector(nn.Module, ABC):
+class Bijector(Placed, ABC):
     """An invertible map of z, one for every context: ``(z, context) -> (z', log|det dz'/dz|)``.
 
     ``forward`` runs from noise to posterior and ``inverse`` back. Both are written here once: they check shapes and
@@ -68,15 +68,12 @@ class Bijector(nn.Module, ABC):
     as many columns. So a network may give the numbers of one variable after the other (`Masked`), or those of half of
     them (`Coupling`).
     """
-    _like: Tensor
 
     def __init__(self, dim: int, context_size: int = 0, start: Tensor | None = None) -> None:
         super().__init__()
         self.dim = check_int("dim", dim, minimum=1)
         self.context_size = check_int("context_size", context_size, minimum=0)
         self._start = None if start is None else Constant(start)
-        # Of no size, so there is nothing in it to save or spoil: it says where the module is, and of what dtype.
-        self.register_buffer("_like", torch.empty(0), persistent=False)
 
     @abstractmethod
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]: ...
@@ -204,11 +201,6 @@ class Bijector(nn.Module, ABC):
     def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Push N(loc, tril tril^T) through a ``triangular`` step; tril None is the identity."""
         raise NotImplementedError(f"{type(self).__name__} is not a triangular linear map")
-
-    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Bijector:  # noqa: FBT001, FBT002
-        super()._apply(fn, recurse)
-        prepare(self, self._like)
-        return self
 
     def _check(self, z: Tensor, context: Tensor | None) -> Tensor | None:
         check_untraced()

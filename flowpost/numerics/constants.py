@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -76,21 +76,46 @@ class Order:
         return z.index_select(axis, self._back.on(z))
 
 
-def prepare(module: nn.Module, like: Tensor) -> None:
-    """Copy a module's own constants to where it has moved, so that no compiled call has to."""
-    for value in vars(module).values():
-        if isinstance(value, (Constant, Order)):
-            value.on(like)
+class Placed(nn.Module):
+    """A module that knows on which device it is, and of what dtype, though it may have no parameter.
+
+    An empty buffer says so: there is nothing in it to save or spoil.
+    """
+
+    _like: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("_like", torch.empty(0), persistent=False)
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Placed:  # noqa: FBT001, FBT002
+        super()._apply(fn, recurse)
+        for value in vars(self).values():
+            if isinstance(value, (Constant, Order)):
+                value.on(self._like)  # so that no compiled call has to copy it
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        *args: Any,  # noqa: ANN401
+    ) -> None:
+        if local_metadata.get("assign_to_params_buffers"):  # the module goes where the state is, and from meta anyway
+            floats = (t for t in state_dict.values() if isinstance(t, Tensor) and t.is_floating_point())
+            like = torch.empty(0, dtype=self._like.dtype, device="cpu") if self._like.is_meta else self._like
+            self._like = next(floats, like).new_empty(0)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
-class Ordered(nn.Module):
+class Ordered(Placed):
     """What a bijector with an order of its variables inherits: the order is saved with the weights, and is no buffer.
 
     The state dict has it as an int64 tensor, as if it were one. A load takes the order of the state over, whatever the
     order was for which the module was built; one that is no permutation, as an average of two is none, is refused.
     """
 
-    _like: Tensor
     _order: Order | None
     _saved = ("order",)
     """The attributes, `order` and perhaps `back`, that the state dict has."""
