@@ -46,7 +46,7 @@ class Bijector(Placed, ABC):
     Args:
         dim: size of the last axis of z, at least 1.
         context_size: how many numbers per example the step reads; 0 for none.
-        start: the ``initial_context``, ``(context_size,)``; zeros by default.
+        start: the ``initial_context``, ``(context_size,)``, made on the CPU; zeros by default.
 
     Raises:
         TypeError: if a size is not an int.

@@ -88,6 +88,11 @@ class Placed(nn.Module):
         super().__init__()
         self.register_buffer("_like", torch.empty(0), persistent=False)
 
+    def _join(self, *parts: Placed) -> None:
+        """Be where parts are that were made before: those with parameters, if any have."""
+        like = next((each for part in parts for each in part.parameters()), parts[0]._like)
+        self._like = like.new_empty(0)
+
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Placed:  # noqa: FBT001, FBT002
         super()._apply(fn, recurse)
         for value in vars(self).values():
