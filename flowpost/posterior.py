@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flowpost.bijectors.base import LINE, Bijector, follow
+from flowpost.bijectors.base import LINE, Bijector
 from flowpost.bijectors.wrappers import Learned, linear_head
 from flowpost.checks import active, check_finite
 from flowpost.density import Sample, batch_of, draw, log_density, path_log_density
 from flowpost.distribution import FlowDistribution
 from flowpost.numerics.arguments import check_int, check_untraced, refuse_shards
+from flowpost.numerics.constants import follow
 from flowpost.numerics.precision import full_precision
 
 

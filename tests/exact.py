@@ -209,6 +209,12 @@ def _diag_embed(x: Array, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Ar
     return np.expand_dims(x, -1) * np.eye(x.shape[-1], dtype=object)
 
 
+def _scatter(x: Array, dim: int, places: Array, values: Array) -> Array:
+    x = x.astype(object)  # a copy
+    np.put_along_axis(x, places, values, dim)
+    return x
+
+
 _RULES: dict[str, Callable[..., Any]] = {
     # Numbers
     "abs": np.abs,
@@ -276,9 +282,11 @@ _RULES: dict[str, Callable[..., Any]] = {
     "gather": lambda x, dim, places: np.take_along_axis(x, places, dim),
     "index": lambda x, places: x[tuple(slice(None) if place is None else place for place in places)],
     "index_select": lambda x, dim, places: np.take(x, places, dim),
+    "new_ones": lambda _, shape: np.full(shape, mpf(1)),
     "new_zeros": lambda _, shape: np.full(shape, mpf(0)),
     "ones_like": lambda x: np.full(x.shape, mpf(1)),
     "permute": np.transpose,
+    "scatter": _scatter,
     "scalar_tensor": lambda value: np.array(mpf(value) if isinstance(value, float) else value),
     "select": lambda x, dim, index: np.take(x, index, dim),
     "slice": lambda x, dim=0, start=None, end=None: x[(slice(None),) * (dim % x.ndim) + (slice(start, end),)],
@@ -291,7 +299,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "transpose": np.swapaxes,
     "tril": np.tril,
     "triu": np.triu,
-    "unbind": lambda x, dim: list(np.moveaxis(x, dim, 0)),
+    "unbind": lambda x, dim=0: list(np.moveaxis(x, dim, 0)),
     "unsqueeze": np.expand_dims,
     "view": np.reshape,
 }

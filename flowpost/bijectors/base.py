@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -21,7 +21,7 @@ from flowpost.numerics.arguments import (
     check_untraced,
     refuse_shards,
 )
-from flowpost.numerics.constants import Constant, prepare
+from flowpost.numerics.constants import Constant, Placed
 from flowpost.numerics.products import wide
 from flowpost.numerics.watchers import hooked
 
@@ -30,7 +30,7 @@ Pair = tuple["Bijector", Tensor | None]
 """A step and the context that it reads."""
 
 
-class Bijector(nn.Module, ABC):
+class Bijector(Placed, ABC):
     """An invertible map of z, one for every context: ``(z, context) -> (z', log|det dz'/dz|)``.
 
     ``forward`` runs from noise to posterior and ``inverse`` back. Both are written here once: they check shapes and
@@ -46,7 +46,7 @@ class Bijector(nn.Module, ABC):
     Args:
         dim: size of the last axis of z, at least 1.
         context_size: how many numbers per example the step reads; 0 for none.
-        start: the ``initial_context``, ``(context_size,)``; zeros by default.
+        start: the ``initial_context``, ``(context_size,)``, made on the CPU; zeros by default.
 
     Raises:
         TypeError: if a size is not an int.
@@ -68,16 +68,12 @@ class Bijector(nn.Module, ABC):
     as many columns. So a network may give the numbers of one variable after the other (`Masked`), or those of half of
     them (`Coupling`).
     """
-    _like: Tensor
 
     def __init__(self, dim: int, context_size: int = 0, start: Tensor | None = None) -> None:
         super().__init__()
         self.dim = check_int("dim", dim, minimum=1)
         self.context_size = check_int("context_size", context_size, minimum=0)
         self._start = None if start is None else Constant(start)
-        # Of no size, so there is nothing in it to save or spoil: it says where the module is, and of what dtype.
-        self.register_buffer("_like", torch.empty(0), persistent=False)
-        self.register_load_state_dict_post_hook(follow)
 
     @abstractmethod
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]: ...
@@ -206,11 +202,6 @@ class Bijector(nn.Module, ABC):
         """Push N(loc, tril tril^T) through a ``triangular`` step; tril None is the identity."""
         raise NotImplementedError(f"{type(self).__name__} is not a triangular linear map")
 
-    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Bijector:  # noqa: FBT001, FBT002
-        super()._apply(fn, recurse)
-        prepare(self, self._like)
-        return self
-
     def _check(self, z: Tensor, context: Tensor | None) -> Tensor | None:
         check_untraced()
         check_tensor("z", z, self.dim, self.event_ndim)
@@ -249,16 +240,6 @@ def apply_inverse(step: Bijector, z: Tensor, context: Tensor | None, preimage: T
     if hooked(step):
         refuse_shards(step)
     return step._inverse(z, context, preimage)
-
-
-def follow(module: nn.Module, _: object = None) -> None:
-    """Tell the steps in a module where a load has put it: one by assignment moves parameters and nothing else."""
-    parameter = next(module.parameters(), None)
-    if parameter is None or parameter.is_meta:
-        return
-    for step in module.modules():
-        if isinstance(step, Bijector) and (step is module or step._like.is_meta):
-            step._like = parameter.new_empty(0)
 
 
 def wrapped(step: Bijector) -> bool:

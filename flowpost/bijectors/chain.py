@@ -25,6 +25,7 @@ class _Steps(Bijector):
 
     def __init__(self, steps: tuple[Bijector, ...], context_size: int) -> None:
         super().__init__(steps[0].dim, context_size)
+        self._join(*steps)
         self.steps = nn.ModuleList(steps)
         self.event_ndim = steps[0].event_ndim
         self.triangular = all(step.triangular for step in steps)

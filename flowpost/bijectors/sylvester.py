@@ -11,7 +11,7 @@ from torch import Tensor
 from flowpost.bijectors.base import Bijector
 from flowpost.numerics.arguments import check_int
 from flowpost.numerics.products import by_columns, by_rows
-from flowpost.numerics.reflections import orthonormal, pivoted
+from flowpost.numerics.reflections import free_entries, orthonormal, pivoted
 from flowpost.numerics.ridge import bounded_gain, log_slope, positive, ridge
 from flowpost.numerics.roots import tanh_roots
 from flowpost.numerics.watchers import full_precision
@@ -145,10 +145,11 @@ class Sylvester(Bijector):
         reflections = rank if reflections is None else check_int("reflections", reflections, minimum=0)
         super().__init__(dim, reflections * (dim - 1) + rank * (rank + 2), start=_start(dim, rank, reflections))
         self.rank, self.reflections = rank, reflections
+        self._entries = free_entries(reflections, dim)
 
     def causal_order(self) -> Tensor | None:
         """From the last variable to the first where ``Q = I``: there the Jacobian is upper triangular."""
-        return None if self.reflections else torch.arange(self.dim).flip(0)
+        return None if self.reflections else torch.arange(self.dim, device=self._like.device).flip(0)
 
     def _numbers(self, context: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
         """Q, R1, R2, b and ``1 + r1_ii r2_ii``."""
@@ -165,7 +166,8 @@ class Sylvester(Bijector):
     def _basis(self, vectors: Tensor) -> Tensor | None:
         if self.reflections == 0 and self.rank == self.dim:
             return None
-        return orthonormal(pivoted(vectors.unflatten(-1, (self.reflections, self.dim - 1))), self.rank)
+        vectors = pivoted(vectors.unflatten(-1, (self.reflections, self.dim - 1)), self._entries)
+        return orthonormal(vectors, self.rank)
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return sylvester(z, *self._numbers(context))

@@ -22,6 +22,7 @@ class _Wrapper(Bijector):
         if not isinstance(step, Bijector):
             raise TypeError(f"step: expected a Bijector, got {type(step).__name__}")
         super().__init__(step.dim, context_size)
+        self._join(step)
         self.step = step
         self.event_ndim = step.event_ndim
         self.triangular = step.triangular
@@ -63,6 +64,7 @@ class Learned(_Wrapper):
     def __init__(self, step: Bijector) -> None:
         super().__init__(step, 0)
         _check_reads(step)
+        self.elementwise = step.elementwise
         self.context = nn.Parameter(step.initial_context())
 
     def _read(self, context: Tensor | None) -> Tensor | None:
@@ -120,6 +122,7 @@ class Inverse(Bijector):
         if not isinstance(step, Bijector):
             raise TypeError(f"step: expected a Bijector, got {type(step).__name__}")
         super().__init__(step.dim, step.context_size)
+        self._join(step)
         self.step = step
         self.event_ndim = step.event_ndim
         self.elementwise = step.elementwise
@@ -133,7 +136,8 @@ class Inverse(Bijector):
 
     def columns(self) -> tuple[Column | None, Column | None]:
         """The step's, the other way round."""
-        return self.step.columns()[::-1]
+        there, back = self.step.columns()
+        return back, there
 
     def _fuses(self, *, shared: bool) -> Hashable | None:
         kind = self.step._fuses(shared=True) if shared and not wrapped(self.step) else None

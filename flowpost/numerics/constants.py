@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -76,21 +76,49 @@ class Order:
         return z.index_select(axis, self._back.on(z))
 
 
-def prepare(module: nn.Module, like: Tensor) -> None:
-    """Copy a module's own constants to where it has moved, so that no compiled call has to."""
-    for value in vars(module).values():
-        if isinstance(value, (Constant, Order)):
-            value.on(like)
+class Placed(nn.Module):
+    """A module that knows on which device it is, and of what dtype, though it may have no parameter.
+
+    An empty buffer says so: there is nothing in it to save or spoil.
+    """
+
+    _like: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("_like", torch.empty(0), persistent=False)
+        self.register_load_state_dict_post_hook(follow)
+
+    def _join(self, *parts: Placed) -> None:
+        """Be where parts are that were made before: those with parameters, if any have."""
+        like = next((each for part in parts for each in part.parameters()), parts[0]._like)
+        self._like = like.new_empty(0)
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Placed:  # noqa: FBT001, FBT002
+        super()._apply(fn, recurse)
+        for value in vars(self).values():
+            if isinstance(value, (Constant, Order)):
+                value.on(self._like)  # so that no compiled call has to copy it
+        return self
 
 
-class Ordered(nn.Module):
+def follow(module: nn.Module, _: object = None) -> None:
+    """Tell the parts of a module where a load has put it: one by assignment moves parameters and nothing else."""
+    parameter = next(module.parameters(), None)
+    if parameter is None or parameter.is_meta:
+        return
+    for part in module.modules():
+        if isinstance(part, Placed) and (part is module or part._like.is_meta):
+            part._like = parameter.new_empty(0)
+
+
+class Ordered(Placed):
     """What a bijector with an order of its variables inherits: the order is saved with the weights, and is no buffer.
 
     The state dict has it as an int64 tensor, as if it were one. A load takes the order of the state over, whatever the
     order was for which the module was built; one that is no permutation, as an average of two is none, is refused.
     """
 
-    _like: Tensor
     _order: Order | None
     _saved = ("order",)
     """The attributes, `order` and perhaps `back`, that the state dict has."""

@@ -25,7 +25,11 @@ def by_rows(matrix: Tensor, columns: Tensor) -> Tensor:
 
 
 def by_columns(multiply: Callable[[Tensor, Tensor], Tensor], matrix: Tensor, z: Tensor) -> Tensor:
-    """``multiply(matrix, z)``, where leading axes of z that the matrix lacks become columns: it is never expanded."""
+    """``multiply(matrix, columns)`` of each example's points z ``(*batch, dim)``.
+
+    Leading axes of z that the matrix lacks are samples of one and the same example. They become columns beside one
+    another, so that the matrix is never expanded.
+    """
     extra = z.ndim + 1 - matrix.ndim
     if extra <= 0:
         return multiply(matrix, z.unsqueeze(-1)).squeeze(-1)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from flowpost.numerics.constants import Constant
 from flowpost.numerics.watchers import full_precision
 
 
@@ -45,17 +45,31 @@ def orthonormal(v: Tensor, rank: int) -> Tensor:
         return eye - v.mT @ torch.linalg.solve_triangular(triangle, v[..., :rank], upper=True)
 
 
-def pivoted(numbers: Tensor) -> Tensor:
+def pivoted(numbers: Tensor, kept: Constant | None = None) -> Tensor:
     """Vectors ``(*batch, K, dim)``, none of them short, from ``(*batch, K, dim - 1)`` numbers.
 
     The k-th has a 1 as its entry k (modulo dim): as its length does not matter, one entry is free. Numbers of variance
     ``1 / dim`` make directions that are nearly uniform.
+
+    Args:
+        numbers: of the other entries, in order.
+        kept: ``free_entries(K, dim)``, where a step keeps them; by default they are made anew.
     """
     count, dim = numbers.shape[-2], numbers.shape[-1] + 1
-    row = (torch.arange(count, device=numbers.device) % dim).unsqueeze(-1)
-    column = torch.arange(dim, device=numbers.device)
-    after = torch.where(column == row, 1.0, F.pad(numbers, (1, 0)))
-    return torch.where(column < row, F.pad(numbers, (0, 1)), after)
+    index = _free_entries(count, dim, numbers.device) if kept is None else kept.on(numbers)
+    ones = numbers.new_ones(*numbers.shape[:-1], dim)
+    return ones.scatter(-1, index.expand(numbers.shape), numbers)
+
+
+def free_entries(count: int, dim: int) -> Constant:
+    """Which entries of `count` vectors `pivoted` sets; for a step to keep."""
+    return Constant(_free_entries(count, dim, "cpu"))
+
+
+def _free_entries(count: int, dim: int, device: torch.device | str) -> Tensor:
+    pivot = (torch.arange(count, device=device) % dim).unsqueeze(-1)
+    entry = torch.arange(dim - 1, device=device)
+    return entry + (entry >= pivot)
 
 
 def _sized(v: Tensor) -> Tensor:
