@@ -11,8 +11,8 @@ from torch import Tensor
 from flowpost.bijectors.base import Bijector, apply, apply_inverse
 from flowpost.checks import active, warn_moved
 from flowpost.numerics.arguments import check_noise, check_sample_shape
-from flowpost.numerics.precision import full_precision
 from flowpost.numerics.products import wide_dtype
+from flowpost.numerics.watchers import full_precision
 
 _LOG_2PI = math.log(2 * math.pi)
 
@@ -77,7 +77,7 @@ def path_log_density(flow: Bijector, sample: Sample, context: Tensor | None) -> 
     def total(z: Tensor) -> Tensor:
         return _score(*apply_inverse(flow, z, fixed, noise), 1).sum()
 
-    with torch.no_grad(), full_precision(z):
+    with torch.no_grad(), full_precision(z.device.type):
         fixed = flow._check(z, None if context is None else context.detach())
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             # It follows z and nothing else: no parameter has to be frozen, or un-frozen, for it.

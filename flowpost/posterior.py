@@ -11,7 +11,7 @@ from flowpost.checks import active, check_finite
 from flowpost.density import Sample, batch_of, draw, log_density, path_log_density
 from flowpost.distribution import FlowDistribution
 from flowpost.numerics.arguments import check_int, check_untraced, refuse_shards
-from flowpost.numerics.precision import full_precision
+from flowpost.numerics.watchers import full_precision
 
 
 class FlowPosterior(nn.Module):
@@ -120,7 +120,7 @@ class FlowPosterior(nn.Module):
         if h is None or self.head is None:
             return None
         # The head's outputs are the map's parameters: half a digit less there is a tenth of a nat in log q.
-        with full_precision(h):
+        with full_precision(h.device.type):
             return self.head(h)
 
     def log_prob(self, z: Tensor, h: Tensor | None = None) -> Tensor:

@@ -151,7 +151,7 @@ def test_gradients_reach_the_head_through_the_object(name: str) -> None:
 # ------------------------------------------------------------------------------ no value is read, and what follows it
 
 
-@pytest.mark.parametrize("name", ["diagonal"])
+@every
 def test_nothing_is_read_on_a_device_without_values(name: str) -> None:
     """The meta device: an `.item()`, a branch on a value or a mix of devices raises there."""
     posterior = make(name).to("meta")
