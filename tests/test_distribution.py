@@ -420,14 +420,6 @@ def test_an_inverse_put_on_the_flow_is_called() -> None:
     assert calls == [1, 1]
 
 
-def test_log_prob_sums_wide() -> None:
-    """In float32: a log-det near 1e4 takes none of the digits of the rest with it on its way from inverse to log q."""
-    posterior = FlowPosterior(0, Chain(Scale(200, 1e15), Scale(200, 1e-15), Scale(200, 1e15)))
-    z = torch.full((200,), 1e15)
-    expected = Normal(0.0, 1.0).log_prob(torch.ones(())).double() * 200 - 200 * math.log(1e15)
-    assert abs(posterior.log_prob(z).double() - expected) < 1e-3
-
-
 # ----------------------------------------------------------------------------------------------- traced, and sharded
 
 
