@@ -37,11 +37,11 @@ def draw(
     flow: Bijector, context: Tensor | None, batch: tuple[int, ...], sample_shape: tuple[int, ...], noise: Tensor | None
 ) -> Sample:
     """Map noise to z, with the log-density of z that the same pass gives."""
-    shape = (*check_sample_shape(sample_shape), *batch, flow.dim)
+    shape, like = (*check_sample_shape(sample_shape), *batch, flow.dim), like_of(flow, context)
     if noise is None:
-        noise = torch.randn(shape, dtype=flow._like.dtype, device=flow._like.device)
+        noise = torch.randn(shape, dtype=like.dtype, device=like.device)
     else:
-        check_noise(noise, shape, flow._like)
+        check_noise(noise, shape, like)
     z, log_det = apply(flow, noise, flow._check(noise, context))
     return Sample(z, _score(noise, log_det, -1), noise)
 
@@ -87,6 +87,14 @@ def path_log_density(flow: Bijector, sample: Sample, context: Tensor | None) -> 
             with torch.enable_grad():
                 (slope,) = torch.autograd.grad(total(leaf), leaf)
     return log_prob.detach() + ((z - z.detach()) * slope).sum(-1)
+
+
+def like_of(flow: Bijector, context: Tensor | None) -> Tensor:
+    """What a draw has the dtype and device of: the flow's parameters, where it has none the context, or its buffer."""
+    parameter = next(flow.parameters(), None)
+    if parameter is not None:
+        return parameter
+    return flow._like if context is None else context
 
 
 def batch_of(value: Tensor | None) -> tuple[int, ...]:

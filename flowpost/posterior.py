@@ -188,7 +188,9 @@ class FlowPosterior(nn.Module):
             raise ValueError(f"h: expected shape (*, {self.features}), got {tuple(h.shape)}")
         if active():
             check_finite("h", h, "; the encoder's output is not finite")
-        like = self.flow._like
+        like = next(self.parameters(), None)
+        if like is None:
+            return h
         if h.device != like.device:
             raise ValueError(f"h: expected device {like.device} like the parameters, got {h.device}")
         return h.to(like.dtype)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributions import (
@@ -418,6 +418,24 @@ def test_an_inverse_put_on_the_flow_is_called() -> None:
     assert torch.equal(posterior.log_prob(z, h), expected)
     posterior.path_log_prob(posterior(h), h)
     assert calls == [1, 1]
+
+
+@pytest.mark.parametrize("flow", [
+    lambda: Chain(flowpost.Learned(flowpost.Affine(3)).double(), flowpost.Reverse(3)),
+    lambda: flowpost.Inverse(flowpost.Learned(flowpost.Planar(3)).double()),
+])  # fmt: skip
+def test_parts_that_were_cast_before_they_were_put_together(flow: Callable[[], flowpost.Bijector]) -> None:
+    posterior, noise = FlowPosterior(0, flow()), torch.randn(4, 3, dtype=torch.float64)
+    assert posterior(sample_shape=(4,)).z.dtype == torch.float64
+    assert posterior(sample_shape=(4,), noise=noise).log_prob.dtype == torch.float64
+
+
+def test_a_posterior_without_parameters_is_of_the_features_dtype() -> None:
+    posterior = FlowPosterior(6, flowpost.Affine(3), nn.Identity())
+    for dtype in (torch.float32, torch.float64):
+        sample = posterior(torch.zeros(4, 6, dtype=dtype))
+        assert {value.dtype for value in sample} == {dtype}
+    assert posterior.at(torch.zeros(4, 6, device="meta")).draw().z.device.type == "meta"
 
 
 # ----------------------------------------------------------------------------------------------- traced, and sharded
