@@ -11,8 +11,8 @@ from torch import Tensor
 from flowpost.bijectors.base import Bijector, apply, apply_inverse
 from flowpost.checks import active, warn_moved
 from flowpost.numerics.arguments import check_noise, check_sample_shape
-from flowpost.numerics.precision import full_precision
 from flowpost.numerics.products import wide_dtype
+from flowpost.numerics.watchers import full_precision
 
 _LOG_2PI = math.log(2 * math.pi)
 
@@ -37,11 +37,11 @@ def draw(
     flow: Bijector, context: Tensor | None, batch: tuple[int, ...], sample_shape: tuple[int, ...], noise: Tensor | None
 ) -> Sample:
     """Map noise to z, with the log-density of z that the same pass gives."""
-    shape = (*check_sample_shape(sample_shape), *batch, flow.dim)
+    shape, like = (*check_sample_shape(sample_shape), *batch, flow.dim), like_of(flow, context)
     if noise is None:
-        noise = torch.randn(shape, dtype=flow._like.dtype, device=flow._like.device)
+        noise = torch.randn(shape, dtype=like.dtype, device=like.device)
     else:
-        check_noise(noise, shape, flow._like)
+        check_noise(noise, shape, like)
     z, log_det = apply(flow, noise, flow._check(noise, context))
     return Sample(z, _score(noise, log_det, -1), noise)
 
@@ -77,7 +77,7 @@ def path_log_density(flow: Bijector, sample: Sample, context: Tensor | None) -> 
     def total(z: Tensor) -> Tensor:
         return _score(*apply_inverse(flow, z, fixed, noise), 1).sum()
 
-    with torch.no_grad(), full_precision(z):
+    with torch.no_grad(), full_precision(z.device.type):
         fixed = flow._check(z, None if context is None else context.detach())
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             # It follows z and nothing else: no parameter has to be frozen, or un-frozen, for it.
@@ -87,6 +87,14 @@ def path_log_density(flow: Bijector, sample: Sample, context: Tensor | None) -> 
             with torch.enable_grad():
                 (slope,) = torch.autograd.grad(total(leaf), leaf)
     return log_prob.detach() + ((z - z.detach()) * slope).sum(-1)
+
+
+def like_of(flow: Bijector, context: Tensor | None) -> Tensor:
+    """What a draw has the dtype and device of: the flow's parameters, where it has none the context, or its buffer."""
+    parameter = next(flow.parameters(), None)
+    if parameter is not None:
+        return parameter
+    return flow._like if context is None else context
 
 
 def batch_of(value: Tensor | None) -> tuple[int, ...]:

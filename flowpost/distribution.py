@@ -19,7 +19,7 @@ from torch.distributions import (
 )
 
 from flowpost.bijectors.base import LINE, Bijector
-from flowpost.density import Sample, draw, log_density, path_log_density
+from flowpost.density import Sample, draw, like_of, log_density, path_log_density
 
 
 class FlowDistribution(Distribution):
@@ -129,7 +129,7 @@ class FlowDistribution(Distribution):
         """
         if not self.is_gaussian:
             raise TypeError(f"posterior: expected a Gaussian one, got a flow of {type(self.flow).__name__}")
-        zeros = self.flow._like.new_zeros(self.flow.dim)
+        zeros = like_of(self.flow, self.context).new_zeros(self.flow.dim)
         loc, tril = self.flow._push_gaussian(zeros, None, self.flow._check(zeros, self.context))
         return loc.expand(*self.batch_shape, -1), cast(Tensor, tril).expand(*self.batch_shape, -1, -1)
 
@@ -148,7 +148,7 @@ class FlowDistribution(Distribution):
     def entropy(self) -> Tensor:
         """The entropy of a Gaussian q in nats, ``(*batch_shape)``: ``dim / 2 - log q(mean)``."""
         self._require_gaussian("entropy")
-        zeros = self.flow._like.new_zeros((*self.batch_shape, self.flow.dim))
+        zeros = like_of(self.flow, self.context).new_zeros((*self.batch_shape, self.flow.dim))
         return 0.5 * self.flow.dim - self.draw(noise=zeros).log_prob
 
     def _require_gaussian(self, name: str) -> None:

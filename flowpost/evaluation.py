@@ -83,7 +83,7 @@ def importance_estimate(vae: VAE, x: Tensor, samples: int = 1000, *, pairs: int 
 def kl_per_latent(vae: VAE, x: Tensor) -> Tensor:
     """KL(q(z_i|x) || N(0, 1)) of each latent, from the closed-form marginals of a Gaussian posterior.
 
-    Adds up to the whole KL where the posterior is factorized; else to less, by the latents' total correlation.
+    For a factorized posterior they add up to the whole KL; for any other to less, by the latents' total correlation.
 
     Args:
         vae: the model, with a Gaussian posterior.
@@ -117,8 +117,8 @@ class ActiveUnits(NamedTuple):
 def active_units(vae: VAE, x: Tensor, samples: int = 64, *, threshold: float = 0.01, pairs: int = 1000) -> ActiveUnits:
     """Burda et al.'s rule: latent i is active where ``Var_x(E_q(z|x)[z_i]) > threshold``, 0.01 in the paper.
 
-    The posterior's mean is exact where it is Gaussian. Else it is the mean of `samples`, whose own variance is taken
-    off: 1/S of the posterior's would alone exceed the threshold. The difference is unbiased, and can be below 0.
+    The mean of a Gaussian posterior is exact. Any other is estimated from `samples`; the variance of that estimate,
+    which alone can exceed the threshold, is subtracted. The difference is unbiased, and can be below 0.
 
     Args:
         vae: the model.

@@ -79,11 +79,11 @@ def elbo(
 def iwae(log_likelihood: Tensor, log_prior: Tensor, log_q: Tensor, *, kl_weight: float | Tensor = 1.0) -> Tensor:
     """Importance-weighted bound per example, ``log 1/K sum_k w_k``, ``w = p(x|z) p(z) / q(z|x)``, over all samples.
 
-    The ELBO at K = 1, log p(x) as K grows, never falling between in expectation. A `kl_weight` other than 1 tempers the
-    weights, ``w = p(x|z) (p(z) / q(z|x))^weight``, for a warm-up: a bound only at 1.
+    With K = 1 it is the ELBO. Its expectation never falls as K grows, and tends to log p(x). A `kl_weight` other than 1
+    tempers the weights, ``w = p(x|z) (p(z) / q(z|x))^weight``, for a warm-up; the result is then no bound.
 
-    Its gradient is that of the log-densities given: `VAE` makes them for plain reparameterization, for
-    sticking-the-landing and for the doubly reparameterized estimator.
+    The log-densities decide the gradient: `VAE` makes them for plain reparameterization, for sticking the landing and
+    for double reparameterization.
 
     Args:
         log_likelihood: log p(x|z), ``(*samples, B)``; K is the product of the sample axes.
@@ -163,8 +163,8 @@ def gaussian_kl(loc: Tensor, scale_tril: Tensor) -> Tensor:
 def latent_kl(loc: Tensor, scale: Tensor) -> Tensor:
     """Closed-form ``KL(N(loc, scale^2) || N(0, 1)) = (scale^2 + loc^2 - 1) / 2 - log scale`` of each latent.
 
-    With the scales of a factorized Gaussian the latents' KL adds up to the whole. With the standard deviations of the
-    marginals of a correlated one it adds up to less, by the latents' total correlation.
+    For a factorized Gaussian they add up to the whole KL. For the marginals of a correlated one they add up to less:
+    what is missing is the latents' total correlation.
 
     Args:
         loc: any shape.
@@ -186,11 +186,12 @@ def latent_kl(loc: Tensor, scale: Tensor) -> Tensor:
 def reweigh(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Double reparameterization: z whose gradient from `iwae` is that of the squared normalized weights.
 
-    To be used as: z in the place of the sample everywhere; the first zeros added to log p(x|z); the second to log q(z),
-    which must depend on z alone (``posterior.path_log_prob``). The backward pass of `iwae` brings the normalized weight
-    v to the zeros, and the gradient through z, ``v dlog w/dz``, is multiplied there by ``1 - weight + weight v``: v at
-    a `kl_weight` of 1. So the posterior's side gets ``v^2 dlog w/dz``, the decoder's the plain v, in one backward pass.
-    It holds for `iwae` over all of z's sample axes, scaled at will; for `elbo` it is wrong.
+    Use the z that it returns in the place of the sample everywhere. Add the first zeros to log p(x|z) and the second to
+    log q(z), which must depend on z alone (``posterior.path_log_prob``). The backward pass of `iwae` brings the
+    normalized weight v to the zeros. There the gradient through z, ``v dlog w/dz``, is multiplied by
+    ``1 - weight + weight v``, which is v at a `kl_weight` of 1. So the posterior gets ``v^2 dlog w/dz`` and the decoder
+    the plain v, in one backward pass. This is right for `iwae` over all of z's sample axes, times any factor; it is
+    wrong for `elbo`.
 
     Args:
         z: ``(*samples, B, dim)``.

@@ -12,7 +12,7 @@ from flowpost.density import Sample, batch_of, draw, log_density, path_log_densi
 from flowpost.distribution import FlowDistribution
 from flowpost.numerics.arguments import check_int, check_untraced, refuse_shards
 from flowpost.numerics.constants import follow
-from flowpost.numerics.precision import full_precision
+from flowpost.numerics.watchers import full_precision
 
 
 class FlowPosterior(nn.Module):
@@ -121,7 +121,7 @@ class FlowPosterior(nn.Module):
         if h is None or self.head is None:
             return None
         # The head's outputs are the map's parameters: half a digit less there is a tenth of a nat in log q.
-        with full_precision(h):
+        with full_precision(h.device.type):
             return self.head(h)
 
     def log_prob(self, z: Tensor, h: Tensor | None = None) -> Tensor:
@@ -189,7 +189,9 @@ class FlowPosterior(nn.Module):
             raise ValueError(f"h: expected shape (*, {self.features}), got {tuple(h.shape)}")
         if active():
             check_finite("h", h, "; the encoder's output is not finite")
-        like = self.flow._like
+        like = next(self.parameters(), None)
+        if like is None:
+            return h
         if h.device != like.device:
             raise ValueError(f"h: expected device {like.device} like the parameters, got {h.device}")
         return h.to(like.dtype)

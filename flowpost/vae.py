@@ -1,4 +1,4 @@
-"""The reference VAE: the model in one class, and with it its likelihoods."""
+"""The reference VAE: a model to read in one sitting, and to train posteriors in; its likelihoods stand here too."""
 
 from __future__ import annotations
 

@@ -480,7 +480,9 @@ def test_too_few_examples_for_a_figure_of_all_of_them() -> None:
 
 
 def test_numpy_s_ints_are_ints() -> None:
-    vae, x, three, fifty = model(), torch.zeros(4, 5), np.int64(3), np.int32(50)
+    vae, x = model(), torch.zeros(4, 5)
+    three: Any = np.int64(3)
+    fifty: Any = np.int32(50)
     assert vae(x, (three,)).log_q.shape == (3, 4)
     assert vae.encode(x).rsample((three, three)).shape == (3, 3, 4, 2)
     assert vae.posterior(H, (three,), torch.zeros(3, 6, 2)).z.shape == (3, 6, 2)
