@@ -69,7 +69,8 @@ def affine_iaf(
 ) -> FlowPosterior:
     """Inverse autoregressive flow in its plain form ``z' = mu + sigma z`` (Kingma et al. 2016, eq. 9, 10).
 
-    As `iaf`, which has the gate that the paper trains with; sigma is `exp_scale`.
+    `iaf` has the gate that the paper trains with; here sigma is `exp_scale`. Use it where the gates, which widen z by
+    at most 14 % each, are too narrow.
 
     Args:
         features: size of the encoder's features; 0 for a posterior without an encoder.
@@ -94,8 +95,8 @@ def maf(
 ) -> FlowPosterior:
     """Masked autoregressive flow (Papamakarios et al. 2017): each variable is ``mu + sigma noise``, of the z before it.
 
-    The density of any z is fast, a sample takes dim steps one after another: the flow for a z that something else
-    draws. Otherwise as `affine_iaf`, whose steps run the other way.
+    Use it to score z that something else draws: log q of any z takes one pass. A sample takes dim steps, one after
+    another. Otherwise as `affine_iaf`, whose steps run the other way.
 
     Args:
         features: size of the encoder's features; 0 for a posterior without an encoder.
@@ -120,8 +121,9 @@ def nice(
 ) -> FlowPosterior:
     """NICE (Dinh et al. 2015): a diagonal Gaussian, then additive couplings, which keep volume, sharing c.
 
-    The Gaussian's scale is the paper's. One half of the variables and the other pass in turn. At dim 1 each step is a
-    shift by a function of c.
+    The Gaussian's scale stands for the paper's. One half of the variables and the other pass unchanged, in turn. At dim
+    1 each step is a shift by a function of c. Use it where volume must be kept; `realnvp` costs the same and can do
+    more.
 
     Args:
         features: size of the encoder's features; 0 for a posterior without an encoder.
@@ -146,8 +148,8 @@ def realnvp(
 ) -> FlowPosterior:
     """RealNVP (Dinh et al. 2017): a diagonal Gaussian, then affine couplings ``z' = t + exp(s) z`` sharing c.
 
-    s is softly bounded, by `exp_scale`. One half of the variables and the other pass in turn. At dim 1 each step is an
-    affine map by functions of c.
+    Use it where both directions must be fast: samples, and log q of any z. s is softly bounded, by `exp_scale`. One
+    half of the variables and the other pass unchanged, in turn. At dim 1 each step is an affine map by functions of c.
 
     Args:
         features: size of the encoder's features; 0 for a posterior without an encoder.
@@ -176,10 +178,11 @@ def spline_autoregressive(
     bins: int = 8,
     bound: float = 3.0,
 ) -> FlowPosterior:
-    """Autoregressive neural spline flow, RQ-NSF (AR) (Durkan et al. 2019), fast to sample: `Spline` for the affine map.
+    """Autoregressive neural spline flow, RQ-NSF (AR) (Durkan et al. 2019): `affine_iaf` with a `Spline` in each step.
 
-    The splines act on the noise, which lies where their bins are; a diagonal Gaussian's loc and scale come last.
-    Otherwise as `affine_iaf`. The paper's linear layers between the steps are orders reversed in turn.
+    Use it where q is far from Gaussian in single variables, and samples must be fast. The splines act on the noise,
+    which lies where their bins are; a diagonal Gaussian's loc and scale come last. Where the paper has linear layers
+    between the steps, the order of the variables is reversed.
 
     Args:
         features: size of the encoder's features; 0 for a posterior without an encoder.
@@ -212,10 +215,11 @@ def spline_coupling(
     bins: int = 8,
     bound: float = 3.0,
 ) -> FlowPosterior:
-    """Coupling neural spline flow, RQ-NSF (C) (Durkan et al. 2019): `realnvp` with splines, fast both ways.
+    """Coupling neural spline flow, RQ-NSF (C) (Durkan et al. 2019): `realnvp` with a `Spline` in each step.
 
-    The splines act on the noise, which lies where their bins are; a diagonal Gaussian's loc and scale come last. One
-    half of the variables and the other pass in turn. At dim 1 each step is a spline by functions of c.
+    Use it as `spline_autoregressive`, where log q of any z must be fast too. The splines act on the noise, which lies
+    where their bins are; a diagonal Gaussian's loc and scale come last. One half of the variables and the other pass
+    unchanged, in turn. At dim 1 each step is a spline by functions of c.
 
     Args:
         features: size of the encoder's features; 0 for a posterior without an encoder.
@@ -248,9 +252,11 @@ def naf(
     units: int = 8,
     layers: int = 1,
 ) -> FlowPosterior:
-    """Neural autoregressive flow in its inverse form (Huang et al. 2018): `DeepSigmoid` for the affine map of IAF.
+    """Neural autoregressive flow in its inverse form (Huang et al. 2018): `affine_iaf` with a `DeepSigmoid` a step.
 
-    Otherwise as `affine_iaf`. With `layers` it is deep sigmoids of one number between them, not the paper's dense ones.
+    Use it where affine maps of single variables are too simple. Samples take one pass; log q of a z that it never drew
+    takes a root search for each variable. Between two of the `layers` one number passes; in the paper's dense ones,
+    many.
 
     Args:
         features: size of the encoder's features; 0 for a posterior without an encoder.
