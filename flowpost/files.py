@@ -67,7 +67,7 @@ def load(
     Args:
         path: the file.
         into: a module of the saved one's architecture. All its parameters and buffers are set, or, if anything is
-            wrong, none. Without it, a posterior that a recipe built is built again, an `iaf` without a gain as of gain 1.
+            wrong, none. Without it, a posterior that a recipe built is built again; an old `iaf` with ``gain=1``.
         device: where the module is put; by default `into` stays where it is, and a posterior is built on the CPU.
         allow_nonfinite: whether nan and inf may be loaded.
 
