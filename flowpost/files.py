@@ -67,7 +67,7 @@ def load(
     Args:
         path: the file.
         into: a module of the saved one's architecture. All its parameters and buffers are set, or, if anything is
-            wrong, none. Without it, a posterior that a recipe built is built again.
+            wrong, none. Without it, a posterior that a recipe built is built again; an old `iaf` with ``gain=1``.
         device: where the module is put; by default `into` stays where it is, and a posterior is built on the CPU.
         allow_nonfinite: whether nan and inf may be loaded.
 
@@ -133,13 +133,13 @@ def _unfit(value: object) -> str:
 
 
 def _recipes(module: nn.Module) -> dict[str, dict]:
-    """What built each posterior in a module, by its path."""
+    """The record of every posterior in a module that a recipe built, by the posterior's path."""
     built = {path: part for path, part in module.named_modules() if isinstance(part, FlowPosterior)}
     return {path: vars(part)["recipe"] for path, part in built.items() if "recipe" in vars(part)}
 
 
 def _rebuild(header: Header) -> FlowPosterior:
-    """The posterior of a file's recipe, built only once the tensors it would have are known to be the file's."""
+    """The posterior of a file's recipe. It is built without memory first, to see whether its tensors are the file's."""
     if "" not in header.recipes:
         raise ValueError(f"into: expected a module, since {header.path!r} is not of a recipe's posterior, got None")
     try:
@@ -147,8 +147,8 @@ def _rebuild(header: Header) -> FlowPosterior:
             blank = _build(header)
         _check_same(header, blank, "its recipe")
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        said = reprlib.repr(header.recipes[""])
-        what = f"{header.path!r} is not of its recipe {said}, or was altered since (then pass into=)"
+        recipe = reprlib.repr(header.recipes[""])
+        what = f"{header.path!r} is not of its recipe {recipe}, or was altered since (then pass into=)"
         raise CorruptFileError(f"path: {what}: {error}") from error
     with torch.device("cpu"):
         return _build(header)
@@ -230,16 +230,14 @@ def _check_finite(tensors: Mapping[str, Tensor], module: nn.Module) -> None:
     for name, tensor in tensors.items():
         count = int((~tensor.isfinite()).sum())
         if count:
-            kind = "parameter" if name in parameters else "buffer"
-            what = f"{kind} {name!r} has {count} non-finite values"
+            what = f"{'parameter' if name in parameters else 'buffer'} {name!r} has {count} non-finite values"
             raise ValueError(f"checkpoint: {what}; pass allow_nonfinite=True to inspect it")
 
 
 def _fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Set a module's state to tensors of the same names, shapes and dtypes; leave it as it was if torch will not."""
+    """Set a module's state to tensors of the same names, shapes and dtypes; if that fails, leave it as it was."""
     state = module.state_dict()
-    own = dict(state)
-    before = {name: tensor.clone() for name, tensor in own.items()}
+    own, before = dict(state), {name: tensor.clone() for name, tensor in state.items()}
     state.update(tensors)  # into torch's own dictionary, which carries the version marks of its modules
     try:
         module.load_state_dict(state)

@@ -32,9 +32,12 @@ def wrap(
 ) -> WrappedPosterior:
     """Make ``q(z|x)`` of an encoder: its output, on the last axis, becomes the features of a flow posterior.
 
-    An encoder that returns the VAE's pair ``(loc, log_var)`` keeps it: the flow's steps act on the noise, with a
-    context from a linear head on the pair, and an affine map then gives ``loc + exp(log_var / 2) * z``, log_var softly
-    bounded at +-20. With a named flow the posterior starts at the encoder's own Gaussian: a trained VAE loses nothing.
+    An encoder that returns the VAE's pair ``(loc, log_var)`` keeps it. The flow's steps act on the noise; a linear head
+    on the pair gives their context. An affine map then gives ``loc + exp(log_var / 2) * z``, log_var softly bounded
+    at +-20. It takes the place of the diagonal Gaussian of the recipe. With a named flow the posterior starts at the
+    encoder's own Gaussian, so a trained VAE loses nothing.
+
+    A pair's ``flow="iaf"`` that was saved before the gates had a gain loads into ``wrap(..., gain=1.0)``.
 
     Args:
         encoder: any module.
@@ -43,14 +46,14 @@ def wrap(
         example: an input to learn the width from (a tuple for several inputs, a dict for keywords). The encoder runs
             once on it, in eval mode and without gradient, and is left as it was.
         flow: a recipe's name (``"diagonal"``, ``"iaf"``, or another key of ``flowpost.recipes.RECIPES``) or a bijector.
-        **flow_options: the recipe's options, such as ``steps=2``.
+        **flow_options: the recipe's options, such as ``steps=2``; none with a bijector.
 
     Returns:
         A module with ``forward(*inputs, sample_shape=(), noise=None, **kwargs) -> Sample`` and
         ``log_prob(z, *inputs, **kwargs)``, on the encoder's device and of its dtype (float32 for half precision).
 
     Raises:
-        TypeError: if the encoder is no module, or returns neither a tensor nor a pair.
+        TypeError: if the encoder is no module, or returns neither a tensor nor a pair; for options of a bijector.
         ValueError: if neither `features` nor `example` is given, they disagree, or the flow's name is unknown.
 
     Example:
@@ -64,6 +67,8 @@ def wrap(
     check_int("dim", dim, minimum=1)
     if isinstance(flow, str) and flow not in RECIPES:
         raise ValueError(f"flow: expected one of {', '.join(RECIPES)}, got {flow!r}")
+    if flow_options and not isinstance(flow, str):
+        raise TypeError(f"flow_options: expected none with a bijector, got {', '.join(flow_options)}")
     width = _width(encoder, features, example)
     if width is None:
         posterior = _around_pair(dim, flow, flow_options)
@@ -132,9 +137,8 @@ class _PairHead(nn.Module):
         super().__init__()
         self.linear = linear_head(2 * dim, steps) if steps is not None and steps.context_size else None
         if self.linear is not None and steps is not None:
-            with (
-                torch.no_grad()
-            ):  # rows that set a map's parameters start at 0, so that it starts exactly at its identity
+            # Rows that set a map's parameters start at 0, so that the map starts exactly at its identity.
+            with torch.no_grad():
                 self.linear.weight[steps.head_scale() < 1] = 0
 
     def forward(self, pair: Tensor) -> Tensor:

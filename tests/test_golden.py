@@ -31,13 +31,15 @@ def test_a_file_of_then_gives_the_numbers_of_then(name: str) -> None:
 
 
 def test_a_file_or_state_of_then_is_for_gates_without_a_gain() -> None:
-    """A file knows by its record that it is older than the gain; of a state dict the caller has to know."""
+    """A file's record and a state tell that they are older than the gain."""
     path = GOLDEN / "iaf.posterior.safetensors"
     old = flowpost.load(path)
     assert vars(old)["recipe"]["arguments"]["gain"] == 1
     options = {key: value for key, value in vars(old)["recipe"]["arguments"].items() if key != "gain"}
     with pytest.raises(ValueError, match=r"\(file != into\): gain 1.0 != 1.1353352832366128"):
         flowpost.load(path, into=flowpost.iaf(**options).double())
+    with pytest.raises(RuntimeError, match="Missing key.*constant_gain"):
+        flowpost.iaf(**options).double().load_state_dict(load_file(path))
     into = flowpost.iaf(**options, gain=1.0).double()
     into.load_state_dict(load_file(path))
     for key, value in numbers(into).items():
@@ -46,6 +48,9 @@ def test_a_file_or_state_of_then_is_for_gates_without_a_gain() -> None:
 
 
 def test_a_wrapped_iaf_of_then_gives_the_numbers_of_then() -> None:
+    """Its file has no record, and is not taken for one of the gates of now."""
+    with pytest.raises(ValueError, match=r"step.constant_gain': nothing != \(\) torch.float64"):
+        flowpost.load(GOLDEN / "wrapped.safetensors", into=wrapped())
     wanted = load_file(GOLDEN / "wrapped_numbers.safetensors")
     into = wrapped(gain=1.0)
     for load in (lambda path: flowpost.load(path, into=into), lambda path: into.load_state_dict(load_file(path))):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from registry import ENTRIES
 from torch import nn
 
 import flowpost
@@ -110,10 +111,16 @@ def test_every_step_is_exported(path: Path) -> None:
             assert getattr(flowpost, name) is value
 
 
+def test_every_step_is_in_the_registry() -> None:
+    tried = {type(part) for entry in ENTRIES for part in entry.make(3, 0).modules()}
+    steps = {getattr(flowpost, name) for name in flowpost.bijectors.__all__} - {Bijector}
+    assert steps <= tried
+
+
 def test_the_recipes_are_the_public_functions_of_their_room() -> None:
     """A type checker sees those where Python sees `RECIPES`."""
     seen = []
-    for name in ("amortized", "networks"):
+    for name in ("amortized", "autoregressive", "coupling"):
         tree = ast.parse((ROOT / "flowpost" / "recipes" / f"{name}.py").read_text())
         seen += [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
     assert seen == [*flowpost.recipes.RECIPES] == vars(flowpost.recipes)["__all__"]
@@ -185,6 +192,23 @@ def test_docs_run_as_pasted(page: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, module.__name__, module)
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
         exec(compile(block, page.name, "exec"), vars(module))
+
+
+def test_contributing_shows_what_is_there() -> None:
+    """Each of its blocks names a file in its first line and stands in that file, letter by letter."""
+    blocks = re.findall(
+        r"^```python\n# (\S+)\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert len(blocks) == 6
+    for name, block in blocks:
+        assert block in (ROOT / name).read_text(), name
+
+
+def test_contributing_names_the_commands_that_there_are() -> None:
+    named = set(re.findall(r"^\| `make ([a-z-]+)`", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert named <= targets
+    assert {target for target in targets if target.startswith("test")} <= named
 
 
 def test_readme_s_shapes_are_true() -> None:

@@ -234,6 +234,8 @@ def test_what_is_refused() -> None:
     raises(ValueError, unknown, lambda: wrap(nn.Linear(6, 7), 3, features=7, flow="glow"))
     raises(ValueError, "dim: expected an int >= 1, got 0", lambda: wrap(nn.Linear(6, 7), 0, features=7))
     raises(ValueError, "features: expected an int >= 1, got 0", lambda: wrap(nn.Linear(6, 7), 3, features=0))
+    options = "flow_options: expected none with a bijector, got steps"
+    raises(TypeError, options, lambda: wrap(nn.Linear(6, 7), 3, features=7, flow=Planar(3), steps=2))
     no_module = "encoder: expected a torch.nn.Module, got function"
     raises(TypeError, no_module, lambda: wrap(raises, 3, features=7))  # pyright: ignore[reportArgumentType]
 

@@ -174,7 +174,7 @@ class Chain(_Steps):
 
 
 class Shared(_Steps):
-    """Steps in sequence that read one and the same context h: ``z' = f_K(... f_1(z, h) ..., h)`` (Kingma et al. 2016).
+    """Steps in sequence that read one and the same context c: ``z' = f_K(... f_1(z, c) ..., c)`` (Kingma et al. 2016).
 
     Steps that read no context (permutations) may stand among them. Otherwise as `Chain`.
 

@@ -130,6 +130,9 @@ class Gate(Bijector):
             [[1 / SPREAD, 1 / REACH], [SPREAD, REACH], [self.forget_bias, 0.0]], dtype=torch.float64, device="cpu"
         )
         self._bounds = Constant(rows.unsqueeze(-1))
+        if self.gain != 1:
+            # Read by nobody: it keeps a state that was saved when gates had no gain, so of gain 1, out of this one.
+            self.register_buffer("constant_gain", torch.tensor(self.gain))
 
     def columns(self) -> tuple[Column | None, Column | None]:
         """The inverse's, unless a subclass may have a map of its own."""

@@ -6,7 +6,8 @@ Each is one function under the decorator `recipe`; its name here, in `RECIPES` a
 from typing import TYPE_CHECKING
 
 from flowpost.recipes.amortized import *
-from flowpost.recipes.networks import *
+from flowpost.recipes.autoregressive import *
+from flowpost.recipes.coupling import *
 from flowpost.recipes.record import RECIPES as RECIPES
 
 if not TYPE_CHECKING:

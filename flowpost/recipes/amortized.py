@@ -26,6 +26,8 @@ from flowpost.recipes.record import names, recipe
 def diagonal(features: int, dim: int) -> FlowPosterior:
     """Factorized Gaussian posterior, ``z = loc + scale * noise`` (Kingma & Welling 2014, eq. 9).
 
+    The usual posterior of a VAE. Use it as the baseline, and where nothing may cost more.
+
     Args:
         features: size of the encoder's features; 0 for a posterior without an encoder.
         dim: size of z.
@@ -43,7 +45,8 @@ def diagonal(features: int, dim: int) -> FlowPosterior:
 def full_covariance(features: int, dim: int) -> FlowPosterior:
     """Full-covariance Gaussian posterior, ``z = loc + diag(scale) L noise``, ``diag(scale) L`` its Cholesky factor.
 
-    The one-step linear case of inverse autoregressive flow (Kingma & Welling 2019, sections 2.5.1 and 3.4).
+    Use it first where the diagonal is too poor, up to about a hundred variables. Its KL to a Gaussian is closed. It is
+    the one-step linear case of inverse autoregressive flow (Kingma & Welling 2019, sections 2.5.1 and 3.4).
 
     Args:
         features: size of the encoder's features; 0 for a posterior without an encoder.
@@ -61,6 +64,8 @@ def full_covariance(features: int, dim: int) -> FlowPosterior:
 @recipe
 def planar(features: int, dim: int, steps: int = 8) -> FlowPosterior:
     """Diagonal Gaussian followed by planar steps, all amortized (Rezende & Mohamed 2015, eq. 10).
+
+    A step bends z along one direction. Use it for few variables, or with many steps: the head stays small.
 
     Args:
         features: size of the encoder's features; 0 for a posterior without an encoder.
@@ -80,6 +85,8 @@ def planar(features: int, dim: int, steps: int = 8) -> FlowPosterior:
 def radial(features: int, dim: int, steps: int = 8) -> FlowPosterior:
     """Diagonal Gaussian followed by radial steps, all amortized (Rezende & Mohamed 2015, eq. 14).
 
+    A step stretches or squeezes z around one point. Use it for few variables, where q is too peaked or too flat.
+
     Args:
         features: size of the encoder's features; 0 for a posterior without an encoder.
         dim: size of z.
@@ -98,8 +105,9 @@ def radial(features: int, dim: int, steps: int = 8) -> FlowPosterior:
 def householder(features: int, dim: int, steps: int = 8) -> FlowPosterior:
     """Householder flow (Tomczak & Welling 2016): a diagonal Gaussian, then reflections, all amortized.
 
-    It is a Gaussian of covariance ``Q diag(scale^2) Q^T``; dim - 1 reflections make any orthogonal Q up to a sign.
-    Every direction comes from the features by a linear layer, where the paper has one from the other.
+    It is a Gaussian of covariance ``Q diag(scale^2) Q^T``; dim - 1 reflections make any orthogonal Q up to a sign. Use
+    it where the head of `full_covariance` is too large: this one grows with ``steps * dim``. Every direction comes from
+    the features by a linear layer; in the paper each comes from the one before.
 
     Args:
         features: size of the encoder's features; 0 for a posterior without an encoder.
@@ -122,7 +130,8 @@ def householder(features: int, dim: int, steps: int = 8) -> FlowPosterior:
 def cc_lin_iaf(features: int, dim: int, combinations: int = 5) -> FlowPosterior:
     """Convex combination linear IAF (Tomczak & Welling 2017): a diagonal Gaussian, then ``sum_k y_k L_k``, amortized.
 
-    The posterior is Gaussian, with a full covariance.
+    The posterior is Gaussian, with a full covariance. `full_covariance` can be every such Gaussian with fewer numbers:
+    use this one to compare with the paper.
 
     Args:
         features: size of the encoder's features; 0 for a posterior without an encoder.
@@ -141,6 +150,8 @@ def cc_lin_iaf(features: int, dim: int, combinations: int = 5) -> FlowPosterior:
 @recipe
 def orthogonal_sylvester(features: int, dim: int, steps: int = 4, rank: int | None = None) -> FlowPosterior:
     """Diagonal Gaussian followed by orthogonal Sylvester steps, all amortized (van den Berg et al. 2018, section 3).
+
+    A step bends z along `rank` directions at once. Use it where planar steps are too weak.
 
     Args:
         features: size of the encoder's features; 0 for a posterior without an encoder.
@@ -163,6 +174,8 @@ def orthogonal_sylvester(features: int, dim: int, steps: int = 4, rank: int | No
 def householder_sylvester(features: int, dim: int, steps: int = 4, reflections: int = 8) -> FlowPosterior:
     """Diagonal Gaussian followed by Sylvester steps of full rank, Q a few reflections (van den Berg et al. 2018).
 
+    Use it as `orthogonal_sylvester`, where a step should bend z along every direction.
+
     Args:
         features: size of the encoder's features; 0 for a posterior without an encoder.
         dim: size of z; the head grows with ``steps dim^2``.
@@ -183,7 +196,8 @@ def householder_sylvester(features: int, dim: int, steps: int = 4, reflections: 
 def triangular_sylvester(features: int, dim: int, steps: int = 4) -> FlowPosterior:
     """Diagonal Gaussian followed by triangular Sylvester steps, of which every other one sees the variables reversed.
 
-    They are of full rank, and Q is the identity and the reversal in turn (van den Berg et al. 2018, section 3).
+    They are of full rank, and Q is the identity and the reversal in turn (van den Berg et al. 2018, section 3). Use it
+    as `householder_sylvester`; it is cheaper, since there is no Q to work out.
 
     Args:
         features: size of the encoder's features; 0 for a posterior without an encoder.
