@@ -204,7 +204,8 @@ def _search(link: Link, group: Parameters, z: Tensor, context: Tensor | None) ->
         evaluated = _evaluate(net, x, context, group)
         pairs = zip((each.reshape(len(large), -1) for each in evaluated), swept, strict=True)
         swept = [torch.where(large.unsqueeze(-1), *pair) for pair in pairs]
-    return x, swept[0].reshape(*z.shape[:-1], swept[0].shape[-1]), *swept[1:]
+    # In one layout whoever was evaluated: else a row that is large would change the others' last bits.
+    return x, swept[0].reshape(*z.shape[:-1], swept[0].shape[-1]).contiguous(), *swept[1:]
 
 
 def _by_step(step: ElementWise) -> Callable[[Tensor, Tensor], Tensor]:
