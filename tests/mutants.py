@@ -11,7 +11,7 @@ import copy
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -63,7 +63,7 @@ from flowpost.masked import network as made
 from flowpost.numerics import products, ridge, roots
 from flowpost.numerics import triangles as lower
 from flowpost.numerics.constants import Constant
-from flowpost.testing import PROPERTIES, ContractError, check_bijector, push
+from flowpost.testing import COMPILED, PROPERTIES, ContractError, check_bijector, push
 
 Build = Callable[[int], Bijector]
 
@@ -76,6 +76,8 @@ class Mutant:
     seen_in: str
     build: Build
     patches: tuple[tuple[object, str, object], ...] = ()
+    killer: str = "log_det"
+    """The property that must find it."""
     equivalent: str = ""
     dims: tuple[int, ...] = field(default=(1, 2, 5))
 
@@ -94,19 +96,19 @@ class Mutant:
 _push = push
 
 
-def killers(mutant: Mutant, *, first: bool = False) -> list[str]:
-    """Names of the properties, or of the first, that fail on the mutant and not on the step it is planted in."""
-    tried = [name for name in PROPERTIES if name != "compiles"]  # as slow as all others together
-    if mutant.build in (_step, HiddenOrder, Tanh, Softplus):
+def killers(mutant: Mutant, names: Sequence[str] = ()) -> list[str]:
+    """Which properties, of those named or of all that need no compiler, fail on the mutant."""
+    tried = list(names or (name for name in PROPERTIES if name not in COMPILED))
+    if "identity" in tried and mutant.build in (_step, _gained, HiddenOrder, BufferedOrder, Tanh, Softplus):
         tried.remove("identity")  # a gate, a permutation and a map onto an interval have none
     found = []
     with mutant.planted():
         for name in tried:
-            if first and found:
-                break
             try:
                 check_bijector(mutant.make, dims=mutant.dims, skip=[other for other in PROPERTIES if other != name])
-            except ContractError:
+            except ContractError as error:
+                if isinstance(error.__cause__, TypeError):
+                    raise  # the mutant's arguments are not those of what it replaces
                 found.append(name)
     return found
 
@@ -152,7 +154,7 @@ def _radial_unconstrained(raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.zeros_like(raw), raw, 1 + raw
 
 
-def _combination_not_convex(z: Tensor, entries: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+def _combination_not_convex(z: Tensor, entries: Tensor, logits: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     weights = logits.sigmoid()
     image = lower.multiply(z, (weights.unsqueeze(-1) * entries).sum(-2))
     return image + (weights.sum(-1, keepdim=True) - 1) * z, z.new_zeros(())
@@ -205,6 +207,11 @@ def _gate_log_of_sigmoid(z: Tensor, logit: Tensor, mean: Tensor, gain: float = 1
 
 def _gate_disagrees(z: Tensor, logit: Tensor, mean: Tensor, gain: float = 1.0) -> tuple[Tensor, Tensor]:
     return _GATE(z, logit, mean, gain)[0], F.logsigmoid(logit + 1e-3).sum(-1)
+
+
+def _gate_unbounded(self: gate.Gate, context: Tensor) -> tuple[Tensor, Tensor]:
+    raw, mean = context.chunk(2, dim=-1)
+    return raw + self.forget_bias, mean
 
 
 def _gate_gain_once(z: Tensor, logit: Tensor, mean: Tensor, gain: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -497,13 +504,25 @@ MUTANTS = (
     Mutant("planar without u-hat", "pythae, torchflows", Planar, ((planar, "_invertible", _planar_unconstrained),)),
     Mutant("planar |w| for |w|^2", "pyro before 2019", Planar, ((planar, "_invertible", _planar_norm),)),
     Mutant("planar log(|.| + 1e-4)", "pythae", Planar, ((planar, "planar", _planar_plus_constant),)),
-    Mutant("planar u-hat not the identity, no guard", "pyro", Planar, ((planar, "_invertible", _planar_no_guard),)),
-    Mutant("planar single where", "flowjax kind", Planar, ((planar, "_invertible", _planar_single_where),)),
+    Mutant(
+        "planar u-hat not the identity, no guard",
+        "pyro",
+        Planar,
+        ((planar, "_invertible", _planar_no_guard),),
+        killer="identity",
+    ),
+    Mutant(
+        "planar single where",
+        "flowjax kind",
+        Planar,
+        ((planar, "_invertible", _planar_single_where),),
+        killer="extremes",
+    ),
     Mutant("slope wrong in one regime", "flowjax kind", Planar, ((planar, "ridge", _ridge_one_regime),)),
     Mutant("root without corrections", "-", Planar, ((planar, "correct", _one_newton),)),
     Mutant("radial with dim tangents", "-", Radial, ((radial, "_gain", _radial_all_tangents),)),
     Mutant("radial without its constraint", "-", Radial, ((radial, "bounded_gain", _radial_unconstrained),)),
-    Mutant("norm without a gradient at 0", "-", Radial, ((radial, "_length", _length_no_guard),)),
+    Mutant("norm without a gradient at 0", "-", Radial, ((radial, "_length", _length_no_guard),), killer="extremes"),
     Mutant(
         "weights that do not add up to 1",
         "-",
@@ -513,12 +532,17 @@ MUTANTS = (
     ),
     Mutant("reflection |v| for |v|^2", "-", _reflections, ((householder, "reflect", _reflect_by_length),), dims=(2, 5)),
     Mutant(
-        "reflection in no direction", "-", _reflections, ((householder, "reflect", _reflect_no_guard),), dims=(2, 5)
+        "reflection in no direction",
+        "-",
+        _reflections,
+        ((householder, "reflect", _reflect_no_guard),),
+        dims=(2, 5),
+        killer="extremes",
     ),
-    Mutant("U solved as L", "-", LULinear, ((lu, "_solve_upper", _solve_transposed),)),
+    Mutant("U solved as L", "-", LULinear, ((lu, "_solve_upper", _solve_transposed),), killer="round_trip"),
     Mutant("mean for sum in a log-det", "-", ActNorm, ((actnorm, "act_norm", _act_norm_mean),), dims=(2, 5)),
     Mutant("tanh log(1 - t^2 + 1e-6)", "many", Tanh, ((squash, "tanh", _tanh_plus_constant),)),
-    Mutant("softplus linear from 20 on", "torch", Softplus, ((squash, "_softplus", F.softplus),)),
+    Mutant("softplus linear from 20 on", "torch", Softplus, ((squash, "_softplus", F.softplus),), killer="round_trip"),
     Mutant(
         "Sylvester's factors transposed, its log-det not",
         "pyro",
@@ -532,19 +556,26 @@ MUTANTS = (
         Sylvester,
         ((sylvester, "orthonormal", _columns_not_orthogonal),),
     ),
-    Mutant("squeeze at batch 1", "pythae", _step, ((gate, "gate", _gate_squeezed),)),
+    Mutant("squeeze at batch 1", "pythae", _step, ((gate, "gate", _gate_squeezed),), killer="shapes"),
     Mutant("element-wise radius", "torchflows", ElementwiseRadial),
     Mutant("float32 log-det in float64", "pythae", _step, ((gate, "gate", _gate_float32_log_det),)),
     Mutant("gate and log-det disagree", "flow-VAEs", _step, ((gate, "gate", _gate_disagrees),)),
-    Mutant("default dtype in the inverse", "pyro", _step, ((Autoregressive, "_inverse", _default_dtype_inverse),)),
-    Mutant("mask not strict", "-", _step, ((staircase.Staircase, "_mask", _mask_not_strict),)),
-    Mutant("no mask", "-", _step, (PLAIN, (made.MaskedLinear, "forward", _unmasked))),
+    Mutant(
+        "default dtype in the inverse",
+        "pyro",
+        _step,
+        ((Autoregressive, "_inverse", _default_dtype_inverse),),
+        killer="dtypes",
+    ),
+    Mutant("mask not strict", "-", _step, ((staircase.Staircase, "_mask", _mask_not_strict),), killer="structure"),
+    Mutant("no mask", "-", _step, (PLAIN, (made.MaskedLinear, "forward", _unmasked)), killer="structure"),
     Mutant(
         "numbers of one variable go to another",
         "-",
         _masked,
         (PLAIN, (made.MADE, "forward", _numbers_the_other_way)),
         dims=(2, 5),
+        killer="structure",
     ),
     Mutant(
         "inverse in another order",
@@ -552,6 +583,7 @@ MUTANTS = (
         _masked,
         ((host, "to_rows", _rows_in_the_order_they_come),),
         dims=(2, 5),
+        killer="round_trip",
     ),
     Mutant("coupling reads what moves", "-", _coupling, ((Coupling, "_forward", _all_of_z),)),
     Mutant(
@@ -560,63 +592,111 @@ MUTANTS = (
         _coupling,
         ((Coupling, "_join", _joined_in_the_order_they_come),),
         dims=(2, 5),
+        killer="structure",
     ),
-    Mutant("no bound on the exponential scale", "-", lambda dim: Masked(Affine(dim, torch.exp), 3, (8,))),
+    Mutant(
+        "no bound on the exponential scale", "-", lambda dim: Masked(Affine(dim, torch.exp), 3, (8,)), killer="extremes"
+    ),
     Mutant("spline with the slope of its bin once", "-", Spline, ((spline, "_log_det", _spline_log_det),)),
     Mutant("spline's bins in the inverse by their widths", "-", Spline, ((spline, "_bin", _bin_by_widths),)),
-    Mutant("spline knots in float32", "all", Spline, ((spline, "wide_dtype", lambda z: z.dtype),)),
+    Mutant(
+        "spline knots in float32",
+        "all",
+        Spline,
+        ((spline, "wide_dtype", lambda z: z.dtype),),
+        equivalent="two digits lost, within B1's bound; tests/test_spline.py holds them",
+    ),
     Mutant("spline goes on outside", "-", Spline, ((spline, "_enter", _enter_as_it_is),)),
     Mutant(
         "deep sigmoid by log(p / (1 - p))",
         "pyro, and the paper's code but for an epsilon",
         lambda dim: DeepSigmoid(dim, units=3),
         ((deep_sigmoid, "_map", _deep_sigmoid_naive),),
+        killer="extremes",
     ),
     Mutant(
         "deep sigmoid's search without corrections",
         "-",
         lambda dim: DeepSigmoid(dim, units=3),
         ((deep_sigmoid, "correct", _one_newton),),
+        killer="preimage",
     ),
-    Mutant("state outside state_dict", "torchflows", HiddenOrder),
-    Mutant("context ignored", "nflows, normflows", _step, (PLAIN, (made.MADE, "forward", _context_ignored))),
-    Mutant("the way back skips an activation", "-", _step, ((host, "pull", _pull_without_activation),)),
-    Mutant("the way back drops the context", "-", _step, ((host, "weight_gradients", _context_gradient_dropped),)),
+    Mutant("state outside state_dict", "torchflows", HiddenOrder, killer="state"),
+    Mutant(
+        "context ignored",
+        "nflows, normflows",
+        _step,
+        (PLAIN, (made.MADE, "forward", _context_ignored)),
+        killer="context_matters",
+    ),
+    Mutant(
+        "the way back skips an activation", "-", _step, ((host, "pull", _pull_without_activation),), killer="gradients"
+    ),
+    Mutant(
+        "the way back drops the context",
+        "-",
+        _step,
+        ((host, "weight_gradients", _context_gradient_dropped),),
+        killer="gradients",
+    ),
     Mutant(
         "implicit gradient drops the network",
         "-",
         _step,
         ((host, "transposed_solve", _transposed_solve_without_network),),
+        killer="gradients",
     ),
-    Mutant("create_graph counts twice", "flowpost 8666d94", _step, ((nodes, "_replay", _replay_of_what_came),)),
+    Mutant(
+        "create_graph counts twice",
+        "flowpost 8666d94",
+        _step,
+        ((nodes, "_replay", _replay_of_what_came),),
+        killer="dependent",
+    ),
     Mutant(
         "a mask that a load does not rebuild",
         "flowpost 8666d94",
         _step,
         (PLAIN, (made.MaskedLinear, "lay_out", _mask_in_a_buffer), (made.MaskedLinear, "forward", _by_the_buffer)),
+        killer="rebuilt",
     ),
     Mutant(
         "a changed layer is passed by",
         "flowpost 8666d94",
         _step,
         tuple((room, "untouched", _yes) for room in (engine, plain)),
+        killer="layers",
     ),
-    Mutant("a hooked layer is passed by", "flowpost 8666d94", _step, ((engine, "hooked", _no),)),
-    Mutant("an order that is averaged", "flowpost 8666d94", BufferedOrder, dims=(5,)),
-    Mutant("an evaluation that changes the state", "flowpost 8666d94", Restless),
-    Mutant("each batch size compiled", "flowpost 8666d94", _step, ((nodes, "broadcast", _shapes_in_a_set),), dims=(2,)),
-    Mutant("a value read on the host", "many", Affine, ((affine, "affine", _affine_reads),)),
-    Mutant("a constant on the default device", "many", Affine, ((affine, "affine", _affine_on_the_default_device),)),
+    Mutant("a hooked layer is passed by", "flowpost 8666d94", _step, ((engine, "hooked", _no),), killer="layers"),
+    Mutant("an order that is averaged", "flowpost 8666d94", BufferedOrder, dims=(5,), killer="averaged"),
+    Mutant("an evaluation that changes the state", "flowpost 8666d94", Restless, killer="unchanged"),
+    Mutant(
+        "each batch size compiled",
+        "flowpost 8666d94",
+        _step,
+        ((nodes, "broadcast", _shapes_in_a_set),),
+        dims=(2,),
+        killer="batch_sizes",
+    ),
+    Mutant("a value read on the host", "many", Affine, ((affine, "affine", _affine_reads),), killer="meta"),
+    Mutant(
+        "a constant on the default device",
+        "many",
+        Affine,
+        ((affine, "affine", _affine_on_the_default_device),),
+        killer="meta",
+    ),
     Mutant("the gain's log for one variable", "-", _gained, ((gate, "gate", _gate_gain_once),), dims=(2, 5)),
-    Mutant("cache by identity", "pyro", lambda dim: Learned(CachedPlanar(dim))),
-    Mutant("no check of z", "all", Planar, ((base, "check_tensor", _nothing),)),
-    Mutant("no check of the context", "all", Planar, ((base, "check_context", _as_it_came),)),
-    Mutant("no floor on the scale", "torch", lambda dim: Affine(dim, torch.exp)),
+    Mutant("cache by identity", "pyro", lambda dim: Learned(CachedPlanar(dim)), killer="purity"),
+    Mutant("no check of z", "all", Planar, ((base, "check_tensor", _nothing),), killer="bad_input"),
+    Mutant("no check of the context", "all", Planar, ((base, "check_context", _as_it_came),), killer="bad_input"),
+    Mutant("no floor on the scale", "torch", lambda dim: Affine(dim, torch.exp), killer="extremes"),
     Mutant(
         "no bound on the gate",
         "-",
         _step,
-        ((gate, "gate_parameters", lambda a, m, b=2.0: (a + b, m)),),
+        ((gate.Gate, "_parameters_of", _gate_unbounded),),
+        killer="extremes",
     ),
     Mutant(
         "log-det of the inverse has the wrong sign", "flowjax", Affine, ((Affine, "_inverse", _inverse_wrong_sign),)
@@ -635,6 +715,7 @@ MUTANTS = (
                 ),
             ),
         ),
+        killer="round_trip",
     ),
     Mutant(
         "a chain drops a log-det",
@@ -656,7 +737,9 @@ def main() -> int:
     """Print who kills what, and the score; 1 if a mutant that is not equivalent lives."""
     alive = 0
     for mutant in MUTANTS:
-        found = killers(mutant)
+        names = [mutant.killer] if mutant.killer in COMPILED else []
+        innocent = killers(replace(mutant, patches=()), names) if mutant.patches else []
+        found = [name for name in killers(mutant, names) if name not in innocent]
         verdict = (
             ", ".join(found) if found else f"ALIVE {mutant.equivalent and '(equivalent: ' + mutant.equivalent + ')'}"
         )

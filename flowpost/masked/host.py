@@ -32,7 +32,7 @@ def values(
     total, tape = z.new_zeros(()), []
     for link, group in zip(run, grouped(run, parameters), strict=True):
         *hidden, outputs = _pass(link.net, z, context, group)
-        recorded = _record(link.step._forward, z, outputs.view(*z.shape[:-1], -1), recording)
+        recorded = _record(link.step._forward, z, outputs.view(*z.shape[:-1], outputs.shape[-1]), recording)
         tape += [*recorded, *hidden]
         z, total = recorded.image.detach(), total + recorded.log_det.detach()
     return z, total, tape
@@ -158,7 +158,7 @@ def _pass(net: MADE, z: Tensor, context: Tensor | None, group: Parameters) -> li
 def _evaluate(net: MADE, z: Tensor, context: Tensor | None, group: Parameters) -> list[Tensor]:
     """The numbers ``(*batch, outputs * dim)`` and the hidden values."""
     *hidden, outputs = _pass(net, z, context, group)
-    return [outputs.view(*z.shape[:-1], -1), *hidden]
+    return [outputs.view(*z.shape[:-1], outputs.shape[-1]), *hidden]
 
 
 def _start(z: Tensor, context: Tensor | None, group: Parameters) -> Tensor:
@@ -204,7 +204,8 @@ def _search(link: Link, group: Parameters, z: Tensor, context: Tensor | None) ->
         evaluated = _evaluate(net, x, context, group)
         pairs = zip((each.reshape(len(large), -1) for each in evaluated), swept, strict=True)
         swept = [torch.where(large.unsqueeze(-1), *pair) for pair in pairs]
-    return x, swept[0].reshape(*z.shape[:-1], -1), *swept[1:]
+    # In one layout whoever was evaluated: else a row that is large would change the others' last bits.
+    return x, swept[0].reshape(*z.shape[:-1], swept[0].shape[-1]).contiguous(), *swept[1:]
 
 
 def _by_step(step: ElementWise) -> Callable[[Tensor, Tensor], Tensor]:

@@ -81,7 +81,7 @@ def _solve(
     values = [start, *(each.clone(memory_format=torch.contiguous_format) for each in expanded)]
     image, preimage, *states = _arrays(images, x, *values)
     closed = _closed(column, images, values[-1], image)
-    outs = states[-1].reshape(dim, -1, count)
+    outs = states[-1].reshape(dim, len(values[-1]) // dim, count)
 
     def find(k: int) -> None:
         preimage[k] = closed(k, image[k], outs[k])
@@ -98,7 +98,7 @@ def _closed(
     if isinstance(column, Column):
         found = COLUMNS[column.name](torch if isinstance(like, Tensor) else np, column.constants)
         return lambda k, image, numbers: found(image, numbers)
-    numbers = outputs.view(len(images), -1, images.shape[1])
+    numbers = outputs.view(len(images), len(outputs) // len(images), images.shape[1])
     return lambda k, *_: column(images[k], numbers[k])
 
 

@@ -67,7 +67,7 @@ def dependent(case: Case) -> float:
     other parameter is frozen. Second derivatives are central differences of the first.
     """
     first, second = case.step(), case.step(case.seed + 1)
-    flow = Chain(first, second, first) if first.codomain == first.domain else Chain(first)
+    flow = (Chain(first, second, first) if first.codomain == first.domain else Chain(first)).to(case.dtype)
     for parameter in [*flow.parameters()][1::2]:
         parameter.requires_grad_(False)  # noqa: FBT003
     leaf = 0.3 * case.z(2).clamp(-1, 1)

@@ -7,6 +7,7 @@ import io
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -125,17 +126,20 @@ def averaged(case: Case) -> float:
     with torch.no_grad():
         for parameter in moved.parameters():
             parameter.mul_(0.9)
-    worst = 0.0
-    for decay in (None, 0.75):
-        average = AveragedModel(step, use_buffers=True, multi_avg_fn=decay and get_ema_multi_avg_fn(decay))
+    worst, beside = 0.0, nn.Linear(1, 1)  # torch averages no module without parameters
+    for decay in (None, 0.9):
+        average = AveragedModel(
+            nn.ModuleList([step, beside]), use_buffers=True, multi_avg_fn=decay and get_ema_multi_avg_fn(decay)
+        )
         for module in (step, moved, moved):
-            average.update_parameters(module)
+            average.update_parameters(nn.ModuleList([module, beside]))
+        found = cast(Bijector, cast(nn.ModuleList, average.module)[0])
         wanted = copy.deepcopy(step)
-        wanted.load_state_dict({**wanted.state_dict(), **dict(average.module.named_parameters())})
+        wanted.load_state_dict({**wanted.state_dict(), **dict(found.named_parameters())})
         context = case.context(3)
-        pairs = zip(both(case, average.module, context, 3), both(case, wanted, context, 3), strict=True)
-        for (name, found), (_, expected) in pairs:
-            worst = max(worst, same(f"averaged: {name}", found, expected, 1e-12, case))
+        pairs = zip(both(case, found, context, 3), both(case, wanted, context, 3), strict=True)
+        for (name, one), (_, other) in pairs:
+            worst = max(worst, same(f"averaged: {name}", one, other, 1e-12, case))
     narrow = copy.deepcopy(step).half().to(case.dtype)
     with torch.no_grad():
         for parameter, exact in zip(narrow.parameters(), step.parameters(), strict=True):
