@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from flowpost._format import DTYPES, CorruptFileError, Entry, Header, encode, read_header, read_tensors, write
 from flowpost.posterior import FlowPosterior
 from flowpost.recipes import RECIPES
-from flowpost.recipes.record import arguments
+from flowpost.recipes.record import arguments, record_of
 
 _STEPS = 4096  # each is Python objects, which the tensors' sizes do not bound
 _LISTED = 20
@@ -135,7 +135,8 @@ def _unfit(value: object) -> str:
 def _recipes(module: nn.Module) -> dict[str, dict]:
     """The record of every posterior in a module that a recipe built, by the posterior's path."""
     built = {path: part for path, part in module.named_modules() if isinstance(part, FlowPosterior)}
-    return {path: vars(part)["recipe"] for path, part in built.items() if "recipe" in vars(part)}
+    records = {path: record_of(part) for path, part in built.items()}
+    return {path: record for path, record in records.items() if record is not None}
 
 
 def _rebuild(header: Header) -> FlowPosterior:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flowpost.bijectors.affine import Affine, Scale
+from flowpost.bijectors.autoregressive import Autoregressive
 from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.chain import Chain
 from flowpost.bijectors.gate import Gate
@@ -151,6 +152,8 @@ def _steps(flow: str, dim: int, options: Mapping[str, object]) -> list[Bijector]
     steps = [step for step in whole if not isinstance(step, Affine)] if isinstance(whole, Chain) else []
     gates = [leaf for step in steps for leaf in step.leaves() if isinstance(leaf, Gate)]
     start = math.prod(gate.gain / (1 + math.exp(-gate.forget_bias)) for gate in gates)
+    for step in (part for whole in steps for part in whole.modules() if isinstance(part, Autoregressive)):
+        step.takes_older_states = False  # of when a scale after the steps made their start the identity
     # Gates of the recipe's own gain start as the identity; with another they would widen or narrow the Gaussian.
     return steps if math.isclose(start, 1) else [*steps, Scale(dim, 1 / start)]
 

@@ -30,7 +30,7 @@ def test_a_file_of_then_gives_the_numbers_of_then(name: str) -> None:
         )
 
 
-def test_a_file_or_state_of_then_is_for_gates_without_a_gain() -> None:
+def test_a_file_or_state_of_then_is_for_gates_without_a_gain(tmp_path: Path) -> None:
     """A file's record and a state tell that they are older than the gain."""
     path = GOLDEN / "iaf.posterior.safetensors"
     old = flowpost.load(path)
@@ -38,13 +38,24 @@ def test_a_file_or_state_of_then_is_for_gates_without_a_gain() -> None:
     options = {key: value for key, value in vars(old)["recipe"]["arguments"].items() if key != "gain"}
     with pytest.raises(ValueError, match=r"\(file != into\): gain 1.0 != 1.1353352832366128"):
         flowpost.load(path, into=flowpost.iaf(**options).double())
-    with pytest.raises(RuntimeError, match="Missing key.*constant_gain"):
-        flowpost.iaf(**options).double().load_state_dict(load_file(path))
-    into = flowpost.iaf(**options, gain=1.0).double()
-    into.load_state_dict(load_file(path))
-    for key, value in numbers(into).items():
-        assert torch.equal(value, numbers(old)[key]), key
+    for gain in ({}, {"gain": 1.0}):
+        into = flowpost.iaf(**options, **gain).double()
+        into.load_state_dict(load_file(path))
+        for key, value in numbers(into).items():
+            assert torch.equal(value, numbers(old)[key]), key
+        flowpost.save(into, tmp_path / "again")
+        again = flowpost.load(tmp_path / "again")
+        assert vars(again)["recipe"]["arguments"]["gain"] == 1
+        assert torch.equal(numbers(again)["log_q"], numbers(old)["log_q"])
     assert flowpost.load(path, into=into) is into
+
+
+def test_a_state_without_the_network_changes_no_gain() -> None:
+    posterior = flowpost.iaf(3, 2, steps=1, hidden=(4,))
+    state = posterior.state_dict()
+    posterior.load_state_dict({key: value for key, value in state.items() if "flow" not in key}, strict=False)
+    assert all(torch.equal(value, state[key]) for key, value in posterior.state_dict().items())
+    assert posterior.state_dict().keys() == state.keys()
 
 
 def test_a_wrapped_iaf_of_then_gives_the_numbers_of_then() -> None:

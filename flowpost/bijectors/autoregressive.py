@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -145,6 +145,9 @@ class Autoregressive(Masked):
         torch.Size([50, 16])
     """
 
+    takes_older_states = True
+    """Whether a state from before gates had a gain makes this the step of then, of gain 1; else it is refused."""
+
     def __init__(
         self,
         dim: int,
@@ -157,6 +160,13 @@ class Autoregressive(Masked):
         gain: float = 1.0,
     ) -> None:
         super().__init__(Gate(dim, forget_bias, gain), context_size, hidden, order=order, activation=activation)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
+        gate, key = cast(Gate, self.step), f"{prefix}step.constant_gain"
+        here = any(name.startswith(f"{prefix}net.") for name in state_dict)
+        if self.takes_older_states and gate.gain != 1 and here and key not in state_dict:
+            gate.drop_gain()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _check_step(step: Bijector) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, cast
 
 import torch
@@ -123,6 +124,9 @@ class Gate(Bijector):
 
     def __init__(self, dim: int, forget_bias: float = 2.0, gain: float = 1.0) -> None:
         super().__init__(dim, 2 * check_int("dim", dim, minimum=1))
+        for name, value in (("forget_bias", forget_bias), ("gain", gain)):
+            if not isinstance(value, Real):
+                raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
         if not 0 < gain < math.inf:
             raise ValueError(f"gain: expected a positive finite number, got {gain}")
         self.forget_bias, self.gain = float(forget_bias), float(gain)
@@ -131,8 +135,13 @@ class Gate(Bijector):
         )
         self._bounds = Constant(rows.unsqueeze(-1))
         if self.gain != 1:
-            # Read by nobody: it keeps a state that was saved when gates had no gain, so of gain 1, out of this one.
+            # No call reads it: it tells a state of this gate from one that was saved when gates had no gain.
             self.register_buffer("constant_gain", torch.tensor(self.gain))
+
+    def drop_gain(self) -> None:
+        """Become the gate that was before gates had a gain."""
+        self.gain = 1.0
+        del self.constant_gain
 
     def columns(self) -> tuple[Column | None, Column | None]:
         """The inverse's, unless a subclass may have a map of its own."""

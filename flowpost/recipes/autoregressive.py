@@ -38,7 +38,7 @@ def iaf(
 
     A fresh one is a diagonal Gaussian: every gate starts as the identity. The paper's gate has ``gain=1`` and shrinks
     volume at every z. Posteriors that flowpost saved before the gates had a gain are of ``gain=1``: `flowpost.load`
-    knows that of a file, and a ``state_dict`` of then is for ``iaf(..., gain=1.0)``.
+    knows that of a file, and a ``state_dict`` of then makes the gates those of then.
 
     Args:
         features: size of the encoder's features; 0 for a posterior without an encoder.

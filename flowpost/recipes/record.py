@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import ParamSpec
 
+from flowpost.bijectors.gate import Gate
 from flowpost.posterior import FlowPosterior
 
 P = ParamSpec("P")
@@ -44,6 +45,15 @@ def recipe(build: Callable[P, FlowPosterior]) -> Callable[P, FlowPosterior]:
 def arguments(record: Mapping) -> dict[str, object]:
     """The arguments of a posterior's record, with those that the record is too old to name."""
     return {**BEFORE.get(record["name"], {}), **record["arguments"]}
+
+
+def record_of(posterior: FlowPosterior) -> dict | None:
+    """What built a posterior, None where no recipe did; a gain is the gates' own, which an older state may have set."""
+    record = vars(posterior).get("recipe")
+    gains = {leaf.gain for leaf in posterior.flow.leaves() if isinstance(leaf, Gate)}
+    if record is None or len(gains) != 1:
+        return record
+    return {**record, "arguments": {**record["arguments"], "gain": gains.pop()}}
 
 
 def names(module: str) -> list[str]:
