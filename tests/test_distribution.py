@@ -32,6 +32,9 @@ RECIPES: dict[str, Callable[..., FlowPosterior]] = {
     "iaf": lambda features, dim: flowpost.iaf(features, dim, steps=2, hidden=(20,), context_size=7),
 }
 every = pytest.mark.parametrize("name", RECIPES)
+compiled = pytest.mark.parametrize("name", [
+    "diagonal", pytest.param("planar", marks=pytest.mark.compile), pytest.param("iaf", marks=pytest.mark.full)
+])  # fmt: skip
 fsdp2 = pytest.mark.skipif(not hasattr(fsdp, "fully_shard"), reason="public from torch 2.6 on")
 gaussians = pytest.mark.parametrize("name", ["diagonal", "full_covariance"])
 
@@ -175,7 +178,7 @@ def test_under_vmap(name: str) -> None:
     torch.testing.assert_close(found, posterior.log_prob(z, h), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["diagonal", "full_covariance", "iaf"])
+@compiled
 def test_compiles_into_one_graph(name: str) -> None:
     posterior, h = make(name), features(4)
     z = torch.randn(6, 4, 3, dtype=torch.float64)

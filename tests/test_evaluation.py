@@ -88,6 +88,7 @@ def test_k_hat_of_pareto_weights(k: float) -> None:
     assert found.mean().item() == pytest.approx((size * k + 5) / (size + 10), abs=0.05)
 
 
+@pytest.mark.full
 def test_k_hat_of_a_gaussian_that_is_too_narrow() -> None:
     """With variances v_q < v_p the weights ``p / q`` have shape ``1 - v_q / v_p``, up to logarithms; wider: bounded."""
     model = LinearGaussian(1)
@@ -323,6 +324,7 @@ def test_decomposition_of_data_from_the_model() -> None:
     assert abs(wrong.mutual_information.mean() - information) > error
 
 
+@pytest.mark.full
 def test_decomposition_of_few_examples_by_quadrature() -> None:
     """One latent and 12 examples: q(z) is a mixture of 12 Gaussians. 4,000 samples each, false-alarm rate 1e-6."""
     model = LinearGaussian(1)

@@ -59,6 +59,7 @@ def flow_vae(dim: int = 2) -> VAE:
     return VAE(nn.Identity(), posterior, LinearGaussian(dim), flowpost.vae.Gaussian())
 
 
+@pytest.mark.full
 def test_a_flow_s_weights_are_fitted_too() -> None:
     """With weights of its own a small IAF reaches the exact posterior; frozen weights count among them."""
     vae = flow_vae()

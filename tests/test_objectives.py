@@ -33,6 +33,9 @@ RECIPES: dict[str, Callable[[int, int], FlowPosterior]] = {
     ),
 }
 every = pytest.mark.parametrize("name", RECIPES)
+compiled = pytest.mark.parametrize("name", [
+    "full_covariance", pytest.param("planar", marks=pytest.mark.compile), pytest.param("iaf", marks=pytest.mark.full)
+])  # fmt: skip
 
 
 def make(name: str, features: int = 4, dim: int = 3, push: float = 0.3) -> FlowPosterior:
@@ -210,6 +213,7 @@ def test_factorized_whatever_it_is_made_of() -> None:
     assert not latents(flowpost.Chain(flowpost.Affine(2), flowpost.UnitLowerTriangular(2)))
 
 
+@pytest.mark.full
 def test_free_bits_stop_a_collapse() -> None:
     """A decoder that does not read z: the KL falls to 0, and with a minimum no further than to it."""
 
@@ -319,7 +323,7 @@ def test_path_log_prob_in_float32_and_autocast(name: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(value.sum(), z)[0], plain, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["full_covariance", "planar", "iaf"])
+@compiled
 def test_path_log_prob_compiles_whole(name: str) -> None:
     posterior, h = make(name), torch.randn(6, 4, dtype=torch.float64)
     noise = torch.randn(5, 6, 3, dtype=torch.float64)
@@ -511,6 +515,7 @@ def test_a_term_in_the_sample_itself_is_not_reweighted() -> None:
     assert torch.equal(*found)
 
 
+@pytest.mark.full
 def test_dreg_varies_less_than_plain_iwae_at_64_samples() -> None:
     """The posterior's gradient: its summed variance is under a third; 200 draws put the ratio's error near a tenth.
 
@@ -536,6 +541,7 @@ class WithNoise(FlowDistribution):
         return super().draw(sample_shape, self.fixed)
 
 
+@pytest.mark.full
 def test_a_training_step_compiles_whole() -> None:
     vae, x, gradient = small_vae("planar", dim=3), torch.randn(5, 4, dtype=torch.float64), "dreg"
     posterior, noise = vae.posterior, torch.randn(6, 5, 3, dtype=torch.float64)
