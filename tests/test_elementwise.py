@@ -9,7 +9,9 @@ from torch import Tensor
 
 from flowpost import Affine, Bijector, Chain, Inverse, Learned, Planar
 
-ELEMENTWISE = [entry for entry in ENTRIES if entry.make(2, 0).elementwise]
+ALL = {entry.name for entry in ENTRIES if entry.make(2, 0).elementwise}
+ELEMENTWISE = [entry for entry in ENTRIES if entry.name in ALL and entry.make(2, 0).context_size]
+"""Those that read a context."""
 CASE = Case(dim=4, seed=3, push=1.0, context=2.0)
 
 
@@ -27,7 +29,9 @@ def one_case(entry: Entry) -> tuple[Bijector, Tensor, Tensor]:
 
 def test_who_is_element_wise() -> None:
     assert {"affine", "affine_log_var", "inverse_affine"} <= {entry.name for entry in ELEMENTWISE}
-    for step in (Planar(2), Learned(Affine(2)), Chain(Affine(2), Affine(2)), Inverse(Planar(2))):
+    assert {"sigmoid", "softplus", "tanh", "scale", "act_norm", "inverse_sigmoid"} <= ALL
+    assert Learned(Affine(2)).elementwise
+    for step in (Planar(2), Learned(Planar(2)), Chain(Affine(2), Affine(2)), Inverse(Planar(2))):
         assert not step.elementwise
 
 

@@ -122,9 +122,9 @@ def _check_steps(name: str, steps: tuple[Bijector, ...]) -> None:
 class Chain(_Steps):
     """Steps in sequence, each with a context of its own: ``z' = f_K(... f_1(z, c_1) ..., c_K)``.
 
-    The context is the steps' contexts side by side, in list order, which is the order applied when sampling. The
-    log-dets add up, in float64 where z is float32. Invertible because every step is; the inverse runs the steps
-    backwards. Cost: the sum of the steps'.
+    Use it to make one flow of several steps. The context is the steps' contexts side by side, in list order, which is
+    the order applied when sampling. The log-dets add up, in float64 where z is float32. Invertible because every step
+    is; the inverse runs the steps backwards. Cost: the sum of the steps'.
 
     Args:
         *steps: bijectors of one ``dim``, at least one.
@@ -176,7 +176,8 @@ class Chain(_Steps):
 class Shared(_Steps):
     """Steps in sequence that read one and the same context c: ``z' = f_K(... f_1(z, c) ..., c)`` (Kingma et al. 2016).
 
-    Steps that read no context (permutations) may stand among them. Otherwise as `Chain`.
+    Use it for steps with networks of their own, which all read the same numbers. Steps that read no context, such as
+    permutations, may stand among them. Otherwise as `Chain`.
 
     Args:
         *steps: bijectors of one ``dim``; those that read a context read equally many numbers.

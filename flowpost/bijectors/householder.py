@@ -53,7 +53,7 @@ class Householder(Bijector):
     """
 
     def __init__(self, dim: int, direction: Tensor | None = None) -> None:
-        size = check_int("dim", dim, minimum=1) if dim != 1 else 0
+        size = dim if check_int("dim", dim, minimum=1) > 1 else 0
         if direction is None:
             direction = torch.randn(dim, device="cpu")  # zero would be a point without gradient
         elif direction.shape != (dim,):

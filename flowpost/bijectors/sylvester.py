@@ -139,7 +139,8 @@ class Sylvester(Bijector):
     """
 
     def __init__(self, dim: int, rank: int | None = None, reflections: int | None = None) -> None:
-        rank = check_int("dim", dim, minimum=1) if rank is None else check_int("rank", rank, minimum=1)
+        check_int("dim", dim, minimum=1)
+        rank = dim if rank is None else check_int("rank", rank, minimum=1)
         if rank > dim:
             raise ValueError(f"rank: expected an int <= {dim}, the size of z, got {rank}")
         reflections = rank if reflections is None else check_int("reflections", reflections, minimum=0)

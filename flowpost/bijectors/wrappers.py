@@ -46,7 +46,9 @@ class _Wrapper(Bijector):
 
 
 class Learned(_Wrapper):
-    """A step without context: its numbers are a parameter, the non-amortized version of the step.
+    """A step without context: its numbers are a parameter, the same for every example.
+
+    Use it where there is no encoder, or for a step that need not depend on x. Cost: the step's.
 
     Args:
         step: a bijector that reads a context; the parameter starts at ``step.initial_context()``.
@@ -73,6 +75,9 @@ class Learned(_Wrapper):
 
 class Conditioned(_Wrapper):
     """A step whose context is a linear function of any feature vector: ``context = W features + b``.
+
+    Use it in a model of your own, which hands features to a flow step by step; a `FlowPosterior` has one head for all
+    of its steps. Cost: the step's, and one product of the features.
 
     Args:
         step: a bijector that reads a context.
@@ -103,6 +108,7 @@ class Conditioned(_Wrapper):
 class Inverse(Bijector):
     """A step run the other way: ``forward`` is its inverse, so MAF is ``Inverse(Autoregressive(...))``.
 
+    Use it where the points to be scored come from elsewhere, and the step's inverse costs more than its forward.
     ``Inverse(Inverse(step))`` is ``step``. Cost: the step's, with the directions swapped.
 
     Args:
