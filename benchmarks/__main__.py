@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from benchmarks.compare import compare
-from benchmarks.config import ALL, BASIC, GRADIENTS, OBJECTIVES, ConfigError, configure, posterior_names
+from benchmarks.config import ALL, BASIC, GRADIENTS, OBJECTIVES, Config, ConfigError, configure, posterior_names
 from benchmarks.data import NAMES, DataError
 from benchmarks.job import job
 from benchmarks.models import POSTERIORS
@@ -129,29 +130,12 @@ def main_job(
     if resume is not None:
         _check_alone(context)
         raise typer.Exit(job(Report.resume(resume)))
-    config = configure(
-        data,
-        quick=quick,
-        posteriors=posterior_names(posterior) if posterior else None,
-        seeds=_seeds(seeds, first_seed, quick=quick),
-        epochs=epochs,
-        patience=patience,
-        kl_warmup=kl_warmup,
-        objective=objective,
-        train_samples=train_samples,
-        gradient=gradient,
-        free_bits=free_bits,
-        gaps=gaps,
-        dim=dim,
-        width=width,
-        batch=batch,
-        lr=lr,
-        dropout=dropout,
-        samples=samples,
-        pairs=pairs,
-        device=device,
-        threads=threads,
-    )
+    options = context.params | {
+        "posteriors": posterior_names(posterior) if posterior else None,
+        "seeds": _seeds(seeds, first_seed, quick=quick),
+    }
+    known = {item.name for item in fields(Config)}
+    config = configure(**{name: value for name, value in options.items() if name in known | {"quick"}})
     raise typer.Exit(job(config, out))
 
 

@@ -35,22 +35,30 @@ def title(name: str) -> str:
 
 
 def panels(
-    count: int, width: float, height: float, rows: int = 1, *, sharey: bool = False, margin: float = 0.6
+    count: int,
+    width: float,
+    height: float,
+    rows: int = 1,
+    *,
+    across: int = ACROSS,
+    sharey: bool = False,
+    margin: float = 0.6,
 ) -> tuple[Figure, np.ndarray]:
-    """A figure of `count` columns of `rows` panels each, at most `ACROSS` columns side by side.
+    """A figure of `count` columns of `rows` panels each; those that do not fit side by side go on below.
 
     Args:
         count: of the columns.
         width: of a panel, in inches.
         height: of a column, in inches.
         rows: panels in a column.
+        across: columns side by side, at most.
         sharey: whether panels in the same place of their columns share their vertical axis.
         margin: added to the figure's width.
 
     Returns:
         The figure, and its panels ``(rows, count)``.
     """
-    across, blocks = min(count, ACROSS), math.ceil(count / ACROSS)
+    across, blocks = min(count, across), math.ceil(count / across)
     figure = blank(width * across + margin, height * blocks)
     made = figure.subplots(rows * blocks, across, squeeze=False)
     found = made.reshape(blocks, rows, across).transpose(1, 0, 2).reshape(rows, -1)

@@ -15,7 +15,7 @@ from benchmarks.environment import versions
 from benchmarks.figures import ACTIVE, INFORMATION_IMAGES, TEST_SAMPLES
 from benchmarks.objective import objective_words
 from benchmarks.run import Run
-from benchmarks.table import Table
+from benchmarks.table import Table, grouped
 
 SPREAD = {"neg_elbo", "nll", "local_nll", "neg_elbo_bits", "nll_bits"}  # whose sd the table shows too
 
@@ -138,8 +138,7 @@ def _note(one: Result) -> str:
 
 def by_posterior(results: Sequence[Result]) -> dict[str, list[Result]]:
     """The results of each posterior, in the order in which they first came."""
-    names = dict.fromkeys(one["posterior"] for one in results)
-    return {name: [one for one in results if one["posterior"] == name] for name in names}
+    return grouped(results, lambda one: one["posterior"])
 
 
 def summarize(results: Sequence[Result]) -> dict[str, dict[str, float | None]]:

@@ -20,9 +20,8 @@ from benchmarks import __main__ as cli
 from benchmarks.reliability import command
 from benchmarks.reliability.board import Library, count, markdown, tables
 from benchmarks.reliability.judge import NOT_APPLICABLE, RAW, SILENT, SURVIVED, Model, Pair, is_clear, judge
-from benchmarks.reliability.libraries import load
 from benchmarks.reliability.own import flowpost_models
-from benchmarks.reliability.worker import uses
+from benchmarks.reliability.worker import load, uses
 from benchmarks.run import MARKS
 from flowpost.recipes import RECIPES
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TypedDict
 
 from benchmarks.reliability.judge import NOT_APPLICABLE, RAW, SILENT, SURVIVED
-from benchmarks.table import Table
+from benchmarks.table import Table, grouped
 
 HEADER = ("library", "models", "survived / tried", "raw or unsupported", "silent")
 
@@ -69,12 +69,9 @@ def _cell(library: Library, use: str) -> str:
 
 def faults(board: Board, outcome: str) -> list[list[str]]:
     """Library, use, models and one of their reasons, for every use that ended so; equal ones share a row."""
-    groups: dict[tuple[str, str], list[Try]] = {}
-    for name, library in board.items():
-        for one in library["tries"]:
-            if one["outcome"] == outcome:
-                groups.setdefault((name, one["use"]), []).append(one)
-    return [[*key, "; ".join(t["model"] for t in group), group[0]["reason"]] for key, group in groups.items()]
+    tries = [(name, one) for name, library in board.items() for one in library["tries"] if one["outcome"] == outcome]
+    groups = grouped(tries, lambda each: (each[0], each[1]["use"]))
+    return [[*key, "; ".join(one["model"] for _, one in group), group[0][1]["reason"]] for key, group in groups.items()]
 
 
 def tables(board: Board) -> list[Table]:

@@ -1,20 +1,28 @@
-"""One library's share of the scoreboard, in a process of its own: a JSON line for the models, then one for each try."""
+"""One library's share of the scoreboard, in a process of its own: a JSON line for the models, then one for each try.
+
+The library is imported when its models are asked for, and watched: some change torch on import.
+"""
 
 from __future__ import annotations
 
 import argparse
 import faulthandler
+import importlib
 import itertools
 import json
 import os
+from dataclasses import replace
+from functools import partial
 from typing import TextIO
 
 import torch
+from torch import nn
+from torch.distributions import Distribution
 
-from benchmarks.peers import version
+from benchmarks.peers import Family, Sizes, families, version
 from benchmarks.reliability import inputs, numbers, state, transforms
-from benchmarks.reliability.judge import Model, Use, judge
-from benchmarks.reliability.libraries import load
+from benchmarks.reliability.judge import CONTEXT, Model, Use, judge
+from benchmarks.reliability.own import flowpost_models
 
 LIMIT = 120  # seconds for one use of one model
 
@@ -23,6 +31,43 @@ def uses(*, quick: bool) -> list[Use]:
     """All of them, or those that are not slow."""
     everything = [*numbers.USES, *inputs.USES, *transforms.USES, *state.USES]
     return [use for use in everything if not (quick and use.name.startswith(transforms.COMPILE))]
+
+
+def load(library: str) -> list[Model]:
+    """A library's models; importing it is watched, and what it changed is told to the first."""
+    before = _settings()
+    importlib.import_module(library)
+    after = _settings()
+    changed = tuple(name for name in before if before[name] != after[name])
+    own = library == "flowpost"
+    first, *others = flowpost_models() if own else [_model(one) for one in families(library).values()]
+    return [replace(first, changed=changed), *others]
+
+
+def _model(family: Family) -> Model:
+    """A public library's, of two steps."""
+
+    def build(dim: int, width: int) -> nn.Module:
+        return family.build(Sizes(dim, width))
+
+    slow = partial(family.call, inverse=True) if family.invertible else None
+    width = CONTEXT if family.amortized else None
+    return Model(family.name, build, family.call, slow, conditional=lambda dim: width,
+                 optional_context=family.optional_context)  # fmt: skip
+
+
+def _settings() -> dict[str, object]:
+    """What a library has no business to change: it would change other people's answers or checks."""
+    return {
+        "the default dtype": torch.get_default_dtype(),
+        "Distribution's validation of arguments": Distribution._validate_args,  # pyright: ignore[reportAttributeAccessIssue]
+        "Normal's constraints": str(torch.distributions.Normal.arg_constraints),
+        "the number of threads": torch.get_num_threads(),
+        "the precision of matrix products": torch.get_float32_matmul_precision(),
+        "the global random state": torch.random.get_rng_state().tolist(),
+        "grad mode": torch.is_grad_enabled(),
+        "anomaly detection": torch.is_anomaly_enabled(),
+    }
 
 
 def main() -> None:

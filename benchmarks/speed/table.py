@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks.speed.results import DENSE, OURS, Contest
 from benchmarks.speed.timing import Spread
-from benchmarks.table import Table
+from benchmarks.table import Table, grouped
 
 GOALS = ("what", "size", "mode", "goal", "beside", "measured (quartiles)", "met")
 TIMES = ("size", "who", "time (quartiles)", "over dense", "over flowpost", "peak MB")
@@ -61,12 +61,6 @@ def time_rows(contests: Iterable[Contest]) -> list[list[str]]:
     return rows
 
 
-def groups(contests: Sequence[Contest]) -> dict[str, list[Contest]]:
-    """The contests by what is timed and how."""
-    titles = dict.fromkeys(f"{one.what}, {one.mode}" for one in contests)
-    return {title: [one for one in contests if f"{one.what}, {one.mode}" == title] for title in titles}
-
-
 def absences(contests: Iterable[Contest]) -> list[str]:
     """Who is not timed and why, once each."""
     found = {f"{one.what}: {name} is left out. {why}" for one in contests for name, why in one.left_out.items()}
@@ -82,7 +76,7 @@ def goals(contests: Iterable[Contest]) -> list[Table]:
 def times(contests: Sequence[Contest]) -> list[Table]:
     """What is timed, a table each."""
     tables = []
-    for title, group in groups(contests).items():
+    for title, group in grouped(contests, lambda one: f"{one.what}, {one.mode}").items():
         rounds = "/".join(str(one.rounds) for one in group)
         caption = f"Median and quartiles over {rounds} rounds; ratios within rounds"
         tables.append(Table(*_filled(TIMES, time_rows(group)), title, caption, numbers=False))

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import islice
 
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.canvas import blank, title
+from benchmarks.canvas import panels, title
 from benchmarks.targets.energies import ENERGIES, LIMIT
 from flowpost import FlowPosterior
 
@@ -52,30 +50,16 @@ def overview(last: Mapping[str, Densities]) -> Figure:
 
 
 def _figure(columns: Mapping[str, Densities], head: str) -> Figure:
-    """Rows of four energies; where the columns do not fit, they go on below."""
-    rest, blocks = iter(columns.items()), []
-    while block := list(islice(rest, COLUMNS)):
-        blocks.append(block)
-    wide = len(blocks[0])
-    figure = blank(INCHES * wide + 0.4, (INCHES * len(ENERGIES) + 0.3) * len(blocks) + 0.4)
-    panels = figure.subplots(len(ENERGIES) * len(blocks), wide, squeeze=False)
-    for panel in panels.flatten():
-        panel.set(xticks=[], yticks=[])
-        panel.axis("off")
-    tops = [max(float(column[i].max()) for column in [columns["target"]]) for i in range(len(ENERGIES))]
-    for number, block in enumerate(blocks):
-        rows = panels[number * len(ENERGIES) : (number + 1) * len(ENERGIES)]
-        for column, (name, densities) in enumerate(block):
-            rows[0, column].set_title(name, fontsize="small")
-            for energy, panel, density, top in zip(ENERGIES, rows[:, column], densities, tops, strict=True):
-                _panel(panel, density, top, energy.name if column == 0 else "")
+    """A row for each energy, densities on the scale of their target."""
+    height = INCHES * len(ENERGIES) + 0.3
+    figure, found = panels(len(columns), INCHES, height, len(ENERGIES), across=COLUMNS, margin=0.4)
+    box = (-LIMIT, LIMIT, -LIMIT, LIMIT)
+    for index, (column, (name, densities)) in enumerate(zip(found.T, columns.items(), strict=True)):
+        column[0].set_title(name, fontsize="small")
+        for energy, panel, density, target in zip(ENERGIES, column, densities, columns["target"], strict=True):
+            top = float(target.max())
+            panel.imshow(density.T.numpy(), extent=box, origin="lower", cmap="magma", vmin=0, vmax=top)
+            panel.set(xticks=[], yticks=[])
+            panel.set_ylabel("" if index % COLUMNS else energy.name, rotation=0, ha="right", va="center")
     figure.suptitle(head, fontsize="medium")
     return figure
-
-
-def _panel(panel: Axes, density: Tensor, top: float, label: str) -> None:
-    """A density, on the scale of its target."""
-    panel.axis("on")
-    box = (-LIMIT, LIMIT, -LIMIT, LIMIT)
-    panel.imshow(density.T.numpy(), extent=box, origin="lower", cmap="magma", vmin=0, vmax=top)
-    panel.set_ylabel(label, rotation=0, ha="right", va="center")

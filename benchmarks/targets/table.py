@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from benchmarks.table import Table
+from benchmarks.table import Table, grouped
 from benchmarks.targets.energies import ENERGIES
 from benchmarks.targets.fitting import Fit, Plan
 
@@ -14,15 +14,10 @@ FLOOR = -5.0  # standard errors: no KL is smaller, unless log q is not that of t
 
 def table(fits: Sequence[Fit], plan: Plan, threads: int) -> Table:
     """A row for each posterior and number of steps."""
-    groups: dict[tuple[str, int | None], dict[str, Fit]] = {}
-    for fit in fits:
-        groups.setdefault((fit.posterior, fit.steps), {})[fit.energy] = fit
     rows = []
-    for (name, steps), by_energy in groups.items():
-        any_fit = next(iter(by_energy.values()))
-        cells = [_cell(by_energy[energy.name]) for energy in ENERGIES]
+    for (name, steps), group in grouped(fits, lambda fit: (fit.posterior, fit.steps)).items():
         k = "" if steps is None else str(steps)
-        rows.append([name, k, *cells, f"{any_fit.parameters:,}", f"{any_fit.seconds:.0f}"])
+        rows.append([name, k, *map(_cell, group), f"{group[0].parameters:,}", f"{group[0].seconds:.0f}"])
     header = ["posterior", "K", *(energy.name for energy in ENERGIES), "params", "s"]
     return Table(header, rows, caption=caption(plan, threads), notes=notes(fits))
 
