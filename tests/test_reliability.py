@@ -22,7 +22,7 @@ from benchmarks.reliability.board import Library, count, markdown, tables
 from benchmarks.reliability.judge import NOT_APPLICABLE, RAW, SILENT, SURVIVED, Model, Pair, is_clear, judge
 from benchmarks.reliability.own import flowpost_models
 from benchmarks.reliability.worker import load, uses
-from benchmarks.run import MARKS
+from benchmarks.run import MARKS, fill
 from flowpost.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
@@ -276,6 +276,10 @@ def test_the_command_writes_json_and_page(
     assert content["quick"]
     for shown in (text, capsys.readouterr().out):
         assert f"Python {there['python']}, torch {torch.__version__}, flowpost {flowpost.__version__}; commit" in shown
+
+
+def test_the_committed_page_has_its_marks() -> None:
+    assert "TABLES" in fill(ROOT / "docs" / "reliability.md", "TABLES")
 
 
 def test_all_survived_is_one_table_and_100_percent() -> None:

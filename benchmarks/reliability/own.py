@@ -47,6 +47,7 @@ def flowpost_models() -> list[Model]:
         "Softplus": fp.Softplus,
         "Tanh": fp.Tanh,
         "Sylvester ×2": lambda dim: fp.Chain(fp.Sylvester(dim, (dim + 1) // 2), fp.Sylvester(dim, dim, 2)),
+        "Gate ×2": lambda dim: fp.Chain(fp.Gate(dim), fp.Gate(dim, gain=1.1)),
         "Autoregressive ×2": lambda dim: fp.Chain(ar(dim), ar(dim)),
         "Autoregressive ×2, amortized": lambda dim: fp.Shared(ar(dim, CONTEXT), ar(dim, CONTEXT)),
         "Masked(Affine) ×2, amortized": lambda dim: fp.Shared(masked(dim, CONTEXT), masked(dim, CONTEXT)),

@@ -1,0 +1,122 @@
+"""What every command of the benchmarks shares: the run with its folder and page, and the table."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+import flowpost
+from benchmarks import run as runs
+from benchmarks.config import ConfigError
+from benchmarks.run import MARKS, Run, cpu_threads
+from benchmarks.table import Table, grouped
+
+WIDE = Table(["who", "s"], [["a|b", "1"], ["[c]", "20"]], "times", "Calls", ["a: slow"])
+
+
+def test_a_file_is_whole_or_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path / "new" / "folder", {})
+    run.write("table.md", "before")
+
+    def cut(path: Path, text: str, **_: object) -> int:
+        path.write_bytes(text[:2].encode())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", cut)
+    with pytest.raises(OSError, match="No space left"):
+        run.write("table.md", "after")
+    assert (run.folder / "table.md").read_text() == "before\n"
+
+
+def test_every_file_of_figures_says_where_they_are_from(tmp_path: Path) -> None:
+    run = Run.begin("what", tmp_path, threads=2)
+    run.write("figures.json", {"figures": [1.5], "seconds": "its own"})
+    content = json.loads((tmp_path / "figures.json").read_text())
+    assert content["figures"] == [1.5]
+    assert content["seconds"] == "its own"  # a command may say it better
+    assert datetime.fromisoformat(content["started"]).tzinfo
+    there = content["environment"]
+    assert (there["threads"], there["torch"], there["libraries"]) == (2, torch.__version__, {})
+    assert f"2 threads); Python {there['python']}, torch {torch.__version__}, flowpost" in run.where()
+    assert run.origin().startswith(run.where())
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        run.write("figures.json", {"figures": [float("nan")]})
+
+
+def test_libraries_have_their_versions(tmp_path: Path) -> None:
+    run = Run.begin("what", tmp_path, libraries=["torch"])
+    assert run.environment["libraries"] == {"torch": torch.__version__}
+    assert f"flowpost {flowpost.__version__}, torch {torch.__version__}; commit" in run.where()
+
+
+def test_the_seconds_of_all_processes_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path, {}, seconds_before=100.0)
+    later = datetime.now(timezone.utc) + timedelta(seconds=20)
+    monkeypatch.setattr(runs, "_now", lambda: later)
+    assert run.seconds() == pytest.approx(120, abs=1)
+
+
+def test_the_folder_is_named_after_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Run.begin("what").folder
+    assert folder.match("runs/2*-what")
+    assert not folder.exists()  # before there is something to write
+
+
+def test_a_page_that_cannot_be_filled_is_refused_at_once(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    with pytest.raises(ConfigError, match="^page: expected a page"):
+        Run.begin("what", tmp_path, page=page)
+    page.write_text("no marks")
+    with pytest.raises(ConfigError, match="^page: expected the marks"):
+        Run.begin("what", tmp_path, page=page)
+    page.write_text(f"{MARKS[0]}{MARKS[1]}")
+    run = Run.begin("what", tmp_path, page=page)
+    run.publish("text")
+    assert page.read_text() == f"{MARKS[0]}\n\ntext\n\n{MARKS[1]}"
+    assert run.picture("none.png", "none") == ""
+
+
+def test_threads_come_back_after_an_error() -> None:
+    before = torch.get_num_threads()
+
+    @cpu_threads(before + 1)
+    def fail() -> None:
+        raise KeyboardInterrupt(torch.get_num_threads())
+
+    with pytest.raises(KeyboardInterrupt, match=f"^{before + 1}$"):
+        fail()
+    assert torch.get_num_threads() == before
+
+
+def test_a_table_on_a_page() -> None:
+    grid = "| who | s |\n| --- | ---: |\n| a\\|b | 1 |\n| [c] | 20 |"
+    assert WIDE.markdown() == f"## Times\n\n{grid}\n\nCalls.\n\n- a: slow"
+    assert Table(["x", "y"], [["1", "2"]], numbers=False).markdown() == "| x | y |\n| --- | --- |\n| 1 | 2 |"
+
+
+def test_a_table_on_a_terminal() -> None:
+    console = Console(markup=False, width=30)
+    with console.capture() as capture:
+        console.print(WIDE)
+    lines = [line.rstrip() for line in capture.get().splitlines()]
+    assert lines[0] == "times"
+    assert [line for line in lines if "a|b" in line or "[c]" in line] == ["a|b   1", "[c]  20"]  # numbers to the right
+    assert lines[-1] == "Calls"
+
+
+def test_no_digit_is_cut_off_by_a_narrow_terminal() -> None:
+    console = Console(markup=False, width=12)
+    with console.capture() as capture:
+        console.print(Table(["who", "number"], [["somebody", "123456789"]]))
+    shown = "".join(character for character in capture.get() if character.isdigit())
+    assert shown == "123456789"
+
+
+def test_groups_keep_the_order() -> None:
+    assert grouped("banana", lambda letter: letter) == {"b": ["b"], "a": ["a"] * 3, "n": ["n"] * 2}
