@@ -51,48 +51,9 @@ def path_log_prob(posterior: FlowPosterior, h: Tensor) -> Tensor:
     return posterior.path_log_prob(posterior(h, sample_shape=(2,)), h)
 
 
-USES = [sample, log_prob, path_log_prob]
-
-
 def make(name: str) -> FlowPosterior:
     """With one step, where each searches an inverse that no value ends."""
     return RECIPES[name](FEATURES, DIM, **{**OPTIONS.get(name, {}), **({"steps": 1} if name == "naf" else {})})
-
-
-@recipes
-def test_every_recipe_samples_on_meta_alone(name: str) -> None:
-    for use in (sample, path_log_prob):
-        assert_runs_on_meta(name, use)
-
-
-@searched
-def test_every_recipe_inverts_on_meta_alone(name: str) -> None:
-    assert_runs_on_meta(name, log_prob)
-
-
-def assert_runs_on_meta(name: str, use: Callable[[FlowPosterior, Tensor], Tensor]) -> None:
-    posterior = make(name).double().to("meta")
-    h = torch.zeros(5, FEATURES, dtype=torch.float64, device="meta", requires_grad=True)
-    use(posterior, h)  # the first call may bring constants there
-    with Operations() as operations:
-        found = use(posterior, h)
-        found.sum().backward()
-    assert (found.device.type, found.dtype, found.shape) == ("meta", torch.float64, (2, 5))
-    assert operations.strays == []
-    assert h.grad is not None
-    assert posterior.flow.initial_context().is_meta
-    assert posterior.flow.head_scale().is_meta
-
-
-@searched
-def test_every_recipe_built_on_meta_runs_there(name: str) -> None:
-    with torch.device("meta"):
-        posterior = make(name)
-        h = torch.zeros(5, FEATURES, requires_grad=True)
-        for use in USES:
-            assert use(posterior, h).is_meta
-        if posterior.is_gaussian:
-            assert all(each.is_meta for each in posterior.gaussian(h))
 
 
 LAUNCHES = {
@@ -117,36 +78,60 @@ LAUNCHES = {
 """Operations other than views of a sample and of a log q, each with its gradient, at the sizes here."""
 
 
-@searched
-def test_a_recipe_launches_no_more_than_it_did(name: str, record_property: Callable[[str, object], None]) -> None:
-    posterior = make(name).double().to("meta")
+def launched(posterior: FlowPosterior, use: Callable[[FlowPosterior, Tensor], Tensor]) -> int:
+    """How many operations a use and its gradient take, which leave the device nowhere."""
     h = torch.zeros(5, FEATURES, dtype=torch.float64, device="meta", requires_grad=True)
-    counts = []
-    for use in (sample, log_prob):
-        use(posterior, h).sum().backward()
-        with Operations() as operations:
-            use(posterior, h).sum().backward()
-        counts.append(operations.count)
-    record_property("launches", counts)
+    use(posterior, h)  # the first call may bring constants there
+    with Operations() as operations:
+        found = use(posterior, h)
+        found.sum().backward()
+    assert (found.device.type, found.dtype, found.shape) == ("meta", torch.float64, (2, 5))
+    assert operations.strays == []
+    assert h.grad is not None
+    return operations.count
+
+
+@searched
+def test_every_recipe_runs_on_meta_alone_and_launches_no_more_than_it_did(name: str) -> None:
+    posterior = make(name).double().to("meta")
+    counts = [launched(posterior, use) for use in (sample, log_prob)]
     print(f"{name}: {counts}")
     # Another torch may take a few more.
     assert all(count <= 1.1 * most for count, most in zip(counts, LAUNCHES[name], strict=True)), counts
+    assert posterior.flow.initial_context().is_meta
+    assert posterior.flow.head_scale().is_meta
 
 
-@searched
-def test_every_recipe_is_built_and_runs_of_fake_tensors(name: str) -> None:
-    with FakeTensorMode():
-        posterior = make(name)
-        h = torch.randn(5, FEATURES, requires_grad=True)
-        for use in USES:
-            found = use(posterior, h)
-            found.sum().backward()
-            assert isinstance(found, FakeTensor)
-            assert found.shape == (2, 5)
-        assert isinstance(posterior.flow.initial_context(), FakeTensor)
+@pytest.mark.parametrize("name", ["planar", "iaf", "maf", "realnvp", "naf"])
+def test_the_path_gradient_runs_on_meta_alone(name: str) -> None:
+    launched(make(name).double().to("meta"), path_log_prob)
 
 
 @recipes
+def test_every_recipe_built_on_meta_runs_there(name: str) -> None:
+    with torch.device("meta"):
+        posterior = make(name)
+        h = torch.zeros(5, FEATURES, requires_grad=True)
+        assert posterior(h).log_prob.is_meta
+        if posterior.is_gaussian:
+            assert all(each.is_meta for each in posterior.gaussian(h))
+
+
+FAKE = [*((name, sample) for name in RECIPES), ("householder", log_prob), ("iaf", log_prob), ("maf", path_log_prob)]
+
+
+@pytest.mark.parametrize(("name", "use"), FAKE)
+def test_a_recipe_is_built_and_runs_of_fake_tensors(name: str, use: Callable[[FlowPosterior, Tensor], Tensor]) -> None:
+    with FakeTensorMode():
+        posterior = make(name)
+        found = use(posterior, torch.randn(5, FEATURES, requires_grad=True))
+        found.sum().backward()
+        assert isinstance(found, FakeTensor)
+        assert found.shape == (2, 5)
+        assert isinstance(posterior.flow.initial_context(), FakeTensor)
+
+
+@pytest.mark.parametrize("name", ["planar", "iaf", "maf", "realnvp"])
 def test_a_model_becomes_fake(name: str) -> None:
     """As an exporter makes it: a real posterior's tensors, converted one by one."""
     posterior, mode = make(name).double(), FakeTensorMode(allow_non_fake_inputs=True)
