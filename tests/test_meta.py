@@ -1,0 +1,152 @@
+"""Posteriors without values: on the meta device and of fake tensors, as planners of memory and launches have them."""
+
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from small import DIM, FEATURES, OPTIONS
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import flowpost
+from flowpost import FlowPosterior
+from flowpost.recipes import RECIPES
+
+recipes = pytest.mark.parametrize("name", RECIPES)
+searched = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.full] if name == "naf" else []) for name in RECIPES]
+)
+"""With naf's search, whose thousands of operations take seconds, among the full tests."""
+
+
+class Operations(TorchDispatchMode):
+    """Counts what a device would run, and refuses what mixes devices or reads a number back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self.strays: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Callable, types: object, args: tuple = (), kwargs: Mapping | None = None
+    ) -> object:
+        found = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, found)) if isinstance(leaf, Tensor)]
+        self.count += not func.is_view  # pyright: ignore[reportFunctionMemberAccess]
+        self.strays += [str(func) for tensor in tensors if not tensor.is_meta]
+        return found
+
+
+def sample(posterior: FlowPosterior, h: Tensor) -> Tensor:
+    return posterior(h, sample_shape=(2,)).log_prob
+
+
+def log_prob(posterior: FlowPosterior, h: Tensor) -> Tensor:
+    return posterior.log_prob(h.new_zeros(2, 5, DIM), h)
+
+
+def path_log_prob(posterior: FlowPosterior, h: Tensor) -> Tensor:
+    return posterior.path_log_prob(posterior(h, sample_shape=(2,)), h)
+
+
+def make(name: str) -> FlowPosterior:
+    """With one step, where each searches an inverse that no value ends."""
+    return RECIPES[name](FEATURES, DIM, **{**OPTIONS.get(name, {}), **({"steps": 1} if name == "naf" else {})})
+
+
+LAUNCHES = {
+    "diagonal": (32, 47),
+    "full_covariance": (41, 59),
+    "planar": (191, 1634),
+    "radial": (368, 505),
+    "householder": (90, 172),
+    "cc_lin_iaf": (44, 67),
+    "orthogonal_sylvester": (427, 1932),
+    "householder_sylvester": (425, 2594),
+    "triangular_sylvester": (307, 2473),
+    "iaf": (177, 444),
+    "affine_iaf": (159, 400),
+    "maf": (380, 179),
+    "nice": (62, 124),
+    "realnvp": (142, 164),
+    "spline_autoregressive": (793, 1690),
+    "spline_coupling": (657, 697),
+    "naf": (188, 8423),
+}
+"""Operations other than views of a sample and of a log q, each with its gradient, at the sizes here."""
+
+
+def launched(posterior: FlowPosterior, use: Callable[[FlowPosterior, Tensor], Tensor]) -> int:
+    """How many operations a use and its gradient take, which leave the device nowhere."""
+    h = torch.zeros(5, FEATURES, dtype=torch.float64, device="meta", requires_grad=True)
+    use(posterior, h)  # the first call may bring constants there
+    with Operations() as operations:
+        found = use(posterior, h)
+        found.sum().backward()
+    assert (found.device.type, found.dtype, found.shape) == ("meta", torch.float64, (2, 5))
+    assert operations.strays == []
+    assert h.grad is not None
+    return operations.count
+
+
+@searched
+def test_every_recipe_runs_on_meta_alone_and_launches_no_more_than_it_did(name: str) -> None:
+    posterior = make(name).double().to("meta")
+    counts = [launched(posterior, use) for use in (sample, log_prob)]
+    print(f"{name}: {counts}")
+    # Another torch may take a few more.
+    assert all(count <= 1.1 * most for count, most in zip(counts, LAUNCHES[name], strict=True)), counts
+    assert posterior.flow.initial_context().is_meta
+    assert posterior.flow.head_scale().is_meta
+
+
+@pytest.mark.parametrize("name", ["planar", "iaf", "maf", "realnvp", "naf"])
+def test_the_path_gradient_runs_on_meta_alone(name: str) -> None:
+    launched(make(name).double().to("meta"), path_log_prob)
+
+
+@recipes
+def test_every_recipe_built_on_meta_runs_there(name: str) -> None:
+    with torch.device("meta"):
+        posterior = make(name)
+        h = torch.zeros(5, FEATURES, requires_grad=True)
+        assert posterior(h).log_prob.is_meta
+        if posterior.is_gaussian:
+            assert all(each.is_meta for each in posterior.gaussian(h))
+
+
+FAKE = [*((name, sample) for name in RECIPES), ("householder", log_prob), ("iaf", log_prob), ("maf", path_log_prob)]
+
+
+@pytest.mark.parametrize(("name", "use"), FAKE)
+def test_a_recipe_is_built_and_runs_of_fake_tensors(name: str, use: Callable[[FlowPosterior, Tensor], Tensor]) -> None:
+    with FakeTensorMode():
+        posterior = make(name)
+        found = use(posterior, torch.randn(5, FEATURES, requires_grad=True))
+        found.sum().backward()
+        assert isinstance(found, FakeTensor)
+        assert found.shape == (2, 5)
+        assert isinstance(posterior.flow.initial_context(), FakeTensor)
+
+
+@pytest.mark.parametrize("name", ["planar", "iaf", "maf", "realnvp"])
+def test_a_model_becomes_fake(name: str) -> None:
+    """As an exporter makes it: a real posterior's tensors, converted one by one."""
+    posterior, mode = make(name).double(), FakeTensorMode(allow_non_fake_inputs=True)
+    state: dict[str, Tensor] = {
+        key: mode.from_tensor(tensor) for key, tensor in [*posterior.named_parameters(), *posterior.named_buffers()]
+    }
+    with mode:
+        h = torch.randn(5, FEATURES, dtype=torch.float64)
+        found = torch.func.functional_call(posterior, state, (h,), {"sample_shape": (2,)})
+        assert isinstance(found.z, FakeTensor)
+        assert found.log_prob.shape == (2, 5)
+
+
+def test_autocast_is_asked_of_devices_that_have_it() -> None:
+    """The meta device has none, and the CPU's is none of its business."""
+    posterior = flowpost.iaf(FEATURES, DIM, hidden=(6,)).to("meta")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert posterior(torch.zeros(5, FEATURES, device="meta")).z.dtype == torch.float32
