@@ -82,10 +82,6 @@ def _ar(dim: int, context_size: int = 0, hidden: Sequence[int] = (12,), **option
     return Autoregressive(dim, context_size, hidden, **options)  # pyright: ignore[reportArgumentType]
 
 
-def _tied(first: Bijector, second: Bijector) -> list[Bijector]:
-    return [first, second, first]
-
-
 OPEN = 1 + math.exp(-2.0)
 """The gain with which a gate of forget bias 2 starts as the identity."""
 ENTRIES = [
@@ -183,7 +179,8 @@ ENTRIES = [
     Entry("sylvester_flow", lambda dim: Chain(Affine(dim), Sylvester(dim, 1), Reverse(dim), Sylvester(dim, dim, 0))),
     Entry("iaf", lambda dim: Chain(Affine(dim), Shared(_ar(dim, 3), Reverse(dim), _ar(dim, 3)))),
     Entry(
-        "autoregressive_run", lambda dim: Shared(*_tied(_ar(dim, 3, (8,)), _ar(dim, 3, (6, 6), order=range(dim)[::-1])))
+        "autoregressive_run",
+        lambda dim: Shared(_ar(dim, 3, (8,)), _ar(dim, 3, (6, 6), order=range(dim)[::-1]), _ar(dim, 3, ())),
     ),
     Entry("maf", lambda dim: Chain(Inverse(_ar(dim, 2)), Permute(_order(dim)), Inverse(_ar(dim, 2)))),
     Entry("shared_planar", lambda dim: Shared(Planar(dim), Reverse(dim), Planar(dim))),

@@ -244,6 +244,7 @@ def test_a_changed_layer_counts_both_ways(family: str, change: Change) -> None:
     torch.testing.assert_close(results(other.train()), results(reference.train()), rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.full
 @every
 @changes
 def test_its_parameters_have_their_gradients(family: str, change: Change) -> None:
@@ -304,6 +305,7 @@ def ensemble(posterior: FlowPosterior, h: Tensor, z: Tensor) -> None:
 EVALUATIONS = [plain, half, mapped, differentiated, called, ensemble]
 
 
+@pytest.mark.full
 @every
 @changes
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

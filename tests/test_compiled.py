@@ -60,6 +60,7 @@ def assert_compiled_agrees(step: nn.Module, function: Callable, *inputs: Tensor 
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_compiled_equals_eager(name: str, direction: str) -> None:
@@ -67,6 +68,7 @@ def test_compiled_equals_eager(name: str, direction: str) -> None:
     assert_compiled_agrees(step, partial(DIRECTIONS[direction], step), z, context)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 def test_of_frozen_parameters_too(direction: str) -> None:
     step, z, context = make()
@@ -92,6 +94,7 @@ def test_autocast_compiles_to_what_it_runs(direction: str) -> None:
         torch.testing.assert_close(found, cast(z.float(), context.float()))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 @pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.jacrev], ids=["vmap", "jacrev"])
 def test_transforms_compile(direction: str, transform: Callable) -> None:

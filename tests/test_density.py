@@ -49,6 +49,7 @@ def mass_1d(step: Bijector, context: Tensor | None) -> float:
     return total + masses(cells).sum().item()
 
 
+@pytest.mark.full
 @every
 @given(case=cases(dim=1))
 def test_one_dimension_at_every_scale(entry: Entry, case: Case) -> None:
@@ -56,6 +57,7 @@ def test_one_dimension_at_every_scale(entry: Entry, case: Case) -> None:
     assert mass_1d(step, context) == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.identity], ids=lambda entry: entry.name)
 def test_one_dimension_by_adaptive_quadrature(entry: Entry) -> None:
     """Over the whole line, which knows nothing of where the flow puts its mass."""
@@ -85,6 +87,7 @@ def test_one_dimension_where_a_density_is_steep() -> None:
     assert mass_1d(step, context) == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.full
 @every
 @pytest.mark.parametrize(("push", "seed"), [(0.0, 0), (0.3, 1), (0.3, 2)])
 def test_two_dimensions_near_the_start(entry: Entry, push: float, seed: int) -> None:

@@ -20,6 +20,7 @@ from flowpost.testing import push
 from flowpost.vae import VAE, Bernoulli
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("dim", "amount"), [(64, 0.0), (64, 0.3), (256, 0.0)])
 def test_sixteen_steps_in_float32_come_back(dim: int, amount: float) -> None:
     """B3's residual at depth 16, where public flows lose all digits or turn to nan."""
@@ -48,6 +49,7 @@ def test_bfloat16_autocast_moves_log_q_by_less_than_a_hundredth_of_a_nat() -> No
     assert (found.log_prob - wanted.log_prob).abs().mean() < 0.01
 
 
+@pytest.mark.full
 def test_bfloat16_autocast_on_a_posterior_trained_on_the_digits() -> None:
     data = load("digits")
     flows = {"iaf": {"steps": 4, "hidden": (320, 320), "context_size": 64}}

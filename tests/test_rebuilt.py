@@ -113,6 +113,7 @@ def points(entry: Entry) -> tuple[Bijector, Tensor, Tensor | None]:
     return draw(entry, CASE, batch=(2,))
 
 
+@pytest.mark.full
 @poison
 @entries
 @pytest.mark.parametrize("load", [emptied, assigned])
@@ -127,6 +128,7 @@ def test_an_entry_built_on_meta(entry: Entry, load: Callable[[nn.Module, nn.Modu
     assert_starts(step, *(entry.make(CASE.dim, seed) for seed in (1, 2)))
 
 
+@pytest.mark.full
 @poison
 @entries
 def test_an_entry_that_was_emptied(entry: Entry) -> None:
@@ -237,6 +239,7 @@ def test_an_average_of_equal_posteriors_is_that_posterior(name: str, kind: str) 
     torch.testing.assert_close(of_posterior(other), of_posterior(source), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.full
 @entries
 def test_an_average_of_equal_entries_is_that_entry(entry: Entry) -> None:
     source, z, context = points(entry)
@@ -281,6 +284,7 @@ def test_an_average_of_a_training_is_the_mean_of_its_weights(kind: str) -> None:
     torch.testing.assert_close(of_step(loaded, z, context), expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.full
 @entries
 def test_a_cast_there_and_back_keeps_every_index(entry: Entry) -> None:
     """The weights lose digits; masks and orders do not."""

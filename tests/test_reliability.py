@@ -30,6 +30,7 @@ USES = {use.name: use for use in uses(quick=False)}
 MODELS = {model.name: model for model in flowpost_models()}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", MODELS)
 def test_flowpost_survives(name: str) -> None:
     verdicts = {use.name: judge(use, MODELS[name]) for use in uses(quick=True)}

@@ -106,6 +106,7 @@ def inputs(posterior: FlowPosterior) -> tuple[Tensor, Tensor, list[Tensor]]:
     return h, z, [h, z, *posterior.parameters()]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
 def test_every_recipe(name: str, use: Callable[[FlowPosterior, Tensor, Tensor], Loss]) -> None:
@@ -127,6 +128,7 @@ def test_the_path_gradient(name: str) -> None:
     assert_first_agree(loss, leaves)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["iaf", "affine_iaf", "maf", "realnvp", "naf", "spline_autoregressive"])
 @pytest.mark.parametrize("frozen", ["half", "other half", "all but the head", "head and z"])
 def test_frozen_subsets(name: str, frozen: str) -> None:
@@ -174,6 +176,7 @@ def tied(step: Bijector) -> Bijector:
     return Shared(step, step) if step.codomain == step.domain else step
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 def test_every_entry_tied_at_a_function_of_the_context(entry: Entry, direction: str) -> None:
@@ -214,6 +217,7 @@ CHAINS: dict[str, Callable[[], Bijector]] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", CHAINS)
 @pytest.mark.parametrize("direction", ["forward", "inverse", "known"])
 @pytest.mark.parametrize("samples", [(), (3,)], ids=str)

@@ -62,6 +62,7 @@ def assert_compiles_twice(function: Callable[..., Pair], points: Callable[[int],
         assert counter.frame_count <= 2, f"{counter.frame_count} compilations for {count} sizes"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("name", "use"), QUICK)
 def test_twelve_sizes_compile_twice(name: str, use: Callable[..., Pair]) -> None:
     posterior = tiny(name)
@@ -111,6 +112,7 @@ def assert_exports(module: nn.Module, points: Callable[[int], Sequence[Tensor]])
         torch.testing.assert_close(exported(*points(size)), module(*points(size)), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("name", "use"), QUICK)
 def test_an_export_has_a_batch_of_any_size(name: str, use: Callable[..., Pair]) -> None:
     assert_exports(Used(tiny(name), use), fixed_inputs)
