@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from benchmarks.reliability.judge import CONTEXT, Model, Pair, forward, inverse
@@ -58,7 +57,7 @@ def flowpost_models() -> list[Model]:
         "Spline ×2": lambda dim: fp.Chain(fp.Spline(dim), fp.Spline(dim)),
         "DeepSigmoid ×2": lambda dim: fp.Chain(fp.DeepSigmoid(dim, 4), fp.DeepSigmoid(dim, 4)),
         "Reverse": fp.Reverse,
-        "Permute": lambda dim: fp.Permute(torch.randperm(dim).tolist()),
+        "Permute": lambda dim: fp.Permute([*range(1, dim), 0]),  # an order is the architecture, not a weight
         "Learned(Planar) ×2": lambda dim: fp.Chain(*(fp.Learned(fp.Planar(dim)) for _ in range(2))),
         "Conditioned(Planar) ×2": lambda dim: fp.Shared(*(fp.Conditioned(fp.Planar(dim), CONTEXT) for _ in range(2))),
         "Inverse(Affine)": lambda dim: fp.Inverse(fp.Affine(dim)),
