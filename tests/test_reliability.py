@@ -23,6 +23,7 @@ from benchmarks.reliability.judge import NOT_APPLICABLE, RAW, SILENT, SURVIVED, 
 from benchmarks.reliability.own import flowpost_models
 from benchmarks.reliability.worker import load, uses
 from benchmarks.run import MARKS, fill
+from flowpost import bijectors
 from flowpost.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
@@ -55,7 +56,7 @@ def test_what_importing_flowpost_does_is_watched() -> None:
 
 
 def test_every_family_and_recipe_is_asked() -> None:
-    public = {getattr(flowpost, name) for name in flowpost.__all__}
+    public = {getattr(bijectors, name) for name in bijectors.__all__}
     families = {c for c in public if isinstance(c, type) and issubclass(c, flowpost.Bijector)} - {flowpost.Bijector}
     modules = [module for model in MODELS.values() for module in model.build(4, model.plain(4)).modules()]
     missing = families - {type(module) for module in modules}
