@@ -12,7 +12,7 @@ from flowpost.bijectors.base import Bijector, apply, apply_inverse
 from flowpost.checks import active, warn_moved
 from flowpost.numerics.arguments import check_noise, check_sample_shape
 from flowpost.numerics.products import wide_dtype
-from flowpost.numerics.watchers import full_precision
+from flowpost.numerics.watchers import first_parameter, full_precision
 
 _LOG_2PI = math.log(2 * math.pi)
 
@@ -91,7 +91,7 @@ def path_log_density(flow: Bijector, sample: Sample, context: Tensor | None) -> 
 
 def like_of(flow: Bijector, context: Tensor | None) -> Tensor:
     """What a draw has the dtype and device of: the flow's parameters, where it has none the context, or its buffer."""
-    parameter = next(flow.parameters(), None)
+    parameter = first_parameter(flow)
     if parameter is not None:
         return parameter
     return flow._like if context is None else context

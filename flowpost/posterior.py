@@ -12,7 +12,7 @@ from flowpost.density import Sample, batch_of, draw, log_density, path_log_densi
 from flowpost.distribution import FlowDistribution
 from flowpost.numerics.arguments import check_int, check_untraced, refuse_shards
 from flowpost.numerics.constants import follow
-from flowpost.numerics.watchers import full_precision
+from flowpost.numerics.watchers import first_parameter, full_precision
 
 
 class FlowPosterior(nn.Module):
@@ -189,7 +189,7 @@ class FlowPosterior(nn.Module):
             raise ValueError(f"h: expected shape (*, {self.features}), got {tuple(h.shape)}")
         if active():
             check_finite("h", h, "; the encoder's output is not finite")
-        like = next(self.parameters(), None)
+        like = first_parameter(self)
         if like is None:
             return h
         if h.device != like.device:

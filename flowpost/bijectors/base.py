@@ -23,7 +23,7 @@ from flowpost.numerics.arguments import (
 )
 from flowpost.numerics.constants import Constant, Placed
 from flowpost.numerics.products import wide
-from flowpost.numerics.watchers import hooked
+from flowpost.numerics.watchers import first_parameter, hooked
 
 LINE = (-math.inf, math.inf)
 Pair = tuple["Bijector", Tensor | None]
@@ -205,7 +205,7 @@ class Bijector(Placed, ABC):
     def _check(self, z: Tensor, context: Tensor | None) -> Tensor | None:
         check_untraced()
         check_tensor("z", z, self.dim, self.event_ndim)
-        parameter = next(self.parameters(), None)
+        parameter = first_parameter(self)
         if parameter is not None:
             check_like(z, parameter)
         reader = lambda: f"{self.layout()} of dim {self.dim}"  # noqa: E731

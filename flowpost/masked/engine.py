@@ -18,7 +18,7 @@ from flowpost.masked import host
 from flowpost.masked.activations import KNOWN
 from flowpost.masked.network import MADE, MaskedLinear
 from flowpost.masked.run import Link, Run
-from flowpost.numerics.watchers import hooked, unwatched
+from flowpost.numerics.watchers import first_parameter, hooked, unwatched
 
 
 class Engine(Protocol):
@@ -100,12 +100,7 @@ def fits(link: Link) -> bool:
     A step with parameters of its own is differentiated by autograd alone.
     """
     step = cast(nn.Module, link.step)
-    return (
-        link.net.activation in KNOWN
-        and untouched(link.net)
-        and not hooked(step)
-        and next(step.parameters(), None) is None
-    )
+    return link.net.activation in KNOWN and untouched(link.net) and not hooked(step) and first_parameter(step) is None
 
 
 def untouched(net: MADE) -> bool:

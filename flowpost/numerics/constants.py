@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowpost.numerics.arguments import check_order
-from flowpost.numerics.watchers import watched
+from flowpost.numerics.watchers import first_parameter, watched
 
 _Copies = dict[tuple[torch.device, torch.dtype], Tensor]
 
@@ -104,7 +104,7 @@ class Placed(nn.Module):
 
 def follow(module: nn.Module, _: object = None) -> None:
     """Tell the parts of a module where a load has put it: one by assignment moves parameters and nothing else."""
-    parameter = next(module.parameters(), None)
+    parameter = first_parameter(module)
     if parameter is None or parameter.is_meta:
         return
     for part in module.modules():

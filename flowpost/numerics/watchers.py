@@ -40,6 +40,13 @@ def watched() -> bool:
     )
 
 
+def first_parameter(module: nn.Module) -> Tensor | None:
+    """A module's first parameter, if it has any; not by ``next``, which compilers before torch 2.6 cannot follow."""
+    for parameter in module.parameters():
+        return parameter
+    return None
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether calling a module does more than its ``forward`` does: hooks, or a ``forward`` put on the instance.
 
@@ -60,12 +67,15 @@ def untouched(layer: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def autocast(device_type: str) -> bool:
-    """Whether autocast is on; never on a device that has none, as ``meta``, where torch raises if it is asked."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    """Whether autocast is on; never on the meta device, which has none, where torch raises if it is asked.
+
+    ``torch.amp.is_autocast_available`` would know, but compilers before torch 2.6 cannot follow it.
+    """
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def full_precision(device_type: str) -> AbstractContextManager:
     """A context in which autocast is off. It costs nothing where autocast is off already, but in a graph it is kept."""
     needed = torch.compiler.is_compiling() or autocast(device_type)
-    off = needed and torch.amp.is_autocast_available(device_type)
+    off = needed and device_type != "meta"
     return torch.autocast(device_type, enabled=False) if off else _AS_IT_IS
