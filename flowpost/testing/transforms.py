@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.wrappers import Inverse
@@ -30,7 +31,8 @@ def transforms(case: Case) -> float:
         for transform in (torch.func.jacrev, torch.func.jacfwd):
             found = torch.func.vmap(transform(lambda *args, f=direction: f(*args)[0]), in_dims=axes)(z, context)
             worst = max(worst, same(f"{transform.__name__}, {name}", (found,), (matrix,), bound, case))
-    z, parameters = case.z(3), dict(step.named_parameters())
+    z = case.z(3)
+    parameters: dict[str, Tensor] = dict(step.named_parameters())
     called = torch.func.functional_call(step, parameters, (z, context))
     require(equal(called, step(z, context)), case, "functional_call: another answer")
     return max(worst, _stacked(case, step, bound)) if parameters else worst
@@ -117,7 +119,7 @@ class _Operations(TorchDispatchMode):
         kwargs: dict[str, object] | None = None,
     ) -> object:
         out = func(*args, **(kwargs or {}))
-        tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
         self.count += 1
         self.strays += [str(func) for t in tensors if not t.is_meta]
         return out
