@@ -234,6 +234,7 @@ def changed(posterior: FlowPosterior, change: Change, names: list[str]) -> tuple
     return other, reference
 
 
+@pytest.mark.full
 @every
 @changes
 def test_a_changed_layer_counts_both_ways(family: str, change: Change) -> None:
@@ -323,6 +324,7 @@ def test_an_evaluation_in_training_mode_changes_no_state(family: str, change: Ch
     assert_state_stays(other.float().train(), EVALUATIONS)
 
 
+@pytest.mark.full
 @every
 def test_an_evaluation_in_training_mode_turns_a_spectral_norm_s_vectors_alone(family: str) -> None:
     """As torch's own layers do."""

@@ -60,8 +60,9 @@ def assert_compiled_agrees(step: nn.Module, function: Callable, *inputs: Tensor 
     )
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full if name == "plain" else pytest.mark.compile) for name in STEPS]
+)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_compiled_equals_eager(name: str, direction: str) -> None:
     step, z, context = make(name)
@@ -77,6 +78,7 @@ def test_of_frozen_parameters_too(direction: str) -> None:
     assert_compiled_agrees(step, partial(DIRECTIONS[direction], step), z, context)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 def test_autocast_compiles_to_what_it_runs(direction: str) -> None:
     """The network in half precision, so the agreement is of two runs of the same plain operations."""
@@ -110,6 +112,7 @@ def targets(graphs: list[torch.fx.GraphModule]) -> list[object]:
     return [node.target for graph in graphs for node in graph.graph.nodes]
 
 
+@pytest.mark.full
 def test_a_compiler_sees_each_sweep_as_one_operator() -> None:
     """Its graphs hold both, and grow no longer with dim."""
     graphs: list[torch.fx.GraphModule] = []

@@ -127,10 +127,8 @@ def averaged(case: Case) -> float:
         for parameter in moved.parameters():
             parameter.mul_(0.9)
     worst, beside = 0.0, nn.Linear(1, 1)  # torch averages no module without parameters
-    for decay in (None, 0.9):
-        average = AveragedModel(
-            nn.ModuleList([step, beside]), use_buffers=True, multi_avg_fn=decay and get_ema_multi_avg_fn(decay)
-        )
+    for mean in (None, get_ema_multi_avg_fn(0.9)):
+        average = AveragedModel(nn.ModuleList([step, beside]), use_buffers=True, multi_avg_fn=mean)
         for module in (step, moved, moved):
             average.update_parameters(nn.ModuleList([module, beside]))
         found = cast(Bijector, cast(nn.ModuleList, average.module)[0])
@@ -204,9 +202,9 @@ def layers(case: Case) -> float:
     """
     step, plain = reparametrized(case.step()), case.step()
     with torch.no_grad():
-        for module in step.modules():
-            if hasattr(module, "parametrizations"):
-                module.parametrizations.weight.original0.mul_(0.5)
+        for name, parameter in step.named_parameters():
+            if name.endswith("parametrizations.weight.original0"):
+                parameter.mul_(0.5)
         for module in layered(plain):
             module.get_parameter("weight").mul_(0.5)
     worst, bound = 0.0, 1e-10 if case.dtype == torch.float64 else 1e-5
