@@ -9,7 +9,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from flowpost.checks import active, check_finite, check_inside, check_residual
 from flowpost.masked.run import Column
@@ -23,7 +22,7 @@ from flowpost.numerics.arguments import (
 )
 from flowpost.numerics.constants import Constant, Placed
 from flowpost.numerics.products import wide
-from flowpost.numerics.watchers import first_parameter, hooked
+from flowpost.numerics.watchers import all_hooked, first_parameter, hooked
 
 LINE = (-math.inf, math.inf)
 Pair = tuple["Bijector", Tensor | None]
@@ -229,13 +228,12 @@ class Bijector(Placed, ABC):
 
 def apply(step: Bijector, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
     """``_forward`` of a step within another: through its call where somebody has hooked it, or all modules."""
-    called = hooked(step) or torch_module._has_any_global_hook()
-    return step(z, context, checked=True) if called else step._forward(z, context)
+    return step(z, context, checked=True) if hooked(step) or all_hooked() else step._forward(z, context)
 
 
 def apply_inverse(step: Bijector, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
     """``_inverse`` of a step within another: through its own ``inverse`` where somebody has put one there."""
-    if "inverse" in vars(step):
+    if "inverse" in step.__dict__:
         return step.inverse(z, context, preimage=preimage, checked=True)
     if hooked(step):
         refuse_shards(step)
@@ -247,7 +245,7 @@ def wrapped(step: Bijector) -> bool:
 
     `torch.distributed.fsdp.register_fsdp_forward_method` puts an ``inverse`` on the instance.
     """
-    return hooked(step) or "inverse" in vars(step)
+    return hooked(step) or "inverse" in step.__dict__
 
 
 def undo(pairs: Sequence[Pair], z: Tensor, preimage: Tensor | None) -> tuple[Tensor, Tensor]:

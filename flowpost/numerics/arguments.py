@@ -106,7 +106,9 @@ def _trap(value: Tensor) -> str:
 
 
 def _broadcasts(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    return all(m == n or m == 1 or n == 1 for m, n in zip(reversed(a), reversed(b), strict=False))
+    common = min(len(a), len(b))  # cut to it, for compilers before torch 2.6 cannot follow a zip of unequal lengths
+    pairs = zip(a[len(a) - common :], b[len(b) - common :], strict=True)
+    return all(m == n or m == 1 or n == 1 for m, n in pairs)
 
 
 def check_sample_shape(sample_shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as modules
 
 _AS_IT_IS = nullcontext()
 
@@ -53,7 +54,13 @@ def hooked(module: nn.Module) -> bool:
     Hooks on all modules at once are for measurements, says torch: what they are to see is what runs without them.
     """
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks or "forward" in vars(module))
+    return bool(hooks or "forward" in module.__dict__)
+
+
+def all_hooked() -> bool:
+    """Whether somebody has hooked the calls of all modules."""
+    hooks = modules._global_forward_hooks or modules._global_forward_pre_hooks
+    return bool(hooks or modules._global_backward_hooks or modules._global_backward_pre_hooks)
 
 
 def untouched(layer: nn.Module, kind: type[nn.Module]) -> bool:
