@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from registry import ENTRIES, Case, Entry, carry, draw
 from small import DIM, FEATURES, small
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -69,26 +68,17 @@ def test_twelve_sizes_compile_twice(name: str, use: Callable[..., Pair]) -> None
     assert_compiles_twice(lambda h, z: use(posterior, h, z), inputs)
 
 
+EVERY = [
+    *((name, use) for name in RECIPES for use in (sample, log_prob)),
+    *((name, use) for name in ("iaf", "maf", "planar", "realnvp") for use in (samples, log_probs, path)),
+]
+
+
 @pytest.mark.compile
-@pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("use", [sample, samples, log_prob, log_probs, path])
+@pytest.mark.parametrize(("name", "use"), EVERY)
 def test_every_recipe_compiles_twice(name: str, use: Callable[..., Pair]) -> None:
     posterior = small(name)
     assert_compiles_twice(lambda h, z: use(posterior, h, z), inputs)
-
-
-@pytest.mark.compile
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
-@pytest.mark.parametrize("direction", ["forward", "inverse"])
-def test_every_entry_compiles_twice(entry: Entry, direction: str) -> None:
-    step = draw(entry, Case(push=0.2))[0]
-
-    def points(size: int) -> list[Tensor]:
-        _, z, context = draw(entry, Case(push=0.2, seed=size), batch=(size,))
-        z = z if direction == "forward" else carry(step, z)
-        return [z] if context is None else [z, context]
-
-    assert_compiles_twice(getattr(step, direction), points)
 
 
 class Used(nn.Module):
