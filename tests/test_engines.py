@@ -35,8 +35,10 @@ def every_result(
     """Value, log-det, and the gradients at z, the context and all parameters."""
     z = z.detach().clone().requires_grad_()
     context = None if context is None else context.detach().clone().requires_grad_()
-    keywords = {"preimage": preimage} if direction == "known" else {}
-    image, log_det = (step if direction == "forward" else step.inverse)(z, context, **keywords)
+    if direction == "forward":
+        image, log_det = step(z, context)
+    else:
+        image, log_det = step.inverse(z, context, preimage=preimage if direction == "known" else None)
     loss = (image * torch.linspace(0, 1, image.numel(), dtype=z.dtype).view_as(image)).sum() + log_det.square().sum()
     inputs = [z, *([] if context is None else [context]), *step.parameters()]
     grads = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)

@@ -38,8 +38,7 @@ def test_a_file_or_state_of_then_is_for_gates_without_a_gain(tmp_path: Path) -> 
     options = {key: value for key, value in vars(old)["recipe"]["arguments"].items() if key != "gain"}
     with pytest.raises(ValueError, match=r"\(file != into\): gain 1.0 != 1.1353352832366128"):
         flowpost.load(path, into=flowpost.iaf(**options).double())
-    for gain in ({}, {"gain": 1.0}):
-        into = flowpost.iaf(**options, **gain).double()
+    for into in (flowpost.iaf(**options).double(), flowpost.iaf(**options, gain=1.0).double()):
         into.load_state_dict(load_file(path))
         for key, value in numbers(into).items():
             assert torch.equal(value, numbers(old)[key]), key

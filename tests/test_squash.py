@@ -120,7 +120,7 @@ def test_a_sample_s_log_q_is_the_density_by_hand(family: type[Bijector]) -> None
 
 @every
 def test_the_distribution_s_support_is_the_codomain(family: type[Bijector]) -> None:
-    distribution = flowpost.FlowDistribution(FlowPosterior(0, family(2)), validate_args=True)
+    distribution = FlowPosterior(0, family(2)).at(validate_args=True)
     distribution.log_prob(distribution.sample((5,)))
     with pytest.raises(ValueError, match="within the support"):
         distribution.log_prob(torch.tensor([0.5, -1.5]))

@@ -96,12 +96,7 @@ def solve(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The preimage, the log-det, and a tape as that of `values`, of each link's inverse."""
     groups = grouped(run, parameters)
-    knowns: list[tuple[Tensor, ...]] = []
-    if preimage is not None:
-        for link, group in zip(run, groups, strict=True):
-            evaluated = _evaluate(link.net, preimage, context, group)
-            knowns.append((preimage, *evaluated))
-            preimage = link.step._forward(preimage, evaluated[0])[0] if link is not run[-1] else None
+    knowns = [] if preimage is None else _evaluated(run, preimage, context, groups)
     total, tape = z.new_zeros(()), []
     for place in reversed(range(len(run))):
         link = run[place]
@@ -152,6 +147,17 @@ def _pass(net: MADE, z: Tensor, context: Tensor | None, group: Parameters) -> li
             x, y = KNOWN[net.activation].run(y), bias.expand(len(y), -1).clone()
         layer.staircase.add_product(y, x, weight)
         found.append(y)
+    return found
+
+
+def _evaluated(run: Run, x: Tensor, context: Tensor | None, groups: Sequence[Parameters]) -> list[tuple[Tensor, ...]]:
+    """For each link its point, where the first is known, its numbers and its hidden values."""
+    found = []
+    for link, group in zip(run, groups, strict=True):
+        numbers, *hidden = _evaluate(link.net, x, context, group)
+        found.append((x, numbers, *hidden))
+        if len(found) < len(run):
+            x = link.step._forward(x, numbers)[0]
     return found
 
 
