@@ -186,3 +186,11 @@ def test_a_loaded_order_is_adopted(hidden: Sequence[int]) -> None:
     for function in ("forward", "inverse"):
         found: Callable = getattr(other, function)
         assert all(map(torch.equal, found(z, context), getattr(saved, function)(z, context)))
+
+
+def test_a_sweep_leaves_the_parameters_storage_as_it_was() -> None:
+    """Numpy's view by ``.numpy()`` would fix its size for good, and whoever shards parameters resizes it."""
+    step = Autoregressive(4, 2, (9, 8))
+    image, _ = step.inverse(torch.randn(3, 4), torch.randn(3, 2))
+    image.sum().backward()
+    assert all(parameter.untyped_storage().resizable() for parameter in step.parameters())

@@ -170,6 +170,10 @@ class Bijector(Placed, ABC):
         """Closed forms of an ``elementwise`` map and of its inverse for one variable, where there are such."""
         return None, None
 
+    def has_pull(self) -> bool:
+        """Whether the step has a closed form of its gradient too, as `flowpost.masked.run.Pulling` says."""
+        return False
+
     def layout(self) -> str:
         """Who reads a context and how it is laid out, for messages: ``Planar``, ``Chain(Planar 7, Affine 6)``."""
         return type(self).__name__

@@ -18,6 +18,7 @@ from flowpost.numerics.constants import Constant
 from flowpost.numerics.products import wide_dtype
 from flowpost.numerics.scales import SPREAD
 
+_tanh_backward = torch.ops.aten.tanh_backward.default
 REACH = 1e3
 """How far the mean moves from 0."""
 
@@ -53,10 +54,19 @@ def gate(z: Tensor, logit: Tensor, mean: Tensor, gain: float = 1.0) -> tuple[Ten
     Returns:
         z' ``(*batch, dim)`` and log_det ``(*batch)``, summed in float64.
     """
+    image, log_det, _ = _gate(z, logit, mean, gain)
+    return image, log_det
+
+
+def _gate(z: Tensor, logit: Tensor, mean: Tensor, gain: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`gate`, with ``1 - s``."""
+    closed = torch.sigmoid(-logit)
     # As z + (1 - s) (m - z): where the gate is nearly open, 1 - s as a difference would cost a large m its digits.
-    image = torch.lerp(z, mean, torch.sigmoid(-logit))
+    image = torch.lerp(z, mean, closed)
     log_det = F.logsigmoid(logit).sum(-1, dtype=wide_dtype(z))
-    return (image, log_det) if gain == 1 else (gain * image, log_det + z.shape[-1] * math.log(gain))
+    if gain != 1:
+        image, log_det = gain * image, log_det + z.shape[-1] * math.log(gain)
+    return image, log_det, closed
 
 
 def gate_inverse(z: Tensor, logit: Tensor, mean: Tensor, gain: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -151,15 +161,37 @@ class Gate(Bijector):
         """Sizes and constants, for the module's repr."""
         return f"{super().extra_repr()}, forget_bias={self.forget_bias}, gain={self.gain:.4g}"
 
-    def _parameters_of(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """As `gate_parameters`, both at once: a step is bound by the number of calls."""
+    def _parameters_of(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """As `gate_parameters`, both at once: a step is bound by the number of calls; and the two tanh."""
         numbers = cast(Tensor, context).unflatten(-1, (2, -1))
         inner, outer, offset = self._bounds.on(numbers)
-        logit, mean = (torch.tanh(numbers * inner) * outer + offset).unbind(-2)
-        return logit, mean
+        bounded = torch.tanh(numbers * inner)
+        logit, mean = (bounded * outer + offset).unbind(-2)
+        return logit, mean, bounded
+
+    def has_pull(self) -> bool:
+        """True, unless a subclass may have a map of its own."""
+        return type(self) is Gate
+
+    def keep(self, z: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """``_forward``, with what `pull` needs."""
+        logit, mean, bounded = self._parameters_of(numbers)
+        image, log_det, closed = _gate(z, logit, mean, self.gain)
+        return image, log_det, (bounded, closed)
+
+    def pull(self, z: Tensor, kept: tuple[Tensor, Tensor], grad: Tensor, grad_log_det: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients at z and at the numbers: ``d log s = (1 - s) dlogit``, ``ds = s (1 - s) dlogit``."""
+        bounded, closed = kept
+        grad = grad if self.gain == 1 else self.gain * grad
+        z_grad = grad * (1 - closed)
+        mean = bounded.select(-2, 1) * REACH
+        of_logit = torch.addcmul(grad_log_det.to(z.dtype).unsqueeze(-1), z_grad, z - mean) * closed
+        return z_grad, _tanh_backward(torch.stack([of_logit, grad * closed], -2), bounded).flatten(-2)
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return gate(z, *self._parameters_of(context), self.gain)
+        logit, mean, _ = self._parameters_of(context)
+        return gate(z, logit, mean, self.gain)
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
-        return gate_inverse(z, *self._parameters_of(context), self.gain)
+        logit, mean, _ = self._parameters_of(context)
+        return gate_inverse(z, logit, mean, self.gain)

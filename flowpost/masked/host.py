@@ -7,7 +7,7 @@ that the network gave, so its formula is written once, in its own file.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from flowpost.masked import sweep
 from flowpost.masked.activations import KNOWN
 from flowpost.masked.layouts import by_output, by_variable, ranked, to_columns, to_rows
 from flowpost.masked.network import MADE
-from flowpost.masked.run import ElementWise, Link, Parameters, Run, grouped
+from flowpost.masked.run import ElementWise, Link, Parameters, Pulling, Run, grouped
 from flowpost.numerics.products import wide
 from flowpost.numerics.watchers import on_host
 
@@ -32,9 +32,15 @@ def values(
     total, tape = z.new_zeros(()), []
     for link, group in zip(run, grouped(run, parameters), strict=True):
         *hidden, outputs = _pass(link.net, z, context, group)
-        recorded = _record(link.step._forward, z, outputs.view(*z.shape[:-1], outputs.shape[-1]), recording)
+        numbers = outputs.view(*z.shape[:-1], outputs.shape[-1])
+        if link.step.has_pull():
+            image, log_det, kept = cast(Pulling, link.step).keep(z, numbers)
+            recorded = Recorded(z, z, numbers, *kept)
+        else:
+            recorded = _record(link.step._forward, z, numbers, recording)
+            image, log_det = recorded.image.detach(), recorded.log_det.detach()
         tape += [*recorded, *hidden]
-        z, total = recorded.image.detach(), total + recorded.log_det.detach()
+        z, total = image, total + wide(log_det)
     return z, total, tape
 
 
@@ -46,7 +52,11 @@ def pull(
     links = zip(run, grouped(run, parameters), _cut(run, tape), strict=True)
     for link, group, (recorded, hidden) in reversed(list(links)):
         net, shape = link.net, grad.shape
-        grad, of_numbers = _pull(link.step._forward, recorded, grad, grad_log_det)
+        if link.step.has_pull():
+            kept = recorded.image, recorded.log_det
+            grad, of_numbers = cast(Pulling, link.step).pull(recorded.z, kept, grad, grad_log_det)
+        else:
+            grad, of_numbers = _pull(link.step._forward, recorded, grad, grad_log_det)
         steep = of_numbers.reshape(-1, net.outputs * net.dim)
         layers = [steep]
         for layer, weight, value in zip(net.stack[:0:-1], group.weights[:0:-1], hidden[::-1], strict=True):
@@ -227,7 +237,10 @@ def _large(weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
 
 
 class Recorded(NamedTuple):
-    """An element-wise map at its point and numbers, with the graph of what it gave, where that is to be pulled back."""
+    """An element-wise map at its point and numbers, with the graph of what it gave, where that is to be pulled back.
+
+    Of a step's forward that has a closed form of its gradient, the last two are what the step keeps.
+    """
 
     point: Tensor
     """Where the network was evaluated, ``(*batch, dim)``."""

@@ -42,6 +42,22 @@ class ElementWise(Protocol):
         """Closed forms of the map and of its inverse for one variable, where it has them."""
         ...
 
+    def has_pull(self) -> bool:
+        """Whether it is a `Pulling` step."""
+        ...
+
+
+class Pulling(Protocol):
+    """An element-wise step with a closed form of its gradient, so that autodiff need not record its operations."""
+
+    def keep(self, z: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """The image, the log-det, and two tensors that `pull` needs."""
+        ...
+
+    def pull(self, z: Tensor, kept: tuple[Tensor, Tensor], grad: Tensor, grad_log_det: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients at z and at the numbers, from those at the image and at the log-det."""
+        ...
+
 
 class Link(NamedTuple):
     """One step of a run: a network, the element-wise step whose numbers it gives, and the order of the variables."""

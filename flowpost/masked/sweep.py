@@ -87,7 +87,7 @@ def _solve(
         preimage[k] = closed(k, image[k], outs[k])
 
     with np.errstate(all="ignore"):
-        _sweep(_by_layer(sizes, dim), NAMED[activation], _arrays(*weights), states, preimage, find)
+        _sweep(_by_layer(sizes, dim), NAMED[activation], _read(weights), states, preimage, find)
     return [x, *values]
 
 
@@ -120,8 +120,13 @@ def _pull(
 
     with np.errstate(all="ignore"):
         steep = _arrays(*slopes) if slopes else []
-        _transposed_sweep(_by_layer(sizes, len(v)), _arrays(*weights), steep, written, total, respond)
+        _transposed_sweep(_by_layer(sizes, len(v)), _read(weights), steep, written, total, respond)
     return [v, *sums]
+
+
+def _read(weights: Sequence[Tensor]) -> list[Array]:
+    """As `_arrays`, of parameters: ``.numpy()`` would fix their storage's size for good, which sharding changes."""
+    return [np.from_dlpack(each.detach()) for each in weights] if on_host(weights[0]) else list(weights)
 
 
 def _arrays(*tensors: Tensor) -> list[Array]:
