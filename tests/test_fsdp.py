@@ -20,9 +20,13 @@ import flowpost
 from flowpost import Bijector, FlowPosterior
 from flowpost.vae import VAE, Bernoulli
 
-pytestmark = pytest.mark.skipif(
-    not (hasattr(fsdp, "fully_shard") and dist.is_gloo_available()), reason="public from torch 2.6 on, and here by gloo"
-)
+pytestmark = [
+    pytest.mark.full,  # two processes, each of which imports torch
+    pytest.mark.skipif(
+        not (hasattr(fsdp, "fully_shard") and dist.is_gloo_available()),
+        reason="public from torch 2.6 on, and here by gloo",
+    ),
+]
 FAMILIES = ["iaf", "maf", "realnvp"]
 
 
