@@ -73,11 +73,11 @@ def test_a_flow_s_weights_are_fitted_too() -> None:
     assert (gaps.amortization > 0.5).all()
 
 
+@pytest.mark.filterwarnings("ignore::flowpost.importance.UnreliableEstimateWarning")
 @pytest.mark.parametrize("richer", [None, Planar(2).double()], ids=["same", "planar"])
 def test_every_fit_starts_at_the_amortized_posterior(richer: Bijector | None) -> None:
     vae, x = flow_vae(), torch.randn(7, 5, dtype=torch.float64)
-    with pytest.warns(UnreliableEstimateWarning):
-        gaps = inference_gaps(vae, x, richer=richer, steps=0, samples=50, examples=3, pairs=30)
+    gaps = inference_gaps(vae, x, richer=richer, steps=0, samples=50, examples=3, pairs=30)
     assert gaps.elbo.shape == gaps.estimate.k_hat.shape == (7,)
     torch.testing.assert_close(gaps.local_elbo, gaps.elbo, rtol=0, atol=1e-10)
     if richer is None:

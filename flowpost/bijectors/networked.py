@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flowpost.bijectors.base import Bijector
+from flowpost.numerics.arguments import check_int
 
 
 class Networked(Bijector):
@@ -17,8 +18,9 @@ class Networked(Bijector):
     """
 
     def __init__(self, dim: int, context_size: int) -> None:
-        bound = 1 / math.sqrt(max(context_size, 1))
-        super().__init__(dim, context_size, torch.empty(context_size, device="cpu").uniform_(-bound, bound))
+        size = check_int("context_size", context_size, minimum=0)
+        bound = 1 / math.sqrt(max(size, 1))
+        super().__init__(dim, context_size, torch.empty(size, device="cpu").uniform_(-bound, bound))
 
     def head_scale(self) -> Tensor:
         """Ones: a head keeps its usual initialization."""
