@@ -57,9 +57,11 @@ COMPILE = {
     "inverse_autoregressive",
     "full_covariance",
 }
-"""Entries that are compiled: one a family and wrapper, no chains beyond the recipes'."""
+"""One entry a family and wrapper, no chains beyond the recipes': what is compiled, and the full run's at more sizes."""
 
+CORE = [entry for entry in ENTRIES if DEEP or entry.name in COMPILE | COMPILE_IN_FULL | COMPILE_FIRST]
 every = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+core = pytest.mark.parametrize("entry", CORE, ids=lambda entry: entry.name)
 DTYPES = (torch.float64, torch.float32)
 
 
@@ -91,8 +93,16 @@ def _check(entry: Entry, name: str, dims: Sequence[int], examples: int) -> None:
     check_bijector(_maker(entry), dims=dims, dtypes=dtypes, examples=examples, skip=others)
 
 
-@pytest.mark.parametrize("name", [*OFTEN, *ONCE])
-@every
+def _quick() -> list:
+    """Every entry with every property; of a wrapper of what is an entry itself, the full run tries those that cost most."""
+    heavy = {"gradients", "dependent", "meta", "transforms", "mass", "shapes", "extremes", "composition", "rows"}
+    again = [entry for entry in ENTRIES if entry.name.startswith(WRAPPED) or entry.name == "masked_deep_sigmoid"]
+    pairs = [(entry, name, entry in again and name in heavy) for entry in ENTRIES for name in [*OFTEN, *ONCE]]
+    full = [pytest.mark.full]
+    return [pytest.param(e, n, marks=full if late else [], id=f"{e.name}-{n}") for e, n, late in pairs]
+
+
+@pytest.mark.parametrize(("entry", "name"), _quick())
 def test_contract(entry: Entry, name: str) -> None:
     """At one size, every push and context scale; the mass where it is cheap."""
     _check(entry, name, dims=(1,) if name == "mass" else (3,), examples=3)
@@ -100,7 +110,7 @@ def test_contract(entry: Entry, name: str) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", OFTEN)
-@every
+@core
 def test_contract_on_more_examples(entry: Entry, name: str) -> None:
     """A wrapper of what is an entry itself meets every push, but fewer sizes."""
     small = entry.name.startswith(WRAPPED) and not DEEP
@@ -109,7 +119,7 @@ def test_contract_on_more_examples(entry: Entry, name: str) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", ONCE)
-@every
+@core
 def test_contract_at_more_sizes(entry: Entry, name: str) -> None:
     _check(entry, name, dims=(1,) if entry.name.startswith(WRAPPED) and not DEEP else (1, 4), examples=1)
 
@@ -132,7 +142,7 @@ def test_contract_compiled(entry: Entry, name: str) -> None:
     [*((name, dtype) for name in ("log_det", "round_trip", "cancel") for dtype in DTYPES), ("undone", torch.float64)],
     ids=lambda value: str(value).removeprefix("torch."),
 )
-@every
+@core
 @settings(max_examples=500 if DEEP else 5)
 @given(
     dim=st.integers(1, 6),
@@ -151,7 +161,7 @@ def test_contract_anywhere(
 @pytest.mark.parametrize(
     ("names", "examples"), [({"log_det"}, 3), ({"round_trip", "cancel"}, 1)], ids=["value", "back"]
 )
-@every
+@core
 def test_at_64_variables(entry: Entry, names: set[str], examples: int) -> None:
     """The log-det at every push and context scale, the way back near the start: no matrix of 64 random rows has one."""
     check_bijector(

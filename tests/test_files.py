@@ -883,6 +883,7 @@ def test_a_full_disk(path: Path) -> None:
     good(path, old)
 
 
+@pytest.mark.full
 def test_a_killed_save_loses_nothing(path: Path) -> None:
     code = """
         import os, signal, sys, time, torch, flowpost

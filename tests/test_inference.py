@@ -219,6 +219,7 @@ def job_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.full
 def test_a_job_keeps_its_objective_and_splits_the_gap(job_folder: Path) -> None:
     content = json.loads((job_folder / "results.json").read_text())
     config = from_json(content["configuration"])

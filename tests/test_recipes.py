@@ -308,6 +308,7 @@ KINDS = ["full", "diagonal", "iaf", "planar", "affine_iaf", "nice", "realnvp", "
 KINDS += ["householder_sylvester", "triangular_sylvester"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("make", "kl", "tolerance"), TARGETS, ids=KINDS)
 def test_reverse_kl_to_a_known_target(make: Callable[[], FlowPosterior], kl: float, tolerance: float) -> None:
     """Trained on a target with a known normalizer, the KL is its known best and never below zero."""

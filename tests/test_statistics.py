@@ -80,6 +80,7 @@ def _kl(name: str) -> float:
     return (sample.log_prob - model.posterior(x).log_prob(sample.z)).mean().item()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("name", "bound"), [("full_covariance", 0.01), ("iaf", 0.02)])
 def test_exact_posterior_is_reached(name: str, bound: float) -> None:
     """No false alarm but by failed training: the estimate's standard error is below 1e-3."""
@@ -106,12 +107,14 @@ def _uniform_p(ranks: Tensor) -> float:
     return min(stats.chisquare(row.numpy()).pvalue for row in counts)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["full_covariance", "iaf"])
 def test_simulation_based_calibration(name: str) -> None:
     """False-alarm rate: 3 coordinates at 1e-4 each."""
     assert _uniform_p(_ranks(name)) > 1e-4
 
 
+@pytest.mark.full
 def test_calibration_finds_a_wrong_posterior() -> None:
     assert _uniform_p(_ranks("diagonal")) < 1e-6
     assert _uniform_p(_ranks("full_covariance", stretch=0.9)) < 1e-4

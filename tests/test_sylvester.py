@@ -228,6 +228,7 @@ class Roots(nn.Module):
         return tanh_roots(gain, target)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("axes", AXES)
 @pytest.mark.parametrize(("gains", "targets"), [((), ()), ((2,), (3, 2)), ((3, 2), (2,)), ((0,), (0,))], ids=str)
 def test_a_compiler_s_operator_is_the_search(
