@@ -5,12 +5,13 @@ ARGS ?=
 PYTEST = $(BIN)/python -m pytest -n auto --durations=10
 
 VENV := .venv
+OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 FILES := pyproject.toml constraints.txt
 # An environment variable, unlike `-c`, also holds for the isolated environment the package is built in.
 INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: bench speed test test-full test-compile test-plain test-peers test-deep mutants mass lint clean
+.PHONY: bench speed test test-full test-compile test-plain test-peers test-oldest test-deep mutants mass lint clean
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -44,6 +45,10 @@ test-peers: $(VENV)/.test-peers
 test-deep: $(VENV)/.test
 	FLOWPOST_DEEP=1 $(PYTEST) $(ARGS)
 
+# The quick tests with the oldest PyTorch that is supported, in an environment of their own.
+test-oldest: $(OLDEST)/.test
+	$(OLDEST)/bin/python -m pytest -n auto -m "not full and not compile" $(ARGS)
+
 mutants: $(VENV)/.test
 	$(BIN)/python -m tests.mutants
 
@@ -57,6 +62,11 @@ lint: $(VENV)/.lint
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
+
+$(OLDEST)/.test: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check 'torch==2.5.1' 'numpy<2.3' -e '.[bench,files,test]'
+	touch $@
 
 $(VENV)/.bench: $(FILES) | $(BIN)/python
 	$(INSTALL) -e '.[bench]'
@@ -79,4 +89,4 @@ $(VENV)/.lint: $(FILES) | $(BIN)/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) dist .pytest_cache .ruff_cache .hypothesis

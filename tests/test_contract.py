@@ -94,7 +94,7 @@ def _check(entry: Entry, name: str, dims: Sequence[int], examples: int) -> None:
 
 
 def _quick() -> list:
-    """Every entry with every property; of a wrapper of what is an entry itself, the full run tries those that cost most."""
+    """Every entry with every property; of a wrapper of an entry, the full run tries those that cost most."""
     heavy = {"gradients", "dependent", "meta", "transforms", "mass", "shapes", "extremes", "composition", "rows"}
     again = [entry for entry in ENTRIES if entry.name.startswith(WRAPPED) or entry.name == "masked_deep_sigmoid"]
     pairs = [(entry, name, entry in again and name in heavy) for entry in ENTRIES for name in [*OFTEN, *ONCE]]
