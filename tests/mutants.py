@@ -191,32 +191,44 @@ def _ridge_one_regime(x: Tensor) -> tuple[Tensor, Tensor]:
     return value, torch.where(x < -1, 0.9 * slope, slope)
 
 
-def _gate_float32_log_det(z: Tensor, logit: Tensor, mean: Tensor, gain: float = 1.0) -> tuple[Tensor, Tensor]:
-    image, log_det = _GATE(z, logit, mean, gain)
-    return image, log_det.float().to(z.dtype)
+Gated = tuple[Tensor, Tensor, Tensor]
 
 
-def _gate_squeezed(z: Tensor, logit: Tensor, mean: Tensor, gain: float = 1.0) -> tuple[Tensor, Tensor]:
-    image, log_det = _GATE(z, logit, mean, gain)
-    return image, log_det.squeeze()
+def _gate_float32_log_det(z: Tensor, logit: Tensor, mean: Tensor, gain: float) -> Gated:
+    image, log_det, closed = _GATE(z, logit, mean, gain)
+    return image, log_det.float().to(z.dtype), closed
 
 
-def _gate_log_of_sigmoid(z: Tensor, logit: Tensor, mean: Tensor, gain: float = 1.0) -> tuple[Tensor, Tensor]:
-    return _GATE(z, logit, mean, gain)[0], torch.log(torch.sigmoid(logit)).sum(-1)
+def _gate_squeezed(z: Tensor, logit: Tensor, mean: Tensor, gain: float) -> Gated:
+    image, log_det, closed = _GATE(z, logit, mean, gain)
+    return image, log_det.squeeze(), closed
 
 
-def _gate_disagrees(z: Tensor, logit: Tensor, mean: Tensor, gain: float = 1.0) -> tuple[Tensor, Tensor]:
-    return _GATE(z, logit, mean, gain)[0], F.logsigmoid(logit + 1e-3).sum(-1)
+def _gate_log_of_sigmoid(z: Tensor, logit: Tensor, mean: Tensor, gain: float) -> Gated:
+    image, _, closed = _GATE(z, logit, mean, gain)
+    return image, torch.log(torch.sigmoid(logit)).sum(-1), closed
 
 
-def _gate_unbounded(self: gate.Gate, context: Tensor) -> tuple[Tensor, Tensor]:
+def _gate_disagrees(z: Tensor, logit: Tensor, mean: Tensor, gain: float) -> Gated:
+    image, _, closed = _GATE(z, logit, mean, gain)
+    return image, F.logsigmoid(logit + 1e-3).sum(-1), closed
+
+
+def _pull_without_the_mean(
+    self: gate.Gate, z: Tensor, kept: tuple[Tensor, Tensor], grad: Tensor, grad_log_det: Tensor
+) -> tuple[Tensor, Tensor]:
+    z_grad, of_numbers = _GATE_PULL(self, z, kept, grad, grad_log_det)
+    return z_grad, of_numbers.unflatten(-1, (2, -1)).select(-2, 0).repeat_interleave(2, -1)
+
+
+def _gate_unbounded(self: gate.Gate, context: Tensor) -> Gated:
     raw, mean = context.chunk(2, dim=-1)
-    return raw + self.forget_bias, mean
+    return raw + self.forget_bias, mean, torch.zeros_like(context.unflatten(-1, (2, -1)))
 
 
-def _gate_gain_once(z: Tensor, logit: Tensor, mean: Tensor, gain: float = 1.0) -> tuple[Tensor, Tensor]:
-    image, log_det = _GATE(z, logit, mean, gain)
-    return image, log_det + (1 - z.shape[-1]) * math.log(gain)
+def _gate_gain_once(z: Tensor, logit: Tensor, mean: Tensor, gain: float) -> Gated:
+    image, log_det, closed = _GATE(z, logit, mean, gain)
+    return image, log_det + (1 - z.shape[-1]) * math.log(gain), closed
 
 
 def _mask_not_strict(self: staircase.Staircase) -> Constant:
@@ -454,7 +466,8 @@ _BIN = spline._bin
 _INVERTIBLE, _RIDGE = planar._invertible, ridge.ridge
 _ACT_NORM, _RADIAL_GAIN = actnorm.act_norm, radial._gain
 _COUPLING = Coupling._forward
-_GATE, _MADE, _STRICT_TRIL = gate.gate, made.MADE.forward, lower.strict_tril
+_GATE, _GATE_PULL = gate._gate, gate.Gate.pull
+_MADE, _STRICT_TRIL = made.MADE.forward, lower.strict_tril
 _PULL, _WEIGHT_GRADIENTS, _TRANSPOSED_SOLVE = host.pull, host.weight_gradients, host.transposed_solve
 _REPLAY, _LAY_OUT, _AFFINE = nodes._replay, made.MaskedLinear.lay_out, affine.affine
 _AUTOREGRESSIVE_INVERSE, _AFFINE_INVERSE = Autoregressive._inverse, Affine._inverse
@@ -556,10 +569,10 @@ MUTANTS = (
         Sylvester,
         ((sylvester, "orthonormal", _columns_not_orthogonal),),
     ),
-    Mutant("squeeze at batch 1", "pythae", _step, ((gate, "gate", _gate_squeezed),), killer="shapes"),
+    Mutant("squeeze at batch 1", "pythae", _step, ((gate, "_gate", _gate_squeezed),), killer="shapes"),
     Mutant("element-wise radius", "torchflows", ElementwiseRadial),
-    Mutant("float32 log-det in float64", "pythae", _step, ((gate, "gate", _gate_float32_log_det),)),
-    Mutant("gate and log-det disagree", "flow-VAEs", _step, ((gate, "gate", _gate_disagrees),)),
+    Mutant("float32 log-det in float64", "pythae", _step, ((gate, "_gate", _gate_float32_log_det),)),
+    Mutant("gate and log-det disagree", "flow-VAEs", _step, ((gate, "_gate", _gate_disagrees),)),
     Mutant(
         "default dtype in the inverse",
         "pyro",
@@ -686,7 +699,14 @@ MUTANTS = (
         ((affine, "affine", _affine_on_the_default_device),),
         killer="meta",
     ),
-    Mutant("the gain's log for one variable", "-", _gained, ((gate, "gate", _gate_gain_once),), dims=(2, 5)),
+    Mutant(
+        "the gate's gradient without the mean's",
+        "-",
+        _step,
+        ((gate.Gate, "pull", _pull_without_the_mean),),
+        killer="gradients",
+    ),
+    Mutant("the gain's log for one variable", "-", _gained, ((gate, "_gate", _gate_gain_once),), dims=(2, 5)),
     Mutant("cache by identity", "pyro", lambda dim: Learned(CachedPlanar(dim)), killer="purity"),
     Mutant("no check of z", "all", Planar, ((base, "check_tensor", _nothing),), killer="bad_input"),
     Mutant("no check of the context", "all", Planar, ((base, "check_context", _as_it_came),), killer="bad_input"),
@@ -727,7 +747,7 @@ MUTANTS = (
         "log(sigmoid) for logsigmoid",
         "many",
         _step,
-        ((gate, "gate", _gate_log_of_sigmoid),),
+        ((gate, "_gate", _gate_log_of_sigmoid),),
         equivalent="the logit is bounded, so both are exact",
     ),
 )
