@@ -35,11 +35,11 @@ class MaskedLinear(nn.Module):
     def lay_out(self, inputs: Sequence[int], units: Sequence[int], groups: int = 1) -> None:
         """Give the weights that are here to these degrees."""
         self.staircase = Staircase(inputs, units, groups)
-        self.staircase.edges(self.weight)
+        self.staircase.place(self.weight)
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> MaskedLinear:  # noqa: FBT001, FBT002
         super()._apply(fn, recurse)
-        self.staircase.edges(self.weight)  # copied where the weight has moved, so that no compiled call has to
+        self.staircase.place(self.weight)
         return self
 
     def reset_parameters(self) -> None:

@@ -56,12 +56,17 @@ class Staircase:
             self.blocks = [_block(self.inputs, self.units, run) for run in rows]
         self._runs = [number for block in self.blocks for run in block for number in run]
         self.mask = self._mask()
-        """The whole mask, ``(out, in)``."""
-        self._edges = [Constant(self.mask.value.narrow(0, *b.rows).narrow(1, *b.stair)) for b in self.blocks]
+        """The whole mask, ``(out, in)``, of bools."""
+        self._edges = [Constant(self.mask.value.narrow(0, *b.rows).narrow(1, *b.stair).float()) for b in self.blocks]
 
     def _mask(self) -> Constant:
         inputs, units = (torch.tensor(degrees, device="cpu") for degrees in (self.inputs, self.units))
         return Constant(inputs <= units.unsqueeze(-1))
+
+    def place(self, weight: Tensor) -> None:
+        """Copy the masks to where the weight is, so that no call that somebody watches has to."""
+        self.mask.on(weight)
+        self.edges(weight)
 
     def edges(self, weight: Tensor) -> list[Tensor]:
         """The mask's part on each block's edge, in numbers like the weight's."""

@@ -21,7 +21,8 @@ class Constant:
     spoil it: `torch.nn.Module.to_empty`, a meta device, an average of weights, a load by assignment.
 
     Args:
-        value: numbers, which `on` casts to the dtype that is asked for, or an int64 index, which it never casts.
+        value: numbers, which `on` casts to the dtype that is asked for; or an index of int64 or a mask of bools, which
+            it never casts.
     """
 
     def __init__(self, value: Tensor) -> None:
@@ -29,13 +30,13 @@ class Constant:
         self._copies: _Copies = {}
 
     def on(self, like: Tensor) -> Tensor:
-        """The tensor on the device, and unless it is an index in the dtype, of `like`: copied there once.
+        """The tensor on the device, and where it is of numbers in the dtype, of `like`: copied there once.
 
         Whoever watches the operations, as a compiler or ``torch.func`` does, would leave a tensor of his own behind:
         then the copy is not kept.
         """
         value, device = self.value, like.device
-        dtype = value.dtype if value.dtype == torch.int64 else like.dtype
+        dtype = like.dtype if value.is_floating_point() else value.dtype
         if value.device == device and value.dtype == dtype:
             return value
         copy = self._copies.get((device, dtype))
