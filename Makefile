@@ -20,11 +20,11 @@ bench: $(VENV)/.bench
 speed: $(VENV)/.peers
 	$(BIN)/python -m benchmarks speed $(ARGS)
 
-# Every family, every property of the contract at one size, the main job, the command line: under 5 minutes on two cores.
+# Every family, every property of the contract at one size, the main job, the command line.
 test: $(VENV)/.test
 	$(PYTEST) -m "not full and not compile" $(ARGS)
 
-# That, and more sizes, examples and models: under 10 minutes.
+# That, and more sizes, examples and models.
 test-full: $(VENV)/.test
 	$(PYTEST) -m "not compile" $(ARGS)
 
