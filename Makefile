@@ -32,7 +32,7 @@ test-full: $(VENV)/.test
 test-compile: $(VENV)/.test
 	$(PYTEST) -m compile $(ARGS)
 
-# The contract once more without the passes by hand, for the operations that they stand in for.
+# The contract once more without the fast engine, for the plain operations that it stands in for.
 test-plain: $(VENV)/.test
 	FLOWPOST_PLAIN=1 $(PYTEST) -m "not compile" tests/test_contract.py \
 		-k "2_context or autoregressive_order or autoregressive_wide or masked_affine or iaf or maf" $(ARGS)

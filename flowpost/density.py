@@ -82,7 +82,7 @@ def path_log_density(flow: Bijector, sample: Sample, context: Tensor | None) -> 
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             # It follows z and nothing else: no parameter has to be frozen, or un-frozen, for it.
             slope = torch.func.grad(total)(z)
-        else:  # the same through the passes by hand, where nothing is searched; no parameter's grad is touched
+        else:  # the same through the fast nodes, where nothing is searched; no parameter's grad is touched
             leaf = z.detach().requires_grad_()
             with torch.enable_grad():
                 (slope,) = torch.autograd.grad(total(leaf), leaf)

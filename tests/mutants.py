@@ -60,7 +60,7 @@ from flowpost.bijectors import (
 from flowpost.functional import exp_scale
 from flowpost.masked import engine, host, nodes, plain, run, staircase
 from flowpost.masked import network as made
-from flowpost.numerics import products, ridge, roots
+from flowpost.numerics import products, ridge, roots, watchers
 from flowpost.numerics import triangles as lower
 from flowpost.numerics.constants import Constant
 from flowpost.testing import COMPILED, PROPERTIES, ContractError, check_bijector, push
@@ -680,7 +680,7 @@ MUTANTS = (
         tuple((room, "untouched", _yes) for room in (engine, plain)),
         killer="layers",
     ),
-    Mutant("a hooked layer is passed by", "flowpost 8666d94", _step, ((engine, "hooked", _no),), killer="layers"),
+    Mutant("a hooked layer is passed by", "flowpost 8666d94", _step, ((watchers, "hooked", _no),), killer="layers"),
     Mutant("an order that is averaged", "flowpost 8666d94", BufferedOrder, dims=(5,), killer="averaged"),
     Mutant("an evaluation that changes the state", "flowpost 8666d94", Restless, killer="unchanged"),
     Mutant(

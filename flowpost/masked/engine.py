@@ -19,6 +19,7 @@ from flowpost.masked.activations import KNOWN
 from flowpost.masked.network import MADE, MaskedLinear
 from flowpost.masked.run import Link, Run
 from flowpost.numerics.watchers import first_parameter, hooked, unwatched
+from flowpost.numerics.watchers import untouched as is_ours
 
 
 class Engine(Protocol):
@@ -110,12 +111,5 @@ def untouched(net: MADE) -> bool:
     """
     if type(net) is not MADE or hooked(net):
         return False
-    project = net.project
-    if project is not None and (type(project) is not nn.Linear or not _plain(project)):
-        return False
-    return all(type(layer) is MaskedLinear and _plain(layer) for layer in net.layers)
-
-
-def _plain(layer: nn.Module) -> bool:
-    held = layer._parameters.values()
-    return not hooked(layer) and all(each is None or type(each) in (nn.Parameter, Tensor) for each in held)
+    ours = all(is_ours(layer, MaskedLinear) for layer in net.layers)
+    return ours and (net.project is None or is_ours(net.project, nn.Linear))

@@ -133,7 +133,7 @@ def check_noise(noise: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
 
 
 def check_untraced() -> None:
-    """Raise under `torch.jit.trace`, which cannot follow the passes by hand and freezes shapes that it should not."""
+    """Raise under `torch.jit.trace`, which cannot follow the fast nodes and freezes shapes that it should not."""
     if not torch.compiler.is_compiling() and torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         raise RuntimeError("torch.jit.trace: flowpost's passes cannot be traced; use torch.export or torch.compile")
 
