@@ -13,7 +13,7 @@ from torch import Tensor
 from flowpost.bijectors.base import Bijector
 from flowpost.masked.run import COLUMNS, Array, Column, Solve
 from flowpost.numerics.arguments import check_int
-from flowpost.numerics.scales import ARRAYS, softplus_scale
+from flowpost.numerics.scales import CLOSED, softplus_scale
 
 
 def affine(z: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,7 +42,7 @@ def _affine_column(xp: Any, constants: Sequence[float], scale: Callable[..., Arr
     return backward if inverse else forward
 
 
-for _name, _scale in ARRAYS.values():
+for _name, _scale, _ in CLOSED.values():
     COLUMNS[f"affine by {_name}"] = functools.partial(_affine_column, scale=_scale, inverse=False)
     COLUMNS[f"inverse affine by {_name}"] = functools.partial(_affine_column, scale=_scale, inverse=True)
 
@@ -87,10 +87,26 @@ class Affine(Bijector):
 
     def columns(self) -> tuple[Column | None, Column | None]:
         """Both, for the scales that come with flowpost."""
-        if type(self) is not Affine or self.scale not in ARRAYS:  # a subclass may have a map of its own
+        if not self.has_pull():
             return None, None
-        name = ARRAYS[self.scale][0]
+        name = CLOSED[self.scale].name
         return Column(f"affine by {name}"), Column(f"inverse affine by {name}")
+
+    def has_pull(self) -> bool:
+        """For the scales that come with flowpost, unless a subclass may have a map of its own."""
+        return type(self) is Affine and self.scale in CLOSED
+
+    def keep(self, z: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """``_forward``, with what `pull` needs: the raw numbers of the scale, and the scale."""
+        loc, raw = numbers.chunk(2, dim=-1)
+        scale = self.scale(raw)
+        return *affine(z, loc, scale), (raw, scale)
+
+    def pull(self, z: Tensor, kept: tuple[Tensor, Tensor], grad: Tensor, grad_log_det: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients at z and at the numbers: ``dlog_det/dscale = 1 / scale``."""
+        raw, scale = kept
+        of_scale = torch.addcmul(grad_log_det.to(z.dtype).unsqueeze(-1) / scale, grad, z)
+        return grad * scale, torch.cat([grad, of_scale * CLOSED[self.scale].slope(raw, scale)], dim=-1)
 
     def _loc_scale(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
         loc, raw = cast(Tensor, context).chunk(2, dim=-1)

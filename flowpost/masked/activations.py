@@ -25,16 +25,10 @@ class Known(NamedTuple):
     name: str
     run: Activation
     """In place."""
-    run_array: Callable[[np.ndarray], object]
-    """In place, for numpy."""
+    run_array: Callable[[np.ndarray], object] | None
+    """In place, for numpy; None where torch is faster on the same memory."""
     gradient: Callable[[Tensor, Tensor], Tensor]
     """From the gradient at the value, and the value, to the gradient at the input."""
-
-
-def _elu_array(x: np.ndarray) -> None:
-    below = np.expm1(np.minimum(x, _ZERO))
-    np.maximum(x, _ZERO, out=x)
-    x += below
 
 
 _RELU = Known(
@@ -43,7 +37,7 @@ _RELU = Known(
 _ELU = Known(
     "elu",
     partial(F.elu, inplace=True),
-    _elu_array,
+    None,
     lambda grad, value: _elu_backward(grad, 1, 1, 1, _OF_ITSELF, value),
 )
 _TANH = Known("tanh", torch.tanh_, lambda x: np.tanh(x, out=x), torch.ops.aten.tanh_backward.default)

@@ -1,7 +1,7 @@
 """The seam between what the masked networks compute and how a device computes it: the operations, and who is chosen.
 
 A *run* is what an engine works on: steps in sequence that read one context, each an element-wise step whose numbers a
-masked network gives. An engine has five operations on a run; the autograd nodes in `nodes` put them together. Where
+masked network gives. An engine has four operations on a run, a pass and an inverse with their gradients; the autograd nodes in `nodes` put them together. Where
 something must see the operations themselves, or a network is not exactly ours any more, there is no engine, and the
 plain operations of `plain` run.
 """
@@ -36,22 +36,16 @@ class Engine(Protocol):
         ...
 
     @staticmethod
-    def pull(
-        run: Run, tape: Sequence[Tensor], parameters: Sequence[Tensor], grad: Tensor, grad_log_det: Tensor
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The gradient at z, and those at the sums of every layer, one link after the other."""
-        ...
-
-    @staticmethod
-    def weight_gradients(
+    def gradients(
         run: Run,
         tape: Sequence[Tensor],
-        sums: Sequence[Tensor],
         context: Tensor | None,
         parameters: Sequence[Tensor],
         needs: Sequence[bool],
+        grad: Tensor,
+        grad_log_det: Tensor,
     ) -> list[Tensor | None]:
-        """The gradients at the context and at the parameters, None where not needed."""
+        """The gradients at z, at the context and at the parameters; but for z's, None where `needs` has False."""
         ...
 
     @staticmethod
@@ -68,10 +62,16 @@ class Engine(Protocol):
         ...
 
     @staticmethod
-    def transposed_solve(
-        run: Run, tape: Sequence[Tensor], parameters: Sequence[Tensor], grad: Tensor, grad_log_det: Tensor
-    ) -> tuple[Tensor, list[Tensor]]:
-        """As `pull`, for `solve`: by the implicit function."""
+    def solve_gradients(
+        run: Run,
+        tape: Sequence[Tensor],
+        context: Tensor | None,
+        parameters: Sequence[Tensor],
+        needs: Sequence[bool],
+        grad: Tensor,
+        grad_log_det: Tensor,
+    ) -> list[Tensor | None]:
+        """As `gradients`, for `solve`: by the implicit function, one transposed solve a link."""
         ...
 
 

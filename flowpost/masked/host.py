@@ -1,98 +1,60 @@
 """The engine for a CPU: blocks of weights that skip zeros, and sweeps on numpy's views. It runs on any device.
 
-Only the layers' values are kept for the way back. An element-wise step is differentiated by autodiff, at the numbers
-that the network gave, so its formula is written once, in its own file.
+Only the layers' values are kept for the way back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
 
-from flowpost.masked import sweep
+from flowpost.masked import recorded, sweep
 from flowpost.masked.activations import KNOWN
 from flowpost.masked.layouts import by_output, by_variable, ranked, to_columns, to_rows
 from flowpost.masked.network import MADE
-from flowpost.masked.run import ElementWise, Link, Parameters, Pulling, Run, grouped
+from flowpost.masked.recorded import Recorded
+from flowpost.masked.run import ElementWise, Link, Parameters, Run, grouped
 from flowpost.numerics.products import wide
 from flowpost.numerics.watchers import on_host
 
 _LARGE = 64.0  # the rounding of sums below it was at most 0.6 of it, in units of eps; B3 allows 8 (dim + 16) of them
-Pair = tuple[Tensor, Tensor]
-Map = Callable[[Tensor, Tensor], Pair]
 
 
 def values(
     run: Run, z: Tensor, context: Tensor | None, parameters: Sequence[Tensor], *, recording: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The image, the log-det, and for the way back each link's hidden values ``(N, width)`` and recorded step."""
+    """The image, the log-det, and for the way back each link's recorded step and hidden values ``(N, width)``."""
     total, tape = z.new_zeros(()), []
     for link, group in zip(run, grouped(run, parameters), strict=True):
-        *hidden, outputs = _pass(link.net, z, context, group)
-        numbers = outputs.view(*z.shape[:-1], outputs.shape[-1])
-        if link.step.has_pull():
-            image, log_det, kept = cast(Pulling, link.step).keep(z, numbers)
-            recorded = Recorded(z, z, numbers, *kept)
-        else:
-            recorded = _record(link.step._forward, z, numbers, recording)
-            image, log_det = recorded.image.detach(), recorded.log_det.detach()
-        tape += [*recorded, *hidden]
-        z, total = image, total + wide(log_det)
+        numbers, *hidden = _evaluate(link.net, z, context, group)
+        z, log_det, kept = recorded.run(link.step, z, numbers, recording=recording)
+        total = total + wide(log_det)
+        tape += [*kept, *hidden]
     return z, total, tape
 
 
-def pull(
-    run: Run, tape: Sequence[Tensor], parameters: Sequence[Tensor], grad: Tensor, grad_log_det: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """The gradient at z, and those at the sums ``(N, width)`` of every layer."""
-    sums: list[Tensor] = []
-    links = zip(run, grouped(run, parameters), _cut(run, tape), strict=True)
-    for link, group, (recorded, hidden) in reversed(list(links)):
-        net, shape = link.net, grad.shape
-        if link.step.has_pull():
-            kept = recorded.image, recorded.log_det
-            grad, of_numbers = cast(Pulling, link.step).pull(recorded.z, kept, grad, grad_log_det)
-        else:
-            grad, of_numbers = _pull(link.step._forward, recorded, grad, grad_log_det)
-        steep = of_numbers.reshape(-1, net.outputs * net.dim)
-        layers = [steep]
-        for layer, weight, value in zip(net.stack[:0:-1], group.weights[:0:-1], hidden[::-1], strict=True):
-            steep = KNOWN[net.activation].gradient(layer.staircase.input_gradient(steep, weight), value)
-            layers.append(steep)
-        grad = grad + net.stack[0].staircase.input_gradient(steep, group.weights[0]).view(shape)
-        sums = layers[::-1] + sums
-    return grad, sums
-
-
-def weight_gradients(
+def gradients(
     run: Run,
     tape: Sequence[Tensor],
-    sums: Sequence[Tensor],
     context: Tensor | None,
     parameters: Sequence[Tensor],
     needs: Sequence[bool],
+    grad: Tensor,
+    grad_log_det: Tensor,
 ) -> list[Tensor | None]:
-    """The gradients at the context and at the parameters, None where not needed."""
-    of_context, found, first, place = None, [], 0, 1
-    for link, group, (recorded, hidden) in zip(run, grouped(run, parameters), _cut(run, tape), strict=True):
-        net, count, point = link.net, len(link.net.layers), recorded.point
-        inputs, layers = [point.reshape(-1, net.dim), *hidden], sums[first : first + count]
-        triples = zip(net.stack, layers, inputs, needs[place : place + count], strict=True)
-        found += [layer.staircase.weight_gradient(grad, x) if need else None for layer, grad, x, need in triples]
-        biases = needs[place + count : place + 2 * count]
-        found += [grad.sum(0) if need else None for grad, need in zip(layers, biases, strict=True)]
-        first, place = first + count, place + 2 * count
-        if context is not None:
-            at_context = _sum_to(layers[0], point.shape[:-1], context.shape[:-1])
-            if needs[0]:
-                more = (at_context @ group.projection[0]).view(context.shape)
-                of_context = more if of_context is None else of_context + more
-            found.append(at_context.t() @ context.reshape(-1, context.shape[-1]) if needs[place] else None)
-            place += 1
-    return [of_context, *found]
+    """The gradients at z, at the context and at the parameters."""
+    of_context, of_parameters = [], []
+    for link, group, need, step, hidden in reversed(_links(run, tape, parameters, needs)):
+        grad, of_numbers = recorded.pull(link.step, step, grad, grad_log_det)
+        sums = _sums(link.net, of_numbers.reshape(-1, link.net.outputs * link.net.dim), hidden, group)
+        first, part, found = _of_network(link.net, step.point, hidden, sums, context, group, need, needs[1])
+        grad = grad + link.net.stack[0].staircase.input_gradient(first, group.weights[0]).view(grad.shape)
+        of_context += part
+        of_parameters = found + of_parameters
+    return [grad, reduce(torch.add, of_context) if of_context else None, *of_parameters]
 
 
 def solve(
@@ -111,27 +73,30 @@ def solve(
     for place in reversed(range(len(run))):
         link = run[place]
         x, numbers, *hidden = knowns[place] if knowns else _search(link, groups[place], z, context)
-        recorded = _record(_known_inverse(link.step, x), z, numbers, recording, x)
-        tape = [*recorded, *hidden, *tape]
-        z, total = recorded.image.detach(), total + recorded.log_det.detach()
+        z, log_det, kept = recorded.run_inverse(link.step, x, z, numbers, recording=recording)
+        total = total + wide(log_det)
+        tape = [*kept, *hidden, *tape]
     return z, total, tape
 
 
-def transposed_solve(
-    run: Run, tape: Sequence[Tensor], parameters: Sequence[Tensor], grad: Tensor, grad_log_det: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """The gradient at the image, and those at the sums of every layer, by the implicit function.
+def solve_gradients(
+    run: Run,
+    tape: Sequence[Tensor],
+    context: Tensor | None,
+    parameters: Sequence[Tensor],
+    needs: Sequence[bool],
+    grad: Tensor,
+    grad_log_det: Tensor,
+) -> list[Tensor | None]:
+    """As `gradients`, by the implicit function.
 
     With ``x_i = f(y_i; c_i(x_{<i}))`` and g the gradient at x, v solves ``v_j = g_j + sum_{i > j} (v_i df_i/dc_i + what
     the log-det adds) dc_i/dx_j``, and the gradient at y is ``v df/dy``: one transposed sweep.
     """
-    sums: list[Tensor] = []
-    for link, group, (recorded, hidden) in zip(run, grouped(run, parameters), _cut(run, tape), strict=True):
-        net, order, ones = link.net, link.order, torch.ones_like(grad)
-        backward = _known_inverse(link.step, recorded.point)
-        # Element-wise, so the gradient of the sum over all variables has every variable's own slope.
-        of_map = _pull(backward, recorded, ones, None)
-        of_log_det = _pull(backward, recorded, None, grad_log_det)
+    of_context, of_parameters = [], []
+    for link, group, need, step, hidden in _links(run, tape, parameters, needs):
+        net, order = link.net, link.order
+        of_map, of_log_det = recorded.pull_inverse(link.step, step, grad_log_det)
         fixed, moved = (
             by_variable(net, each.reshape(-1, net.outputs * net.dim).t(), order)
             .unflatten(0, (net.dim, net.outputs))
@@ -142,22 +107,37 @@ def transposed_solve(
         slopes = [gradient(torch.ones_like(value), value).t().contiguous() for value in hidden]
         weights = ranked(net, group, order).weights
         v, *layers = sweep.pull(to_columns(grad, order), fixed, moved, list(weights), slopes, _sizes(net))
-        layers[-1] = by_output(net, layers[-1], order)
-        sums += [each.t() for each in layers]
-        grad = torch.addcmul(of_log_det[0], to_rows(v, order).view(ones.shape), of_map[0])
-    return grad, sums
+        grad = torch.addcmul(of_log_det[0], to_rows(v, order).view(grad.shape), of_map[0])
+        sums = [by_output(net, layers.pop(), order).t(), *(each.t() for each in layers[::-1])]
+        _, part, found = _of_network(net, step.point, hidden, sums, context, group, need, needs[1])
+        of_context += part
+        of_parameters += found
+    return [grad, reduce(torch.add, of_context) if of_context else None, *of_parameters]
 
 
-def _pass(net: MADE, z: Tensor, context: Tensor | None, group: Parameters) -> list[Tensor]:
-    """The values of every layer, ``(N, width)``; the outputs last."""
-    x, y = z.reshape(-1, net.dim), _start(z, context, group)
-    found = []
-    for layer, weight, bias in zip(net.stack, group.weights, group.biases, strict=True):
-        if found:
-            x, y = KNOWN[net.activation].run(y), bias.expand(len(y), -1).clone()
-        layer.staircase.add_product(y, x, weight)
-        found.append(y)
+def _links(
+    run: Run, tape: Sequence[Tensor], parameters: Sequence[Tensor], needs: Sequence[bool]
+) -> list[tuple[Link, Parameters, Parameters, Recorded, Sequence[Tensor]]]:
+    """Each link with its parameters, which of them need a gradient, its recorded step and its hidden values."""
+    found, first, count = [], 0, len(Recorded._fields)
+    for link, group, need in zip(run, grouped(run, parameters), grouped(run, needs[2:]), strict=True):
+        middle, last = first + count, first + count + len(group.weights) - 1
+        found.append((link, group, need, Recorded(*tape[first:middle]), tape[middle:last]))
+        first = last
     return found
+
+
+def _evaluate(net: MADE, z: Tensor, context: Tensor | None, group: Parameters) -> list[Tensor]:
+    """The numbers ``(*batch, outputs * dim)``, and the hidden layers' values ``(N, width)``."""
+    x, y = z.reshape(-1, net.dim), _start(z, context, group)
+    hidden = []
+    for layer, weight, bias in zip(net.stack, group.weights, group.biases, strict=True):
+        if layer is not net.layers[0]:
+            x = KNOWN[net.activation].run(y)
+            hidden.append(x)
+            y = bias.expand(len(x), -1).clone()
+        layer.staircase.add_product(y, x, weight)
+    return [y.view(*z.shape[:-1], y.shape[-1]), *hidden]
 
 
 def _evaluated(run: Run, x: Tensor, context: Tensor | None, groups: Sequence[Parameters]) -> list[tuple[Tensor, ...]]:
@@ -169,12 +149,6 @@ def _evaluated(run: Run, x: Tensor, context: Tensor | None, groups: Sequence[Par
         if len(found) < len(run):
             x = link.step._forward(x, numbers)[0]
     return found
-
-
-def _evaluate(net: MADE, z: Tensor, context: Tensor | None, group: Parameters) -> list[Tensor]:
-    """The numbers ``(*batch, outputs * dim)`` and the hidden values."""
-    *hidden, outputs = _pass(net, z, context, group)
-    return [outputs.view(*z.shape[:-1], outputs.shape[-1]), *hidden]
 
 
 def _start(z: Tensor, context: Tensor | None, group: Parameters) -> Tensor:
@@ -194,6 +168,50 @@ def _start_columns(z: Tensor, context: Tensor | None, group: Parameters) -> Tens
     if context is None or context.shape[:-1] != z.shape[:-1]:
         return _start(z, context, group).t().contiguous()
     return torch.addmm(group.biases[0].unsqueeze(-1), group.projection[0], context.reshape(-1, context.shape[-1]).t())
+
+
+def _sums(net: MADE, grad: Tensor, hidden: Sequence[Tensor], group: Parameters) -> Iterator[Tensor]:
+    """The gradients ``(N, width)`` at the layers' sums, from that at the outputs to that of the first layer."""
+    yield grad
+    for layer, weight, value in zip(net.stack[:0:-1], group.weights[:0:-1], hidden[::-1], strict=True):
+        grad = KNOWN[net.activation].gradient(layer.staircase.input_gradient(grad, weight), value)
+        yield grad
+
+
+def _of_network(
+    net: MADE,
+    point: Tensor,
+    hidden: Sequence[Tensor],
+    sums: Iterable[Tensor],
+    context: Tensor | None,
+    group: Parameters,
+    need: Parameters,
+    of_context: bool,  # noqa: FBT001
+) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+    """The gradient at the first layer's sums, that at the context if it is needed, and those at the parameters.
+
+    Every layer's is used while it is near: they come one by one, the last layer's first.
+    """
+    weights, biases, at_sums = [], [], point
+    inputs = [*hidden[::-1], point.reshape(-1, net.dim)]
+    layers = zip(net.stack[::-1], sums, inputs, need.weights[::-1], need.biases[::-1], strict=True)
+    for layer, at_sums, x, weight, bias in layers:
+        weights.append(layer.staircase.weight_gradient(at_sums, x) if weight else None)
+        biases.append(at_sums.sum(0) if bias else None)
+    found = [*weights[::-1], *biases[::-1]]
+    if context is None:
+        return at_sums, [], found
+    per_context = _sum_to(at_sums, point.shape[:-1], context.shape[:-1])
+    found.append(per_context.t() @ context.reshape(-1, context.shape[-1]) if need.projection[0] else None)
+    return at_sums, [(per_context @ group.projection[0]).view(context.shape)] if of_context else [], found
+
+
+def _sum_to(grad: Tensor, batch: Sequence[int], smaller: Sequence[int]) -> Tensor:
+    """A gradient ``(N, width)`` over leading axes summed to the fewer, or shorter, ones of a context."""
+    if tuple(batch) == tuple(smaller):
+        return grad
+    width = grad.shape[-1]
+    return grad.reshape(*batch, width).sum_to_size(*smaller, width).view(-1, width)
 
 
 def _search(link: Link, group: Parameters, z: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
@@ -234,81 +252,6 @@ def _large(weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
     pairs = zip(weights, inputs, strict=True)
     squares = [weight.square().sum(1).amax() * x.square().sum(0) for weight, x in pairs]
     return ~torch.stack(squares).amax(0).le(_LARGE**2)
-
-
-class Recorded(NamedTuple):
-    """An element-wise map at its point and numbers, with the graph of what it gave, where that is to be pulled back.
-
-    Of a step's forward that has a closed form of its gradient, the last two are what the step keeps.
-    """
-
-    point: Tensor
-    """Where the network was evaluated, ``(*batch, dim)``."""
-    z: Tensor
-    """What was mapped: the point, or for an inverse its image."""
-    numbers: Tensor
-    """``(*batch, outputs * dim)``"""
-    image: Tensor
-    log_det: Tensor
-    """In the wide dtype; of fewer axes where it is a constant."""
-
-
-def _record(function: Map, z: Tensor, numbers: Tensor, recording: bool, point: Tensor | None = None) -> Recorded:  # noqa: FBT001
-    # A compiler records nothing: it traces the way back from the numbers.
-    recording = recording and not torch.compiler.is_compiling()
-    with torch.set_grad_enabled(recording):
-        inputs = z.detach().requires_grad_(recording), numbers.detach().requires_grad_(recording)
-        image, log_det = function(*inputs)
-        return Recorded(inputs[0] if point is None else point, *inputs, image, wide(log_det))
-
-
-def _pull(function: Map, recorded: Recorded, grad: Tensor | None, grad_log_det: Tensor | None) -> Pair:
-    """The gradients at z and at the numbers, from those at the image and at the log-det; None for zero."""
-    _, z, numbers, image, log_det = recorded
-    if torch.compiler.is_compiling():
-        return _traced_pull(function, z, numbers, grad, grad_log_det)
-    pairs = [(image, grad), (log_det, None if grad_log_det is None else grad_log_det.sum_to_size(log_det.shape))]
-    # A shift's log-det, say, is a constant and in no graph.
-    pairs = [pair for pair in pairs if pair[0].requires_grad and pair[1] is not None]
-    if not pairs:
-        return torch.zeros_like(z), torch.zeros_like(numbers)
-    outputs, grads = zip(*pairs, strict=True)
-    found = torch.autograd.grad(
-        outputs, (z, numbers), grads, retain_graph=True, materialize_grads=True, allow_unused=True
-    )
-    return found[0], found[1]
-
-
-def _traced_pull(function: Map, z: Tensor, numbers: Tensor, grad: Tensor | None, grad_log_det: Tensor | None) -> Pair:
-    def both(z: Tensor, numbers: Tensor) -> Pair:
-        image, log_det = function(z, numbers)
-        return image, wide(log_det).expand(z.shape[:-1])
-
-    pull = torch.func.vjp(both, z, numbers)[1]
-    like = torch.zeros_like(z)
-    return pull((like if grad is None else grad, wide(like[..., 0]) if grad_log_det is None else grad_log_det))
-
-
-def _known_inverse(step: ElementWise, x: Tensor) -> Map:
-    """The step's inverse where the preimage is known."""
-    return lambda z, numbers: step._inverse(z, numbers, x)
-
-
-def _cut(run: Run, tape: Sequence[Tensor]) -> Iterator[tuple[Recorded, Sequence[Tensor]]]:
-    """Each link's part of a tape: its recorded step and its hidden values."""
-    first, count = 0, len(Recorded._fields)
-    for link in run:
-        last = first + count + len(link.net.layers) - 1
-        yield Recorded(*tape[first : first + count]), tape[first + count : last]
-        first = last
-
-
-def _sum_to(grad: Tensor, batch: Sequence[int], smaller: Sequence[int]) -> Tensor:
-    """A gradient ``(N, width)`` over leading axes summed to the fewer, or shorter, ones of a context."""
-    if tuple(batch) == tuple(smaller):
-        return grad
-    width = grad.shape[-1]
-    return grad.reshape(*batch, width).sum_to_size(*smaller, width).view(-1, width)
 
 
 def _sizes(net: MADE) -> list[int]:

@@ -61,9 +61,7 @@ class _Pass(torch.autograd.Function):
         parameters, tape = rest[: len(needs) - 2], rest[len(needs) - 2 :]
         if torch.is_grad_enabled():
             return None, None, *_replay(partial(plain.forward, run), (z, context, *parameters), needs, grads)
-        chosen = engine.engine_on(z)
-        z_grad, sums = chosen.pull(run, tape, parameters, *grads)
-        return None, None, z_grad, *chosen.weight_gradients(run, tape, sums, context, parameters, needs[1:])
+        return None, None, *engine.engine_on(z).gradients(run, tape, context, parameters, needs, *grads)
 
 
 class _Solve(torch.autograd.Function):
@@ -95,9 +93,8 @@ class _Solve(torch.autograd.Function):
                 return plain.inverse(run, z, context, preimage, parameters)
 
             return None, None, None, *_replay(inverse, (z, context, *parameters), needs, grads)
-        chosen = engine.engine_on(z)
-        z_grad, sums = chosen.transposed_solve(run, tape, parameters, *grads)
-        return None, None, None, z_grad, *chosen.weight_gradients(run, tape, sums, context, parameters, needs[1:])
+        found = engine.engine_on(z).solve_gradients(run, tape, context, parameters, needs, *grads)
+        return None, None, None, *found
 
 
 def _whole(log_det: Tensor, z: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowpost.masked.activations import NAMED, Known
+from flowpost.masked.activations import NAMED
 from flowpost.masked.run import COLUMNS, Array, Column
 from flowpost.numerics.watchers import on_host
 
@@ -80,26 +80,27 @@ def _solve(
     expanded = [each.unsqueeze(1).expand(-1, count) for each in biases]
     values = [start, *(each.clone(memory_format=torch.contiguous_format) for each in expanded)]
     image, preimage, *states = _arrays(images, x, *values)
-    closed = _closed(column, images, values[-1], image)
-    outs = states[-1].reshape(dim, len(values[-1]) // dim, count)
-
-    def find(k: int) -> None:
-        preimage[k] = closed(k, image[k], outs[k])
-
-    with np.errstate(all="ignore"):
-        _sweep(_by_layer(sizes, dim), NAMED[activation], _read(weights), states, preimage, find)
-    return [x, *values]
-
-
-def _closed(
-    column: Column | Callable[[Tensor, Tensor], Tensor], images: Tensor, outputs: Tensor, like: Array
-) -> Callable[[int, Array, Array], Array]:
-    """The inverse for variable k, in what the sweep runs on."""
     if isinstance(column, Column):
-        found = COLUMNS[column.name](torch if isinstance(like, Tensor) else np, column.constants)
-        return lambda k, image, numbers: found(image, numbers)
-    numbers = outputs.view(len(images), len(outputs) // len(images), images.shape[1])
-    return lambda k, *_: column(images[k], numbers[k])
+        outs = states[-1].reshape(dim, len(values[-1]) // dim, count)
+        closed = COLUMNS[column.name](torch if isinstance(image, Tensor) else np, column.constants)
+
+        def find(k: int) -> None:
+            preimage[k] = closed(image[k], outs[k])
+    else:
+        numbers = values[-1].view(dim, len(values[-1]) // dim, count)
+
+        def find(k: int) -> None:
+            x[k] = column(images[k], numbers[k])
+
+    known, layers = NAMED[activation], _by_layer(sizes, dim)
+    by_torch = known.run_array is None or isinstance(image, Tensor)
+    hidden = [
+        value.split(list(size)) if by_torch else _cut(state, _ends(size))
+        for value, state, size in zip(values, states, layers, strict=False)
+    ]
+    with np.errstate(all="ignore"):
+        _sweep(layers, known.run if by_torch else known.run_array, hidden, _read(weights), states, preimage, find)
+    return [x, *values]
 
 
 def _pull(
@@ -139,7 +140,8 @@ def _by_layer(sizes: Sequence[int], dim: int) -> list[Sequence[int]]:
 
 def _sweep(
     sizes: Sequence[Sequence[int]],
-    activation: Known,
+    activate: Callable[[Array], object],
+    hidden: Sequence[Sequence[Array]],
     weights: Sequence[Array],
     values: Sequence[Array],
     x: Array,
@@ -149,28 +151,28 @@ def _sweep(
 
     Args:
         sizes: of each hidden layer, how many units of each degree.
-        activation: the network's.
+        activate: the network's activation, in place.
+        hidden: the hidden layers' values by degree, as `activate` takes them.
         weights: the layers', `ranked`.
         values: what each layer adds to its product, ``(width, N)``; the layers' values are written over it.
         x: the variables ``(dim, N)``, to be written.
         find: given k, writes variable k, whose outputs are in their place.
     """
-    run = activation.run if isinstance(x, Tensor) else activation.run_array
     dim = len(x)
     ends = [*map(_ends, [*sizes, [len(weights[-1]) // dim] * dim])]
-    layers = [
+    *layers, (_, outs, last, _) = (
         (state, _cut(state, end), _cut(weight, end), end)
         for state, weight, end in zip(values, weights, ends, strict=True)
-    ]
-    *hidden, (_, outs, last, _) = layers
+    )
+    pairs = list(zip(layers, hidden, strict=True))
     for k in range(dim):
         seen, width = x[:k], k
-        for state, parts, rows, end in hidden:
+        for (state, parts, rows, end), active in pairs:
             part = parts[k]
             if len(part):
                 if width:
                     part += rows[k][:, :width] @ seen
-                run(part)
+                activate(active[k])
             width = end[k]
             seen = state[:width]
         if width:

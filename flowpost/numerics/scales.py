@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,8 +57,22 @@ def exp_scale(raw: Tensor) -> Tensor:
     return torch.exp(SPREAD * torch.tanh(raw / SPREAD))
 
 
+class Closed(NamedTuple):
+    """A scale by its name, written in what numpy and torch both have, and its slope."""
+
+    name: str
+    array: Callable[[Any, Any], Any]
+    """``(numpy, raw) -> scale``"""
+    slope: Callable[[Tensor, Tensor], Tensor]
+    """``(raw, scale) -> d scale / d raw``"""
+
+
 def _exp_array(xp: Any, raw: Any) -> Any:  # noqa: ANN401
     return xp.exp(xp.tanh(raw * (1 / SPREAD)) * SPREAD)
+
+
+def _exp_slope(raw: Tensor, scale: Tensor) -> Tensor:
+    return torch.ops.aten.tanh_backward(scale, torch.tanh(raw / SPREAD))
 
 
 def _softplus_array(xp: Any, raw: Any) -> Any:  # noqa: ANN401
@@ -66,8 +80,7 @@ def _softplus_array(xp: Any, raw: Any) -> Any:  # noqa: ANN401
     return raw.clip(min=0) + xp.log1p(xp.exp(-abs(raw))) + _FLOOR
 
 
-ARRAYS: Mapping[Callable[[Tensor], Tensor], tuple[str, Callable[[Any, Any], Any]]] = {
-    exp_scale: ("exp_scale", _exp_array),
-    softplus_scale: ("softplus_scale", _softplus_array),
+CLOSED: Mapping[Callable[[Tensor], Tensor], Closed] = {
+    exp_scale: Closed("exp_scale", _exp_array, _exp_slope),
+    softplus_scale: Closed("softplus_scale", _softplus_array, lambda raw, _: torch.sigmoid(raw + _SHIFT)),
 }
-"""The scales with their names, and written in what numpy and torch both have: ``(numpy, array) -> array``."""
