@@ -262,24 +262,34 @@ def _context_ignored(self: made.MADE, z: Tensor, context: Tensor | None = None) 
     return _MADE(self, z, None if context is None else torch.zeros_like(context))
 
 
-def _pull_without_activation(
-    run: run.Run, tape: Sequence[Tensor], parameters: Sequence[Tensor], grad: Tensor, grad_log_det: Tensor
-) -> tuple[Tensor, list[Tensor]]:
+def _gradients_without_activation(*args: object) -> list[Tensor | None]:
     flat = {name: known._replace(gradient=lambda grad, value: grad) for name, known in host.KNOWN.items()}
     with mock.patch.object(host, "KNOWN", flat):
-        return _PULL(run, tape, parameters, grad, grad_log_det)
+        return _GRADIENTS(*args)  # pyright: ignore[reportArgumentType]
 
 
 def _context_gradient_dropped(*args: object) -> list[Tensor | None]:
-    first, *others = _WEIGHT_GRADIENTS(*args)  # pyright: ignore[reportArgumentType]
-    return [None if first is None else torch.zeros_like(first), *others]
+    of_z, of_context, *others = _GRADIENTS(*args)  # pyright: ignore[reportArgumentType]
+    return [of_z, None if of_context is None else torch.zeros_like(of_context), *others]
 
 
-def _transposed_solve_without_network(
-    run: run.Run, tape: Sequence[Tensor], parameters: Sequence[Tensor], grad: Tensor, grad_log_det: Tensor
-) -> tuple[Tensor, list[Tensor]]:
+def _solve_gradients_without_network(
+    run: run.Run,
+    tape: Sequence[Tensor],
+    context: Tensor | None,
+    parameters: Sequence[Tensor],
+    *others: Any,  # noqa: ANN401
+) -> list[Tensor | None]:
     nothing = [torch.zeros_like(parameter) for parameter in parameters]
-    return _TRANSPOSED_SOLVE(run, tape, nothing, grad, grad_log_det)
+    return _SOLVE_GRADIENTS(run, tape, context, nothing, *others)
+
+
+def _pull_without_the_slope(
+    self: Affine, z: Tensor, kept: tuple[Tensor, Tensor], grad: Tensor, grad_log_det: Tensor
+) -> tuple[Tensor, Tensor]:
+    flat = {scale: closed._replace(slope=lambda raw, scale: scale) for scale, closed in affine.CLOSED.items()}
+    with mock.patch.object(affine, "CLOSED", flat):
+        return _AFFINE_PULL(self, z, kept, grad, grad_log_det)
 
 
 def _replay_of_what_came(
@@ -468,7 +478,7 @@ _ACT_NORM, _RADIAL_GAIN = actnorm.act_norm, radial._gain
 _COUPLING = Coupling._forward
 _GATE, _GATE_PULL = gate._gate, gate.Gate.pull
 _MADE, _STRICT_TRIL = made.MADE.forward, lower.strict_tril
-_PULL, _WEIGHT_GRADIENTS, _TRANSPOSED_SOLVE = host.pull, host.weight_gradients, host.transposed_solve
+_GRADIENTS, _SOLVE_GRADIENTS, _AFFINE_PULL = host.gradients, host.solve_gradients, Affine.pull
 _REPLAY, _LAY_OUT, _AFFINE = nodes._replay, made.MaskedLinear.lay_out, affine.affine
 _AUTOREGRESSIVE_INVERSE, _AFFINE_INVERSE = Autoregressive._inverse, Affine._inverse
 
@@ -643,20 +653,24 @@ MUTANTS = (
         killer="context_matters",
     ),
     Mutant(
-        "the way back skips an activation", "-", _step, ((host, "pull", _pull_without_activation),), killer="gradients"
+        "the way back skips an activation",
+        "-",
+        _step,
+        ((host, "gradients", _gradients_without_activation),),
+        killer="gradients",
     ),
     Mutant(
         "the way back drops the context",
         "-",
         _step,
-        ((host, "weight_gradients", _context_gradient_dropped),),
+        ((host, "gradients", _context_gradient_dropped),),
         killer="gradients",
     ),
     Mutant(
         "implicit gradient drops the network",
         "-",
         _step,
-        ((host, "transposed_solve", _transposed_solve_without_network),),
+        ((host, "solve_gradients", _solve_gradients_without_network),),
         killer="gradients",
     ),
     Mutant(
@@ -704,6 +718,13 @@ MUTANTS = (
         "-",
         _step,
         ((gate.Gate, "pull", _pull_without_the_mean),),
+        killer="gradients",
+    ),
+    Mutant(
+        "the affine map's gradient with another scale's slope",
+        "-",
+        lambda dim: Masked(Affine(dim), 0, (8,)),
+        ((Affine, "pull", _pull_without_the_slope),),
         killer="gradients",
     ),
     Mutant("the gain's log for one variable", "-", _gained, ((gate, "_gate", _gate_gain_once),), dims=(2, 5)),
