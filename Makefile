@@ -11,7 +11,7 @@ FILES := pyproject.toml constraints.txt
 # An environment variable, unlike `-c`, also holds for the isolated environment the package is built in.
 INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: bench speed test test-full test-compile test-plain test-peers test-oldest test-deep mutants mass lint clean
+.PHONY: bench speed test test-full test-long test-compile test-plain test-peers test-oldest test-deep mutants mass lint clean
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -22,11 +22,15 @@ speed: $(VENV)/.peers
 
 # Every family, every property of the contract at one size, the main job, the command line.
 test: $(VENV)/.test
-	$(PYTEST) -m "not full and not compile" $(ARGS)
+	$(PYTEST) -m "not full and not long and not compile" $(ARGS)
 
 # That, and more sizes, examples and models.
 test-full: $(VENV)/.test
-	$(PYTEST) -m "not compile" $(ARGS)
+	$(PYTEST) -m "not long and not compile" $(ARGS)
+
+# The same again of every family, wrapper and chain, where the full run takes one of a kind.
+test-long: $(VENV)/.test
+	$(PYTEST) -m long $(ARGS)
 
 # Compilation and export of every recipe and family; of planar, iaf, maf and realnvp it is in test-full too.
 test-compile: $(VENV)/.test
@@ -34,7 +38,7 @@ test-compile: $(VENV)/.test
 
 # The contract once more without the fast engine, for the plain operations that it stands in for.
 test-plain: $(VENV)/.test
-	FLOWPOST_PLAIN=1 $(PYTEST) -m "not compile" tests/test_contract.py \
+	FLOWPOST_PLAIN=1 $(PYTEST) -m "not long and not compile" tests/test_contract.py \
 		-k "2_context or autoregressive_order or autoregressive_wide or masked_affine or iaf or maf" $(ARGS)
 
 # The same maps in public libraries, which come with the peers extra.
@@ -47,7 +51,7 @@ test-deep: $(VENV)/.test
 
 # The quick tests with the oldest PyTorch that is supported, in an environment of their own.
 test-oldest: $(OLDEST)/.test
-	$(OLDEST)/bin/python -m pytest -n auto -m "not full and not compile" $(ARGS)
+	$(OLDEST)/bin/python -m pytest -n auto -m "not full and not long and not compile" $(ARGS)
 
 mutants: $(VENV)/.test
 	$(BIN)/python -m tests.mutants

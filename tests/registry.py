@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
@@ -200,7 +201,22 @@ ENTRIES = [
     ),
     Entry("inverse_nested", lambda dim: Inverse(Chain(Inverse(Planar(dim)), Shared(_ar(dim, 2), Reverse(dim))))),
 ]
+CORE = {
+    *("affine", "shift", "scale", "unit_lower_triangular", "planar", "radial", "convex_combination", "householder"),
+    *("lu_linear_order", "act_norm", "sigmoid", "softplus", "tanh", "deep_sigmoid", "spline", "gate_gain"),
+    *("sylvester_orthogonal", "autoregressive_2_context", "autoregressive_order", "masked_affine_context"),
+    *("coupling_affine_context", "reverse", "permute", "learned_planar", "learned_full_covariance"),
+    *("conditioned_planar", "inverse_autoregressive", "full_covariance", "iaf", "maf"),
+}
+"""One entry a family and a wrapper, by name: what is tried of them alone is slow, or the same for all of a kind."""
 BY_NAME = {entry.name: entry for entry in ENTRIES}
+
+
+def by_level(entries: Sequence[Entry], early: pytest.MarkDecorator) -> pytest.MarkDecorator:
+    """A parametrization by entries: those of `CORE` are marked as `early`, the others as `long`."""
+    marks = [early if entry.name in CORE else pytest.mark.long for entry in entries]
+    each = [pytest.param(entry, marks=mark, id=entry.name) for entry, mark in zip(entries, marks, strict=True)]
+    return pytest.mark.parametrize("entry", each)
 
 
 class Case(NamedTuple):

@@ -322,6 +322,7 @@ def test_a_killed_job_goes_on_to_the_same_results(whole_job: Path, tmp_path: Pat
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
+@pytest.mark.full
 def test_a_finished_job_resumed_draws_its_pictures_again(
     whole_job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,7 @@
 """The shipped contract suite over every entry of the registry, and over a broken step that it must catch.
 
 `test_contract` is tried by every run of the tests, at one size. What is marked `full` adds sizes, cases of Hypothesis
-and the judge without rounding; what is marked `compile` takes seconds an entry.
+and the judge without rounding; `long` adds the entries that are wrappers of others, `compile` takes seconds an entry.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from registry import ENTRIES, Entry
+from registry import CORE, ENTRIES, Entry
 
 import flowpost
 from flowpost import Bijector, Householder, Inverse, Learned, Permute, Planar, Reverse
@@ -33,35 +33,8 @@ from flowpost.testing.cases import PUSHES, Case, Make, condition, jacobian
 DEEP = "FLOWPOST_DEEP" in os.environ
 WRAPPED = ("learned_", "inverse_", "conditioned_")
 
-COMPILE_FIRST = {"planar"}
-COMPILE_IN_FULL = {"iaf", "maf", "coupling_affine_context"}
-COMPILE = {
-    "affine",
-    "unit_lower_triangular",
-    "sigmoid",
-    "tanh",
-    "act_norm",
-    "lu_linear_order",
-    "spline",
-    "householder",
-    "convex_combination",
-    "radial",
-    "sylvester_orthogonal",
-    "autoregressive_2_context",
-    "autoregressive_order",
-    "masked_affine_context",
-    "permute",
-    "learned_planar",
-    "learned_full_covariance",
-    "conditioned_planar",
-    "inverse_autoregressive",
-    "full_covariance",
-}
-"""One entry a family and wrapper, no chains beyond the recipes': what is compiled, and the full run's at more sizes."""
-
-CORE = [entry for entry in ENTRIES if DEEP or entry.name in COMPILE | COMPILE_IN_FULL | COMPILE_FIRST]
-every = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
-core = pytest.mark.parametrize("entry", CORE, ids=lambda entry: entry.name)
+more = [e for e in ENTRIES if DEEP or (e.name in CORE and not e.name.startswith((*WRAPPED, "deep_sigmoid")))]
+more = pytest.mark.parametrize("entry", more, ids=lambda entry: entry.name)
 DTYPES = (torch.float64, torch.float32)
 
 
@@ -93,13 +66,20 @@ def _check(entry: Entry, name: str, dims: Sequence[int], examples: int) -> None:
     check_bijector(_maker(entry), dims=dims, dtypes=dtypes, examples=examples, skip=others)
 
 
+HEAVY = {"gradients", "dependent", "transforms", "mass", "shapes", "extremes", "composition", "rows"}
+"""A property of these takes a third of a second."""
+
+
+def _level(entry: Entry, name: str) -> list[pytest.MarkDecorator]:
+    """When an entry's property is tried: in the quick run, but for the slow ones of what has its like there."""
+    if name not in HEAVY or entry.name in CORE:
+        return []
+    return [pytest.mark.long if entry.name.startswith(WRAPPED) else pytest.mark.full]
+
+
 def _quick() -> list:
-    """Every entry with every property; of a wrapper of an entry, the full run tries those that cost most."""
-    heavy = {"gradients", "dependent", "meta", "transforms", "mass", "shapes", "extremes", "composition", "rows"}
-    again = [entry for entry in ENTRIES if entry.name.startswith(WRAPPED) or entry.name == "masked_deep_sigmoid"]
-    pairs = [(entry, name, entry in again and name in heavy) for entry in ENTRIES for name in [*OFTEN, *ONCE]]
-    full = [pytest.mark.full]
-    return [pytest.param(e, n, marks=full if late else [], id=f"{e.name}-{n}") for e, n, late in pairs]
+    pairs = [(entry, name) for entry in ENTRIES for name in [*OFTEN, *ONCE]]
+    return [pytest.param(e, name, marks=_level(e, name), id=f"{e.name}-{name}") for e, name in pairs]
 
 
 @pytest.mark.parametrize(("entry", "name"), _quick())
@@ -110,28 +90,36 @@ def test_contract(entry: Entry, name: str) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", OFTEN)
-@core
+@more
 def test_contract_on_more_examples(entry: Entry, name: str) -> None:
-    """A wrapper of what is an entry itself meets every push, but fewer sizes."""
-    small = entry.name.startswith(WRAPPED) and not DEEP
-    _check(entry, name, dims=(1, 2) if small else (1, 2, 4), examples=6 if small else 9)
+    _check(entry, name, dims=(1, 2, 4), examples=9 if DEEP else 6)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", ONCE)
-@core
+@more
 def test_contract_at_more_sizes(entry: Entry, name: str) -> None:
-    _check(entry, name, dims=(1,) if entry.name.startswith(WRAPPED) and not DEEP else (1, 4), examples=1)
+    _check(entry, name, dims=(1, 4) if DEEP else (1,), examples=1)
+
+
+COMPILED_EARLIER = {
+    ("planar", "compiles"): [],
+    ("planar", "batch_sizes"): [],
+    **dict.fromkeys([(name, "compiles") for name in ("iaf", "maf", "coupling_affine_context")], [pytest.mark.full]),
+}
+"""The full run has the batch sizes of the last three's recipes, in `test_shapes_compiled`."""
 
 
 def _compiled() -> list:
-    marks = dict.fromkeys(COMPILE, [pytest.mark.compile]) | dict.fromkeys(COMPILE_IN_FULL, [pytest.mark.full])
-    marks |= dict.fromkeys(COMPILE_FIRST, [])
-    return [pytest.param(entry, marks=marks[entry.name], id=entry.name) for entry in ENTRIES if entry.name in marks]
+    late = [pytest.mark.compile]
+    pairs = [(entry, name) for entry in ENTRIES if DEEP or entry.name in CORE for name in COMPILED]
+    marks = [COMPILED_EARLIER.get((entry.name, name), late) for entry, name in pairs]
+    return [
+        pytest.param(*pair, marks=mark, id=f"{pair[0].name}-{pair[1]}") for pair, mark in zip(pairs, marks, strict=True)
+    ]
 
 
-@pytest.mark.parametrize("name", COMPILED)
-@pytest.mark.parametrize("entry", _compiled())
+@pytest.mark.parametrize(("entry", "name"), _compiled())
 def test_contract_compiled(entry: Entry, name: str) -> None:
     _check(entry, name, dims=(3,), examples=1)
 
@@ -142,7 +130,7 @@ def test_contract_compiled(entry: Entry, name: str) -> None:
     [*((name, dtype) for name in ("log_det", "round_trip", "cancel") for dtype in DTYPES), ("undone", torch.float64)],
     ids=lambda value: str(value).removeprefix("torch."),
 )
-@core
+@more
 @settings(max_examples=500 if DEEP else 5)
 @given(
     dim=st.integers(1, 6),
@@ -161,7 +149,7 @@ def test_contract_anywhere(
 @pytest.mark.parametrize(
     ("names", "examples"), [({"log_det"}, 3), ({"round_trip", "cancel"}, 1)], ids=["value", "back"]
 )
-@core
+@more
 def test_at_64_variables(entry: Entry, names: set[str], examples: int) -> None:
     """The log-det at every push and context scale, the way back near the start: no matrix of 64 random rows has one."""
     check_bijector(
@@ -169,7 +157,8 @@ def test_at_64_variables(entry: Entry, names: set[str], examples: int) -> None:
     )
 
 
-@pytest.mark.parametrize("dim", [1, pytest.param(2, marks=pytest.mark.full), pytest.param(5, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("dim", [1, 2, 5])
 def test_orientation_is_the_family_s_own(dim: int) -> None:
     """B2: every family keeps orientation, for every context; only a permutation or a reflection may turn it."""
     for entry in ENTRIES:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from registry import BY_NAME, ENTRIES, Case, Entry, cases, draw
+from registry import BY_NAME, ENTRIES, Case, Entry, by_level, cases, draw
 from scipy import integrate
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from flowpost.testing.cases import place
 
 # Those that noise can go through; but a wide network's density costs a minute, and is a narrow one's.
 NOISY = [entry for entry in ENTRIES if entry.make(1, 0).domain == LINE and entry.name != "autoregressive_wide"]
-every = pytest.mark.parametrize("entry", NOISY, ids=lambda entry: entry.name)
+every = by_level(NOISY, pytest.mark.full)
 
 
 def density(step: Bijector, z: Tensor, context: Tensor | None) -> Tensor:
@@ -50,7 +50,6 @@ def mass_1d(step: Bijector, context: Tensor | None) -> float:
     return total + masses(cells).sum().item()
 
 
-@pytest.mark.full
 @every
 @given(case=cases(dim=1))
 def test_one_dimension_at_every_scale(entry: Entry, case: Case) -> None:
@@ -58,8 +57,7 @@ def test_one_dimension_at_every_scale(entry: Entry, case: Case) -> None:
     assert mass_1d(step, context) == pytest.approx(1, abs=1e-3)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.identity], ids=lambda entry: entry.name)
+@by_level([entry for entry in ENTRIES if entry.identity], pytest.mark.full)
 def test_one_dimension_by_adaptive_quadrature(entry: Entry) -> None:
     """Over the whole line, which knows nothing of where the flow puts its mass."""
     step, _, context = draw(entry, Case(dim=1, push=0.3, context=0.3), batch=())
@@ -88,9 +86,8 @@ def test_one_dimension_where_a_density_is_steep() -> None:
     assert mass_1d(step, context) == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.full
 @every
-@pytest.mark.parametrize(("push", "seed"), [(0.0, 0), (0.3, 1), (0.3, 2)])
+@pytest.mark.parametrize(("push", "seed"), [(0.0, 0), (0.3, 1), pytest.param(0.3, 2, marks=pytest.mark.long)])
 def test_two_dimensions_near_the_start(entry: Entry, push: float, seed: int) -> None:
     step, _, context = draw(entry, Case(dim=2, seed=seed, push=push, context=0.3), batch=())
     mass = mass_2d(step, context)

@@ -6,7 +6,7 @@ from itertools import combinations, count
 import exact
 import pytest
 import torch
-from registry import BY_NAME, ENTRIES, Case, Entry, draw, jacobian, size
+from registry import BY_NAME, ENTRIES, Case, Entry, by_level, draw, jacobian, size
 from torch import Tensor
 
 from flowpost import Planar
@@ -56,8 +56,7 @@ def test_what_depends_on_the_context_alone_is_not_rounded() -> None:
     assert found.item() == pytest.approx(math.log(1e-20), rel=1e-15)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+@by_level(ENTRIES, pytest.mark.full)
 def test_autodiff_agrees_where_it_is_good(entry: Entry) -> None:
     """Every family in both directions: to the bound by which the judge itself is needed."""
     step, z, context = draw(entry, Case(dim=2, spread=0.5), batch=(1,))

@@ -107,7 +107,7 @@ def run(code: str, *args: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(("name", "features", "dim"), BUILDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.full)])
 def test_every_recipe_comes_back_to_the_bit(path: Path, name: str, features: int, dim: int, dtype: torch.dtype) -> None:
     posterior = build(name, features, dim).to(dtype)
     flowpost.save(posterior, path)

@@ -383,7 +383,9 @@ def z_scores(vae: VAE, x: Tensor, samples: int, gradient: str, kl_weight: float 
     return (draws.mean(0) - exact).abs() / (error + 1e-9)
 
 
-@pytest.mark.parametrize("name", ["diagonal", "planar", "iaf"])
+@pytest.mark.parametrize(
+    "name", ["planar", *(pytest.param(name, marks=pytest.mark.full) for name in ("diagonal", "iaf"))]
+)
 @pytest.mark.parametrize(
     ("samples", "gradient", "kl_weight"),
     [(1, "standard", 1.0), (1, "stl", 1.0), (1, "stl", 0.4), (2, "standard", 1.0), (2, "dreg", 1.0), (2, "dreg", 0.4)],

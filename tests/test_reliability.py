@@ -32,11 +32,16 @@ USES = {use.name: use for use in uses(quick=False)}
 MODELS = {model.name: model for model in flowpost_models()}
 SLOW = ("Spline", "DeepSigmoid", "Sylvester", "Inverse(Sylvester)", "naf()", "spline_autoregressive()")
 """Ten seconds a model and more, for they search or split: asked by `make test-deep`, and by the scoreboard itself."""
+EARLY = [f"{name}(), amortized" for name in ("planar", "iaf", "maf", "realnvp")] + ["Affine", "Coupling ×2"]
 ASKED = [name for name in MODELS if "FLOWPOST_DEEP" in os.environ or not name.startswith(SLOW)]
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("name", ASKED)
+def _by_level() -> list:
+    marks = {True: pytest.mark.full, False: pytest.mark.long}
+    return [pytest.param(name, marks=marks[name in EARLY]) for name in ASKED]
+
+
+@pytest.mark.parametrize("name", _by_level())
 def test_flowpost_survives(name: str) -> None:
     verdicts = {use.name: judge(use, MODELS[name]) for use in uses(quick=True)}
     wrong = {use: verdict for use, verdict in verdicts.items() if verdict.outcome in (RAW, SILENT)}

@@ -180,7 +180,7 @@ FLOWS: dict[str, Callable[[], Bijector]] = {
 }
 
 
-@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("name", [pytest.param("planar", marks=pytest.mark.full), "full_covariance", "iaf", "maf"])
 def test_kl_to_a_known_density_is_not_negative(name: str) -> None:
     """False-alarm rate 3e-7 each: five standard errors."""
     torch.manual_seed(0)

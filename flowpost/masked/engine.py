@@ -1,9 +1,9 @@
 """The seam between what the masked networks compute and how a device computes it: the operations, and who is chosen.
 
 A *run* is what an engine works on: steps in sequence that read one context, each an element-wise step whose numbers a
-masked network gives. An engine has four operations on a run, a pass and an inverse with their gradients; the autograd nodes in `nodes` put them together. Where
-something must see the operations themselves, or a network is not exactly ours any more, there is no engine, and the
-plain operations of `plain` run.
+masked network gives. An engine has four operations on a run, a pass and an inverse with their gradients; the autograd
+nodes in `nodes` are made of them. Where something must see the operations themselves, or a network is not exactly ours
+any more, there is no engine, and the plain operations of `plain` run.
 """
 
 from __future__ import annotations
