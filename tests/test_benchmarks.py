@@ -339,6 +339,7 @@ def test_the_library_imports_nothing_that_plots_or_prints() -> None:
     assert not {"matplotlib", "rich", "typer", "pooch", "benchmarks"} & set(loaded)
 
 
+@pytest.mark.full
 def test_importing_the_benchmarks_leaves_the_threads_alone() -> None:
     code = "import torch; n = torch.get_num_threads(); import benchmarks.__main__; assert torch.get_num_threads() == n"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

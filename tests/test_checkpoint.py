@@ -343,6 +343,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return err
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("option", ["--lr=0.1", "--quick", "--device=cpu", "--out=elsewhere", "--data=digits"])
 def test_other_options_beside_resume_are_refused(
     whole_job: Path, capsys: pytest.CaptureFixture[str], option: str
@@ -359,6 +360,7 @@ def test_a_folder_without_a_job_is_refused(
     assert "expected the folder of an interrupted job" in refusal(capsys, "--resume", tmp_path)
 
 
+@pytest.mark.full
 def test_a_job_of_other_versions_is_refused(
     whole_job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

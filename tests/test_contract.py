@@ -71,10 +71,11 @@ HEAVY = {"gradients", "dependent", "transforms", "mass", "shapes", "extremes", "
 
 
 def _level(entry: Entry, name: str) -> list[pytest.MarkDecorator]:
-    """When an entry's property is tried: in the quick run, but for the slow ones of what has its like there."""
-    if name not in HEAVY or entry.name in CORE:
+    """When an entry's property is tried: what has its like in the quick run comes later, and last if it is slow too."""
+    again, heavy = entry.name.startswith(WRAPPED) and entry.name not in CORE, name in HEAVY and entry.name not in CORE
+    if not again and not heavy:
         return []
-    return [pytest.mark.long if entry.name.startswith(WRAPPED) else pytest.mark.full]
+    return [pytest.mark.long if again and heavy else pytest.mark.full]
 
 
 def _quick() -> list:
