@@ -12,8 +12,9 @@ from torch import Tensor
 
 SPREAD = 4.0
 """How far a logarithm moves from where it is at 0; it keeps an autoregressive step's inverse well-conditioned."""
-_FLOOR = 1e-3
-_SHIFT = math.log(math.expm1(1 - _FLOOR))
+FLOOR = 1e-3
+SHIFT = math.log(math.expm1(1 - FLOOR))
+"""The constants of `softplus_scale`."""
 
 
 def softplus_scale(raw: Tensor) -> Tensor:
@@ -25,7 +26,7 @@ def softplus_scale(raw: Tensor) -> Tensor:
     Returns:
         Positive numbers of the same shape and dtype.
     """
-    return F.softplus(raw + _SHIFT) + _FLOOR
+    return F.softplus(raw + SHIFT) + FLOOR
 
 
 def log_var_scale(log_var: Tensor) -> Tensor:
@@ -76,11 +77,11 @@ def _exp_slope(raw: Tensor, scale: Tensor) -> Tensor:
 
 
 def _softplus_array(xp: Any, raw: Any) -> Any:  # noqa: ANN401
-    raw = raw + _SHIFT
-    return raw.clip(min=0) + xp.log1p(xp.exp(-abs(raw))) + _FLOOR
+    raw = raw + SHIFT
+    return raw.clip(min=0) + xp.log1p(xp.exp(-abs(raw))) + FLOOR
 
 
 CLOSED: Mapping[Callable[[Tensor], Tensor], Closed] = {
     exp_scale: Closed("exp_scale", _exp_array, _exp_slope),
-    softplus_scale: Closed("softplus_scale", _softplus_array, lambda raw, _: torch.sigmoid(raw + _SHIFT)),
+    softplus_scale: Closed("softplus_scale", _softplus_array, lambda raw, _: torch.sigmoid(raw + SHIFT)),
 }

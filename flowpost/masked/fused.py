@@ -1,0 +1,189 @@
+"""What a Triton kernel computes in one launch, as operators that a compiler and the meta device know.
+
+The kernels are in `kernels` and `sweeps`, imported when the first of them runs. Triton comes with torch where there is
+a GPU. Without it, and in float64, torch's own operations run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowpost.masked import loops
+from flowpost.masked.activations import Known
+from flowpost.masked.run import COLUMNS, Column, ElementWise
+from flowpost.numerics.products import wide_dtype
+
+_TRITON = find_spec("triton") is not None
+MAPS = (
+    "gate",
+    "inverse affine by exp_scale",
+    "inverse affine by softplus_scale",
+    "affine by exp_scale",
+    "affine by softplus_scale",
+)
+"""The element-wise maps of two numbers that the kernels know, by the closed form of their inverse."""
+
+
+def available(z: Tensor) -> bool:
+    """Whether the kernels run there: in float32 on a GPU with Triton, for which the meta device stands."""
+    device = z.device.type
+    return z.dtype == torch.float32 and (device == "meta" or (device == "cuda" and _TRITON))
+
+
+def closed(step: ElementWise, z: Tensor) -> Column | None:
+    """The name by which the kernels know a step, that of its inverse's closed form, if they do and run there."""
+    column = step.columns()[1]
+    return column if column is not None and column.name in MAPS and available(z) else None
+
+
+def activation_pull(known: Known, grad: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The gradient ``(N, width)`` at a layer's sums from that at its values, and in a kernel its sum over the rows."""
+    if available(grad):
+        return _ops.activation_pull(grad, value, known.name)
+    return known.gradient(grad, value), None
+
+
+def element(
+    z: Tensor, numbers: Tensor, total: Tensor | None, column: Column, *, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """The image of z ``(*batch, dim)`` under a map or its inverse, and the log-det ``(*batch)`` added to a total."""
+    return _ops.element(z, numbers, total, column.name, column.constants, inverse)
+
+
+def element_pull(
+    z: Tensor, numbers: Tensor, grad: Tensor, grad_log_det: Tensor, column: Column
+) -> tuple[Tensor, Tensor]:
+    """The gradients of a map at z and at the numbers, from those at the image and at the log-det."""
+    return _ops.element_pull(z, numbers, grad, grad_log_det, column.name, column.constants)
+
+
+def element_slopes(x: Tensor, numbers: Tensor, grad_log_det: Tensor, column: Column) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a map's inverse ``x = f^-1(y; n)``: dx/dy, dx/dn, and the log-det's gradient at n."""
+    return _ops.element_slopes(x, numbers, grad_log_det, column.name, column.constants)
+
+
+def sweep(
+    images: Tensor,
+    start: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    index: Tensor | None,
+    order: Sequence[int],
+    activation: str,
+    column: Column,
+) -> Tensor:
+    """As `loops.solve`, of a closed form by its name; `index` is the order as a tensor, None as the variables come."""
+    return _ops.sweep(images, start, weights, biases, index, order, activation, column.name, column.constants)
+
+
+def transposed_sweep(
+    grad: Tensor,
+    fixed: Tensor,
+    moved: Tensor,
+    weights: Sequence[Tensor],
+    hidden: Sequence[Tensor],
+    index: Tensor | None,
+    order: Sequence[int],
+    activation: str,
+) -> list[Tensor]:
+    """As `loops.pull`, of weights the other way round, ``(in, out)``; `index` is as in `sweep`."""
+    return _ops.transposed_sweep(grad, fixed, moved, weights, hidden, index, order, activation)
+
+
+def _sweep(
+    images: Tensor,
+    start: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    index: Tensor | None,
+    order: Sequence[int],
+    activation: str,
+    name: str,
+    constants: Sequence[float],
+) -> Tensor:
+    if available(images) and name in MAPS:
+        from flowpost.masked import sweeps
+
+        return sweeps.solve(images, start, weights, biases, index, activation, name, constants)
+    return loops.solve(images, start, weights, biases, order, activation, COLUMNS[name](torch, constants))
+
+
+def _transposed_sweep(
+    grad: Tensor,
+    fixed: Tensor,
+    moved: Tensor,
+    weights: Sequence[Tensor],
+    hidden: Sequence[Tensor],
+    index: Tensor | None,
+    order: Sequence[int],
+    activation: str,
+) -> list[Tensor]:
+    if available(grad):
+        from flowpost.masked import sweeps
+
+        return sweeps.pull(grad, fixed, moved, weights, hidden, index, activation)
+    return loops.pull(grad, fixed, moved, [weight.t() for weight in weights], hidden, order, activation)
+
+
+def _kernel(name: str) -> Callable[..., Any]:
+    def run(*inputs: Any) -> Any:  # noqa: ANN401
+        from flowpost.masked import kernels
+
+        return getattr(kernels, name)(*inputs)
+
+    return run
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """An operator without a gradient: those who call it are a node's own passes."""
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, run, key)
+    torch.library.register_fake(f"flowpost::{name}", fake, lib=_library)
+
+
+_library, _ops = torch.library.Library("flowpost", "FRAGMENT"), torch.ops.flowpost
+_define(
+    "element(Tensor z, Tensor numbers, Tensor? total, str name, float[] constants, bool inverse) -> (Tensor, Tensor)",
+    _kernel("element"),
+    lambda z, *_: (_like(z), z.new_empty(z.shape[:-1], dtype=wide_dtype(z))),
+)
+_define(
+    "element_pull(Tensor z, Tensor numbers, Tensor grad, Tensor grad_log_det, str name, float[] constants)"
+    " -> (Tensor, Tensor)",
+    _kernel("element_pull"),
+    lambda z, numbers, *_: (_like(z), _like(numbers)),
+)
+_define(
+    "element_slopes(Tensor x, Tensor numbers, Tensor grad_log_det, str name, float[] constants)"
+    " -> (Tensor, Tensor, Tensor)",
+    _kernel("element_slopes"),
+    lambda x, numbers, *_: (_like(x), _like(numbers), _like(numbers)),
+)
+_define(
+    "activation_pull(Tensor grad, Tensor value, str activation) -> (Tensor, Tensor)",
+    _kernel("activation_pull"),
+    lambda grad, *_: (_like(grad), grad.new_empty(grad.shape[1])),
+)
+_define(
+    "sweep(Tensor images, Tensor start, Tensor[] weights, Tensor[] biases, Tensor? index, int[] order, str activation,"
+    " str name, float[] constants) -> Tensor",
+    _sweep,
+    lambda images, *_: _like(images),
+)
+_define(
+    "transposed_sweep(Tensor grad, Tensor fixed, Tensor moved, Tensor[] weights, Tensor[] hidden, Tensor? index,"
+    " int[] order, str activation) -> Tensor[]",
+    _transposed_sweep,
+    lambda grad, fixed, moved, weights, hidden, *_: [_like(each) for each in (grad, fixed, *hidden[::-1])],
+)

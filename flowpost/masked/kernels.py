@@ -1,0 +1,197 @@
+# ruff: noqa: ANN001, ANN201, ANN202, RET505 (Triton reads annotations as types, and compiles branches by their else)
+"""Triton's kernels of a pass: an element-wise map, its gradients, and an activation's gradient with the bias's.
+
+Each function launches one. Everything is float32 but log-dets, which are summed in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+from torch import Tensor
+
+from flowpost.masked import maps
+from flowpost.masked.fused import MAPS
+
+ACTIVATIONS = ("relu", "elu", "tanh")
+_COLUMNS = 1024  # of a tile, at most
+_TILE = 512  # elements
+
+
+@triton.jit
+def element_kernel(
+    z_ptr, numbers_ptr, numbers_row, total_ptr, image_ptr, log_det_ptr, count, forget_bias, gain,
+    DIM: tl.constexpr, KIND: tl.constexpr, INVERSE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Map ROWS rows, and sum each one's log-slopes."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    log_det = tl.zeros([ROWS], tl.float64)
+    if total_ptr is not None:
+        log_det += tl.load(total_ptr + rows, mask=rows < count, other=0.0)
+    for first in range(0, DIM, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)[None, :]
+        here = (rows[:, None] < count) & (columns < DIM)
+        z = tl.load(z_ptr + rows[:, None] * DIM + columns, mask=here, other=0.0)
+        p = tl.load(numbers_ptr + rows[:, None] * numbers_row + columns, mask=here, other=0.0)
+        q = tl.load(numbers_ptr + rows[:, None] * numbers_row + DIM + columns, mask=here, other=0.0)
+        if INVERSE:
+            image, logs = maps.preimage(z, p, q, forget_bias, gain, KIND)
+        else:
+            image, logs = maps.image(z, p, q, forget_bias, gain, KIND)
+        tl.store(image_ptr + rows[:, None] * DIM + columns, image, mask=here)
+        log_det += tl.sum(tl.where(here, logs, 0.0).to(tl.float64), 1)
+    tl.store(log_det_ptr + rows, log_det, mask=rows < count)
+
+
+@triton.jit
+def gradient_kernel(
+    z_ptr, numbers_ptr, numbers_row, grad_ptr, grad_row, grad_column, of_log_det_ptr, of_log_det_row,
+    at_z_ptr, at_numbers_ptr, fixed_ptr, count, forget_bias, gain,
+    DIM: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """With a gradient at the image, those at z and at the numbers; without, the slopes of the inverse that gave z."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    of_log_det = tl.load(of_log_det_ptr + rows * of_log_det_row, mask=rows < count, other=0.0).to(tl.float32)[:, None]
+    for first in range(0, DIM, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)[None, :]
+        here = (rows[:, None] < count) & (columns < DIM)
+        z = tl.load(z_ptr + rows[:, None] * DIM + columns, mask=here, other=0.0)
+        p = tl.load(numbers_ptr + rows[:, None] * numbers_row + columns, mask=here, other=0.0)
+        q = tl.load(numbers_ptr + rows[:, None] * numbers_row + DIM + columns, mask=here, other=0.0)
+        slope, move_p, move_q, log_p, log_q = maps.slopes(z, p, q, forget_bias, gain, KIND)
+        at_p = rows[:, None] * (2 * DIM) + columns
+        if grad_ptr is not None:
+            grad = tl.load(grad_ptr + rows[:, None] * grad_row + columns * grad_column, mask=here, other=0.0)
+            tl.store(at_z_ptr + rows[:, None] * DIM + columns, grad * slope, mask=here)
+            tl.store(at_numbers_ptr + at_p, grad * move_p + of_log_det * log_p, mask=here)
+            tl.store(at_numbers_ptr + at_p + DIM, grad * move_q + of_log_det * log_q, mask=here)
+        else:
+            tl.store(at_z_ptr + rows[:, None] * DIM + columns, 1 / slope, mask=here)
+            tl.store(at_numbers_ptr + at_p, -move_p / slope, mask=here)
+            tl.store(at_numbers_ptr + at_p + DIM, -move_q / slope, mask=here)
+            tl.store(fixed_ptr + at_p, -of_log_det * log_p, mask=here)
+            tl.store(fixed_ptr + at_p + DIM, -of_log_det * log_q, mask=here)
+
+
+@triton.jit
+def activation_slope(value, ACTIVATION: tl.constexpr):
+    """An activation's slope by its value."""
+    if ACTIVATION == 0:
+        return tl.where(value > 0, 1.0, 0.0)
+    elif ACTIVATION == 1:
+        return tl.where(value > 0, 1.0, value + 1)
+    else:
+        return 1 - value * value
+
+
+@triton.jit
+def activation_kernel(
+    grad_ptr, grad_row, value_ptr, value_row, found_ptr, bias_ptr, count, width,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The gradient at the sums of COLUMNS units, all rows, and its sum over the rows."""
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    total = tl.zeros([COLUMNS], tl.float32)
+    for first in range(0, count, ROWS):
+        rows = (first + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+        here = (rows < count) & (columns < width)
+        value = tl.load(value_ptr + rows * value_row + columns, mask=here, other=0.0)
+        grad = tl.load(grad_ptr + rows * grad_row + columns, mask=here, other=0.0)
+        slope = activation_slope(value, ACTIVATION)
+        # As a choice and not a product: a gradient that is not finite must not reach a unit that is off.
+        grad = tl.where(slope == 0, 0.0, grad * slope)
+        tl.store(found_ptr + rows * width + columns, grad, mask=here)
+        total += tl.sum(grad, 0)
+    units = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    tl.store(bias_ptr + units, total, mask=units < width)
+
+
+def element(
+    z: Tensor,
+    numbers: Tensor,
+    total: Tensor | None,
+    name: str,
+    constants: Sequence[float],
+    inverse: bool,  # noqa: FBT001
+) -> tuple[Tensor, Tensor]:
+    """As `fused.element`."""
+    flat, rows = _rows(z).contiguous(), _rows(numbers)
+    image = torch.empty_like(flat)
+    log_det = flat.new_empty(len(flat), dtype=torch.float64)
+    before = None if total is None else total.reshape(-1).contiguous()
+    _by_rows(element_kernel, flat, rows, rows.stride(0), before, image, log_det, len(flat), *_pair(constants),
+            DIM=flat.shape[1], KIND=MAPS.index(name), INVERSE=inverse)  # fmt: skip
+    return image.view(z.shape), log_det.view(z.shape[:-1])
+
+
+def element_pull(
+    z: Tensor, numbers: Tensor, grad: Tensor, grad_log_det: Tensor, name: str, constants: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """As `fused.element_pull`."""
+    at_z, at_numbers, _ = _slopes(z, numbers, _rows(grad), grad_log_det, name, constants)
+    return at_z, at_numbers
+
+
+def element_slopes(
+    x: Tensor, numbers: Tensor, grad_log_det: Tensor, name: str, constants: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `fused.element_slopes`."""
+    return _slopes(x, numbers, None, grad_log_det, name, constants)
+
+
+def activation_pull(grad: Tensor, value: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """As `fused.activation_pull`."""
+    count, width = grad.shape
+    found, bias = grad.new_empty(count, width), grad.new_empty(width)
+    columns = 32 if count <= 512 else 16
+    inputs = grad, grad.stride(0), value, value.stride(0), found, bias, count, width
+    options = {"ACTIVATION": ACTIVATIONS.index(activation), "ROWS": min(64, power(count)), "COLUMNS": columns}
+    launch(activation_kernel, triton.cdiv(width, columns), *inputs, **options)
+    return found, bias
+
+
+def launch(kernel, programs: int, *inputs, **options) -> None:  # noqa: ANN002, ANN003
+    """Launch a kernel on the device of its first input, which need not be the current one."""
+    if programs:
+        with torch.cuda.device_of(inputs[0]):
+            kernel[(programs,)](*inputs, **options)
+
+
+def power(size: int) -> int:
+    """The least power of 2 that is not below a size."""
+    return triton.next_power_of_2(max(size, 1))
+
+
+def _slopes(
+    z: Tensor,
+    numbers: Tensor,
+    grad: Tensor | None,
+    grad_log_det: Tensor,
+    name: str,
+    constants: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    flat, rows, of_log_det = _rows(z).contiguous(), _rows(numbers), grad_log_det.reshape(-1)
+    at_z, at_numbers = torch.empty_like(flat), flat.new_empty(rows.shape)
+    fixed = at_numbers if grad is not None else torch.empty_like(at_numbers)
+    strides = (0, 0) if grad is None else grad.stride()
+    _by_rows(gradient_kernel, flat, rows, rows.stride(0), grad, *strides, of_log_det, of_log_det.stride(0), at_z,
+            at_numbers, fixed, len(flat), *_pair(constants), DIM=flat.shape[1], KIND=MAPS.index(name))  # fmt: skip
+    return at_z.view(z.shape), at_numbers.view(numbers.shape), fixed.view(numbers.shape)
+
+
+def _by_rows(kernel, *inputs, DIM: int, **options) -> None:  # noqa: N803, ANN002, ANN003
+    columns = min(power(DIM), _COLUMNS)
+    rows = max(1, min(16, _TILE // columns))
+    launch(kernel, triton.cdiv(len(inputs[0]), rows), *inputs, DIM=DIM, ROWS=rows, COLUMNS=columns, **options)
+
+
+def _pair(constants: Sequence[float]) -> Sequence[float]:
+    """The gate's bias and gain; what no other map reads."""
+    return constants or (0.0, 1.0)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
