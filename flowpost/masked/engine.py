@@ -14,10 +14,11 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from flowpost.masked import host
+from flowpost.masked import device, host
 from flowpost.masked.activations import KNOWN
 from flowpost.masked.network import MADE, MaskedLinear
 from flowpost.masked.run import Link, Run
+from flowpost.masked.staircase import full_size
 from flowpost.numerics.watchers import first_parameter, hooked, unwatched
 from flowpost.numerics.watchers import untouched as is_ours
 
@@ -91,8 +92,8 @@ def choose_inverse(run: Run, z: Tensor) -> Engine | None:
 
 
 def engine_on(z: Tensor) -> Engine:
-    """The engine for a device: the host's, so far, which runs on all."""
-    return cast(Engine, host)
+    """The engine for a device: the host's, which runs on all, but for those that run whole matrices best."""
+    return cast(Engine, device if full_size(z) else host)
 
 
 def fits(link: Link) -> bool:

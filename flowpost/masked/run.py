@@ -96,8 +96,8 @@ def flat(run: Run) -> list[Tensor]:
     return found
 
 
-def grouped(run: Run, parameters: Sequence[Tensor]) -> list[Parameters]:
-    """The inverse of `flat`: each network's parameters."""
+def grouped(run: Run, parameters: Sequence[Any]) -> list[Parameters]:
+    """The inverse of `flat`: each network's parameters, or what is said of each."""
     groups, first = [], 0
     for link in run:
         count = len(link.net.layers)

@@ -20,6 +20,11 @@ Run = tuple[int, int]
 """Columns by their first and their number."""
 
 
+def full_size(weight: Tensor) -> bool:
+    """Whether a device multiplies a whole weight in less time than its blocks: a GPU, and meta, which stands for it."""
+    return weight.device.type in ("cuda", "meta")
+
+
 class Block(NamedTuple):
     """Rows of a weight, and its columns: on the stair's edge, read by all the rows, read by none."""
 
@@ -66,7 +71,14 @@ class Staircase:
     def place(self, weight: Tensor) -> None:
         """Copy the masks to where the weight is, so that no call that somebody watches has to."""
         self.mask.on(weight)
-        self.edges(weight)
+        if full_size(weight):
+            self.factor(weight)
+        else:
+            self.edges(weight)
+
+    def factor(self, weight: Tensor) -> Tensor:
+        """The whole mask in numbers like the weight's: one call multiplies many weights only by their own dtype."""
+        return self.mask.on(weight, as_numbers=True)
 
     def edges(self, weight: Tensor) -> list[Tensor]:
         """The mask's part on each block's edge, in numbers like the weight's."""

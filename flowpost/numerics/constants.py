@@ -22,21 +22,23 @@ class Constant:
 
     Args:
         value: numbers, which `on` casts to the dtype that is asked for; or an index of int64 or a mask of bools, which
-            it never casts.
+            it casts only where it is told to.
     """
 
     def __init__(self, value: Tensor) -> None:
         self.value = value.detach()
         self._copies: _Copies = {}
 
-    def on(self, like: Tensor) -> Tensor:
+    def on(self, like: Tensor, *, as_numbers: bool = False) -> Tensor:
         """The tensor on the device, and where it is of numbers in the dtype, of `like`: copied there once.
+
+        With `as_numbers` a mask or an index is cast too.
 
         Whoever watches the operations, as a compiler or ``torch.func`` does, would leave a tensor of his own behind:
         then the copy is not kept.
         """
         value, device = self.value, like.device
-        dtype = like.dtype if value.is_floating_point() else value.dtype
+        dtype = like.dtype if as_numbers or value.is_floating_point() else value.dtype
         if value.device == device and value.dtype == dtype:
             return value
         copy = self._copies.get((device, dtype))

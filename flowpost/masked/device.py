@@ -1,0 +1,164 @@
+"""The engine for a GPU, of torch's operations and, where Triton is, of fused kernels: few calls, and no host read.
+
+Every call is launched whatever the numbers are, so a step can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from flowpost.masked import elements, full, fused, loops
+from flowpost.masked.activations import KNOWN
+from flowpost.masked.run import COLUMNS, ElementWise, Link, Parameters, Run, Solve, grouped
+
+_Known = tuple[Tensor, Tensor, list[Tensor]]
+"""A link's point, the numbers there, and the hidden values."""
+
+
+def values(
+    run: Run, z: Tensor, context: Tensor | None, parameters: Sequence[Tensor], *, recording: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The image, the log-det, and for the way back what each link's step keeps and hidden values ``(N, width)``."""
+    groups = full.masked(run, grouped(run, parameters))
+    total, tape = None, []
+    for link, group, start in zip(run, groups, full.starts(context, groups), strict=True):
+        numbers, hidden = full.evaluate(link.net, z, start, group)
+        z, total, kept = elements.run(link.step, z, numbers, total, recording=recording)
+        tape += [*kept, *hidden] if recording else []
+    return z, cast(Tensor, total), tape
+
+
+def gradients(
+    run: Run,
+    tape: Sequence[Tensor],
+    context: Tensor | None,
+    parameters: Sequence[Tensor],
+    needs: Sequence[bool],
+    grad: Tensor,
+    grad_log_det: Tensor,
+) -> list[Tensor | None]:
+    """The gradients at z, at the context and at the parameters."""
+    groups, needed = full.masked(run, grouped(run, parameters)), grouped(run, needs[2:])
+    batch, found = grad.shape[:-1], []
+    for link, kept, hidden, group, need in reversed(_links(run, tape, groups, needed, grad)):
+        grad, of_numbers = elements.pull(link.step, kept, grad, grad_log_det)
+        steps = full.sums(link.net, full.rows(of_numbers), hidden, group.weights)
+        found.append(full.pull(kept[0], hidden, steps, need))
+        grad = torch.addmm(full.rows(grad), found[-1].first, group.weights[0]).view(grad.shape)
+    return [grad, *full.parameter_gradients(run, found[::-1], batch, context, groups, needed, needs[1])]
+
+
+def solve(
+    run: Run,
+    z: Tensor,
+    context: Tensor | None,
+    parameters: Sequence[Tensor],
+    preimage: Tensor | None,
+    *,
+    recording: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The preimage, the log-det, and a tape as that of `values`, of each link's inverse.
+
+    A sweep finds a link's preimage. The numbers there are a pass's, which sums in another order: with them mapping back
+    gives z'.
+    """
+    groups = full.masked(run, grouped(run, parameters))
+    starts = full.starts(context, groups)
+    points = [] if preimage is None else _points(run, preimage, groups, starts)
+    total, tape = None, []
+    for place in reversed(range(len(run))):
+        link, group, start = run[place], groups[place], starts[place]
+        if points:
+            x, numbers, hidden = points[place]
+        else:
+            x = _search(link, z, start, group)
+            numbers, hidden = full.evaluate(link.net, x, start, group)
+        z, total, kept = elements.run_inverse(link.step, x, z, numbers, total, recording=recording)
+        tape = [*kept, *hidden, *tape] if recording else []
+    return z, cast(Tensor, total), tape
+
+
+def solve_gradients(
+    run: Run,
+    tape: Sequence[Tensor],
+    context: Tensor | None,
+    parameters: Sequence[Tensor],
+    needs: Sequence[bool],
+    grad: Tensor,
+    grad_log_det: Tensor,
+) -> list[Tensor | None]:
+    """As `gradients`, by the implicit function; see `host.solve_gradients`."""
+    groups, needed = full.masked(run, grouped(run, parameters)), grouped(run, needs[2:])
+    batch, found = grad.shape[:-1], []
+    for link, kept, hidden, group, need in _links(run, tape, groups, needed, grad):
+        slope, moved, fixed, added = elements.pull_inverse(link.step, kept, grad_log_det)
+        v, *sums = _pull(link, full.rows(grad), full.rows(fixed), full.rows(moved), hidden, group)
+        v = v.view(grad.shape)
+        grad = v * slope if added is None else torch.addcmul(added, v, slope)
+        found.append(full.pull(kept[0], hidden, ((each, None) for each in sums), need))
+    return [grad, *full.parameter_gradients(run, found, batch, context, groups, needed, needs[1])]
+
+
+def _points(run: Run, x: Tensor, groups: Sequence[Parameters], starts: Sequence[Tensor]) -> list[_Known]:
+    """What is known of each link where the run's own preimage x is."""
+    found: list[_Known] = []
+    for link, group, start in zip(run, groups, starts, strict=True):
+        found.append((x, *full.evaluate(link.net, x, start, group)))
+        if len(found) < len(run):
+            x = elements.run(link.step, *found[-1][:2], None, recording=False)[0]
+    return found
+
+
+def _links(
+    run: Run, tape: Sequence[Tensor], groups: Sequence[Parameters], needed: Sequence[Parameters], like: Tensor
+) -> list[tuple[Link, Sequence[Tensor], Sequence[Tensor], Parameters, Parameters]]:
+    """Each link with what its step kept, its hidden values, its parameters, and which of these need a gradient."""
+    found, first = [], 0
+    for link, group, need in zip(run, groups, needed, strict=True):
+        middle = first + elements.kept_tensors(link.step, like)
+        last = middle + len(group.weights) - 1
+        found.append((link, tape[first:middle], tape[middle:last], group, need))
+        first = last
+    return found
+
+
+def _search(link: Link, z: Tensor, start: Tensor, group: Parameters) -> Tensor:
+    """The preimage of z ``(*batch, dim)``. A compiler, which would unroll a loop, sees an operator."""
+    column, name = link.step.columns()[1], KNOWN[link.net.activation].name
+    starts = full.rows(start.expand(*z.shape[:-1], start.shape[-1]))
+    inputs = full.rows(z), starts, group.weights, group.biases[1:]
+    if column is not None and (torch.compiler.is_compiling() or fused.closed(link.step, z)):
+        found = fused.sweep(*inputs, *_order(link, z), name, column)
+    else:
+        solve = _by_step(link.step) if column is None else COLUMNS[column.name](torch, column.constants)
+        found = loops.solve(*inputs, _order(link, z)[1], name, solve)
+    return found.view(z.shape)
+
+
+def _pull(
+    link: Link, grad: Tensor, fixed: Tensor, moved: Tensor, hidden: Sequence[Tensor], group: Parameters
+) -> list[Tensor]:
+    """As `loops.pull`. A compiler, which would unroll a loop, sees an operator."""
+    index, order = _order(link, grad)
+    name = KNOWN[link.net.activation].name
+    if torch.compiler.is_compiling() or fused.available(grad):
+        # What a kernel reads together is to be neighbours in memory.
+        turned = [weight.t().contiguous() for weight in group.weights]
+        return fused.transposed_sweep(grad, fixed, moved, turned, hidden, index, order, name)
+    return loops.pull(grad, fixed, moved, group.weights, hidden, order, name)
+
+
+def _order(link: Link, like: Tensor) -> tuple[Tensor | None, Sequence[int]]:
+    """The order of the variables as an index, None as they come, and as ints."""
+    if link.order is None:
+        return None, range(link.net.dim)
+    return link.order.on(like)[0], link.order.order
+
+
+def _by_step(step: ElementWise) -> Solve:
+    """The step's own inverse, asked for one variable."""
+    return lambda image, numbers: step._inverse(image.unsqueeze(-1), numbers.t(), None)[0].squeeze(-1)

@@ -1,0 +1,175 @@
+"""Masked networks of full-size products: all weights of a run are masked at once, and all contexts projected at once.
+
+A GPU multiplies a whole weight in less time than two halves of it; what costs there is the number of calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowpost.masked import fused
+from flowpost.masked.activations import KNOWN, Known
+from flowpost.masked.network import MADE
+from flowpost.masked.run import Parameters, Run
+
+Sums = tuple[Tensor, Tensor | None]
+"""The gradient ``(N, width)`` at a layer's sums, and its sum over the rows where that came with it."""
+
+
+class Pulled(NamedTuple):
+    """A link's gradients: at the first layer's sums, and at its parameters; None where it is not needed.
+
+    The weights' are not masked yet; the first bias's is left out where that of the contexts gives it.
+    """
+
+    first: Tensor
+    weights: list[Tensor | None]
+    biases: list[Tensor | None]
+
+
+def masked(run: Run, groups: Sequence[Parameters]) -> list[Parameters]:
+    """The parameters, all weights times their masks by one call.
+
+    Nobody keeps the products: the way back makes them again, so that they are not held between the two passes.
+    """
+    weights = [weight for group in groups for weight in group.weights]
+    found = iter(torch._foreach_mul(weights, _factors(run, weights)))  # pyright: ignore[reportPrivateImportUsage]
+    return [group._replace(weights=[next(found) for _ in group.weights]) for group in groups]
+
+
+def starts(context: Tensor | None, groups: Sequence[Parameters]) -> list[Tensor]:
+    """What each link's first layer adds to its product: the bias and the projected context, ``(*contexts, width)``.
+
+    The projections of all links are one product, computed once however many samples share a context.
+    """
+    if context is None:
+        return [group.biases[0] for group in groups]
+    widths = [len(group.biases[0]) for group in groups]
+    bias, projection = _together([group.biases[0] for group in groups]), _projections(groups)
+    start = torch.addmm(bias, rows(context), projection.t()).view(*context.shape[:-1], sum(widths))
+    return list(start.split(widths, -1))
+
+
+def evaluate(net: MADE, z: Tensor, start: Tensor, group: Parameters) -> tuple[Tensor, list[Tensor]]:
+    """The numbers ``(*batch, outputs * dim)``, and the hidden layers' values ``(N, width)``; `start` may be reused."""
+    known, y = KNOWN[net.activation], _first(z, start, group.weights[0])
+    hidden = [known.run(y)] if len(group.weights) > 1 else []
+    for weight, bias in zip(group.weights[1:-1], group.biases[1:-1], strict=True):
+        hidden.append(_layer(known, hidden[-1], weight, bias))
+    if hidden:
+        y = torch.addmm(group.biases[-1], hidden[-1], group.weights[-1].t())
+    return y.view(*z.shape[:-1], y.shape[-1]), hidden
+
+
+def sums(net: MADE, grad: Tensor, hidden: Sequence[Tensor], weights: Sequence[Tensor]) -> Iterator[Sums]:
+    """The gradients at the layers' sums, the last layer's first, from that at the outputs ``(N, outputs * dim)``."""
+    known, bias = KNOWN[net.activation], None
+    yield grad, bias
+    for weight, value in zip(weights[:0:-1], hidden[::-1], strict=True):
+        grad, bias = fused.activation_pull(known, grad @ weight, value)
+        yield grad, bias
+
+
+def pull(point: Tensor, hidden: Sequence[Tensor], found: Iterable[Sums], need: Parameters) -> Pulled:
+    """A link's gradients; each layer's is used while it is near."""
+    weights, biases, at_sums = [], [], point
+    inputs = [*hidden[::-1], rows(point)]
+    layers = zip(found, inputs, need.weights[::-1], need.biases[::-1], strict=True)
+    for place, ((at_sums, bias), x, of_weight, of_bias) in enumerate(layers):
+        weights.append(at_sums.t() @ x if of_weight else None)
+        by_contexts = bool(need.projection) and place == len(hidden)
+        if of_bias and bias is None and not by_contexts:
+            bias = at_sums.sum(0)
+        biases.append(bias if of_bias else None)
+    return Pulled(at_sums, weights[::-1], biases[::-1])
+
+
+def parameter_gradients(
+    run: Run,
+    links: Sequence[Pulled],
+    batch: Sequence[int],
+    context: Tensor | None,
+    groups: Sequence[Parameters],
+    needs: Sequence[Parameters],
+    of_context: bool,  # noqa: FBT001
+) -> list[Tensor | None]:
+    """The gradients at the context and at all parameters, in the order of `flat`."""
+    _mask(run, [link.weights for link in links])
+    if context is None:
+        return [None, *(each for link in links for each in (*link.weights, *link.biases))]
+    at_starts = _sum_to(_together([link.first for link in links], -1), batch, context.shape[:-1])
+    widths = [link.first.shape[-1] for link in links]
+    missing = [need.biases[0] and link.biases[0] is None for link, need in zip(links, needs, strict=True)]
+    biases = _parts(lambda: at_starts.sum(0), widths, missing)
+    projections = _parts(lambda: at_starts.t() @ rows(context), widths, [need.projection[0] for need in needs])
+    found = (at_starts @ _projections(groups)).view(context.shape) if of_context else None
+    for link, bias in zip(links, biases, strict=True):
+        link.biases[0] = link.biases[0] if bias is None else bias
+    pairs = zip(links, projections, strict=True)
+    return [found, *(each for link, part in pairs for each in (*link.weights, *link.biases, part))]
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """``(*batch, size)`` as ``(N, size)``."""
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+
+
+def _factors(run: Run, weights: Sequence[Tensor]) -> list[Tensor]:
+    layers = [layer for link in run for layer in link.net.stack]
+    return [layer.staircase.factor(weight) for layer, weight in zip(layers, weights, strict=True)]
+
+
+def _mask(run: Run, weights: Sequence[Sequence[Tensor | None]]) -> None:
+    """Mask the gradients that are needed, in place, by one call."""
+    layers = [layer for link in run for layer in link.net.stack]
+    pairs = zip(layers, (weight for group in weights for weight in group), strict=True)
+    kept = [(layer.staircase.factor(weight), weight) for layer, weight in pairs if weight is not None]
+    if kept:
+        factors, needed = zip(*kept, strict=True)
+        torch._foreach_mul_(needed, factors)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _first(z: Tensor, start: Tensor, weight: Tensor) -> Tensor:
+    """The first layer's sums ``(N, width)``."""
+    x, batch = rows(z), z.shape[:-1]
+    if start.ndim == 1:
+        return torch.addmm(start, x, weight.t())
+    if start.shape[:-1] == batch:
+        return start.flatten(0, -2).addmm_(x, weight.t())
+    y = x @ weight.t()
+    y.view(*batch, y.shape[-1]).add_(start)
+    return y
+
+
+def _layer(known: Known, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A hidden layer's values."""
+    if known.name == "relu" and not torch.compiler.is_compiling():
+        return torch._addmm_activation(bias, x, weight.t())  # pyright: ignore[reportPrivateImportUsage]
+    return known.run(torch.addmm(bias, x, weight.t()))
+
+
+def _projections(groups: Sequence[Parameters]) -> Tensor:
+    return _together([group.projection[0] for group in groups])
+
+
+def _together(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), axis)
+
+
+def _parts(whole: Callable[[], Tensor], sizes: Sequence[int], needed: Sequence[object]) -> list[Tensor | None]:
+    """The parts that are needed of what serves all links, computed if any is."""
+    if not any(needed):
+        return [None] * len(sizes)
+    return [part if need else None for part, need in zip(whole().split(sizes), needed, strict=True)]
+
+
+def _sum_to(grad: Tensor, batch: Sequence[int], smaller: Sequence[int]) -> Tensor:
+    """A gradient ``(N, width)`` over leading axes summed to the fewer, or shorter, ones of a context."""
+    if tuple(batch) == tuple(smaller):
+        return grad
+    width = grad.shape[-1]
+    return rows(grad.view(*batch, width).sum_to_size(*smaller, width))

@@ -1,0 +1,269 @@
+"""The GPU's engine, run on the CPU and on the meta device: the host's numbers, few launches, and no host read."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+from registry import Case, Entry, draw, push
+from test_engines import NETWORKS, SIZES, every_result
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flowpost import Affine, Autoregressive, Bijector, Inverse, Masked, Shared, Shift, Spline
+from flowpost.masked import device, engine, fused, host, loops
+from flowpost.masked.network import MADE
+from flowpost.masked.run import COLUMNS, flat
+from flowpost.numerics.scales import exp_scale
+
+DIRECTIONS = ["forward", "inverse", "known"]
+assert_close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
+
+
+@pytest.fixture(autouse=True)
+def _device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the tensors are."""
+    monkeypatch.setattr(engine, "engine_on", lambda z: device)
+
+
+def assert_same(
+    step: Bijector, direction: str, z: Tensor, context: Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the host's engine, and as the plain operations."""
+    known = z
+    if direction == "known":
+        z = step(z, context)[0].detach()
+    found = every_result(step, direction, z, context, known)
+    for name, other in (("engine_on", lambda z: host), ("choose", lambda run, z: None)):
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, name, other)
+            assert_close(found, every_result(step, direction, z, context, known))
+
+
+@pytest.mark.parametrize("entry", NETWORKS, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_equals_host_and_plain(entry: Entry, direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, z, context = draw(entry, Case(5, seed=1, push=1.0))
+    assert_same(step, direction, z, context, monkeypatch)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: f"{sizes[0]}-{sizes[1]}")
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_equals_host_and_plain_at_many_shapes(sizes: tuple, direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Orders, activations, contexts that samples share, and none; the sweeps without a host read."""
+    dim, hidden, context_size, activation, order, batch, context_batch = sizes
+    step = Autoregressive(dim, context_size, hidden, activation=activation, order=order, gain=1.1).double()
+    push(step, Case(seed=2, push=0.05))
+    z = torch.randn(*batch, dim, dtype=torch.float64)
+    context = None if context_batch is None else torch.randn(*context_batch, context_size, dtype=torch.float64)
+    if direction == "known" and context is not None:
+        z = z.expand(*torch.broadcast_shapes(batch, context.shape[:-1]), dim)
+    assert_same(step, direction, z, context, monkeypatch)
+
+
+def tied() -> Bijector:
+    step = Autoregressive(4, 2, (9, 8))
+    return Shared(step, step)
+
+
+RUNS: dict[str, Callable[[], Bijector]] = {
+    "gates": lambda: Shared(*(Autoregressive(4, 2, (9, 8), order=order) for order in (None, [3, 1, 0, 2], None))),
+    "widths": lambda: Shared(*(Autoregressive(4, 2, hidden, activation=F.relu) for hidden in ((9, 5, 8), (), (6,)))),
+    "mixed": lambda: Shared(
+        Masked(Affine(4, exp_scale), 2, (9,)), Masked(Spline(4, bins=3), 2, (8,)), Autoregressive(4, 2, (7,))
+    ),
+    "shifts": lambda: Shared(Masked(Shift(4), 2, (9,)), Masked(Shift(4), 2, (5,), order=[3, 2, 1, 0])),
+    "inverses": lambda: Shared(*(Inverse(Masked(Inverse(Affine(4)), 2, (9, 8))) for _ in range(2))),
+    "no context": lambda: Shared(*(Autoregressive(4, 0, (9, 8), activation=torch.tanh) for _ in range(2))),
+    "tied": tied,
+}
+"""Several links that run as one."""
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("batch", [((5,), (5,)), ((3, 5), (5,)), ((5,), (3, 1)), ((), ()), ((0,), (0,))], ids=str)
+def test_runs_equal_host_and_plain(name: str, direction: str, batch: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = RUNS[name]().double()
+    push(flow, Case(seed=3, push=0.1))
+    assert len(cast(Shared, flow)._runs(None)) == 1
+    z = torch.randn(*torch.broadcast_shapes(*batch) if direction == "known" else batch[0], 4, dtype=torch.float64)
+    context = torch.randn(*batch[1], 2, dtype=torch.float64) if flow.context_size else None
+    assert_same(flow, direction, z, context, monkeypatch)
+
+
+@pytest.mark.parametrize("make", [RUNS["gates"], RUNS["shifts"], RUNS["no context"]])
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_only_what_is_needed_is_computed(make: Callable[[], Bijector], direction: str) -> None:
+    """Frozen parameters, a z or a context without gradient."""
+    flow = make().double()
+    push(flow, Case(seed=4))
+    z = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    context = torch.randn(3, 2, dtype=torch.float64, requires_grad=True) if flow.context_size else None
+    leaves = {"z": z, **({} if context is None else {"context": context}), **dict(flow.named_parameters())}
+
+    def loss() -> Tensor:
+        image, log_det = flow(z, context) if direction == "forward" else flow.inverse(z, context)
+        return image.sum() + log_det.square().sum()
+
+    whole = torch.autograd.grad(loss(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+    for name, gradient in zip(leaves, whole, strict=True):
+        for key, leaf in leaves.items():
+            leaf.requires_grad_(key == name)
+            leaf.grad = None
+        if loss().requires_grad:
+            loss().backward()
+            assert_close(leaves[name].grad, gradient)
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+
+
+def test_a_caller_s_gradient_is_left_as_it_was() -> None:
+    """A shift hands its gradient on: what is added to it must not be written over it."""
+    flow = RUNS["shifts"]().double()
+    push(flow, Case(seed=5))
+    z = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    for function in (flow.forward, flow.inverse):
+        grad = torch.ones(3, 4, dtype=torch.float64)
+        image, _ = function(z, torch.randn(3, 2, dtype=torch.float64))
+        torch.autograd.grad(image, z, grad)
+        assert (grad == 1).all()
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations other than views by name; refuses a host read, and a shape that depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Callable, types: object, args: tuple = (), kwargs: Mapping | None = None
+    ) -> object:
+        name = str(func)
+        assert name not in {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.equal.default"}
+        if not func.is_view:  # pyright: ignore[reportFunctionMemberAccess]
+            self.names[name.removeprefix("aten.").removeprefix("flowpost.").rpartition(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_no_number_is_read_on_the_host(name: str, direction: str) -> None:
+    flow = RUNS[name]().double()
+    push(flow, Case(seed=7, push=0.3))
+    known, context = (torch.randn(3, size, dtype=torch.float64) for size in (4, 2))
+    given = context if flow.context_size else None
+    z = known if direction == "forward" else flow(known, given)[0].detach()
+    expected = every_result(flow, direction, z, given, known)
+    with Launches():
+        found = every_result(flow, direction, z, given, known)
+    assert_close(found, expected)
+
+
+def on_meta(step: Bijector, direction: str, dtype: torch.dtype) -> tuple[Counter[str], Counter[str]]:
+    """What a pass or an inverse launches there, and the way back; all that comes is on meta too."""
+    step = step.to("meta", dtype)
+    z = torch.empty(5, step.dim, dtype=dtype, device="meta", requires_grad=True)
+    size = step.context_size
+    context = torch.empty(5, size, dtype=dtype, device="meta", requires_grad=True) if size else None
+    getattr(step, direction)(z, context)  # the first call may bring constants there
+    with Launches() as there:
+        image, log_det = getattr(step, direction)(z, context)
+    grads = torch.empty_like(image), torch.empty_like(log_det)
+    inputs = [z, *([] if context is None else [context]), *step.parameters()]
+    with Launches() as back:
+        found = torch.autograd.grad((image, log_det), inputs, grads, allow_unused=True)
+    assert all(each is None or each.is_meta for each in (image, log_det, *found))
+    return there.names, back.names
+
+
+def iaf(steps: int) -> Bijector:
+    return Shared(*(Autoregressive(6, 4, (8, 8), activation=F.relu) for _ in range(steps)))
+
+
+COUNTS = {
+    ("forward", torch.float32): ([8, 15, 25], [15, 27, 47]),
+    ("forward", torch.float64): ([15, 31, 59], [24, 45, 83]),
+    ("inverse", torch.float32): ([9, 17, 29], [17, 30, 52]),
+}
+"""Launches of runs of 1, 2 and 4 links, there and back, with kernels and, in float64, without."""
+
+
+@pytest.mark.parametrize(("direction", "dtype"), COUNTS, ids=str)
+def test_a_run_launches_few(direction: str, dtype: torch.dtype) -> None:
+    found = [on_meta(iaf(steps), direction, dtype) for steps in (1, 2, 4)]
+    for names, most in zip(zip(*found, strict=True), COUNTS[direction, dtype], strict=True):
+        counts = [each.total() for each in names]
+        assert all(count <= bound for count, bound in zip(counts, most, strict=True)), (counts, names[0])
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_weights_are_masked_once_a_call(direction: str) -> None:
+    """However many links: by one call there, one back, and one for the gradients."""
+    there, back = on_meta(iaf(3), direction, torch.float32)
+    assert there["_foreach_mul"] == 1
+    assert (back["_foreach_mul"], back["_foreach_mul_"]) == (1, 1)
+
+
+def test_the_sweeps_cost_no_launch_a_variable_with_kernels_and_few_without() -> None:
+    counts = [
+        [on_meta(Autoregressive(dim, 4, (dim, dim)), "inverse", dtype) for dim in (6, 16)]
+        for dtype in (torch.float32, torch.float64)
+    ]
+    (few, more), (loop, longer) = ([sum(names.total() for names in pair) for pair in row] for row in counts)
+    assert few == more
+    assert (longer - loop) / 10 <= 24, [names for pair in counts[1] for names in pair]
+
+
+def test_the_masked_weights_are_not_kept_for_the_way_back() -> None:
+    flow = iaf(2).double()
+    kept: list[Tensor] = []
+    z, context = (torch.randn(5, size, dtype=torch.float64, requires_grad=True) for size in (6, 4))
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        flow(z, context)
+    own = {parameter.data_ptr() for parameter in flow.parameters()}
+    shapes = {parameter.shape for parameter in flow.parameters() if parameter.ndim == 2}
+    assert kept
+    assert not [tensor.shape for tensor in kept if tensor.shape in shapes and tensor.data_ptr() not in own]
+
+
+@torch.no_grad()
+def test_a_pass_that_records_nothing_keeps_nothing() -> None:
+    run = [cast(Autoregressive, step)._link() for step in cast(Shared, iaf(2).double())]
+    inputs = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    parameters = [parameter.detach() for parameter in flat(run)]
+    assert device.values(run, *inputs, parameters, recording=False)[2] == []
+    assert device.solve(run, *inputs, parameters, None, recording=False)[2] == []
+
+
+def test_the_kernels_maps_are_closed_forms() -> None:
+    assert set(fused.MAPS) <= set(COLUMNS)
+
+
+@pytest.mark.parametrize(("dim", "width"), [(3, 8), (5, 3), (7, 7), (4, 320)])
+def test_units_of_a_degree_stand_where_the_network_puts_them(dim: int, width: int) -> None:
+    degrees = MADE(dim, 2, (width,)).units[0]
+    for degree in range(dim):
+        first, last = loops.ends(degree, width, dim)
+        assert degrees[first:last] == [degree] * degrees.count(degree)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", ["gates", "no context"])
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_a_compiler_traces_both_ways(name: str, direction: str) -> None:
+    flow = RUNS[name]().double()
+    push(flow, Case(seed=8, push=0.3))
+    z = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    context = torch.randn(3, 2, dtype=torch.float64) if flow.context_size else None
+    function = getattr(flow, direction)
+    results = []
+    for call in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        image, log_det = call(z, context)
+        loss = image.sum() + log_det.square().sum()
+        results.append([image, log_det, *torch.autograd.grad(loss, [z, *flow.parameters()])])
+    assert_close(*results)
