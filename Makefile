@@ -11,7 +11,7 @@ FILES := pyproject.toml constraints.txt
 # An environment variable, unlike `-c`, also holds for the isolated environment the package is built in.
 INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: bench speed test test-full test-long test-compile test-plain test-peers test-oldest test-deep mutants mass lint clean
+.PHONY: bench speed test test-full test-long test-compile test-plain test-peers test-kernels test-oldest test-deep mutants mass lint clean
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -44,6 +44,10 @@ test-plain: $(VENV)/.test
 # The same maps in public libraries, which come with the peers extra.
 test-peers: $(VENV)/.test-peers
 	$(PYTEST) tests/test_peers*.py $(ARGS)
+
+# Triton's kernels, interpreted on the CPU and compiled for a GPU; Triton takes 700 MB, so it has an extra of its own.
+test-kernels: $(VENV)/.test-kernels
+	TRITON_INTERPRET=1 $(PYTEST) tests/test_kernels.py $(ARGS)
 
 # All of the above with random seeds, 500 examples a property, and inductor: hours on two cores, for a nightly machine.
 test-deep: $(VENV)/.test
@@ -82,6 +86,10 @@ $(VENV)/.test: $(FILES) | $(BIN)/python
 
 $(VENV)/.test-peers: $(FILES) | $(BIN)/python
 	$(INSTALL) -e '.[bench,files,test,peers]'
+	touch $@
+
+$(VENV)/.test-kernels: $(FILES) | $(BIN)/python
+	$(INSTALL) -e '.[bench,files,test,triton]'
 	touch $@
 
 $(VENV)/.peers: $(FILES) | $(BIN)/python

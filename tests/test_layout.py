@@ -74,11 +74,16 @@ def test_families_never_import_each_other(path: Path) -> None:
         assert families <= {"flowpost.bijectors.base", "flowpost.bijectors.gate", "flowpost.bijectors.networked"}
 
 
+EXTRAS = {
+    "flowpost._format": {"safetensors"},  # pip install 'flowpost[files]'
+    **{f"flowpost.masked.{name}": {"triton"} for name in ("kernels", "maps", "sweeps")},  # comes with torch for GPUs
+}
+
+
 @pytest.mark.parametrize("path", [p for p in FILES if "testing" not in module_name(p)], ids=module_name)
 def test_only_torch_and_numpy_are_needed(path: Path) -> None:
     outside = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names)
-    extra = {"safetensors"} if module_name(path) == "flowpost._format" else set()  # pip install 'flowpost[files]'
-    assert outside <= {"torch", "numpy", "flowpost"} | extra
+    assert outside <= {"torch", "numpy", "flowpost"} | EXTRAS.get(module_name(path), set())
 
 
 def test_functional_re_exports_and_nothing_else() -> None:
@@ -230,6 +235,8 @@ def test_readme_s_shapes_are_true() -> None:
 
 @pytest.mark.parametrize("name", [name for name in MODULES if "testing" not in name])
 def test_docstring_examples_run(name: str) -> None:
+    if "triton" in EXTRAS.get(name, set()):
+        pytest.importorskip("triton")
     module = importlib.import_module(name)
     public = {key: getattr(flowpost, key) for key in PUBLIC}
     helpers = {key: value for part in (vae, objectives, evaluation) for key, value in vars(part).items()}

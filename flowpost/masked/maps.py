@@ -30,6 +30,13 @@ def tanh(x):
 
 
 @triton.jit
+def tanh_slope(x):
+    """Not as ``1 - tanh^2``, which loses its digits where tanh is near 1."""
+    small = tl.exp(-2 * tl.abs(x))
+    return 4 * small / ((1 + small) * (1 + small))
+
+
+@triton.jit
 def softplus(x):
     """``log(1 + e^x)``, by its series where e^-|x| is small against 1."""
     small = tl.exp(-tl.abs(x))
@@ -41,9 +48,8 @@ def softplus(x):
 def _scale(q, KIND: tl.constexpr):
     """The scale, its logarithm, and the logarithm's slope in q."""
     if KIND == AFFINE_EXP or KIND == INVERSE_EXP:
-        bounded = tanh(q * 0.25)
-        log = 4 * bounded
-        return tl.exp(log), log, 1 - bounded * bounded
+        log = 4 * tanh(q * 0.25)
+        return tl.exp(log), log, tanh_slope(q * 0.25)
     else:
         scale = softplus(q + _SHIFT) + _FLOOR
         return scale, tl.log(scale), 1 / (1 + tl.exp(-q - _SHIFT)) / scale
@@ -83,11 +89,10 @@ def preimage(y, p, q, forget_bias, gain, KIND: tl.constexpr):
 def slopes(z, p, q, forget_bias, gain, KIND: tl.constexpr):
     """At z: ``a``, ``dz'/dp``, ``dz'/dq``, ``dlog a/dp``, ``dlog a/dq``."""
     if KIND == GATE:
-        of_raw, of_mean = tanh(p * 0.25), tanh(q * 1e-3)
-        closed = 1 / (1 + tl.exp(forget_bias + 4 * of_raw))
-        log = closed * (1 - of_raw * of_raw)
-        opening = gain * (1 - closed)
-        return opening, opening * log * (z - 1e3 * of_mean), gain * closed * (1 - of_mean * of_mean), log, 0.0 * log
+        closed = 1 / (1 + tl.exp(forget_bias + 4 * tanh(p * 0.25)))
+        log, opened = closed * tanh_slope(p * 0.25), gain * (1 - closed)
+        of_mean = gain * closed * tanh_slope(q * 1e-3)
+        return opened, opened * log * (z - 1e3 * tanh(q * 1e-3)), of_mean, log, 0.0 * log
     elif KIND == AFFINE_EXP or KIND == AFFINE_SOFTPLUS:
         scale, _, slope = _scale(q, KIND)
         return scale, 1.0 + 0.0 * scale, scale * slope * z, 0.0 * scale, slope

@@ -146,12 +146,11 @@ def transposed_kernel(
             fixed = tl.load(fixed_ptr + at, mask=row_here, other=0.0)
             tl.store(out_ptr + at, fixed + total * tl.load(moved_ptr + at, mask=row_here, other=0.0), mask=row_here)
         tl.debug_barrier()
-        for above in tl.static_range(HIDDEN):
-            layer: tl.constexpr = HIDDEN - 1 - above
+        for layer in tl.static_range(HIDDEN - 1, -1, -1):
             first, last = (k * WIDTHS[layer] + DIM - 1) // DIM, ((k + 1) * WIDTHS[layer] + DIM - 1) // DIM
             units = first + tl.arange(0, UNITS)
             unit_here = units < last
-            if above == 0:
+            if layer == HIDDEN - 1:
                 found = _from_outputs(out_ptr, weights[layer + 1], rows, row_here, units, unit_here, k, order_ptr,
                                       DIM, OUTPUTS, ROWS, UNITS, BLOCK, DOT)  # fmt: skip
             else:
@@ -235,6 +234,6 @@ def _tile(count: int, dim: int, widths: Sequence[int]) -> tuple[int, dict[str, i
     dot = count >= _MANY and units <= _SMALLEST
     rows = _SMALLEST if dot else 4 if count >= _MANY else 1
     least = _SMALLEST if dot else 2
-    block = 64 if dot else max(16, min(power(max(dim, *widths)), _TILE // (rows * units)))
+    block = 64 if dot else max(16, min(power(max([dim, *widths])), _TILE // (rows * units)))
     options = {"DIM": dim, "HIDDEN": len(widths), "ROWS": rows, "UNITS": max(units, least), "PAIR": least}
     return triton.cdiv(count, rows), {**options, "BLOCK": block, "DOT": dot, "num_warps": 8}

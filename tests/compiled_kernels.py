@@ -1,0 +1,83 @@
+"""Compile every kernel for an H100, which need not be there, at the sizes of the benchmarks: run by `test_kernels`."""
+
+# pyright: reportMissingImports=false
+import re
+import subprocess
+import tempfile
+from typing import Any
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from flowpost.masked import kernels, sweeps
+from flowpost.masked.fused import MAPS
+
+H100 = GPUTarget("cuda", 90, 32)
+FLOATS = "*fp32"
+MAP = {"forget_bias": "fp32", "gain": "fp32", "count": "i32"}
+ELEMENT = {"z_ptr": FLOATS, "numbers_ptr": FLOATS, "numbers_row": "i32", "image_ptr": FLOATS, "log_det_ptr": "*fp64"}
+GRADIENT = {
+    **{name: FLOATS for name in ("z_ptr", "numbers_ptr", "at_z_ptr", "at_numbers_ptr", "fixed_ptr")},
+    **{name: "i32" for name in ("numbers_row", "grad_row", "grad_column", "of_log_det_row")},
+    "of_log_det_ptr": "*fp64",
+}
+TILE = {"DIM": 32, "ROWS": 16, "COLUMNS": 32}
+SIZES = [(128, 32, (320, 320)), (4096, 32, (320, 320)), (4096, 64, (1920, 1920)), (128, 256, (1024,)), (8, 4, ())]
+
+
+def compiled(kernel: Any, types: dict[str, Any], **constants: Any) -> None:  # noqa: ANN401
+    """Compile; what is None is a constant too."""
+    options = {"num_warps": constants.pop("num_warps", 4)}
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    fixed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    binary = triton.compile(ASTSource(kernel, signature, fixed), target=H100, options=options)
+    print("compiled", kernel.__name__, spills(binary.asm["cubin"]), {**constants, **options})
+
+
+def spills(binary: bytes) -> str:
+    """How many registers' worth of stack the code takes."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+    return " ".join(re.findall(r"(?:REG|STACK|SHARED):\d+", found.stdout + found.stderr))
+
+
+def main() -> None:
+    """Every map, activation, tile and order."""
+    for kind in range(len(MAPS)):
+        for inverse in (False, True):
+            total = {"total_ptr": "*fp64"} if inverse else {}
+            none = {} if inverse else {"total_ptr": None}
+            compiled(kernels.element_kernel, {**ELEMENT, **MAP, **total}, KIND=kind, INVERSE=inverse, **TILE, **none)
+        compiled(kernels.gradient_kernel, {**GRADIENT, **MAP, "grad_ptr": FLOATS}, KIND=kind, **TILE)
+        compiled(kernels.gradient_kernel, {**GRADIENT, **MAP}, KIND=kind, grad_ptr=None, **TILE)
+    pointers = {name: FLOATS for name in ("grad_ptr", "value_ptr", "found_ptr", "bias_ptr")}
+    numbers = {name: "i32" for name in ("grad_row", "value_row", "count", "width")}
+    for activation in range(3):
+        compiled(kernels.activation_kernel, {**pointers, **numbers}, ACTIVATION=activation, ROWS=64, COLUMNS=32)
+    for place, (count, dim, widths) in enumerate(SIZES):
+        for order in ("*i64", None):
+            inverse_and_transposed(count, dim, widths, order, place % 3)
+
+
+def inverse_and_transposed(count: int, dim: int, widths: tuple[int, ...], order: str | None, activation: int) -> None:
+    """The two sweeps, as they are launched for these sizes."""
+    layers = len(widths)
+    given: dict[str, Any] = {"order_ptr": order} if order else {}
+    options: dict[str, Any] = {**sweeps._tile(count, dim, widths)[1], "WIDTHS": widths, "ACTIVATION": activation}
+    options |= {} if order else {"order_ptr": None}
+    tuples = {"weights": (FLOATS,) * (layers + 1), "biases": (FLOATS,) * layers, "states": (FLOATS,) * layers}
+    pointers = {name: FLOATS for name in ("image_ptr", "start_ptr", "found_ptr")}
+    compiled(sweeps.sweep_kernel, {**pointers, **tuples, **MAP, **given, "start_row": "i32"}, KIND=0, **options)
+    tuples = {"weights": (FLOATS,) * (layers + 1), "hidden": (FLOATS,) * layers, "sums": (FLOATS,) * layers}
+    pointers = {name: FLOATS for name in ("grad_ptr", "fixed_ptr", "moved_ptr", "total_ptr", "out_ptr")}
+    others = {"hidden_rows": ("i32",) * layers, "count": "i32"}
+    compiled(sweeps.transposed_kernel, {**pointers, **tuples, **others, **given}, OUTPUTS=2, **options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""Triton's kernels on the CPU, by its interpreter, against float64; and compiled for a GPU that need not be there.
+
+`make test-kernels` runs them; without Triton, or its interpreter, they are skipped.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from registry import Case, push
+from test_engines import every_result
+from torch import Tensor
+
+from flowpost import Affine, Autoregressive, Bijector, Inverse, Masked, Shared, Spline
+from flowpost.bijectors.gate import Gate
+from flowpost.masked import device, engine, fused
+from flowpost.masked.activations import NAMED
+from flowpost.masked.run import Column
+from flowpost.numerics.scales import exp_scale
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # numpy's, which interprets
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+EPS = torch.finfo(torch.float32).eps
+DIM = 5
+STEPS: dict[str, Callable[[], Bijector]] = {
+    "gate": lambda: Gate(DIM),
+    "gate with a gain": lambda: Gate(DIM, forget_bias=-1.5, gain=1.2),
+    "gate that is open": lambda: Gate(DIM, forget_bias=15.0),
+    "exp": lambda: Affine(DIM, exp_scale),
+    "softplus": lambda: Affine(DIM),
+    "inverse exp": lambda: Inverse(Affine(DIM, exp_scale)),
+    "inverse softplus": lambda: Inverse(Affine(DIM)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "available", lambda z: z.dtype == torch.float32)
+    monkeypatch.setattr(engine, "engine_on", lambda z: device)
+
+
+def assert_rounded(found: Tensor, exact: Tensor, by_torch: Tensor) -> None:
+    """As near to float64 as the same formula of torch's in float32, or as the last digits of the largest number."""
+    assert found.shape == exact.shape
+    rounding = (by_torch.double() - exact).abs().max() + EPS * (1 + exact.abs().max())
+    assert (found.double() - exact).abs().max() <= 8 * rounding
+
+
+def column_of(step: Bijector) -> Column:
+    column = step.columns()[1]
+    assert column is not None
+    return column
+
+
+def results(step: Bijector, z: Tensor, numbers: Tensor, grad: Tensor, of_log_det: Tensor) -> list[Tensor]:
+    """By autodiff: the map and its gradients; its inverse at z, and what it adds to a log-det."""
+    z, numbers = z.detach().requires_grad_(), numbers.detach().requires_grad_()
+    image, log_det = step._forward(z, numbers)
+    pulled = torch.autograd.grad((image, log_det), (z, numbers), (grad, of_log_det.to(log_det.dtype)))
+    preimage, back = step._inverse(z, numbers, None)
+    return [each.detach() for each in (image, log_det, *pulled, preimage, back)]
+
+
+def by_kernels(step: Bijector, z: Tensor, numbers: Tensor, grad: Tensor, of_log_det: Tensor) -> list[Tensor]:
+    column = column_of(step)
+    image, log_det = fused.element(z, numbers, None, column, inverse=False)
+    pulled = fused.element_pull(z, numbers, grad, of_log_det, column)
+    preimage, sum_of_both = fused.element(z, numbers, log_det, column, inverse=True)
+    assert log_det.dtype == sum_of_both.dtype == torch.float64
+    return [image, log_det, *pulled, preimage, sum_of_both - log_det]
+
+
+@interpreted
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("scale", [0.01, 1.0, 10.0, 1e4])
+@pytest.mark.parametrize("batch", [(), (1,), (3, 7)], ids=str)
+def test_a_map_and_its_gradients_are_the_step_s(name: str, scale: float, batch: tuple[int, ...]) -> None:
+    step = STEPS[name]()
+    z, grad, numbers = (torch.randn(*batch, size) for size in (DIM, DIM, 2 * DIM))
+    inputs = z, scale * numbers, grad, torch.randn(batch, dtype=torch.float64)
+    exact = results(step, *(each.double() for each in inputs))
+    for found, expected, by_torch in zip(by_kernels(step, *inputs), exact, results(step, *inputs), strict=True):
+        assert_rounded(found, expected, by_torch)
+
+
+@interpreted
+@pytest.mark.parametrize("name", STEPS)
+def test_the_slopes_of_a_map_s_inverse_are_autodiff_s(name: str) -> None:
+    """``dx/dy`` and ``dx/dn`` of the inverse, and the gradient of its log-det at the numbers."""
+    step = STEPS[name]()
+    x, numbers, of_log_det = torch.randn(7, DIM), torch.randn(7, 2 * DIM), torch.randn(7, dtype=torch.float64)
+    found = fused.element_slopes(x, numbers, of_log_det, column_of(step))
+    exact = []
+    for dtype in (torch.float64, torch.float32):
+        n = numbers.to(dtype).requires_grad_()
+        y = step._forward(x.to(dtype), n)[0].detach().requires_grad_()
+        image, log_det = step._inverse(y, n, None)
+        slopes = torch.autograd.grad(image.sum(), (y, n), retain_graph=True)
+        exact.append([*slopes, *torch.autograd.grad(log_det, n, of_log_det.to(log_det.dtype))])
+    for each in zip(found, *exact, strict=True):
+        assert_rounded(*each)
+
+
+@interpreted
+def test_a_map_reads_slices_and_expanded_gradients() -> None:
+    step, whole = Gate(DIM), torch.randn(4, 2 * DIM + 3)
+    z, numbers, one = torch.randn(DIM, 4).t(), whole[:, 2 : 2 * DIM + 2], torch.ones(())
+    inputs = z, numbers, one.expand(4, DIM), one.double().expand(4)
+    copies = [each.clone(memory_format=torch.contiguous_format) for each in inputs]
+    torch.testing.assert_close(by_kernels(step, *inputs), by_kernels(step, *copies), rtol=0, atol=0)
+
+
+@interpreted
+def test_a_row_without_a_value_spoils_no_other() -> None:
+    z, numbers = torch.randn(3, DIM), torch.randn(3, 2 * DIM)
+    z[1, 2] = torch.nan
+    image, log_det = fused.element(z, numbers, None, column_of(Gate(DIM)), inverse=False)
+    assert image.isnan().sum() == 1
+    assert log_det.isfinite().all()
+
+
+@interpreted
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize(("rows", "width"), [(1, 3), (70, 33), (600, 17), (0, 4)])
+def test_an_activation_s_gradient_and_its_sum(name: str, rows: int, width: int) -> None:
+    known = NAMED[name]
+    value = known.run(torch.randn(rows, 2 * width))[:, width:]  # a slice, as of links side by side
+    grad = torch.randn(rows, width)
+    found, bias = fused.activation_pull(known, grad, value)
+    expected = known.gradient(grad.double(), value.double())
+    assert bias is not None
+    torch.testing.assert_close(found.double(), expected, rtol=4 * EPS, atol=4 * EPS)
+    torch.testing.assert_close(bias.double(), expected.sum(0), rtol=0, atol=EPS * max(rows, 1) * 4)
+
+
+@interpreted
+def test_a_gradient_that_is_not_finite_reaches_no_unit_that_is_off() -> None:
+    found, _ = fused.activation_pull(NAMED["relu"], torch.full((1, 2), torch.inf), torch.tensor([[0.0, 1.0]]))
+    assert found.tolist() == [[0.0, torch.inf]]
+
+
+FLOWS: dict[str, Callable[[], Bijector]] = {
+    "gates": lambda: Shared(
+        Autoregressive(DIM, 3, (8, 11), activation=F.relu, order=[4, 3, 2, 1, 0], gain=1.1),
+        Autoregressive(DIM, 3, (13, 4), activation=F.relu),
+    ),
+    "one layer": lambda: Autoregressive(DIM, 3, (13,), activation=F.elu, order=[2, 0, 3, 1, 4]),
+    "three layers": lambda: Autoregressive(DIM, 0, (7, 3, 9), activation=torch.tanh),
+    "no layer": lambda: Masked(Affine(DIM), 3, ()),
+    "no layer in order": lambda: Masked(Affine(DIM, exp_scale), 3, (), order=[1, 0, 2, 4, 3]),
+    "exp": lambda: Masked(Affine(DIM, exp_scale), 0, (6, 6), activation=F.relu),
+    "inverse exp": lambda: Masked(Inverse(Affine(DIM, exp_scale)), 3, (6, 6), order=[1, 0, 2, 4, 3]),
+    "maf": lambda: Inverse(Masked(Inverse(Affine(DIM)), 3, (6, 6))),
+    "a step that no kernel knows": lambda: Masked(Spline(DIM, bins=3), 3, (6, 6)),
+}
+TILES = {"few rows": {}, "many": {"_MANY": 2}, "many, wide": {"_MANY": 2, "_SMALLEST": 0}}
+
+
+@interpreted
+@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("direction", ["forward", "inverse", "known"])
+@pytest.mark.parametrize("tile", TILES)
+def test_the_engine_by_kernels_is_the_plain_operations_in_float64(
+    name: str, direction: str, tile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values, log-dets and all gradients, of contexts that samples share."""
+    from flowpost.masked import sweeps
+
+    for key, value in TILES[tile].items():
+        monkeypatch.setattr(sweeps, key, value)
+    flow = FLOWS[name]()
+    push(flow, Case(seed=1, push=0.2))
+    known, context = torch.randn(2, 3, DIM), torch.randn(3, 3) if flow.context_size else None
+    z = flow(known, context)[0].detach() if direction == "known" else known
+    found = every_result(flow, direction, z, context, known)
+    monkeypatch.setattr(engine, "choose", lambda run, z: None)
+    by_torch = every_result(flow, direction, z, context, known)
+    double = None if context is None else context.double()
+    exact = every_result(flow.double(), direction, z.double(), double, known.double())
+    for each in zip(found, exact, by_torch, strict=True):
+        assert_rounded(*each)
+
+
+@interpreted
+def test_the_operators_fakes_hold() -> None:
+    z, numbers, of_log_det = torch.randn(4, DIM), torch.randn(4, 2 * DIM), torch.randn(4).double()
+    gate, maps, (hidden, first, last) = column_of(Gate(DIM)), torch.ops.flowpost, _network()
+    index = torch.tensor([4, 2, 0, 1, 3])
+    for operator, inputs in [
+        (maps.element, (z, numbers, of_log_det, *gate, True)),
+        (maps.element_pull, (z, numbers, z, of_log_det, *gate)),
+        (maps.element_slopes, (z, numbers, of_log_det, *gate)),
+        (maps.activation_pull, (hidden, hidden, "elu")),
+        (maps.sweep, (z, hidden, [first, last], [last[:, 0]], index, index.tolist(), "elu", *gate)),
+        (maps.transposed_sweep, (z, numbers, numbers, [first.t(), last.t()], [hidden], None, range(DIM), "elu")),
+    ]:
+        torch.library.opcheck(operator, inputs, test_utils=("test_schema", "test_faketensor"))
+
+
+def _network() -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(4, 8), torch.randn(8, DIM), torch.randn(2 * DIM, 8)
+
+
+@pytest.mark.full
+def test_every_kernel_compiles_for_a_gpu() -> None:
+    """The types that an interpreter lets pass."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "tests.compiled_kernels"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("STACK:0 ") == done.stdout.count("compiled") > 30, done.stdout  # no register spills
