@@ -6,6 +6,7 @@ a GPU. Without it, and in float64, torch's own operations run.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -31,8 +32,21 @@ MAPS = (
 
 def available(z: Tensor) -> bool:
     """Whether the kernels run there: in float32 on a GPU with Triton, for which the meta device stands."""
-    device = z.device.type
-    return z.dtype == torch.float32 and (device == "meta" or (device == "cuda" and _TRITON))
+    device = z.device
+    return z.dtype == torch.float32 and (
+        device.type == "meta" or (device.type == "cuda" and _compiles_for(device.index))
+    )
+
+
+@torch.compiler.assume_constant_result
+def _compiles_for(index: int) -> bool:
+    return _TRITON and _is_new(index)
+
+
+@functools.cache
+def _is_new(index: int) -> bool:
+    """Whether Triton knows the GPU; of one that is not there, as a planner's tensors have it, it is assumed."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(index) >= (7, 0)
 
 
 def closed(step: ElementWise, z: Tensor) -> Column | None:
