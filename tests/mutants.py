@@ -262,26 +262,19 @@ def _context_ignored(self: made.MADE, z: Tensor, context: Tensor | None = None) 
     return _MADE(self, z, None if context is None else torch.zeros_like(context))
 
 
-def _gradients_without_activation(*args: object) -> list[Tensor | None]:
+def _gradients_without_activation(saved: run.Saved, *grads: Tensor) -> list[Tensor | None]:
     flat = {name: known._replace(gradient=lambda grad, value: grad) for name, known in host.KNOWN.items()}
     with mock.patch.object(host, "KNOWN", flat):
-        return _GRADIENTS(*args)  # pyright: ignore[reportArgumentType]
+        return _GRADIENTS(saved, *grads)
 
 
-def _context_gradient_dropped(*args: object) -> list[Tensor | None]:
-    of_z, of_context, *others = _GRADIENTS(*args)  # pyright: ignore[reportArgumentType]
+def _context_gradient_dropped(saved: run.Saved, *grads: Tensor) -> list[Tensor | None]:
+    of_z, of_context, *others = _GRADIENTS(saved, *grads)
     return [of_z, None if of_context is None else torch.zeros_like(of_context), *others]
 
 
-def _solve_gradients_without_network(
-    run: run.Run,
-    tape: Sequence[Tensor],
-    context: Tensor | None,
-    parameters: Sequence[Tensor],
-    *others: Any,  # noqa: ANN401
-) -> list[Tensor | None]:
-    nothing = [torch.zeros_like(parameter) for parameter in parameters]
-    return _SOLVE_GRADIENTS(run, tape, context, nothing, *others)
+def _solve_gradients_without_network(saved: run.Saved, *grads: Tensor) -> list[Tensor | None]:
+    return _SOLVE_GRADIENTS(saved._replace(parameters=[torch.zeros_like(each) for each in saved.parameters]), *grads)
 
 
 def _pull_without_the_slope(

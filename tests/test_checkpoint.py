@@ -25,7 +25,7 @@ from flowpost.vae import VAE
 
 EPOCHS = 5
 TIMINGS = {"seconds", "step_ms", "resumed_after"}
-JOB = ["--epochs", "25", "--width", "16", "--samples", "20", "--dim", "3", "--kl-warmup", "1", "--seeds", "2"]
+JOB = ["--epochs", "14", "--width", "16", "--samples", "20", "--dim", "3", "--kl-warmup", "1", "--seeds", "2"]
 JOB += ["--posterior", "diagonal,iaf", "--dropout", "0.1"]
 # A process of its own: every epoch is kept, and no picture is drawn, which would take longer than the training.
 CODE = "import sys, benchmarks.checkpoint as c, benchmarks.job as j, benchmarks.__main__ as m; "

@@ -309,7 +309,7 @@ def test_log_marginal_s_largest_tensor_does_not_grow_with_samples() -> None:
         assert max(rows) == min(4 * samples, 100)
 
 
-@pytest.mark.full
+@pytest.mark.long
 def test_log_marginal_s_memory_does_not_grow_with_samples() -> None:
     """5,000 samples of 64 latents for 100 images: all at once, z alone would take 128 MB, and the logits 1.6 GB."""
     code = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
+from functools import reduce
 from typing import cast
 
 import torch
@@ -25,8 +26,8 @@ from flowpost.numerics.products import wide
 from flowpost.numerics.watchers import all_hooked, first_parameter, hooked
 
 LINE = (-math.inf, math.inf)
-Pair = tuple["Bijector", Tensor | None]
-"""A step and the context that it reads."""
+Run = tuple[Sequence["Bijector"], Tensor | None]
+"""Steps that run as one, and what they read: their contexts side by side, or the one that they share."""
 
 
 class Bijector(Placed, ABC):
@@ -199,7 +200,7 @@ class Bijector(Placed, ABC):
     ) -> tuple[Tensor, Tensor]:
         """``_inverse`` of such steps: unless a family has better, of one after the other."""
         parts = [None] * len(steps) if context is None else context.split([step.context_size for step in steps], -1)
-        return undo(list(zip(steps, parts, strict=True)), z, preimage)
+        return undo([([step], part) for step, part in zip(steps, parts, strict=True)], z, preimage)
 
     def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Push N(loc, tril tril^T) through a ``triangular`` step; tril None is the identity."""
@@ -252,15 +253,24 @@ def wrapped(step: Bijector) -> bool:
     return hooked(step) or "inverse" in step.__dict__
 
 
-def undo(pairs: Sequence[Pair], z: Tensor, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The inverse of steps in sequence, the last of them first; the log-dets summed."""
-    knowns: list[Tensor | None] = [preimage] + [None] * (len(pairs) - 1)
+def run_forward(run: Run, z: Tensor) -> tuple[Tensor, Tensor]:
+    """``_forward`` of a run within a chain."""
+    steps, context = run
+    return apply(steps[0], z, context) if len(steps) == 1 else steps[0]._forward_run(steps, z, context)
+
+
+def undo(runs: Sequence[Run], z: Tensor, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The inverse of runs in sequence, the last of them first; the log-dets summed."""
+    knowns: list[Tensor | None] = [preimage] + [None] * (len(runs) - 1)
     if preimage is not None:
         with torch.no_grad():
-            for place, (step, context) in enumerate(pairs[:-1]):
-                knowns[place + 1] = preimage = apply(step, cast(Tensor, preimage), context)[0]
-    total = None
-    for (step, context), known in zip(reversed(pairs), reversed(knowns), strict=True):
-        z, log_det = apply_inverse(step, z, context, known)
-        total = wide(log_det) if total is None else total + wide(log_det)
-    return z, cast(Tensor, total)
+            for place, run in enumerate(runs[:-1]):
+                knowns[place + 1] = preimage = run_forward(run, cast(Tensor, preimage))[0]
+    log_dets = []
+    for (steps, context), known in zip(reversed(runs), reversed(knowns), strict=True):
+        if len(steps) == 1:
+            z, log_det = apply_inverse(steps[0], z, context, known)
+        else:
+            z, log_det = steps[0]._inverse_run(steps, z, context, known)
+        log_dets.append(wide(log_det))
+    return z, reduce(torch.add, log_dets)

@@ -11,11 +11,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from flowpost.bijectors.base import Bijector, Pair, apply, apply_inverse, wrapped
+from flowpost.bijectors.base import Bijector, Run, run_forward, undo, wrapped
 from flowpost.numerics.products import wide
 
-Run = tuple[Sequence[Bijector], Tensor | None]
-"""Steps that run as one, and what they read."""
+Pair = tuple[Bijector, Tensor | None]
+"""A step and the context that it reads."""
 
 
 class _Steps(Bijector):
@@ -57,47 +57,18 @@ class _Steps(Bijector):
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         log_dets = []
-        for steps, part in self._runs(context):
-            z, log_det = _forward_run(steps, z, part)
+        for run in self._runs(context):
+            z, log_det = run_forward(run, z)
             log_dets.append(wide(log_det))
         return z, reduce(torch.add, log_dets)
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
-        runs = self._runs(context)
-        knowns = _preimages(runs, preimage)
-        log_dets = []
-        for (steps, part), known in zip(reversed(runs), reversed(knowns), strict=True):
-            z, log_det = _inverse_run(steps, z, part, known)
-            log_dets.append(wide(log_det))
-        return z, reduce(torch.add, log_dets)
+        return undo(self._runs(context), z, preimage)
 
     def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         for step, part in self._pairs(context):
             loc, tril = step._push_gaussian(loc, tril, part)
         return loc, tril
-
-
-def _forward_run(steps: Sequence[Bijector], z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-    return apply(steps[0], z, context) if len(steps) == 1 else steps[0]._forward_run(steps, z, context)
-
-
-def _inverse_run(
-    steps: Sequence[Bijector], z: Tensor, context: Tensor | None, preimage: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    if len(steps) == 1:
-        return apply_inverse(steps[0], z, context, preimage)
-    return steps[0]._inverse_run(steps, z, context, preimage)
-
-
-def _preimages(runs: Sequence[Run], preimage: Tensor | None) -> list[Tensor] | list[None]:
-    """What each run maps, in order, when the chain's own preimage is known."""
-    if preimage is None:
-        return [None] * len(runs)
-    knowns = [preimage]
-    with torch.no_grad():
-        for steps, part in runs[:-1]:
-            knowns.append(_forward_run(steps, knowns[-1], part)[0])
-    return knowns
 
 
 def _check_steps(name: str, steps: tuple[Bijector, ...]) -> None:

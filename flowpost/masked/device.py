@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowpost.masked import elements, full, fused, loops
 from flowpost.masked.activations import KNOWN
-from flowpost.masked.run import COLUMNS, ElementWise, Link, Parameters, Run, Solve, grouped
+from flowpost.masked.run import COLUMNS, ElementWise, Link, Parameters, Run, Saved, Solve, grouped
 
 _Known = tuple[Tensor, Tensor, list[Tensor]]
 """A link's point, the numbers there, and the hidden values."""
@@ -32,24 +32,15 @@ def values(
     return z, cast(Tensor, total), tape
 
 
-def gradients(
-    run: Run,
-    tape: Sequence[Tensor],
-    context: Tensor | None,
-    parameters: Sequence[Tensor],
-    needs: Sequence[bool],
-    grad: Tensor,
-    grad_log_det: Tensor,
-) -> list[Tensor | None]:
+def gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Tensor | None]:
     """The gradients at z, at the context and at the parameters."""
-    groups, needed = full.masked(run, grouped(run, parameters)), grouped(run, needs[2:])
-    batch, found = grad.shape[:-1], []
-    for link, kept, hidden, group, need in reversed(_links(run, tape, groups, needed, grad)):
+    found = []
+    for link, kept, hidden, group, need in reversed(_links(saved)):
         grad, of_numbers = elements.pull(link.step, kept, grad, grad_log_det)
         steps = full.sums(link.net, full.rows(of_numbers), hidden, group.weights)
         found.append(full.pull(kept[0], hidden, steps, need))
         grad = torch.addmm(full.rows(grad), found[-1].first, group.weights[0]).view(grad.shape)
-    return [grad, *full.parameter_gradients(run, found[::-1], batch, context, groups, needed, needs[1])]
+    return [grad, *full.parameter_gradients(saved, found[::-1], grad.shape[:-1])]
 
 
 def solve(
@@ -82,25 +73,16 @@ def solve(
     return z, cast(Tensor, total), tape
 
 
-def solve_gradients(
-    run: Run,
-    tape: Sequence[Tensor],
-    context: Tensor | None,
-    parameters: Sequence[Tensor],
-    needs: Sequence[bool],
-    grad: Tensor,
-    grad_log_det: Tensor,
-) -> list[Tensor | None]:
+def solve_gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Tensor | None]:
     """As `gradients`, by the implicit function; see `host.solve_gradients`."""
-    groups, needed = full.masked(run, grouped(run, parameters)), grouped(run, needs[2:])
-    batch, found = grad.shape[:-1], []
-    for link, kept, hidden, group, need in _links(run, tape, groups, needed, grad):
+    found = []
+    for link, kept, hidden, group, need in _links(saved):
         slope, moved, fixed, added = elements.pull_inverse(link.step, kept, grad_log_det)
         v, *sums = _pull(link, full.rows(grad), full.rows(fixed), full.rows(moved), hidden, group)
         v = v.view(grad.shape)
         grad = v * slope if added is None else torch.addcmul(added, v, slope)
         found.append(full.pull(kept[0], hidden, ((each, None) for each in sums), need))
-    return [grad, *full.parameter_gradients(run, found, batch, context, groups, needed, needs[1])]
+    return [grad, *full.parameter_gradients(saved, found, grad.shape[:-1])]
 
 
 def _points(run: Run, x: Tensor, groups: Sequence[Parameters], starts: Sequence[Tensor]) -> list[_Known]:
@@ -113,15 +95,17 @@ def _points(run: Run, x: Tensor, groups: Sequence[Parameters], starts: Sequence[
     return found
 
 
-def _links(
-    run: Run, tape: Sequence[Tensor], groups: Sequence[Parameters], needed: Sequence[Parameters], like: Tensor
-) -> list[tuple[Link, Sequence[Tensor], Sequence[Tensor], Parameters, Parameters]]:
-    """Each link with what its step kept, its hidden values, its parameters, and which of these need a gradient."""
+def _links(saved: Saved) -> list[tuple[Link, Sequence[Tensor], Sequence[Tensor], Parameters, Parameters]]:
+    """Each link with what its step kept, its hidden values, its parameters, and which of these need a gradient.
+
+    The weights are masked again.
+    """
     found, first = [], 0
-    for link, group, need in zip(run, groups, needed, strict=True):
-        middle = first + elements.kept_tensors(link.step, like)
+    run, parameters, needs = zip(*saved.links(), strict=True)
+    for link, group, need in zip(run, full.masked(run, parameters), needs, strict=True):
+        middle = first + elements.kept_tensors(link.step, saved.parameters[0])
         last = middle + len(group.weights) - 1
-        found.append((link, tape[first:middle], tape[middle:last], group, need))
+        found.append((link, saved.tape[first:middle], saved.tape[middle:last], group, need))
         first = last
     return found
 

@@ -17,17 +17,14 @@ from torch import Tensor, nn
 from flowpost.masked import device, host
 from flowpost.masked.activations import KNOWN
 from flowpost.masked.network import MADE, MaskedLinear
-from flowpost.masked.run import Link, Run
+from flowpost.masked.run import Link, Run, Saved
 from flowpost.masked.staircase import full_size
 from flowpost.numerics.watchers import first_parameter, hooked, unwatched
 from flowpost.numerics.watchers import untouched as is_ours
 
 
 class Engine(Protocol):
-    """What an engine gives. A run's parameters come as `run.grouped` groups them; z has the broadcast leading axes.
-
-    A *tape* is the tensors that the way back needs, in an order of the engine's own.
-    """
+    """What an engine gives. A run's parameters come as `run.grouped` groups them; z has the broadcast leading axes."""
 
     @staticmethod
     def values(
@@ -37,16 +34,8 @@ class Engine(Protocol):
         ...
 
     @staticmethod
-    def gradients(
-        run: Run,
-        tape: Sequence[Tensor],
-        context: Tensor | None,
-        parameters: Sequence[Tensor],
-        needs: Sequence[bool],
-        grad: Tensor,
-        grad_log_det: Tensor,
-    ) -> list[Tensor | None]:
-        """The gradients at z, at the context and at the parameters; but for z's, None where `needs` has False."""
+    def gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Tensor | None]:
+        """The gradients at z, at the context and at the parameters; but for z's, None where not needed."""
         ...
 
     @staticmethod
@@ -63,15 +52,7 @@ class Engine(Protocol):
         ...
 
     @staticmethod
-    def solve_gradients(
-        run: Run,
-        tape: Sequence[Tensor],
-        context: Tensor | None,
-        parameters: Sequence[Tensor],
-        needs: Sequence[bool],
-        grad: Tensor,
-        grad_log_det: Tensor,
-    ) -> list[Tensor | None]:
+    def solve_gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Tensor | None]:
         """As `gradients`, for `solve`: by the implicit function, one transposed solve a link."""
         ...
 

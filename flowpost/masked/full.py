@@ -14,7 +14,7 @@ from torch import Tensor
 from flowpost.masked import fused
 from flowpost.masked.activations import KNOWN, Known
 from flowpost.masked.network import MADE
-from flowpost.masked.run import Parameters, Run
+from flowpost.masked.run import Parameters, Run, Saved
 
 Sums = tuple[Tensor, Tensor | None]
 """The gradient ``(N, width)`` at a layer's sums, and its sum over the rows where that came with it."""
@@ -88,16 +88,10 @@ def pull(point: Tensor, hidden: Sequence[Tensor], found: Iterable[Sums], need: P
     return Pulled(at_sums, weights[::-1], biases[::-1])
 
 
-def parameter_gradients(
-    run: Run,
-    links: Sequence[Pulled],
-    batch: Sequence[int],
-    context: Tensor | None,
-    groups: Sequence[Parameters],
-    needs: Sequence[Parameters],
-    of_context: bool,  # noqa: FBT001
-) -> list[Tensor | None]:
-    """The gradients at the context and at all parameters, in the order of `flat`."""
+def parameter_gradients(saved: Saved, links: Sequence[Pulled], batch: Sequence[int]) -> list[Tensor | None]:
+    """The gradients at the context and at all parameters, in the order of `flat`; z is ``(*batch, dim)``."""
+    run, context = saved.run, saved.context
+    _, groups, needs = zip(*saved.links(), strict=True)
     _mask(run, [link.weights for link in links])
     if context is None:
         return [None, *(each for link in links for each in (*link.weights, *link.biases))]
@@ -106,7 +100,7 @@ def parameter_gradients(
     missing = [need.biases[0] and link.biases[0] is None for link, need in zip(links, needs, strict=True)]
     biases = _parts(lambda: at_starts.sum(0), widths, missing)
     projections = _parts(lambda: at_starts.t() @ rows(context), widths, [need.projection[0] for need in needs])
-    found = (at_starts @ _projections(groups)).view(context.shape) if of_context else None
+    found = (at_starts @ _projections(groups)).view(context.shape) if saved.needs[1] else None
     for link, bias in zip(links, biases, strict=True):
         link.biases[0] = link.biases[0] if bias is None else bias
     pairs = zip(links, projections, strict=True)

@@ -16,7 +16,7 @@ from flowpost.masked.activations import KNOWN
 from flowpost.masked.layouts import by_output, by_variable, ranked, to_columns, to_rows
 from flowpost.masked.network import MADE
 from flowpost.masked.recorded import Recorded
-from flowpost.masked.run import ElementWise, Link, Parameters, Run, grouped
+from flowpost.masked.run import ElementWise, Link, Parameters, Run, Saved, grouped
 from flowpost.numerics.products import wide
 from flowpost.numerics.watchers import on_host
 
@@ -36,21 +36,13 @@ def values(
     return z, total, tape
 
 
-def gradients(
-    run: Run,
-    tape: Sequence[Tensor],
-    context: Tensor | None,
-    parameters: Sequence[Tensor],
-    needs: Sequence[bool],
-    grad: Tensor,
-    grad_log_det: Tensor,
-) -> list[Tensor | None]:
+def gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Tensor | None]:
     """The gradients at z, at the context and at the parameters."""
     of_context, of_parameters = [], []
-    for link, group, need, step, hidden in reversed(_links(run, tape, parameters, needs)):
+    for link, group, need, step, hidden in reversed(_links(saved)):
         grad, of_numbers = recorded.pull(link.step, step, grad, grad_log_det)
         sums = _sums(link.net, of_numbers.reshape(-1, link.net.outputs * link.net.dim), hidden, group)
-        first, part, found = _of_network(link.net, step.point, hidden, sums, context, group, need, needs[1])
+        first, part, found = _of_network(saved, link.net, step.point, hidden, sums, group, need)
         grad = grad + link.net.stack[0].staircase.input_gradient(first, group.weights[0]).view(grad.shape)
         of_context += part
         of_parameters = found + of_parameters
@@ -79,22 +71,14 @@ def solve(
     return z, total, tape
 
 
-def solve_gradients(
-    run: Run,
-    tape: Sequence[Tensor],
-    context: Tensor | None,
-    parameters: Sequence[Tensor],
-    needs: Sequence[bool],
-    grad: Tensor,
-    grad_log_det: Tensor,
-) -> list[Tensor | None]:
+def solve_gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Tensor | None]:
     """As `gradients`, by the implicit function.
 
     With ``x_i = f(y_i; c_i(x_{<i}))`` and g the gradient at x, v solves ``v_j = g_j + sum_{i > j} (v_i df_i/dc_i + what
     the log-det adds) dc_i/dx_j``, and the gradient at y is ``v df/dy``: one transposed sweep.
     """
     of_context, of_parameters = [], []
-    for link, group, need, step, hidden in _links(run, tape, parameters, needs):
+    for link, group, need, step, hidden in _links(saved):
         net, order = link.net, link.order
         of_map, of_log_det = recorded.pull_inverse(link.step, step, grad_log_det)
         fixed, moved = (
@@ -109,20 +93,18 @@ def solve_gradients(
         v, *layers = sweep.pull(to_columns(grad, order), fixed, moved, list(weights), slopes, _sizes(net))
         grad = torch.addcmul(of_log_det[0], to_rows(v, order).view(grad.shape), of_map[0])
         sums = [by_output(net, layers.pop(), order).t(), *(each.t() for each in layers[::-1])]
-        _, part, found = _of_network(net, step.point, hidden, sums, context, group, need, needs[1])
+        _, part, found = _of_network(saved, net, step.point, hidden, sums, group, need)
         of_context += part
         of_parameters += found
     return [grad, reduce(torch.add, of_context) if of_context else None, *of_parameters]
 
 
-def _links(
-    run: Run, tape: Sequence[Tensor], parameters: Sequence[Tensor], needs: Sequence[bool]
-) -> list[tuple[Link, Parameters, Parameters, Recorded, Sequence[Tensor]]]:
+def _links(saved: Saved) -> list[tuple[Link, Parameters, Parameters, Recorded, Sequence[Tensor]]]:
     """Each link with its parameters, which of them need a gradient, its recorded step and its hidden values."""
     found, first, count = [], 0, len(Recorded._fields)
-    for link, group, need in zip(run, grouped(run, parameters), grouped(run, needs[2:]), strict=True):
+    for link, group, need in saved.links():
         middle, last = first + count, first + count + len(group.weights) - 1
-        found.append((link, group, need, Recorded(*tape[first:middle]), tape[middle:last]))
+        found.append((link, group, need, Recorded(*saved.tape[first:middle]), saved.tape[middle:last]))
         first = last
     return found
 
@@ -179,14 +161,13 @@ def _sums(net: MADE, grad: Tensor, hidden: Sequence[Tensor], group: Parameters) 
 
 
 def _of_network(
+    saved: Saved,
     net: MADE,
     point: Tensor,
     hidden: Sequence[Tensor],
     sums: Iterable[Tensor],
-    context: Tensor | None,
     group: Parameters,
     need: Parameters,
-    of_context: bool,  # noqa: FBT001
 ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
     """The gradient at the first layer's sums, that at the context if it is needed, and those at the parameters.
 
@@ -198,12 +179,12 @@ def _of_network(
     for layer, at_sums, x, weight, bias in layers:
         weights.append(layer.staircase.weight_gradient(at_sums, x) if weight else None)
         biases.append(at_sums.sum(0) if bias else None)
-    found = [*weights[::-1], *biases[::-1]]
+    found, context = [*weights[::-1], *biases[::-1]], saved.context
     if context is None:
         return at_sums, [], found
     per_context = _sum_to(at_sums, point.shape[:-1], context.shape[:-1])
     found.append(per_context.t() @ context.reshape(-1, context.shape[-1]) if need.projection[0] else None)
-    return at_sums, [(per_context @ group.projection[0]).view(context.shape)] if of_context else [], found
+    return at_sums, [(per_context @ group.projection[0]).view(context.shape)] if saved.needs[1] else [], found
 
 
 def _sum_to(grad: Tensor, batch: Sequence[int], smaller: Sequence[int]) -> Tensor:

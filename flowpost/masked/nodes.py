@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flowpost.masked import engine, plain
-from flowpost.masked.run import Run, broadcast, flat
+from flowpost.masked.run import Run, Saved, broadcast, flat
 
 Ctx = Any  # of an autograd function: torch types it without what it stores
 
@@ -61,7 +61,7 @@ class _Pass(torch.autograd.Function):
         parameters, tape = rest[: len(needs) - 2], rest[len(needs) - 2 :]
         if torch.is_grad_enabled():
             return None, None, *_replay(partial(plain.forward, run), (z, context, *parameters), needs, grads)
-        return None, None, *engine.engine_on(z).gradients(run, tape, context, parameters, needs, *grads)
+        return None, None, *engine.engine_on(z).gradients(Saved(run, tape, context, parameters, needs), *grads)
 
 
 class _Solve(torch.autograd.Function):
@@ -93,8 +93,8 @@ class _Solve(torch.autograd.Function):
                 return plain.inverse(run, z, context, preimage, parameters)
 
             return None, None, None, *_replay(inverse, (z, context, *parameters), needs, grads)
-        found = engine.engine_on(z).solve_gradients(run, tape, context, parameters, needs, *grads)
-        return None, None, None, *found
+        saved = Saved(run, tape, context, parameters, needs)
+        return None, None, None, *engine.engine_on(z).solve_gradients(saved, *grads)
 
 
 def _whole(log_det: Tensor, z: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -78,6 +78,23 @@ class Parameters(NamedTuple):
     projection: Sequence[Tensor]
 
 
+class Saved(NamedTuple):
+    """What a node has kept for its way back."""
+
+    run: Run
+    tape: Sequence[Tensor]
+    """The tensors that an engine's pass or solve gave for it, in an order of the engine's own."""
+    context: Tensor | None
+    parameters: Sequence[Tensor]
+    needs: Sequence[bool]
+    """Whether a gradient is needed at z, at the context and at each parameter."""
+
+    def links(self) -> Iterator[tuple[Link, Parameters, Parameters]]:
+        """Each link with its parameters, and which of them need a gradient."""
+        groups = grouped(self.run, self.parameters), grouped(self.run, self.needs[2:])
+        return zip(self.run, *groups, strict=True)
+
+
 def names(net: MADE) -> list[str]:
     """The names of a network's parameters, in the order of `Parameters`."""
     layers = range(len(net.layers))
@@ -97,7 +114,7 @@ def flat(run: Run) -> list[Tensor]:
 
 
 def grouped(run: Run, parameters: Sequence[Any]) -> list[Parameters]:
-    """The inverse of `flat`: each network's parameters, or what is said of each."""
+    """The inverse of `flat`: each network's parameters, or what else there is one of for each."""
     groups, first = [], 0
     for link in run:
         count = len(link.net.layers)

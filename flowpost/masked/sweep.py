@@ -40,9 +40,10 @@ def solve(
         activation: its name.
         column: the step's inverse for one variable: its closed form, or a function of tensors as in `Solve`.
     """
-    if torch.compiler.is_compiling() and isinstance(column, Column):
-        return _solve_operator(images, start, weights, biases, sizes, activation, column.name, column.constants)
-    return _solve(images, start, weights, biases, sizes, activation, column)
+    if not isinstance(column, Column):
+        return _solve(images, start, weights, biases, sizes, activation, column)
+    run = _solve_operator if torch.compiler.is_compiling() else _solve
+    return run(images, start, weights, biases, sizes, activation, column.name, column.constants)
 
 
 def pull(
@@ -74,15 +75,16 @@ def _solve(
     biases: Sequence[Tensor],
     sizes: Sequence[int],
     activation: str,
-    column: Column | Callable[[Tensor, Tensor], Tensor],
+    column: str | Callable[[Tensor, Tensor], Tensor],
+    constants: Sequence[float] = (),
 ) -> list[Tensor]:
     x, (dim, count) = images.new_empty(images.shape), images.shape
     expanded = [each.unsqueeze(1).expand(-1, count) for each in biases]
     values = [start, *(each.clone(memory_format=torch.contiguous_format) for each in expanded)]
     image, preimage, *states = _arrays(images, x, *values)
-    if isinstance(column, Column):
+    if isinstance(column, str):
         outs = states[-1].reshape(dim, len(values[-1]) // dim, count)
-        closed = COLUMNS[column.name](torch if isinstance(image, Tensor) else np, column.constants)
+        closed = COLUMNS[column](torch if isinstance(image, Tensor) else np, constants)
 
         def find(k: int) -> None:
             preimage[k] = closed(image[k], outs[k])
@@ -93,13 +95,13 @@ def _solve(
             x[k] = column(images[k], numbers[k])
 
     known, layers = NAMED[activation], _by_layer(sizes, dim)
-    by_torch = known.run_array is None or isinstance(image, Tensor)
+    by_array = None if isinstance(image, Tensor) else known.run_array
     hidden = [
-        value.split(list(size)) if by_torch else _cut(state, _ends(size))
+        value.split(list(size)) if by_array is None else _cut(state, _ends(size))
         for value, state, size in zip(values, states, layers, strict=False)
     ]
     with np.errstate(all="ignore"):
-        _sweep(layers, known.run if by_torch else known.run_array, hidden, _read(weights), states, preimage, find)
+        _sweep(layers, by_array or known.run, hidden, _read(weights), states, preimage, find)
     return [x, *values]
 
 
@@ -228,25 +230,10 @@ def _cut(array: Array, ends: Sequence[int]) -> list[Array]:
 
 
 _Operator = Callable[..., list[Tensor]]
-
-
-def _solve_named(
-    images: Tensor,
-    start: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    sizes: Sequence[int],
-    activation: str,
-    column: str,
-    constants: Sequence[float],
-) -> list[Tensor]:
-    start = start.clone(memory_format=torch.contiguous_format)  # an operator must not return what it was given
-    return _solve(images, start, weights, biases, sizes, activation, Column(column, tuple(constants)))
-
-
+# An operator must not return what it was given, and a sweep writes over its start.
 _solve_operator: _Operator = torch.library.custom_op(
     "flowpost::solve",
-    _solve_named,
+    lambda images, start, *others: _solve(images, start.clone(memory_format=torch.contiguous_format), *others),
     mutates_args=(),
     schema="(Tensor images, Tensor start, Tensor[] weights, Tensor[] biases, int[] sizes, str activation, str column,"
     " float[] constants) -> Tensor[]",
