@@ -32,15 +32,10 @@ MAPS = (
 
 def available(z: Tensor) -> bool:
     """Whether the kernels run there: in float32 on a GPU with Triton, for which the meta device stands."""
-    device = z.device
-    return z.dtype == torch.float32 and (
-        device.type == "meta" or (device.type == "cuda" and _compiles_for(device.index))
-    )
-
-
-@torch.compiler.assume_constant_result
-def _compiles_for(index: int) -> bool:
-    return _TRITON and _is_new(index)
+    if z.dtype != torch.float32 or z.device.type != "cuda":
+        return z.dtype == torch.float32 and z.is_meta
+    # A compiler for GPUs needs Triton itself.
+    return _TRITON and (torch.compiler.is_compiling() or _is_new(z.device.index))
 
 
 @functools.cache
