@@ -15,7 +15,7 @@ from flowpost.masked import kernels, sweeps
 from flowpost.masked.fused import MAPS
 
 H100 = GPUTarget("cuda", 90, 32)
-FLOATS = "*fp32"
+FLOATS, HALVES = "*fp32", "*bf16"
 MAP = {"forget_bias": "fp32", "gain": "fp32", "count": "i32"}
 ELEMENT = {"z_ptr": FLOATS, "numbers_ptr": FLOATS, "numbers_row": "i32", "image_ptr": FLOATS, "log_det_ptr": "*fp64"}
 GRADIENT = {
@@ -54,11 +54,14 @@ def main() -> None:
             none = {} if inverse else {"total_ptr": None}
             compiled(kernels.element_kernel, {**ELEMENT, **MAP, **total}, KIND=kind, INVERSE=inverse, **TILE, **none)
         compiled(kernels.gradient_kernel, {**GRADIENT, **MAP, "grad_ptr": FLOATS}, KIND=kind, **TILE)
+        halves = {"numbers_ptr": HALVES, "at_numbers_ptr": HALVES, "grad_ptr": FLOATS}
+        compiled(kernels.gradient_kernel, {**GRADIENT, **MAP, **halves}, KIND=kind, **TILE)
         compiled(kernels.gradient_kernel, {**GRADIENT, **MAP}, KIND=kind, grad_ptr=None, **TILE)
-    pointers = {name: FLOATS for name in ("grad_ptr", "value_ptr", "found_ptr", "bias_ptr")}
     numbers = {name: "i32" for name in ("grad_row", "value_row", "count", "width")}
     for activation in range(3):
-        compiled(kernels.activation_kernel, {**pointers, **numbers}, ACTIVATION=activation, ROWS=64, COLUMNS=32)
+        for kind in (FLOATS, HALVES):
+            pointers = {"grad_ptr": kind, "value_ptr": kind, "found_ptr": kind, "bias_ptr": FLOATS}
+            compiled(kernels.activation_kernel, {**pointers, **numbers}, ACTIVATION=activation, ROWS=64, COLUMNS=32)
     for place, (count, dim, widths) in enumerate(SIZES):
         for order in ("*i64", None):
             inverse_and_transposed(count, dim, widths, order, place % 3)

@@ -252,18 +252,84 @@ def test_units_of_a_degree_stand_where_the_network_puts_them(dim: int, width: in
         assert degrees[first:last] == [degree] * degrees.count(degree)
 
 
+class Products(TorchDispatchMode):
+    """Notes in which dtypes matrices are multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(
+        self, func: Callable, types: object, args: tuple = (), kwargs: Mapping | None = None
+    ) -> object:
+        if str(func).removeprefix("aten.").startswith(("mm.", "addmm.", "addmm_.", "_addmm_activation.")):
+            self.dtypes |= {each.dtype for each in args if isinstance(each, Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+PASSES = [name for name in RUNS if name != "inverses"]
+
+
+@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("batch", [(5,), (3, 5)], ids=str)
+def test_autocast_runs_a_pass_s_products_in_half_precision(name: str, batch: tuple[int, ...]) -> None:
+    """Forward and back; the rest, and what comes out, in float32; near to what no autocast gives."""
+    flow = RUNS[name]()
+    push(flow, Case(seed=9, push=0.1))
+    z, context = torch.randn(*batch, 4), torch.randn(5, 2) if flow.context_size else None
+    exact = every_result(flow, "forward", z, context, None)
+    with Products() as products, torch.autocast("cpu", torch.bfloat16):
+        found = every_result(flow, "forward", z, context, None)
+    assert products.dtypes == {torch.bfloat16}
+    assert {each.dtype for each in found} == {torch.float32}
+    for each, expected in zip(found, exact, strict=True):
+        assert (each - expected).abs().max() <= 0.1 * (1 + expected.abs().max())
+    assert not torch.equal(found[0], exact[0])
+
+
+def test_autocast_casts_all_weights_and_all_gradients_at_once() -> None:
+    flow, counts = iaf(4), []
+    z, context = torch.randn(5, 6), torch.randn(5, 4)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled), Launches() as launches:
+            every_result(flow, "forward", z, context, None)
+        counts.append(launches.names)
+    assert counts[1]["_foreach_copy_"] == 3
+    # Each link's z, numbers and the gradients there are cast, and a product that cannot add to float32 is added.
+    assert counts[1].total() - counts[0].total() <= 4 * 6 + 9, counts
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_under_autocast_an_inverse_is_exact(name: str) -> None:
+    """A search is in full precision; a known preimage is that of the pass, whose numbers it has."""
+    flow = RUNS[name]()
+    push(flow, Case(seed=10, push=0.1))
+    noise, context = torch.randn(5, 4), torch.randn(5, 2) if flow.context_size else None
+    expected = every_result(flow, "inverse", noise, context, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = every_result(flow, "inverse", noise, context, None)
+        image, log_det = flow(noise, context)
+        preimage, back, *grads = every_result(flow, "known", image, context, noise)
+    assert all(map(torch.equal, found, expected))
+    torch.testing.assert_close((preimage, back), (noise, -log_det), rtol=1e-5, atol=1e-5)
+    assert {grad.dtype for grad in grads} == {torch.float32}
+
+
 @pytest.mark.compile
 @pytest.mark.parametrize("name", ["gates", "no context"])
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
-def test_a_compiler_traces_both_ways(name: str, direction: str) -> None:
-    flow = RUNS[name]().double()
+@pytest.mark.parametrize("half", [False, True], ids=["full", "autocast"])
+def test_a_compiler_traces_both_ways(name: str, direction: str, half: bool) -> None:  # noqa: FBT001
+    dtype = torch.float32 if half else torch.float64
+    flow = RUNS[name]().to(dtype)
     push(flow, Case(seed=8, push=0.3))
-    z = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    context = torch.randn(3, 2, dtype=torch.float64) if flow.context_size else None
+    z = torch.randn(3, 4, dtype=dtype, requires_grad=True)
+    context = torch.randn(3, 2, dtype=dtype) if flow.context_size else None
     function = getattr(flow, direction)
     results = []
     for call in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
-        image, log_det = call(z, context)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            image, log_det = call(z, context)
         loss = image.sum() + log_det.square().sum()
         results.append([image, log_det, *torch.autograd.grad(loss, [z, *flow.parameters()])])
-    assert_close(*results)
+    torch.testing.assert_close(*results, rtol=1e-4 if half else 1e-10, atol=1e-4 if half else 1e-10)

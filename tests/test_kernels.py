@@ -41,7 +41,7 @@ STEPS: dict[str, Callable[[], Bijector]] = {
 
 @pytest.fixture(autouse=True)
 def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "available", lambda z: z.dtype == torch.float32)
+    monkeypatch.setattr(fused, "_on_device", lambda z: True)
     monkeypatch.setattr(engine, "engine_on", lambda z: device)
 
 
@@ -188,6 +188,24 @@ def test_the_engine_by_kernels_is_the_plain_operations_in_float64(
 
 
 @interpreted
+@pytest.mark.parametrize("name", ["gates", "maf", "no layer", "a step that no kernel knows"])
+@pytest.mark.parametrize("direction", ["forward", "known"])
+def test_kernels_read_and_write_half_precision(name: str, direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast, as the engine without kernels but for the roundings of single sums."""
+    flow = FLOWS[name]()
+    push(flow, Case(seed=2, push=0.2))
+    known, context = torch.randn(2, 3, DIM), torch.randn(3, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = flow(known, context)[0].detach() if direction == "known" else known
+        found = every_result(flow, direction, z, context, known)
+        monkeypatch.setattr(fused, "_on_device", lambda z: False)
+        expected = every_result(flow, direction, z, context, known)
+    for each, other in zip(found, expected, strict=True):
+        assert each.dtype == torch.float32
+        assert (each - other).abs().max() <= 2**-6 * (1 + other.abs().max())
+
+
+@interpreted
 def test_the_operators_fakes_hold() -> None:
     z, numbers, of_log_det = torch.randn(4, DIM), torch.randn(4, 2 * DIM), torch.randn(4).double()
     gate, maps, (hidden, first, last) = column_of(Gate(DIM)), torch.ops.flowpost, _network()
@@ -197,6 +215,10 @@ def test_the_operators_fakes_hold() -> None:
         (maps.element_pull, (z, numbers, z, of_log_det, *gate)),
         (maps.element_slopes, (z, numbers, of_log_det, *gate)),
         (maps.activation_pull, (hidden, hidden, "elu")),
+        (maps.activation_pull, (hidden.bfloat16(), hidden.bfloat16(), "elu")),
+        (maps.element, (z, numbers.bfloat16(), None, *gate, False)),
+        (maps.element_pull, (z, numbers.bfloat16(), z, of_log_det, *gate)),
+        (maps.element_slopes, (z, numbers.bfloat16(), of_log_det, *gate)),
         (maps.sweep, (z, hidden, [first, last], [last[:, 0]], index, index.tolist(), "elu", *gate)),
         (maps.transposed_sweep, (z, numbers, numbers, [first.t(), last.t()], [hidden], None, range(DIM), "elu")),
     ]:

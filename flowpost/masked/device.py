@@ -14,6 +14,7 @@ from torch import Tensor
 from flowpost.masked import elements, full, fused, loops
 from flowpost.masked.activations import KNOWN
 from flowpost.masked.run import COLUMNS, ElementWise, Link, Parameters, Run, Saved, Solve, grouped
+from flowpost.numerics.watchers import autocast_dtype, full_precision
 
 _Known = tuple[Tensor, Tensor, list[Tensor]]
 """A link's point, the numbers there, and the hidden values."""
@@ -23,24 +24,27 @@ def values(
     run: Run, z: Tensor, context: Tensor | None, parameters: Sequence[Tensor], *, recording: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The image, the log-det, and for the way back what each link's step keeps and hidden values ``(N, width)``."""
-    groups = full.masked(run, grouped(run, parameters))
-    total, tape = None, []
-    for link, group, start in zip(run, groups, full.starts(context, groups), strict=True):
-        numbers, hidden = full.evaluate(link.net, z, start, group)
-        z, total, kept = elements.run(link.step, z, numbers, total, recording=recording)
-        tape += [*kept, *hidden] if recording else []
-    return z, cast(Tensor, total), tape
+    dtype = autocast_dtype(z)
+    with full_precision(z.device.type):
+        groups = full.masked(run, grouped(run, parameters), dtype)
+        total, tape = None, []
+        for link, group, start in zip(run, groups, full.starts(context, groups), strict=True):
+            numbers, hidden = full.evaluate(link.net, z, start, group)
+            z, total, kept = elements.run(link.step, z, numbers, total, recording=recording)
+            tape += [*kept, *hidden] if recording else []
+        return z, cast(Tensor, total), tape
 
 
 def gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Tensor | None]:
     """The gradients at z, at the context and at the parameters."""
-    found = []
-    for link, kept, hidden, group, need in reversed(_links(saved)):
-        grad, of_numbers = elements.pull(link.step, kept, grad, grad_log_det)
-        steps = full.sums(link.net, full.rows(of_numbers), hidden, group.weights)
-        found.append(full.pull(kept[0], hidden, steps, need))
-        grad = torch.addmm(full.rows(grad), found[-1].first, group.weights[0]).view(grad.shape)
-    return [grad, *full.parameter_gradients(saved, found[::-1], grad.shape[:-1])]
+    with full_precision(grad.device.type):
+        found = []
+        for link, kept, hidden, group, need in reversed(_links(saved, _products_dtype(saved.tape))):
+            grad, of_numbers = elements.pull(link.step, kept, grad, grad_log_det)
+            steps = full.sums(link.net, full.rows(of_numbers), hidden, group.weights)
+            found.append(full.pull(kept[0], hidden, steps, need))
+            grad = full.add_product(grad, found[-1].first, group.weights[0])
+        return [grad, *full.parameter_gradients(saved, found[::-1], grad.shape[:-1])]
 
 
 def solve(
@@ -55,34 +59,37 @@ def solve(
     """The preimage, the log-det, and a tape as that of `values`, of each link's inverse.
 
     A sweep finds a link's preimage. The numbers there are a pass's, which sums in another order: with them mapping back
-    gives z'.
+    gives z'. Under autocast a search is in full precision, and numbers at a known preimage are those of its pass.
     """
-    groups = full.masked(run, grouped(run, parameters))
-    starts = full.starts(context, groups)
-    points = [] if preimage is None else _points(run, preimage, groups, starts)
-    total, tape = None, []
-    for place in reversed(range(len(run))):
-        link, group, start = run[place], groups[place], starts[place]
-        if points:
-            x, numbers, hidden = points[place]
-        else:
-            x = _search(link, z, start, group)
-            numbers, hidden = full.evaluate(link.net, x, start, group)
-        z, total, kept = elements.run_inverse(link.step, x, z, numbers, total, recording=recording)
-        tape = [*kept, *hidden, *tape] if recording else []
-    return z, cast(Tensor, total), tape
+    dtype = None if preimage is None else autocast_dtype(z)
+    with full_precision(z.device.type):
+        groups = full.masked(run, grouped(run, parameters), dtype)
+        starts = full.starts(context, groups)
+        points = [] if preimage is None else _points(run, preimage, groups, starts)
+        total, tape = None, []
+        for place in reversed(range(len(run))):
+            link, group, start = run[place], groups[place], starts[place]
+            if points:
+                x, numbers, hidden = points[place]
+            else:
+                x = _search(link, z, start, group)
+                numbers, hidden = full.evaluate(link.net, x, start, group)
+            z, total, kept = elements.run_inverse(link.step, x, z, numbers, total, recording=recording)
+            tape = [*kept, *hidden, *tape] if recording else []
+        return z, cast(Tensor, total), tape
 
 
 def solve_gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Tensor | None]:
     """As `gradients`, by the implicit function; see `host.solve_gradients`."""
-    found = []
-    for link, kept, hidden, group, need in _links(saved):
-        slope, moved, fixed, added = elements.pull_inverse(link.step, kept, grad_log_det)
-        v, *sums = _pull(link, full.rows(grad), full.rows(fixed), full.rows(moved), hidden, group)
-        v = v.view(grad.shape)
-        grad = v * slope if added is None else torch.addcmul(added, v, slope)
-        found.append(full.pull(kept[0], hidden, ((each, None) for each in sums), need))
-    return [grad, *full.parameter_gradients(saved, found, grad.shape[:-1])]
+    with full_precision(grad.device.type):
+        found = []
+        for link, kept, hidden, group, need in _links(saved, None):
+            slope, moved, fixed, added = elements.pull_inverse(link.step, kept, grad_log_det)
+            v, *sums = _pull(link, full.rows(grad), full.rows(fixed), full.rows(moved), hidden, group)
+            v = v.view(grad.shape)
+            grad = v * slope if added is None else torch.addcmul(added, v, slope)
+            found.append(full.pull(kept[0], hidden, ((each, None) for each in sums), need))
+        return [grad, *full.parameter_gradients(saved, found, grad.shape[:-1])]
 
 
 def _points(run: Run, x: Tensor, groups: Sequence[Parameters], starts: Sequence[Tensor]) -> list[_Known]:
@@ -95,14 +102,21 @@ def _points(run: Run, x: Tensor, groups: Sequence[Parameters], starts: Sequence[
     return found
 
 
-def _links(saved: Saved) -> list[tuple[Link, Sequence[Tensor], Sequence[Tensor], Parameters, Parameters]]:
+def _products_dtype(tape: Sequence[Tensor]) -> torch.dtype | None:
+    """The half precision in which a pass ran its products, if it did."""
+    return next((each.dtype for each in tape if each.dtype in (torch.float16, torch.bfloat16)), None)
+
+
+def _links(
+    saved: Saved, dtype: torch.dtype | None
+) -> list[tuple[Link, Sequence[Tensor], Sequence[Tensor], Parameters, Parameters]]:
     """Each link with what its step kept, its hidden values, its parameters, and which of these need a gradient.
 
     The weights are masked again.
     """
     found, first = [], 0
     run, parameters, needs = zip(*saved.links(), strict=True)
-    for link, group, need in zip(run, full.masked(run, parameters), needs, strict=True):
+    for link, group, need in zip(run, full.masked(run, parameters, dtype), needs, strict=True):
         middle = first + elements.kept_tensors(link.step, saved.parameters[0])
         last = middle + len(group.weights) - 1
         found.append((link, saved.tape[first:middle], saved.tape[middle:last], group, need))

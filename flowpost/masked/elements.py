@@ -25,7 +25,7 @@ def run(step: ElementWise, z: Tensor, numbers: Tensor, total: Tensor | None, *, 
     column = fused.closed(step, z)
     if column is not None:
         return *fused.element(z, numbers, total, column, inverse=False), [z, numbers]
-    image, log_det, kept = recorded.run(step, z, numbers, recording=recording)
+    image, log_det, kept = recorded.run(step, z, numbers.to(z.dtype), recording=recording)
     return image, _sum(total, log_det), list(kept)
 
 
@@ -44,7 +44,7 @@ def run_inverse(
     column = fused.closed(step, z)
     if column is not None:
         return *fused.element(z, numbers, total, column, inverse=True), [x, numbers]
-    found, log_det, kept = recorded.run_inverse(step, x, z, numbers, recording=recording)
+    found, log_det, kept = recorded.run_inverse(step, x, z, numbers.to(z.dtype), recording=recording)
     return found, _sum(total, log_det), list(kept)
 
 

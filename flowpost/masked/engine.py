@@ -19,7 +19,7 @@ from flowpost.masked.activations import KNOWN
 from flowpost.masked.network import MADE, MaskedLinear
 from flowpost.masked.run import Link, Run, Saved
 from flowpost.masked.staircase import full_size
-from flowpost.numerics.watchers import first_parameter, hooked, unwatched
+from flowpost.numerics.watchers import autocast, first_parameter, hooked, unwatched
 from flowpost.numerics.watchers import untouched as is_ours
 
 
@@ -62,7 +62,10 @@ def choose(run: Run, z: Tensor) -> Engine | None:
 
     The links of a run of several have been found to fit when they were put together.
     """
-    return engine_on(z) if unwatched(z) and (len(run) > 1 or fits(run[0])) else None
+    engine = engine_on(z)
+    # The host's has no products in half precision.
+    alone = unwatched(z) and (engine is device or not autocast(z.device.type))
+    return engine if alone and (len(run) > 1 or fits(run[0])) else None
 
 
 def choose_inverse(run: Run, z: Tensor) -> Engine | None:

@@ -6,7 +6,7 @@ A GPU multiplies a whole weight in less time than two halves of it; what costs t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from flowpost.masked.activations import KNOWN, Known
 from flowpost.masked.network import MADE
 from flowpost.masked.run import Parameters, Run, Saved
 
+_ALIGN = 64
 Sums = tuple[Tensor, Tensor | None]
 """The gradient ``(N, width)`` at a layer's sums, and its sum over the rows where that came with it."""
 
@@ -31,14 +32,18 @@ class Pulled(NamedTuple):
     biases: list[Tensor | None]
 
 
-def masked(run: Run, groups: Sequence[Parameters]) -> list[Parameters]:
-    """The parameters, all weights times their masks by one call.
+def masked(run: Run, groups: Sequence[Parameters], dtype: torch.dtype | None = None) -> list[Parameters]:
+    """The parameters, all weights times their masks by one call, and where a dtype is given all cast by another.
 
     Nobody keeps the products: the way back makes them again, so that they are not held between the two passes.
     """
     weights = [weight for group in groups for weight in group.weights]
     found = iter(torch._foreach_mul(weights, _factors(run, weights)))  # pyright: ignore[reportPrivateImportUsage]
-    return [group._replace(weights=[next(found) for _ in group.weights]) for group in groups]
+    products = [group._replace(weights=[next(found) for _ in group.weights]) for group in groups]
+    if dtype is None:
+        return products
+    found = iter(_cast([each for group in products for part in group for each in part], dtype))
+    return [Parameters(*([next(found) for _ in part] for part in group)) for group in products]
 
 
 def starts(context: Tensor | None, groups: Sequence[Parameters]) -> list[Tensor]:
@@ -50,7 +55,7 @@ def starts(context: Tensor | None, groups: Sequence[Parameters]) -> list[Tensor]
         return [group.biases[0] for group in groups]
     widths = [len(group.biases[0]) for group in groups]
     bias, projection = _together([group.biases[0] for group in groups]), _projections(groups)
-    start = torch.addmm(bias, rows(context), projection.t()).view(*context.shape[:-1], sum(widths))
+    start = torch.addmm(bias, rows(context).to(bias.dtype), projection.t()).view(*context.shape[:-1], sum(widths))
     return list(start.split(widths, -1))
 
 
@@ -67,7 +72,7 @@ def evaluate(net: MADE, z: Tensor, start: Tensor, group: Parameters) -> tuple[Te
 
 def sums(net: MADE, grad: Tensor, hidden: Sequence[Tensor], weights: Sequence[Tensor]) -> Iterator[Sums]:
     """The gradients at the layers' sums, the last layer's first, from that at the outputs ``(N, outputs * dim)``."""
-    known, bias = KNOWN[net.activation], None
+    known, bias, grad = KNOWN[net.activation], None, grad.to(weights[0].dtype)
     yield grad, bias
     for weight, value in zip(weights[:0:-1], hidden[::-1], strict=True):
         grad, bias = fused.activation_pull(known, grad @ weight, value)
@@ -80,31 +85,40 @@ def pull(point: Tensor, hidden: Sequence[Tensor], found: Iterable[Sums], need: P
     inputs = [*hidden[::-1], rows(point)]
     layers = zip(found, inputs, need.weights[::-1], need.biases[::-1], strict=True)
     for place, ((at_sums, bias), x, of_weight, of_bias) in enumerate(layers):
-        weights.append(at_sums.t() @ x if of_weight else None)
+        weights.append(at_sums.t() @ x.to(at_sums.dtype) if of_weight else None)
         by_contexts = bool(need.projection) and place == len(hidden)
         if of_bias and bias is None and not by_contexts:
-            bias = at_sums.sum(0)
+            bias = at_sums.sum(0, dtype=point.dtype)
         biases.append(bias if of_bias else None)
     return Pulled(at_sums, weights[::-1], biases[::-1])
 
 
 def parameter_gradients(saved: Saved, links: Sequence[Pulled], batch: Sequence[int]) -> list[Tensor | None]:
     """The gradients at the context and at all parameters, in the order of `flat`; z is ``(*batch, dim)``."""
-    run, context = saved.run, saved.context
+    context, dtype = saved.context, saved.parameters[0].dtype
     _, groups, needs = zip(*saved.links(), strict=True)
-    _mask(run, [link.weights for link in links])
+    _mask(saved.run, links, dtype)
     if context is None:
         return [None, *(each for link in links for each in (*link.weights, *link.biases))]
     at_starts = _sum_to(_together([link.first for link in links], -1), batch, context.shape[:-1])
     widths = [link.first.shape[-1] for link in links]
     missing = [need.biases[0] and link.biases[0] is None for link, need in zip(links, needs, strict=True)]
-    biases = _parts(lambda: at_starts.sum(0), widths, missing)
-    projections = _parts(lambda: at_starts.t() @ rows(context), widths, [need.projection[0] for need in needs])
-    found = (at_starts @ _projections(groups)).view(context.shape) if saved.needs[1] else None
+    biases = _parts(lambda: at_starts.sum(0, dtype=dtype), widths, missing)
+    contexts, projection = rows(context).to(at_starts.dtype), _projections(groups).to(at_starts.dtype)
+    wanted = [need.projection[0] for need in needs]
+    projections = _parts(lambda: (at_starts.t() @ contexts).to(dtype), widths, wanted)
+    found = (at_starts @ projection).to(dtype).view(context.shape) if saved.needs[1] else None
     for link, bias in zip(links, biases, strict=True):
         link.biases[0] = link.biases[0] if bias is None else bias
     pairs = zip(links, projections, strict=True)
     return [found, *(each for link, part in pairs for each in (*link.weights, *link.biases, part))]
+
+
+def add_product(grad: Tensor, first: Tensor, weight: Tensor) -> Tensor:
+    """The gradient ``(*batch, dim)`` and what comes through the first layer."""
+    if first.dtype == grad.dtype:
+        return torch.addmm(rows(grad), first, weight).view(grad.shape)
+    return grad + (first @ weight).view(grad.shape)
 
 
 def rows(tensor: Tensor) -> Tensor:
@@ -117,19 +131,32 @@ def _factors(run: Run, weights: Sequence[Tensor]) -> list[Tensor]:
     return [layer.staircase.factor(weight) for layer, weight in zip(layers, weights, strict=True)]
 
 
-def _mask(run: Run, weights: Sequence[Sequence[Tensor | None]]) -> None:
-    """Mask the gradients that are needed, in place, by one call."""
+def _mask(run: Run, links: Sequence[Pulled], dtype: torch.dtype) -> None:
+    """Mask the weights' gradients that are needed, by one call, in the dtype of the weights."""
     layers = [layer for link in run for layer in link.net.stack]
-    pairs = zip(layers, (weight for group in weights for weight in group), strict=True)
-    kept = [(layer.staircase.factor(weight), weight) for layer, weight in pairs if weight is not None]
-    if kept:
-        factors, needed = zip(*kept, strict=True)
-        torch._foreach_mul_(needed, factors)  # pyright: ignore[reportPrivateImportUsage]
+    places = [(link.weights, i) for link in links for i in range(len(link.weights))]
+    needed = [(layer, *place) for layer, place in zip(layers, places, strict=True) if place[0][place[1]] is not None]
+    found = [cast(Tensor, weights[i]) for _, weights, i in needed]
+    if found:
+        found = found if found[0].dtype == dtype else _cast(found, dtype)
+        factors = [layer.staircase.factor(each) for (layer, _, _), each in zip(needed, found, strict=True)]
+        torch._foreach_mul_(found, factors)  # pyright: ignore[reportPrivateImportUsage]
+    for (_, weights, i), each in zip(needed, found, strict=True):
+        weights[i] = each
+
+
+def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The tensors in another dtype by one call, each from where tensor cores read well on."""
+    sizes = [-(-each.numel() // _ALIGN) * _ALIGN for each in tensors]
+    parts = tensors[0].new_empty(sum(sizes), dtype=dtype).split(sizes)
+    found = [part[: each.numel()].view(each.shape) for part, each in zip(parts, tensors, strict=True)]
+    torch._foreach_copy_(found, tensors)  # pyright: ignore[reportPrivateImportUsage]
+    return found
 
 
 def _first(z: Tensor, start: Tensor, weight: Tensor) -> Tensor:
     """The first layer's sums ``(N, width)``."""
-    x, batch = rows(z), z.shape[:-1]
+    x, batch = rows(z).to(weight.dtype), z.shape[:-1]
     if start.ndim == 1:
         return torch.addmm(start, x, weight.t())
     if start.shape[:-1] == batch:

@@ -32,8 +32,12 @@ MAPS = (
 
 def available(z: Tensor) -> bool:
     """Whether the kernels run there: in float32 on a GPU with Triton, for which the meta device stands."""
-    if z.dtype != torch.float32 or z.device.type != "cuda":
-        return z.dtype == torch.float32 and z.is_meta
+    return z.dtype == torch.float32 and _on_device(z)
+
+
+def _on_device(z: Tensor) -> bool:
+    if z.device.type != "cuda":
+        return z.is_meta
     # A compiler for GPUs needs Triton itself.
     return _TRITON and (torch.compiler.is_compiling() or _is_new(z.device.index))
 
@@ -52,7 +56,7 @@ def closed(step: ElementWise, z: Tensor) -> Column | None:
 
 def activation_pull(known: Known, grad: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
     """The gradient ``(N, width)`` at a layer's sums from that at its values, and in a kernel its sum over the rows."""
-    if available(grad):
+    if grad.dtype != torch.float64 and _on_device(grad):
         return _ops.activation_pull(grad, value, known.name)
     return known.gradient(grad, value), None
 
@@ -177,12 +181,12 @@ _define(
     "element_slopes(Tensor x, Tensor numbers, Tensor grad_log_det, str name, float[] constants)"
     " -> (Tensor, Tensor, Tensor)",
     _kernel("element_slopes"),
-    lambda x, numbers, *_: (_like(x), _like(numbers), _like(numbers)),
+    lambda x, numbers, *_: (_like(x), x.new_empty(numbers.shape), x.new_empty(numbers.shape)),
 )
 _define(
     "activation_pull(Tensor grad, Tensor value, str activation) -> (Tensor, Tensor)",
     _kernel("activation_pull"),
-    lambda grad, *_: (_like(grad), grad.new_empty(grad.shape[1])),
+    lambda grad, *_: (_like(grad), grad.new_empty(grad.shape[1], dtype=torch.float32)),
 )
 _define(
     "sweep(Tensor images, Tensor start, Tensor[] weights, Tensor[] biases, Tensor? index, int[] order, str activation,"
@@ -194,5 +198,7 @@ _define(
     "transposed_sweep(Tensor grad, Tensor fixed, Tensor moved, Tensor[] weights, Tensor[] hidden, Tensor? index,"
     " int[] order, str activation) -> Tensor[]",
     _transposed_sweep,
-    lambda grad, fixed, moved, weights, hidden, *_: [_like(each) for each in (grad, fixed, *hidden[::-1])],
+    lambda grad, fixed, moved, weights, hidden, *_: [
+        grad.new_empty(each.shape) for each in (grad, fixed, *hidden[::-1])
+    ],
 )

@@ -1,7 +1,8 @@
 # ruff: noqa: ANN001, ANN201, ANN202, RET505 (Triton reads annotations as types, and compiles branches by their else)
 """Triton's kernels of a pass: an element-wise map, its gradients, and an activation's gradient with the bias's.
 
-Each function launches one. Everything is float32 but log-dets, which are summed in float64.
+Each function launches one. Everything is computed in float32 but log-dets, which are summed in float64; what a network
+gives and gets back may be in half precision.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def element_kernel(
         columns = first + tl.arange(0, COLUMNS)[None, :]
         here = (rows[:, None] < count) & (columns < DIM)
         z = tl.load(z_ptr + rows[:, None] * DIM + columns, mask=here, other=0.0)
-        p = tl.load(numbers_ptr + rows[:, None] * numbers_row + columns, mask=here, other=0.0)
-        q = tl.load(numbers_ptr + rows[:, None] * numbers_row + DIM + columns, mask=here, other=0.0)
+        p = tl.load(numbers_ptr + rows[:, None] * numbers_row + columns, mask=here, other=0.0).to(tl.float32)
+        q = tl.load(numbers_ptr + rows[:, None] * numbers_row + DIM + columns, mask=here, other=0.0).to(tl.float32)
         if INVERSE:
             image, logs = maps.preimage(z, p, q, forget_bias, gain, KIND)
         else:
@@ -59,8 +60,8 @@ def gradient_kernel(
         columns = first + tl.arange(0, COLUMNS)[None, :]
         here = (rows[:, None] < count) & (columns < DIM)
         z = tl.load(z_ptr + rows[:, None] * DIM + columns, mask=here, other=0.0)
-        p = tl.load(numbers_ptr + rows[:, None] * numbers_row + columns, mask=here, other=0.0)
-        q = tl.load(numbers_ptr + rows[:, None] * numbers_row + DIM + columns, mask=here, other=0.0)
+        p = tl.load(numbers_ptr + rows[:, None] * numbers_row + columns, mask=here, other=0.0).to(tl.float32)
+        q = tl.load(numbers_ptr + rows[:, None] * numbers_row + DIM + columns, mask=here, other=0.0).to(tl.float32)
         slope, move_p, move_q, log_p, log_q = maps.slopes(z, p, q, forget_bias, gain, KIND)
         at_p = rows[:, None] * (2 * DIM) + columns
         if grad_ptr is not None:
@@ -98,8 +99,8 @@ def activation_kernel(
     for first in range(0, count, ROWS):
         rows = (first + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         here = (rows < count) & (columns < width)
-        value = tl.load(value_ptr + rows * value_row + columns, mask=here, other=0.0)
-        grad = tl.load(grad_ptr + rows * grad_row + columns, mask=here, other=0.0)
+        value = tl.load(value_ptr + rows * value_row + columns, mask=here, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + rows * grad_row + columns, mask=here, other=0.0).to(tl.float32)
         slope = activation_slope(value, ACTIVATION)
         # As a choice and not a product: a gradient that is not finite must not reach a unit that is off.
         grad = tl.where(slope == 0, 0.0, grad * slope)
@@ -145,7 +146,7 @@ def element_slopes(
 def activation_pull(grad: Tensor, value: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """As `fused.activation_pull`."""
     count, width = grad.shape
-    found, bias = grad.new_empty(count, width), grad.new_empty(width)
+    found, bias = grad.new_empty(count, width), grad.new_empty(width, dtype=torch.float32)
     columns = 32 if count <= 512 else 16
     inputs = grad, grad.stride(0), value, value.stride(0), found, bias, count, width
     options = {"ACTIVATION": ACTIVATIONS.index(activation), "ROWS": min(64, power(count)), "COLUMNS": columns}
@@ -174,7 +175,8 @@ def _slopes(
     constants: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     flat, rows, of_log_det = _rows(z).contiguous(), _rows(numbers), grad_log_det.reshape(-1)
-    at_z, at_numbers = torch.empty_like(flat), flat.new_empty(rows.shape)
+    dtype = flat.dtype if grad is None else rows.dtype
+    at_z, at_numbers = torch.empty_like(flat), flat.new_empty(rows.shape, dtype=dtype)
     fixed = at_numbers if grad is not None else torch.empty_like(at_numbers)
     strides = (0, 0) if grad is None else grad.stride()
     _by_rows(gradient_kernel, flat, rows, rows.stride(0), grad, *strides, of_log_det, of_log_det.stride(0), at_z,

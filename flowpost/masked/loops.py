@@ -72,7 +72,7 @@ def pull(
     v, dim, gradient = grad.clone(memory_format=torch.contiguous_format), len(order), NAMED[activation].gradient
     at_outs = torch.zeros_like(fixed, memory_format=torch.contiguous_format)
     # They stand as slopes until a unit's turn comes.
-    sums = [gradient(torch.ones_like(value), value).contiguous() for value in hidden[::-1]]
+    sums = [gradient(torch.ones_like(value), value).to(v.dtype).contiguous() for value in hidden[::-1]]
     by_variable = [each.unflatten(-1, (-1, dim)) for each in (at_outs, fixed, moved)]
     for k in reversed(range(dim)):
         at_out, fix, move = (each[:, :, order[k]] for each in by_variable)

@@ -159,7 +159,7 @@ def transposed_kernel(
                                  WIDTHS[layer + 1], None, ROWS, UNITS, BLOCK, DOT)  # fmt: skip
             here = row_here[:, None] & unit_here[None, :]
             at = hidden[layer] + rows[:, None] * hidden_rows[layer] + units[None, :]
-            slope = activation_slope(tl.load(at, mask=here, other=0.0), ACTIVATION)
+            slope = activation_slope(tl.load(at, mask=here, other=0.0).to(tl.float32), ACTIVATION)
             at = sums[layer] + rows[:, None] * WIDTHS[layer] + units[None, :]
             tl.store(at, tl.where(slope == 0, 0.0, found * slope), mask=here)
             tl.debug_barrier()

@@ -15,14 +15,13 @@ _AS_IT_IS = nullcontext()
 def unwatched(z: Tensor) -> bool:
     """Whether a function with a backward of its own may stand in for the plain operations on z.
 
-    ``torch.func``, forward-mode differentiation and autocast need to see operations that they know; so does whoever
-    loads an exported program. A compiler traces such a function.
+    ``torch.func`` and forward-mode differentiation need to see operations that they know; so does whoever loads an
+    exported program. A compiler traces such a function. Autocast is the function's own affair.
     """
     return not (
         (torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling())  # an export
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or autocast(z.device.type)
     )
 
 
@@ -79,6 +78,12 @@ def autocast(device_type: str) -> bool:
     ``torch.amp.is_autocast_available`` would know, but compilers before torch 2.6 cannot follow it.
     """
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def autocast_dtype(z: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast runs products on z's device; None where it is off, or leaves z's dtype alone."""
+    on = z.dtype == torch.float32 and autocast(z.device.type)
+    return torch.get_autocast_dtype(z.device.type) if on else None
 
 
 def full_precision(device_type: str) -> AbstractContextManager:
