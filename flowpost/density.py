@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowpost.bijectors.base import Bijector, apply, apply_inverse
+from flowpost.bijectors._within import apply, apply_inverse
+from flowpost.bijectors.base import Bijector
 from flowpost.checks import active, warn_moved
 from flowpost.numerics.arguments import check_noise, check_sample_shape
 from flowpost.numerics.products import wide_dtype

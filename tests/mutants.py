@@ -218,12 +218,12 @@ def _pull_without_the_mean(
     self: gate.Gate, z: Tensor, kept: tuple[Tensor, Tensor], grad: Tensor, grad_log_det: Tensor
 ) -> tuple[Tensor, Tensor]:
     z_grad, of_numbers = _GATE_PULL(self, z, kept, grad, grad_log_det)
-    return z_grad, of_numbers.unflatten(-1, (2, -1)).select(-2, 0).repeat_interleave(2, -1)
+    return z_grad, torch.cat([of_numbers[..., : self.dim]] * 2, -1)
 
 
 def _gate_unbounded(self: gate.Gate, context: Tensor) -> Gated:
     raw, mean = context.chunk(2, dim=-1)
-    return raw + self.forget_bias, mean, torch.zeros_like(context.unflatten(-1, (2, -1)))
+    return raw + self.forget_bias, mean, torch.zeros_like(context)
 
 
 def _gate_gain_once(z: Tensor, logit: Tensor, mean: Tensor, gain: float) -> Gated:

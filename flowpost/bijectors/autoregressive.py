@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowpost.bijectors._networked import Networked
 from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.gate import Gate
-from flowpost.bijectors.networked import Networked
 from flowpost.masked import nodes
 from flowpost.masked.engine import fits
 from flowpost.masked.network import MADE

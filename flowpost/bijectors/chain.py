@@ -11,7 +11,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from flowpost.bijectors.base import Bijector, Run, run_forward, undo, wrapped
+from flowpost.bijectors._within import Run, run_forward, undo, wrapped
+from flowpost.bijectors.base import Bijector
 from flowpost.numerics.products import wide
 
 Pair = tuple[Bijector, Tensor | None]

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowpost.bijectors.base import LINE, Bijector, apply, apply_inverse
-from flowpost.bijectors.networked import Networked
+from flowpost.bijectors._networked import Networked
+from flowpost.bijectors._within import apply, apply_inverse
+from flowpost.bijectors.base import LINE, Bijector
 from flowpost.masked.run import broadcast
 from flowpost.numerics.arguments import check_int, check_order
 from flowpost.numerics.constants import Ordered

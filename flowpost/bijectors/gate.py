@@ -143,7 +143,7 @@ class Gate(Bijector):
         rows = torch.tensor(
             [[1 / SPREAD, 1 / REACH], [SPREAD, REACH], [self.forget_bias, 0.0]], dtype=torch.float64, device="cpu"
         )
-        self._bounds = Constant(rows.unsqueeze(-1))
+        self._bounds = Constant(rows.repeat_interleave(dim, -1))
         if self.gain != 1:
             # No call reads it: it tells a state of this gate from one that was saved when gates had no gain.
             self.register_buffer("constant_gain", torch.tensor(self.gain))
@@ -162,11 +162,14 @@ class Gate(Bijector):
         return f"{super().extra_repr()}, forget_bias={self.forget_bias}, gain={self.gain:.4g}"
 
     def _parameters_of(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """As `gate_parameters`, both at once: a step is bound by the number of calls; and the two tanh."""
-        numbers = cast(Tensor, context).unflatten(-1, (2, -1))
-        inner, outer, offset = self._bounds.on(numbers)
+        """As `gate_parameters`, both at once: a step is bound by the number of calls; and the two tanh side by side."""
+        numbers, bounds = cast(Tensor, context), self._bounds.on(cast(Tensor, context))
+        width = numbers.shape[-1]
+        if width != bounds.shape[-1]:  # some of the variables: all have the same bounds
+            bounds = bounds.unflatten(-1, (2, -1))[..., :1].expand(-1, -1, width // 2).flatten(-2)
+        inner, outer, offset = bounds
         bounded = torch.tanh(numbers * inner)
-        logit, mean = (bounded * outer + offset).unbind(-2)
+        logit, mean = torch.addcmul(offset, bounded, outer).chunk(2, -1)
         return logit, mean, bounded
 
     def has_pull(self) -> bool:
@@ -184,9 +187,9 @@ class Gate(Bijector):
         bounded, closed = kept
         grad = grad if self.gain == 1 else self.gain * grad
         z_grad = grad * (1 - closed)
-        mean = bounded.select(-2, 1) * REACH
+        mean = bounded[..., self.dim :] * REACH
         of_logit = torch.addcmul(grad_log_det.to(z.dtype).unsqueeze(-1), z_grad, z - mean) * closed
-        return z_grad, _tanh_backward(torch.stack([of_logit, grad * closed], -2), bounded).flatten(-2)
+        return z_grad, _tanh_backward(torch.cat([of_logit, grad * closed], -1), bounded)
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         logit, mean, _ = self._parameters_of(context)

@@ -9,7 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from flowpost.bijectors.base import Bijector, apply, apply_inverse, wrapped
+from flowpost.bijectors._within import apply, apply_inverse, wrapped
+from flowpost.bijectors.base import Bijector
 from flowpost.masked.run import Column
 from flowpost.numerics.arguments import check_int
 from flowpost.numerics.watchers import full_precision

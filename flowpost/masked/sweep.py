@@ -149,15 +149,15 @@ def _sweep(
     x: Array,
     find: Callable[[int], object],
 ) -> None:
-    """Find the variables, and the layers' values.
+    """Find the variables x ``(dim, N)``, and the layers' values; both are written.
 
     Args:
         sizes: of each hidden layer, how many units of each degree.
         activate: the network's activation, in place.
         hidden: the hidden layers' values by degree, as `activate` takes them.
         weights: the layers', `ranked`.
-        values: what each layer adds to its product, ``(width, N)``; the layers' values are written over it.
-        x: the variables ``(dim, N)``, to be written.
+        values: what each layer adds to its product, ``(width, N)``, and then its values.
+        x: the variables.
         find: given k, writes variable k, whose outputs are in their place.
     """
     dim = len(x)
@@ -193,13 +193,8 @@ def _transposed_sweep(
 ) -> None:
     """Find the gradients at the layers' sums; the variables' total gradients come to stand in `grad`.
 
-    Args:
-        sizes: of each hidden layer, how many units of each degree.
-        weights: the layers', `ranked`.
-        slopes: of the activations, ``(width, N)`` for every hidden layer.
-        sums: the gradients ``(width, N)`` at every layer's sums, to be written.
-        grad: the variables' own gradients, ``(dim, N)``.
-        respond: given k, writes the gradients at variable k's outputs, whose total gradient is in its place.
+    Given k, `respond` writes the gradients at variable k's outputs, whose total gradient is in its place. The others
+    are those of `pull`, one for each layer.
     """
     *hidden, outs = sums
     dim, ends = len(grad), [*map(_ends, sizes)]
