@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from registry import ENTRIES, Case, Entry, backward, draw
+from test_engines import NETWORKS, every_result
 from torch import Tensor
 
 import flowpost
@@ -52,6 +53,24 @@ def test_equals_the_cpu(entry: Entry, dtype: torch.dtype, tolerance: float, dim:
             assert a.device.type == "cuda"
             assert a.dtype == dtype
             torch.testing.assert_close(a.cpu(), b, rtol=tolerance, atol=tolerance * (1 + b.abs().max().item()))
+
+
+@pytest.mark.parametrize("entry", NETWORKS, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("direction", ["forward", "inverse", "known"])
+@pytest.mark.parametrize("rows", [5, 2048])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)], ids=str)
+def test_a_network_s_gradients_equal_the_cpu_s(
+    entry: Entry, direction: str, rows: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Few rows and many, which the kernels cut in other ways."""
+    step, known, context = draw(entry, Case(6, seed=1, push=0.1), batch=(rows,))
+    z = step(known, context)[0].detach() if direction == "known" else known
+    expected = every_result(step, direction, z, context, known)
+    other = copy.deepcopy(step).to("cuda", dtype)
+    given = None if context is None else context.to("cuda", dtype)
+    found = every_result(other, direction, z.to("cuda", dtype), given, known.to("cuda", dtype))
+    for a, b in zip(found, expected, strict=True):
+        assert (a.cpu().double() - b).abs().max() <= tolerance * (1 + b.abs().max())
 
 
 @every

@@ -39,7 +39,9 @@ def every_result(
         image, log_det = step(z, context)
     else:
         image, log_det = step.inverse(z, context, preimage=preimage if direction == "known" else None)
-    loss = (image * torch.linspace(0, 1, image.numel(), dtype=z.dtype).view_as(image)).sum() + log_det.square().sum()
+    loss = (
+        image * torch.linspace(0, 1, image.numel(), dtype=z.dtype, device=z.device).view_as(image)
+    ).sum() + log_det.square().sum()
     inputs = [z, *([] if context is None else [context]), *step.parameters()]
     grads = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
     return [image.detach(), log_det.detach(), *grads]
