@@ -1,6 +1,5 @@
 """The GPU's engine, run on the CPU and on the meta device: the host's numbers, few launches, and no host read."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import cast
@@ -16,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flowpost import Affine, Autoregressive, Bijector, Inverse, Masked, Shared, Shift, Spline
 from flowpost.masked import device, engine, fused, host, loops
 from flowpost.masked.network import MADE
-from flowpost.masked.run import COLUMNS, flat
+from flowpost.masked.run import COLUMNS
 from flowpost.numerics.scales import exp_scale
 
 DIRECTIONS = ["forward", "inverse", "known"]
@@ -133,113 +132,6 @@ def test_a_caller_s_gradient_is_left_as_it_was() -> None:
         assert (grad == 1).all()
 
 
-class Launches(TorchDispatchMode):
-    """Counts the operations other than views by name; refuses a host read, and a shape that depends on values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Callable, types: object, args: tuple = (), kwargs: Mapping | None = None
-    ) -> object:
-        name = str(func)
-        assert name not in {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.equal.default"}
-        if not func.is_view:  # pyright: ignore[reportFunctionMemberAccess]
-            self.names[name.removeprefix("aten.").removeprefix("flowpost.").rpartition(".")[0]] += 1
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("direction", DIRECTIONS)
-def test_no_number_is_read_on_the_host(name: str, direction: str) -> None:
-    flow = RUNS[name]().double()
-    push(flow, Case(seed=7, push=0.3))
-    known, context = (torch.randn(3, size, dtype=torch.float64) for size in (4, 2))
-    given = context if flow.context_size else None
-    z = known if direction == "forward" else flow(known, given)[0].detach()
-    expected = every_result(flow, direction, z, given, known)
-    with Launches():
-        found = every_result(flow, direction, z, given, known)
-    assert_close(found, expected)
-
-
-def on_meta(step: Bijector, direction: str, dtype: torch.dtype) -> tuple[Counter[str], Counter[str]]:
-    """What a pass or an inverse launches there, and the way back; all that comes is on meta too."""
-    step = step.to("meta", dtype)
-    z = torch.empty(5, step.dim, dtype=dtype, device="meta", requires_grad=True)
-    size = step.context_size
-    context = torch.empty(5, size, dtype=dtype, device="meta", requires_grad=True) if size else None
-    getattr(step, direction)(z, context)  # the first call may bring constants there
-    with Launches() as there:
-        image, log_det = getattr(step, direction)(z, context)
-    grads = torch.empty_like(image), torch.empty_like(log_det)
-    inputs = [z, *([] if context is None else [context]), *step.parameters()]
-    with Launches() as back:
-        found = torch.autograd.grad((image, log_det), inputs, grads, allow_unused=True)
-    assert all(each is None or each.is_meta for each in (image, log_det, *found))
-    return there.names, back.names
-
-
-def iaf(steps: int) -> Bijector:
-    return Shared(*(Autoregressive(6, 4, (8, 8), activation=F.relu) for _ in range(steps)))
-
-
-COUNTS = {
-    ("forward", torch.float32): ([8, 15, 25], [15, 27, 47]),
-    ("forward", torch.float64): ([15, 31, 59], [24, 45, 83]),
-    ("inverse", torch.float32): ([9, 17, 29], [17, 30, 52]),
-}
-"""Launches of runs of 1, 2 and 4 links, there and back, with kernels and, in float64, without."""
-
-
-@pytest.mark.parametrize(("direction", "dtype"), COUNTS, ids=str)
-def test_a_run_launches_few(direction: str, dtype: torch.dtype) -> None:
-    found = [on_meta(iaf(steps), direction, dtype) for steps in (1, 2, 4)]
-    for names, most in zip(zip(*found, strict=True), COUNTS[direction, dtype], strict=True):
-        counts = [each.total() for each in names]
-        assert all(count <= bound for count, bound in zip(counts, most, strict=True)), (counts, names[0])
-
-
-@pytest.mark.parametrize("direction", ["forward", "inverse"])
-def test_weights_are_masked_once_a_call(direction: str) -> None:
-    """However many links: by one call there, one back, and one for the gradients."""
-    there, back = on_meta(iaf(3), direction, torch.float32)
-    assert there["_foreach_mul"] == 1
-    assert (back["_foreach_mul"], back["_foreach_mul_"]) == (1, 1)
-
-
-def test_the_sweeps_cost_no_launch_a_variable_with_kernels_and_few_without() -> None:
-    counts = [
-        [on_meta(Autoregressive(dim, 4, (dim, dim)), "inverse", dtype) for dim in (6, 16)]
-        for dtype in (torch.float32, torch.float64)
-    ]
-    (few, more), (loop, longer) = ([sum(names.total() for names in pair) for pair in row] for row in counts)
-    assert few == more
-    assert (longer - loop) / 10 <= 24, [names for pair in counts[1] for names in pair]
-
-
-def test_the_masked_weights_are_not_kept_for_the_way_back() -> None:
-    flow = iaf(2).double()
-    kept: list[Tensor] = []
-    z, context = (torch.randn(5, size, dtype=torch.float64, requires_grad=True) for size in (6, 4))
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        flow(z, context)
-    own = {parameter.data_ptr() for parameter in flow.parameters()}
-    shapes = {parameter.shape for parameter in flow.parameters() if parameter.ndim == 2}
-    assert kept
-    assert not [tensor.shape for tensor in kept if tensor.shape in shapes and tensor.data_ptr() not in own]
-
-
-@torch.no_grad()
-def test_a_pass_that_records_nothing_keeps_nothing() -> None:
-    run = [cast(Autoregressive, step)._link() for step in cast(Shared, iaf(2).double())]
-    inputs = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
-    parameters = [parameter.detach() for parameter in flat(run)]
-    assert device.values(run, *inputs, parameters, recording=False)[2] == []
-    assert device.solve(run, *inputs, parameters, None, recording=False)[2] == []
-
-
 def test_the_kernels_maps_are_closed_forms() -> None:
     assert set(fused.MAPS) <= set(COLUMNS)
 
@@ -285,18 +177,6 @@ def test_autocast_runs_a_pass_s_products_in_half_precision(name: str, batch: tup
     for each, expected in zip(found, exact, strict=True):
         assert (each - expected).abs().max() <= 0.1 * (1 + expected.abs().max())
     assert not torch.equal(found[0], exact[0])
-
-
-def test_autocast_casts_all_weights_and_all_gradients_at_once() -> None:
-    flow, counts = iaf(4), []
-    z, context = torch.randn(5, 6), torch.randn(5, 4)
-    for enabled in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled), Launches() as launches:
-            every_result(flow, "forward", z, context, None)
-        counts.append(launches.names)
-    assert counts[1]["_foreach_copy_"] == 3
-    # Each link's z, numbers and the gradients there are cast, and a product that cannot add to float32 is added.
-    assert counts[1].total() - counts[0].total() <= 4 * 6 + 9, counts
 
 
 @pytest.mark.parametrize("name", PASSES)
