@@ -66,7 +66,7 @@ LAUNCHES = {
     "orthogonal_sylvester": (427, 1932),
     "householder_sylvester": (425, 2594),
     "triangular_sylvester": (307, 2473),
-    "iaf": (123, 375),
+    "iaf": (121, 371),
     "affine_iaf": (111, 313),
     "maf": (251, 153),
     "nice": (62, 124),
