@@ -24,7 +24,7 @@ from benchmarks.reliability import inputs, numbers, state, transforms
 from benchmarks.reliability.judge import CONTEXT, Model, Use, judge
 from benchmarks.reliability.own import flowpost_models
 
-LIMIT = 120  # seconds for one use of one model
+LIMIT = 300  # seconds for one use of one model; naf's slow direction compiles for a hundred
 
 
 def uses(*, quick: bool) -> list[Use]:
