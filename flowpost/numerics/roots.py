@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Residual = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -14,25 +15,54 @@ Residual = Callable[[Tensor], tuple[Tensor, Tensor]]
 def tanh_root(gain: Tensor, target: Tensor) -> Tensor:
     """The x with ``x + gain tanh(x) = target``, for ``gain > -1``; carries no gradient.
 
-    The left side is odd, so x has the target's sign, and ``|x|`` lies between ``|target| - gain`` and ``|target|``.
-    There the left side is concave for a positive gain and convex for a negative one, so Newton's iteration from the end
-    on the flat side runs to the root without ever passing it: the bracket needs no keeping.
+    Two steps of Halley's iteration and one of Newton's, from a start so near that no gain needs more: a fixed number,
+    so that nothing waits for a device, and 40 operations in all.
 
     Args:
         gain: above -1, any shape.
         target: of a shape that broadcasts with it.
 
     Returns:
-        The root to rounding for gains from -0.999 to 1e12, after 20 steps in float32 and 32 in float64: a fixed number,
-        so that nothing waits for a device.
+        The root to rounding for gains from -0.999 to 1e12, in float32 and float64.
     """
     with torch.no_grad():
-        goal = target.abs()
-        x = torch.where(gain < 0, goal - gain, torch.maximum(goal - gain, goal / (1 + gain)))
-        for _ in range(20 if goal.dtype == torch.float32 else 32):
-            value = torch.tanh(x)
-            x = x - (x + gain * value - goal) / (1 + gain * (1 - value * value))
-        return torch.copysign(x, target)
+        return _tanh_root(*_of_gain(gain.detach()), target.detach())  # forward-mode derivatives mind no `no_grad`
+
+
+def _of_gain(gain: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the search reads of a gain alone, the gain first."""
+    many = 4 * gain
+    return gain, 1 + gain, many, many.log()
+
+
+def _tanh_root(gain: Tensor, room: Tensor, many: Tensor, log_many: Tensor, target: Tensor) -> Tensor:
+    goal, one = target.abs(), target.new_ones(())  # the left side is odd: x has the target's sign
+    x = _near_root(gain, room, many, log_many, goal)
+    for order in (3, 3, 2):
+        value = torch.tanh(x)
+        slope = torch.addcmul(one, gain, torch.addcmul(one, value, value, value=-1))
+        residual = torch.addcmul(x - goal, gain, value)
+        if order == 2:
+            x = torch.addcdiv(x, residual, slope, value=-1)
+        else:  # less 1 / (slope / residual + value (1 - 1 / slope)), which is 0 at a root
+            pull = torch.addcdiv(torch.addcdiv(value, value, slope, value=-1), slope, residual)
+            x = torch.addcdiv(x, one, pull, value=-1)
+    return torch.copysign(x, target)
+
+
+def _near_root(gain: Tensor, room: Tensor, many: Tensor, log_many: Tensor, goal: Tensor) -> Tensor:
+    """A start within 1e-9 of whose root two steps of Halley's iteration come, relative to the terms of the equation.
+
+    `low` is below the root: ``goal / (1 + gain)``, less where the slope soon grows. ``goal - gain tanh(low)`` is then
+    above it for a positive gain, and close to it for a negative one. Where gain and root are large,
+    ``y = x + gain - goal`` has ``2 y e^(2 y) = 4 gain e^(2 (gain - goal))``, nearly, and a softplus is near the
+    logarithm of that; ``e^(2 x) + 1 = 2 gain / y`` makes x of it to the precision of x, not of the gain. For a gain
+    that is not positive there is no such y: it is nan, which `fmin` passes over.
+    """
+    low = goal / torch.add(room, goal.pow(2 / 3), alpha=0.6)
+    double = F.softplus(torch.sub(log_many, goal - gain, alpha=2))
+    far = -0.5 * torch.logit(double / many, 1e-30)
+    return torch.fmin(torch.maximum(low, far), torch.addcmul(goal, gain, torch.tanh(low), value=-1))
 
 
 def increasing_root(residual: Residual, low: Tensor, high: Tensor, steps: int = 40) -> Tensor:
@@ -85,11 +115,14 @@ def tanh_roots(gain: Tensor, target: Tensor) -> Tensor:
 
 def _tanh_roots(gain: Tensor, target: Tensor) -> Tensor:
     roots, rest = [], target
-    for i in reversed(range(target.shape[-1])):
-        y = tanh_root(gain[..., i, i], rest[..., i])
-        rest = rest[..., :i] - gain[..., :i, i] * torch.tanh(y).unsqueeze(-1)
-        roots.append(y)
-    return torch.stack(roots[::-1], -1)
+    with torch.no_grad():
+        diagonals = [each.unbind(-1) for each in _of_gain(gain.diagonal(dim1=-2, dim2=-1))]
+        for i, diagonal in reversed(list(enumerate(zip(*diagonals, strict=True)))):
+            y = _tanh_root(*diagonal, rest[..., i])
+            if i:
+                rest = torch.addcmul(rest[..., :i], gain[..., :i, i], torch.tanh(y).unsqueeze(-1), value=-1)
+            roots.append(y)
+        return torch.stack(roots[::-1], -1)
 
 
 _tanh_roots_operator: Callable[[Tensor, Tensor], Tensor] = torch.library.custom_op(
