@@ -63,6 +63,7 @@ from flowpost.masked import network as made
 from flowpost.numerics import products, ridge, roots, watchers
 from flowpost.numerics import triangles as lower
 from flowpost.numerics.constants import Constant
+from flowpost.numerics.knots import find_bin
 from flowpost.testing import COMPILED, PROPERTIES, ContractError, check_bijector, push
 
 Build = Callable[[int], Bijector]
@@ -341,13 +342,12 @@ def _one_newton(residual: roots.Residual, root: Tensor) -> Tensor:
     return root
 
 
-def _spline_log_det(inside: Tensor, t: Tensor, r: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> Tensor:
-    slope = s * (d1 * t * t + 2 * s * t * r + d0 * r * r) / spline._denominator(t, r, s, d0, d1).square()
-    return (inside * slope.log()).sum(-1)
+def _spline_log_det(inside: Tensor, squares: Tensor, product: Tensor, s: Tensor, d: Tensor, share: Tensor) -> Tensor:
+    return _SPLINE_LOG_DET(inside, squares, product, s, d, share / s.sqrt())
 
 
-def _bin_by_widths(point: Tensor, by: Tensor, x: Tensor, y: Tensor, slopes: Tensor) -> tuple[Tensor, ...]:
-    return _BIN(point, x, x, y, slopes)
+def _bin_by_widths(point: Tensor, knots: Tensor, sides: Tensor, *, by: int) -> tuple[Tensor, ...]:
+    return find_bin(point, knots, sides, by=0)
 
 
 def _enter_as_it_is(z: Tensor, knots: Tensor, bound: float) -> tuple[Tensor, Tensor]:
@@ -465,7 +465,7 @@ class ElementwiseRadial(Bijector):
         return x, -self._forward(x, context)[1]
 
 
-_BIN = spline._bin
+_SPLINE_LOG_DET = spline._log_det
 _INVERTIBLE, _RIDGE = planar._invertible, ridge.ridge
 _ACT_NORM, _RADIAL_GAIN = actnorm.act_norm, radial._gain
 _COUPLING = Coupling._forward
@@ -614,7 +614,7 @@ MUTANTS = (
         "no bound on the exponential scale", "-", lambda dim: Masked(Affine(dim, torch.exp), 3, (8,)), killer="extremes"
     ),
     Mutant("spline with the slope of its bin once", "-", Spline, ((spline, "_log_det", _spline_log_det),)),
-    Mutant("spline's bins in the inverse by their widths", "-", Spline, ((spline, "_bin", _bin_by_widths),)),
+    Mutant("spline's bins in the inverse by their widths", "-", Spline, ((spline, "find_bin", _bin_by_widths),)),
     Mutant(
         "spline knots in float32",
         "all",
