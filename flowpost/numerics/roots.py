@@ -65,37 +65,43 @@ def _near_root(gain: Tensor, room: Tensor, many: Tensor, log_many: Tensor, goal:
     return torch.fmin(torch.maximum(low, far), torch.addcmul(goal, gain, torch.tanh(low), value=-1))
 
 
-def increasing_root(residual: Residual, low: Tensor, high: Tensor, steps: int = 40) -> Tensor:
+_POINTS, _ROUNDS, _STEPS = 8, 7, 5
+"""Of `increasing_root`: at how many points at once the function is read, how many times, and steps from there on."""
+
+
+def increasing_root(
+    residual: Residual, low: Tensor, high: Tensor, value: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """The root of an increasing function between two ends; carries no gradient.
 
-    Newton's iteration inside a bracket that every value narrows. Where Newton's step leaves the bracket, or is more
-    than half of the step before, the bracket is halved instead: so it shrinks at least half as fast as in a bisection,
-    and near the root quadratically. Rounding may send the last steps astray; the point of least ``|value|`` is kept.
+    The function is read at 8 points of the bracket at once, and the part in which it changes sign is the next bracket:
+    7 times, to 1/9 of the width each. From the middle of the last run 5 steps of Newton's iteration, held within a
+    bracket's width of it.
 
     Args:
-        residual: the increasing function.
+        residual: the increasing function, of points with one more axis before the others.
         low: where its value is not above 0.
         high: where its value is not below 0, of the same shape.
-        steps: evaluations, a fixed number, so that nothing waits for a device: 24 were enough for the slowest of half
-            a million deep sigmoids, and 40 halve a bracket to 1e-12 of its width.
+        value: the function without its slope, where that costs less.
 
     Returns:
-        The root to rounding, or near enough for `correct` to take it there.
+        The root to rounding, or near enough for `correct` to take it there. A fixed number of operations, so that
+        nothing waits for a device: 3 steps were enough for the slowest of half a million deep sigmoids.
     """
     with torch.no_grad():
-        x = 0.5 * (low + high)
-        best, least, last = x, torch.full_like(x, torch.finfo(x.dtype).max), high - low
-        for _ in range(steps):
-            value, slope = residual(x)
-            better = value.abs() < least
-            best, least = torch.where(better, x, best), torch.where(better, value.abs(), least)
-            low, high = torch.where(value < 0, x, low), torch.where(value < 0, high, x)
-            newton = x - value / slope
-            sound = (newton >= low) & (newton <= high) & ((newton - x).abs() <= 0.5 * last)
-            following = torch.where(sound, newton, 0.5 * (low + high))
-            # After a halving any step within the bracket may follow, or a root at one of its ends would be bisected to.
-            x, last = following, torch.where(sound, (following - x).abs(), 2 * (high - low))
-        return best
+        width, size = high - low, 1.0
+        inner = torch.arange(1, _POINTS + 1, dtype=low.dtype, device=low.device).view(-1, *[1] * low.ndim)
+        for _ in range(_ROUNDS):
+            size /= _POINTS + 1
+            points = torch.addcmul(low, inner, width, value=size)
+            values = residual(points)[0] if value is None else value(points)
+            low = torch.addcmul(low, (values <= 0).sum(0, dtype=low.dtype), width, value=size)
+        x = torch.add(low, width, alpha=0.5 * size)
+        # A width beyond the ends: the root may be at one of them, which is rounded.
+        ends = torch.sub(low, width, alpha=size), torch.add(low, width, alpha=2 * size)
+        for _ in range(_STEPS):
+            x = torch.addcdiv(x, *residual(x), value=-1).clamp(*ends)
+        return x
 
 
 def tanh_roots(gain: Tensor, target: Tensor) -> Tensor:
