@@ -147,8 +147,8 @@ def _planar_plus_constant(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[T
     return z + u_hat * value, torch.log((1 + wu * slope).abs() + 1e-4).squeeze(-1)
 
 
-def _radial_all_tangents(ratio: Tensor, room: Tensor, radius: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _RADIAL_GAIN(ratio, room, radius, dim + 1)
+def _radial_all_tangents(numbers: radial._Numbers, radii: list[Tensor], dim: int) -> Tensor:
+    return _RADIAL_LOG_DET(numbers, radii, dim + 1)
 
 
 def _radial_unconstrained(raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -467,7 +467,7 @@ class ElementwiseRadial(Bijector):
 
 _SPLINE_LOG_DET = spline._log_det
 _INVERTIBLE, _RIDGE = planar._invertible, ridge.ridge
-_ACT_NORM, _RADIAL_GAIN = actnorm.act_norm, radial._gain
+_ACT_NORM, _RADIAL_LOG_DET = actnorm.act_norm, radial._log_det
 _COUPLING = Coupling._forward
 _GATE, _GATE_PULL = gate._gate, gate.Gate.pull
 _MADE, _STRICT_TRIL = made.MADE.forward, lower.strict_tril
@@ -536,7 +536,7 @@ MUTANTS = (
     ),
     Mutant("slope wrong in one regime", "flowjax kind", Planar, ((planar, "ridge", _ridge_one_regime),)),
     Mutant("root without corrections", "-", Planar, ((planar, "correct", _one_newton),)),
-    Mutant("radial with dim tangents", "-", Radial, ((radial, "_gain", _radial_all_tangents),)),
+    Mutant("radial with dim tangents", "-", Radial, ((radial, "_log_det", _radial_all_tangents),)),
     Mutant("radial without its constraint", "-", Radial, ((radial, "bounded_gain", _radial_unconstrained),)),
     Mutant("norm without a gradient at 0", "-", Radial, ((radial, "_length", _length_no_guard),), killer="extremes"),
     Mutant(

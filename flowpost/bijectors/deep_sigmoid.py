@@ -67,21 +67,27 @@ def deep_sigmoid(z: Tensor, scale: Tensor, shift: Tensor, log_weight: Tensor) ->
 
 def _map(z: Tensor, scale: Tensor, shift: Tensor, log_weight: Tensor) -> tuple[Tensor, Tensor]:
     """Give z' and its slope, both ``(*batch, dim)``."""
-    sides, most, terms = _terms(z, scale, shift, log_weight)
+    u = torch.addcmul(shift, scale, z.unsqueeze(-2))
+    sides = torch.stack([u, -u], -3)
+    most, terms = _terms(F.logsigmoid(sides), log_weight)
     shares = torch.softmax(terms, -2) * torch.sigmoid(-sides)
     return _logit(most, terms), (scale.unsqueeze(-3) * shares).sum((-3, -2))
 
 
-def _terms(z: Tensor, scale: Tensor, shift: Tensor, log_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Give u and -u, the largest ``log sigmoid`` of each, and the terms of ``log p`` and ``log(1 - p)`` less that.
+def _image(z: Tensor, scale: Tensor, shift: Tensor, log_weight: Tensor) -> Tensor:
+    """Z' alone, for a search: its derivative, as autodiff would take it, is not as exact as that of `_map`."""
+    u = torch.addcmul(shift, scale, z.unsqueeze(-2))
+    line = F.logsigmoid(u)
+    return _logit(*_terms(torch.stack([line, line - u], -3), log_weight))
+
+
+def _terms(lines: Tensor, log_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Of ``log sigmoid(u)`` and ``log sigmoid(-u)`` the largest, and the terms of ``log p``, ``log(1 - p)`` less that.
 
     Numbers of 1e6 that differ by 1 are subtracted before a weight is added to them: so they lose nothing.
     """
-    u = torch.addcmul(shift, scale, z.unsqueeze(-2))
-    sides = torch.stack([u, -u], -3)
-    lines = F.logsigmoid(sides)
     most = lines.detach().amax(-2, keepdim=True)
-    return sides, most, (lines - most) + log_weight.unsqueeze(-3)
+    return most, (lines - most) + log_weight.unsqueeze(-3)
 
 
 def _logit(most: Tensor, terms: Tensor) -> Tensor:
@@ -113,7 +119,7 @@ def deep_sigmoid_inverse(
         return image - z, slope
 
     def value(x: Tensor) -> Tensor:
-        return _logit(*_terms(x, scale, shift, log_weight)[1:]) - z
+        return _image(x, scale, shift, log_weight) - z
 
     if preimage is None:
         with torch.no_grad():
