@@ -162,11 +162,15 @@ def _combination_not_convex(z: Tensor, entries: Tensor, logits: Tensor, *_: obje
 
 
 def _reflect_by_length(z: Tensor, v: Tensor) -> Tensor:
-    return z - 2 * (v * z).sum(-1, keepdim=True) / v.norm(dim=-1, keepdim=True) * v
+    for each in v.unbind(-2):
+        z = z - 2 * (each * z).sum(-1, keepdim=True) / each.norm(dim=-1, keepdim=True) * each
+    return z
 
 
 def _reflect_no_guard(z: Tensor, v: Tensor) -> Tensor:
-    return z - 2 * (v * z).sum(-1, keepdim=True) / (v * v).sum(-1, keepdim=True) * v
+    for each in v.unbind(-2):
+        z = z - 2 * (each * z).sum(-1, keepdim=True) / (each * each).sum(-1, keepdim=True) * each
+    return z
 
 
 def _solve_transposed(matrix: Tensor, columns: Tensor) -> Tensor:
@@ -546,12 +550,14 @@ MUTANTS = (
         ((convex, "convex_combination", _combination_not_convex),),
         dims=(2, 5),
     ),
-    Mutant("reflection |v| for |v|^2", "-", _reflections, ((householder, "reflect", _reflect_by_length),), dims=(2, 5)),
+    Mutant(
+        "reflection |v| for |v|^2", "-", _reflections, ((householder, "reflect_all", _reflect_by_length),), dims=(2, 5)
+    ),
     Mutant(
         "reflection in no direction",
         "-",
         _reflections,
-        ((householder, "reflect", _reflect_no_guard),),
+        ((householder, "reflect_all", _reflect_no_guard),),
         dims=(2, 5),
         killer="extremes",
     ),

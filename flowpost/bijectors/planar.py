@@ -92,7 +92,7 @@ def planar_inverse(z: Tensor, u: Tensor, w: Tensor, b: Tensor, preimage: Tensor 
 
     def residual(x: Tensor) -> tuple[Tensor, Tensor]:
         value, slope = ridge(x)
-        return torch.addcmul(x - target, wu, value), 1 + wu * slope
+        return x - target + wu * value, 1 + wu * slope
 
     if preimage is None:
         root = tanh_root(wu, target)

@@ -53,9 +53,9 @@ def _log_det(numbers: _Numbers, radii: list[Tensor], dim: int) -> Tensor:
     far, move = radius * near, numbers.ratio * near
     gain, bend = numbers.room * near, move * near
     around = torch.where(numbers.low, torch.log(gain + far), torch.log1p(move.clamp_min(-0.5)))
-    flat = torch.log(torch.addcmul(gain * near, far, 1 + near))
+    flat = torch.log(gain * near + far * (1 + near))
     slope = torch.where(numbers.low, flat, torch.log1p(bend.clamp_min(-0.5)))
-    return torch.add(slope, around, alpha=dim - 1).sum((-2, -1), dtype=wide_dtype(radius))
+    return ((dim - 1) * around + slope).sum((-2, -1), dtype=wide_dtype(radius))
 
 
 def radial_chain(z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,9 +75,9 @@ def radial_chain(z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor) -> tupl
         offset = z - step.center
         radii.append(_length(offset) / step.width)
         near = 1 / (1 + radii[-1])
-        left = torch.addcmul(radii[-1] * near, step.room, near)
-        moved = torch.addcmul(z, step.ratio * near, offset)
-        z = torch.where(step.low, torch.addcmul(step.center, left, offset), moved)
+        left = (radii[-1] + step.room) * near
+        moved = z + step.ratio * near * offset
+        z = torch.where(step.low, step.center + left * offset, moved)
     return z, _log_det(numbers, radii, z.shape[-1])
 
 
@@ -88,14 +88,14 @@ def radial_chain_inverse(z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor)
         offset = z - step.center
         image = _length(offset) / step.width
         half = 0.5 * (step.room - image)
-        root = torch.sqrt(torch.addcmul(image, half, half))
+        root = torch.sqrt(half * half + image)
         # Of the two forms of the positive root, the one that adds.
         radius = torch.where(half > 0, image / (root + half.clamp_min(0)), root - half.clamp_max(0))
         near = 1 / (1 + radius)
         move = step.ratio * near
-        gain = torch.where(step.low, torch.addcmul(radius * near, step.room, near), 1 + move)
-        moved = torch.addcmul(z, move / gain, offset, value=-1)
-        z = torch.where(step.mild, moved, torch.addcdiv(step.center, offset, gain))
+        gain = torch.where(step.low, (radius + step.room) * near, 1 + move)
+        moved = z - move / gain * offset
+        z = torch.where(step.mild, moved, step.center + offset / gain)
         radii.insert(0, radius)
     return z, -_log_det(numbers, radii, z.shape[-1])
 

@@ -117,7 +117,7 @@ def _map(z: Tensor, knots: Tensor, sides: Tensor, bound: float) -> tuple[Tensor,
     squares, product, s = ways * ways, -(t * back), height / width
     excess, q = _denominator(product, s, d)
     share = s / q
-    image = torch.addcmul(y0, height, _rise(squares, product, s, d, excess, q, share))
+    image = y0 + height * _rise(squares, product, s, d, excess, q, share)
     return torch.where(inside, image.to(z.dtype), z), _log_det(inside, squares, product, s, d, share)
 
 
@@ -129,7 +129,7 @@ def _unmap(z: Tensor, knots: Tensor, sides: Tensor, bound: float) -> tuple[Tenso
     s, ways = height / width, (point.unsqueeze(-2) - y) / height.unsqueeze(-2)
     parts = _parts(ways, s, d)
     t, r = parts.unbind(-2)
-    product, image = t * r, torch.addcmul(x0, width, t)
+    product, image = t * r, x0 + width * t
     share = s / _denominator(product, s, d)[1]
     return torch.where(inside, image.to(z.dtype), z), -_log_det(inside, parts * parts, product, s, d, share)
 
@@ -142,7 +142,7 @@ def _enter(z: Tensor, knots: Tensor, bound: float) -> tuple[Tensor, Tensor]:
 def _denominator(product: Tensor, s: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """``d0 + d1 - 2 s`` and ``q = s + (d0 + d1 - 2 s) t r``, at least ``s / 2``: what cancels is at most half."""
     excess = torch.sub(d.sum(-2), s, alpha=2)
-    return excess, torch.addcmul(s, excess, product)
+    return excess, s + excess * product
 
 
 def _rise(squares: Tensor, product: Tensor, s: Tensor, d: Tensor, excess: Tensor, q: Tensor, share: Tensor) -> Tensor:

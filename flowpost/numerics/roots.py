@@ -171,5 +171,6 @@ def correct(residual: Residual, root: Tensor) -> Tensor:
         The root with exact first and second derivatives in whatever the residual depends on.
     """
     for _ in range(2):
-        root = torch.addcdiv(root, *residual(root), value=-1)
+        value, slope = residual(root)
+        root = root - value / slope
     return root
