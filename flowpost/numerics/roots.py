@@ -26,7 +26,7 @@ def tanh_root(gain: Tensor, target: Tensor) -> Tensor:
         The root to rounding for gains from -0.999 to 1e12, in float32 and float64.
     """
     with torch.no_grad():
-        return _tanh_root(*_of_gain(gain.detach()), target.detach())  # forward-mode derivatives mind no `no_grad`
+        return _tanh_root(target.detach(), *_of_gain(gain.detach()))  # forward-mode derivatives mind no `no_grad`
 
 
 def _of_gain(gain: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -35,7 +35,7 @@ def _of_gain(gain: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return gain, 1 + gain, many, many.log()
 
 
-def _tanh_root(gain: Tensor, room: Tensor, many: Tensor, log_many: Tensor, target: Tensor) -> Tensor:
+def _tanh_root(target: Tensor, gain: Tensor, room: Tensor, many: Tensor, log_many: Tensor) -> Tensor:
     goal, one = target.abs(), target.new_ones(())  # the left side is odd: x has the target's sign
     x = _near_root(gain, room, many, log_many, goal)
     for order in (3, 3, 2):
@@ -123,8 +123,8 @@ def _tanh_roots(gain: Tensor, target: Tensor) -> Tensor:
     roots, rest = [], target
     with torch.no_grad():
         diagonals = [each.unbind(-1) for each in _of_gain(gain.diagonal(dim1=-2, dim2=-1))]
-        for i, diagonal in reversed(list(enumerate(zip(*diagonals, strict=True)))):
-            y = _tanh_root(*diagonal, rest[..., i])
+        for i in reversed(range(target.shape[-1])):
+            y = _tanh_root(rest[..., i], *[each[i] for each in diagonals])
             if i:
                 rest = torch.addcmul(rest[..., :i], gain[..., :i, i], torch.tanh(y).unsqueeze(-1), value=-1)
             roots.append(y)
