@@ -9,7 +9,9 @@ context and weights alone is not rounded at all. No formula for a log-det is use
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -21,7 +23,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from flowpost.bijectors import deep_sigmoid
+from flowpost.bijectors import deep_sigmoid, planar, sylvester
 from flowpost.masked import engine
 
 Map = Callable[..., tuple[Tensor, Tensor]]
@@ -77,11 +79,11 @@ def jacobian(function: Map, z: Tensor, context: Tensor | None = None) -> Array:
     given = [tensor.detach() for tensor in (z, context) if tensor is not None]
     # Engines write in place; tests/test_engines.py holds them to the plain operations, which are traced here.
     # A search carries no gradient: its roots are held where float64 put them, and the corrections differentiated.
-    found, search = [], deep_sigmoid.increasing_root
+    found = {place: [] for place in _SEARCHES}
     with mock.patch.object(engine, "choose", return_value=None):
-        with mock.patch.object(deep_sigmoid, "increasing_root", lambda *args: found.append(search(*args)) or found[-1]):
+        with _searching(lambda search, kept: lambda *args: kept.append(search(*args)) or kept[-1], found):
             expected = function(*given)[0]
-        with mock.patch.object(deep_sigmoid, "increasing_root", side_effect=found):
+        with _searching(lambda _, kept: mock.Mock(side_effect=kept), found):
             module = make_fx(lambda *inputs: function(*inputs)[0])(*given)
     module.graph.eliminate_dead_code()  # what only the log-det needs
     with mp.workdps(DIGITS):
@@ -91,6 +93,21 @@ def jacobian(function: Map, z: Tensor, context: Tensor | None = None) -> Array:
         if not torch.equal(image.rounded, expected):
             raise AssertionError("function: its traced operations give another image than it does")
         return np.stack([(to - image.point) / STEP for to in image.moved], -1)
+
+
+_SEARCHES = ((deep_sigmoid, "increasing_root"), (planar, "tanh_root"), (sylvester, "tanh_roots"))
+
+
+@contextmanager
+def _searching(
+    replace: Callable[[Callable[..., Tensor], list[Tensor]], Callable[..., Tensor]],
+    found: dict[tuple[ModuleType, str], list[Tensor]],
+) -> Iterator[None]:
+    """Put in place of each search what `replace` makes of it and of its list of roots."""
+    with ExitStack() as patches:
+        for place, kept in found.items():
+            patches.enter_context(mock.patch.object(*place, replace(getattr(*place), kept)))
+        yield
 
 
 def numbers(tensor: Tensor) -> Array:
@@ -220,8 +237,9 @@ _RULES: dict[str, Callable[..., Any]] = {
     "abs": np.abs,
     "_softmax": lambda x, dim, _: _each(mp.exp, 1)(x) / np.sum(_each(mp.exp, 1)(x), axis=dim, keepdims=True),
     "_log_softmax": lambda x, dim, _: x - _logsumexp(x, [dim], keepdim=True),
-    "add": operator.add,
-    "addcmul": lambda x, a, b: x + a * b,
+    "add": lambda x, y, alpha=1: x + alpha * y,
+    "addcdiv": lambda x, a, b, value=1: x + value * a / b,
+    "addcmul": lambda x, a, b, value=1: x + value * a * b,
     "addmm": lambda x, a, b: x + a @ b,
     "amax": lambda x, dims, keepdim=False: np.max(x, axis=tuple(dims), keepdims=keepdim),
     "amin": lambda x, dims, keepdim=False: np.min(x, axis=tuple(dims), keepdims=keepdim),
@@ -259,7 +277,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "sigmoid": _each(lambda x: 1 / (1 + mp.exp(-x)), 1),
     "softplus": lambda x, beta=1, threshold=20: _softplus(x * beta, threshold) / beta,
     "sqrt": _each(mp.sqrt, 1),
-    "sub": operator.sub,
+    "sub": lambda x, y, alpha=1: x - alpha * y,
     "sum": lambda x, dims, keepdim=False: np.sum(x, axis=tuple(dims), keepdims=keepdim),
     "tanh": _each(mp.tanh, 1),
     "where": np.where,

@@ -63,6 +63,7 @@ from flowpost.masked import network as made
 from flowpost.numerics import products, ridge, roots, watchers
 from flowpost.numerics import triangles as lower
 from flowpost.numerics.constants import Constant
+from flowpost.numerics.knots import find_bin
 from flowpost.testing import COMPILED, PROPERTIES, ContractError, check_bijector, push
 
 Build = Callable[[int], Bijector]
@@ -146,8 +147,8 @@ def _planar_plus_constant(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[T
     return z + u_hat * value, torch.log((1 + wu * slope).abs() + 1e-4).squeeze(-1)
 
 
-def _radial_all_tangents(ratio: Tensor, room: Tensor, radius: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _RADIAL_GAIN(ratio, room, radius, dim + 1)
+def _radial_all_tangents(numbers: radial._Numbers, radii: list[Tensor], dim: int) -> Tensor:
+    return _RADIAL_LOG_DET(numbers, radii, dim + 1)
 
 
 def _radial_unconstrained(raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,11 +162,15 @@ def _combination_not_convex(z: Tensor, entries: Tensor, logits: Tensor, *_: obje
 
 
 def _reflect_by_length(z: Tensor, v: Tensor) -> Tensor:
-    return z - 2 * (v * z).sum(-1, keepdim=True) / v.norm(dim=-1, keepdim=True) * v
+    for each in v.unbind(-2):
+        z = z - 2 * (each * z).sum(-1, keepdim=True) / each.norm(dim=-1, keepdim=True) * each
+    return z
 
 
 def _reflect_no_guard(z: Tensor, v: Tensor) -> Tensor:
-    return z - 2 * (v * z).sum(-1, keepdim=True) / (v * v).sum(-1, keepdim=True) * v
+    for each in v.unbind(-2):
+        z = z - 2 * (each * z).sum(-1, keepdim=True) / (each * each).sum(-1, keepdim=True) * each
+    return z
 
 
 def _solve_transposed(matrix: Tensor, columns: Tensor) -> Tensor:
@@ -341,13 +346,12 @@ def _one_newton(residual: roots.Residual, root: Tensor) -> Tensor:
     return root
 
 
-def _spline_log_det(inside: Tensor, t: Tensor, r: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> Tensor:
-    slope = s * (d1 * t * t + 2 * s * t * r + d0 * r * r) / spline._denominator(t, r, s, d0, d1).square()
-    return (inside * slope.log()).sum(-1)
+def _spline_log_det(inside: Tensor, squares: Tensor, product: Tensor, s: Tensor, d: Tensor, share: Tensor) -> Tensor:
+    return _SPLINE_LOG_DET(inside, squares, product, s, d, share / s.sqrt())
 
 
-def _bin_by_widths(point: Tensor, by: Tensor, x: Tensor, y: Tensor, slopes: Tensor) -> tuple[Tensor, ...]:
-    return _BIN(point, x, x, y, slopes)
+def _bin_by_widths(point: Tensor, knots: Tensor, sides: Tensor, *, by: int) -> tuple[Tensor, ...]:
+    return find_bin(point, knots, sides, by=0)
 
 
 def _enter_as_it_is(z: Tensor, knots: Tensor, bound: float) -> tuple[Tensor, Tensor]:
@@ -465,9 +469,9 @@ class ElementwiseRadial(Bijector):
         return x, -self._forward(x, context)[1]
 
 
-_BIN = spline._bin
+_SPLINE_LOG_DET = spline._log_det
 _INVERTIBLE, _RIDGE = planar._invertible, ridge.ridge
-_ACT_NORM, _RADIAL_GAIN = actnorm.act_norm, radial._gain
+_ACT_NORM, _RADIAL_LOG_DET = actnorm.act_norm, radial._log_det
 _COUPLING = Coupling._forward
 _GATE, _GATE_PULL = gate._gate, gate.Gate.pull
 _MADE, _STRICT_TRIL = made.MADE.forward, lower.strict_tril
@@ -536,7 +540,7 @@ MUTANTS = (
     ),
     Mutant("slope wrong in one regime", "flowjax kind", Planar, ((planar, "ridge", _ridge_one_regime),)),
     Mutant("root without corrections", "-", Planar, ((planar, "correct", _one_newton),)),
-    Mutant("radial with dim tangents", "-", Radial, ((radial, "_gain", _radial_all_tangents),)),
+    Mutant("radial with dim tangents", "-", Radial, ((radial, "_log_det", _radial_all_tangents),)),
     Mutant("radial without its constraint", "-", Radial, ((radial, "bounded_gain", _radial_unconstrained),)),
     Mutant("norm without a gradient at 0", "-", Radial, ((radial, "_length", _length_no_guard),), killer="extremes"),
     Mutant(
@@ -546,12 +550,14 @@ MUTANTS = (
         ((convex, "convex_combination", _combination_not_convex),),
         dims=(2, 5),
     ),
-    Mutant("reflection |v| for |v|^2", "-", _reflections, ((householder, "reflect", _reflect_by_length),), dims=(2, 5)),
+    Mutant(
+        "reflection |v| for |v|^2", "-", _reflections, ((householder, "reflect_all", _reflect_by_length),), dims=(2, 5)
+    ),
     Mutant(
         "reflection in no direction",
         "-",
         _reflections,
-        ((householder, "reflect", _reflect_no_guard),),
+        ((householder, "reflect_all", _reflect_no_guard),),
         dims=(2, 5),
         killer="extremes",
     ),
@@ -614,7 +620,7 @@ MUTANTS = (
         "no bound on the exponential scale", "-", lambda dim: Masked(Affine(dim, torch.exp), 3, (8,)), killer="extremes"
     ),
     Mutant("spline with the slope of its bin once", "-", Spline, ((spline, "_log_det", _spline_log_det),)),
-    Mutant("spline's bins in the inverse by their widths", "-", Spline, ((spline, "_bin", _bin_by_widths),)),
+    Mutant("spline's bins in the inverse by their widths", "-", Spline, ((spline, "find_bin", _bin_by_widths),)),
     Mutant(
         "spline knots in float32",
         "all",

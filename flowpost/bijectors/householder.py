@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
+from typing import cast
+
 import torch
 from torch import Tensor
 
 from flowpost.bijectors.base import Bijector
 from flowpost.numerics.arguments import check_int
-from flowpost.numerics.reflections import reflect
+from flowpost.numerics.reflections import reflect, reflect_all
 
 
 def householder(z: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,3 +68,15 @@ class Householder(Bijector):
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         return self._forward(z, context)
+
+    def _fuses(self, *, shared: bool) -> Hashable | None:
+        return Householder if self.context_size and not shared and type(self)._forward is Householder._forward else None
+
+    def _forward_run(self, steps: Sequence[Bijector], z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return reflect_all(z, cast(Tensor, context).unflatten(-1, (len(steps), self.dim))), z.new_zeros(())
+
+    def _inverse_run(
+        self, steps: Sequence[Bijector], z: Tensor, context: Tensor | None, preimage: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        vectors = cast(Tensor, context).unflatten(-1, (len(steps), self.dim))
+        return reflect_all(z, vectors.flip(-2)), z.new_zeros(())

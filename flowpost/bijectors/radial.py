@@ -2,38 +2,102 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from flowpost.bijectors.base import Bijector
 from flowpost.numerics.arguments import check_int
+from flowpost.numerics.products import wide_dtype
 from flowpost.numerics.ridge import bounded_gain
 from flowpost.numerics.scales import softplus_scale
 
 
 def _length(offset: Tensor) -> Tensor:
-    """The norm, whose gradient at 0 is 0."""
+    """The norm, whose gradient at 0 is 0; never quite 0 itself."""
     square = (offset * offset).sum(-1, keepdim=True)
-    none = square < torch.finfo(square.dtype).tiny
-    return torch.where(none, 0, torch.where(none, 1, square).sqrt())
+    return square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
 
 
-def _gain(ratio: Tensor, room: Tensor, radius: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``m t``, ``1 + m t`` and the log-det, from the radius in units of alpha, for which ``t = 1 / (1 + radius)``.
+class _Numbers(NamedTuple):
+    """What K steps read, each ``(*batch, K, ...)``."""
 
-    Where m is near -1 what is left of 1 is a sum of positive terms: ``1 + m t = (1 + m) t + (1 - t)``.
+    center: Tensor
+    ratio: Tensor
+    """m, which is b / a."""
+    room: Tensor
+    """``1 + m``."""
+    width: Tensor
+    """a."""
+    low: Tensor
+    """Where m is near -1: there what is left of 1 is a sum of positive terms, ``1 + m t = (1 + m) t + (1 - t)``."""
+    mild: Tensor
+    """Where m is near 0: there z moves little on the way back, and is moved."""
+
+    def steps(self) -> list[_Numbers]:
+        """Those of each."""
+        return [_Numbers(*each) for each in zip(*(part.unbind(-2) for part in self), strict=True)]
+
+
+def _numbers(center: Tensor, alpha: Tensor, beta: Tensor) -> _Numbers:
+    ratio, room = bounded_gain(beta)[1:]
+    return _Numbers(center, ratio, room, softplus_scale(alpha), ratio < -0.5, ratio.abs() < 0.5)
+
+
+def _log_det(numbers: _Numbers, radii: list[Tensor], dim: int) -> Tensor:
+    """Of K steps, from the radii in units of a."""
+    radius = torch.stack(radii, -2)
+    near = 1 / (1 + radius)  # t
+    far, move = radius * near, numbers.ratio * near
+    gain, bend = numbers.room * near, move * near
+    around = torch.where(numbers.low, torch.log(gain + far), torch.log1p(move.clamp_min(-0.5)))
+    flat = torch.log(gain * near + far * (1 + near))
+    slope = torch.where(numbers.low, flat, torch.log1p(bend.clamp_min(-0.5)))
+    return ((dim - 1) * around + slope).sum((-2, -1), dtype=wide_dtype(radius))
+
+
+def radial_chain(z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """K radial maps in sequence, equal to K calls of `radial`; but for z itself, all is worked out at once.
+
+    Args:
+        z: ``(*batch, dim)``.
+        center: ``(*batch, K, dim)``.
+        alpha: ``(*batch, K, 1)``.
+        beta: ``(*batch, K, 1)``.
+
+    Returns:
+        z' ``(*batch, dim)`` and log_det ``(*batch)``, summed in float64.
     """
-    near = 1 / (1 + radius)
-    far = radius * near  # 1 - t
-    low = ratio < -0.5
-    move = ratio * near
-    gain = torch.where(low, room * near + far, 1 + move)
-    around = torch.where(low, gain.log(), torch.log1p(move.clamp_min(-0.5)))
-    bend = move * near
-    slope = torch.where(low, torch.log(room * near * near + far * (1 + near)), torch.log1p(bend.clamp_min(-0.5)))
-    return move, gain, ((dim - 1) * around + slope).squeeze(-1)
+    numbers, radii = _numbers(center, alpha, beta), []
+    for step in numbers.steps():
+        offset = z - step.center
+        radii.append(_length(offset) / step.width)
+        near = 1 / (1 + radii[-1])
+        left = (radii[-1] + step.room) * near
+        moved = z + step.ratio * near * offset
+        z = torch.where(step.low, step.center + left * offset, moved)
+    return z, _log_det(numbers, radii, z.shape[-1])
+
+
+def radial_chain_inverse(z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """Undo `radial_chain`."""
+    numbers, radii = _numbers(center, alpha, beta), []
+    for step in reversed(numbers.steps()):
+        offset = z - step.center
+        image = _length(offset) / step.width
+        half = 0.5 * (step.room - image)
+        root = torch.sqrt(half * half + image)
+        # Of the two forms of the positive root, the one that adds.
+        radius = torch.where(half > 0, image / (root + half.clamp_min(0)), root - half.clamp_max(0))
+        near = 1 / (1 + radius)
+        move = step.ratio * near
+        gain = torch.where(step.low, (radius + step.room) * near, 1 + move)
+        moved = z - move / gain * offset
+        z = torch.where(step.mild, moved, step.center + offset / gain)
+        radii.insert(0, radius)
+    return z, -_log_det(numbers, radii, z.shape[-1])
 
 
 def radial(z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,9 +116,8 @@ def radial(z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tens
     Returns:
         z' ``(*batch, dim)`` and log_det ``(*batch)``.
     """
-    offset, (ratio, room) = z - center, bounded_gain(beta)[1:]
-    move, gain, log_det = _gain(ratio, room, _length(offset) / softplus_scale(alpha), z.shape[-1])
-    return torch.where(ratio.abs() < 0.5, z + move * offset, center + gain * offset), log_det
+    image, log_det = radial_chain(z, *(part.unsqueeze(-2) for part in (center, alpha, beta)))
+    return image, log_det.to(z.dtype)
 
 
 def radial_inverse(z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,15 +132,8 @@ def radial_inverse(z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor) -> tu
     Returns:
         The preimage ``(*batch, dim)`` and the log-det of the inverse ``(*batch)``.
     """
-    offset, (ratio, room) = z - center, bounded_gain(beta)[1:]
-    image = _length(offset) / softplus_scale(alpha)
-    half = 0.5 * (room - image)
-    root = torch.sqrt(half * half + image)
-    up = half > 0  # of the two forms of the positive root, the one that adds
-    radius = torch.where(up, image / (root + half.clamp_min(0)), root - half.clamp_max(0))
-    move, gain, log_det = _gain(ratio, room, radius, z.shape[-1])
-    back = torch.where(ratio.abs() < 0.5, z - move / gain * offset, center + offset / gain)
-    return back, -log_det
+    back, log_det = radial_chain_inverse(z, *(part.unsqueeze(-2) for part in (center, alpha, beta)))
+    return back, log_det.to(z.dtype)
 
 
 class Radial(Bijector):
@@ -119,3 +175,16 @@ class Radial(Bijector):
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         return radial_inverse(z, *self._numbers(context))
+
+    def _fuses(self, *, shared: bool) -> Hashable | None:
+        own = type(self)._forward is Radial._forward and type(self)._inverse is Radial._inverse
+        return Radial if own and not shared else None
+
+    def _forward_run(self, steps: Sequence[Bijector], z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return radial_chain(z, *self._numbers(cast(Tensor, context).unflatten(-1, (len(steps), self.context_size))))
+
+    def _inverse_run(
+        self, steps: Sequence[Bijector], z: Tensor, context: Tensor | None, preimage: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        numbers = self._numbers(cast(Tensor, context).unflatten(-1, (len(steps), self.context_size)))
+        return radial_chain_inverse(z, *numbers)

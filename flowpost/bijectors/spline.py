@@ -11,6 +11,8 @@ from torch import Tensor
 
 from flowpost.bijectors.base import Bijector
 from flowpost.numerics.arguments import check_int
+from flowpost.numerics.constants import Constant
+from flowpost.numerics.knots import find_bin, knot_frame, knot_table
 from flowpost.numerics.products import wide_dtype
 
 _SHARE = 1e-2
@@ -39,12 +41,15 @@ def spline_parameters(widths: Tensor, heights: Tensor, slopes: Tensor) -> tuple[
     Returns:
         widths and heights that add up to 1, and slopes, of the same shapes.
     """
-    slopes = F.softplus(_STEEP * torch.tanh(slopes / _STEEP) + _SHIFT) + _SLOPE
-    return _shares(widths), _shares(heights), slopes
+    return _shares(widths), _shares(heights), _slopes(slopes)
 
 
 def _shares(raw: Tensor) -> Tensor:
     return _SHARE + (1 - _SHARE * raw.shape[-2]) * torch.softmax(raw, dim=-2)
+
+
+def _slopes(raw: Tensor) -> Tensor:
+    return F.softplus(_STEEP * torch.tanh(raw / _STEEP) + _SHIFT) + _SLOPE
 
 
 def rational_quadratic(
@@ -70,12 +75,7 @@ def rational_quadratic(
     Returns:
         z' ``(*batch, dim)``, of z's dtype, and log_det ``(*batch)``, of the dtype of `widths`.
     """
-    x, y = _knots(widths, bound), _knots(heights, bound)
-    point, inside = _enter(z, x, bound)
-    x0, x1, y0, y1, d0, d1 = _bin(point, x, x, y, slopes)
-    t, r, s = (point - x0) / (x1 - x0), (x1 - point) / (x1 - x0), (y1 - y0) / (x1 - x0)
-    image = y0 + (y1 - y0) * _rise(t, r, s, d0, d1)
-    return torch.where(inside, image.to(z.dtype), z), _log_det(inside, t, r, s, d0, d1)
+    return _map(z, *_of_shares(widths, heights, slopes, bound), bound)
 
 
 def rational_quadratic_inverse(
@@ -97,24 +97,41 @@ def rational_quadratic_inverse(
     Returns:
         The preimage ``(*batch, dim)``, of z's dtype, and the log-det of the inverse ``(*batch)``.
     """
-    x, y = _knots(widths, bound), _knots(heights, bound)
-    point, inside = _enter(z, y, bound)
-    x0, x1, y0, y1, d0, d1 = _bin(point, y, x, y, slopes)
-    e, rest, s = (point - y0) / (y1 - y0), (y1 - point) / (y1 - y0), (y1 - y0) / (x1 - x0)
-    g = d0 * rest - d1 * e
-    first = g >= 0
-    h = torch.where(first, g, -g) + torch.sqrt(g * g + 4 * s * s * e * rest)
-    low, high = torch.where(first, 2 * s * e, h), torch.where(first, h, 2 * s * rest)
-    t, r = low / (low + high), high / (low + high)
-    image = x0 + (x1 - x0) * t
-    return torch.where(inside, image.to(z.dtype), z), -_log_det(inside, t, r, s, d0, d1)
+    return _unmap(z, *_of_shares(widths, heights, slopes, bound), bound)
 
 
-def _knots(shares: Tensor, bound: float) -> Tensor:
-    """``(*batch, bins + 1, dim)``; the ends are exact, whatever the shares' rounding."""
-    inner = bound * (2 * torch.cumsum(shares[..., :-1, :], dim=-2) - 1)
-    end = torch.full_like(inner[..., :1, :], bound)
-    return torch.cat([-end, inner, end], dim=-2)
+def _of_shares(widths: Tensor, heights: Tensor, slopes: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+    """The knots, and the index of `knot_frame`."""
+    frame, units, sides = knot_frame(widths.shape[-2], bound)
+    knots = knot_table(torch.stack([widths, heights], -3), slopes, frame.to(widths), units.to(widths))
+    return knots, sides.to(widths.device)
+
+
+def _map(z: Tensor, knots: Tensor, sides: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+    point, inside = _enter(z, knots, bound)
+    x, y, d = find_bin(point, knots, sides, by=0)
+    (x0, x1), (y0, y1) = x.unbind(-2), y.unbind(-2)
+    width, height = x1 - x0, y1 - y0
+    ways = (point.unsqueeze(-2) - x) / width.unsqueeze(-2)
+    t, back = ways.unbind(-2)  # which is -r
+    squares, product, s = ways * ways, -(t * back), height / width
+    excess, q = _denominator(product, s, d)
+    share = s / q
+    image = y0 + height * _rise(squares, product, s, d, excess, q, share)
+    return torch.where(inside, image.to(z.dtype), z), _log_det(inside, squares, product, s, d, share)
+
+
+def _unmap(z: Tensor, knots: Tensor, sides: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+    point, inside = _enter(z, knots, bound)
+    x, y, d = find_bin(point, knots, sides, by=1)
+    (x0, x1), (y0, y1) = x.unbind(-2), y.unbind(-2)
+    width, height = x1 - x0, y1 - y0
+    s, ways = height / width, (point.unsqueeze(-2) - y) / height.unsqueeze(-2)
+    parts = _parts(ways, s, d)
+    t, r = parts.unbind(-2)
+    product, image = t * r, x0 + width * t
+    share = s / _denominator(product, s, d)[1]
+    return torch.where(inside, image.to(z.dtype), z), -_log_det(inside, parts * parts, product, s, d, share)
 
 
 def _enter(z: Tensor, knots: Tensor, bound: float) -> tuple[Tensor, Tensor]:
@@ -122,35 +139,39 @@ def _enter(z: Tensor, knots: Tensor, bound: float) -> tuple[Tensor, Tensor]:
     return z.to(knots.dtype).clamp(-bound, bound), z.abs() < bound
 
 
-def _bin(point: Tensor, by: Tensor, x: Tensor, y: Tensor, slopes: Tensor) -> tuple[Tensor, ...]:
-    """Ends of each point's bin, found among the knots `by`: x0, x1, y0, y1, and the slopes d0, d1 there."""
-    one = torch.ones_like(x[..., :1, :])
-    d = torch.cat([one, slopes, one], dim=-2)
-    bins = torch.stack([side for knots in (x, y, d) for side in (knots[..., :-1, :], knots[..., 1:, :])], dim=-3)
-    place = (point.unsqueeze(-2) >= by[..., 1:-1, :]).sum(-2, keepdim=True).unsqueeze(-3)
-    batch = torch.broadcast_shapes(bins.shape[:-3], place.shape[:-3])
-    bins, place = bins.expand(*batch, *bins.shape[-3:]), place.expand(*batch, 6, *place.shape[-2:])
-    return bins.gather(-2, place).squeeze(-2).unbind(-2)
+def _denominator(product: Tensor, s: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """``d0 + d1 - 2 s`` and ``q = s + (d0 + d1 - 2 s) t r``, at least ``s / 2``: what cancels is at most half."""
+    excess = torch.sub(d.sum(-2), s, alpha=2)
+    return excess, s + excess * product
 
 
-def _rise(t: Tensor, r: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> Tensor:
-    """``t (s t + d0 r) / q``, in that of three forms whose derivative, as autodiff takes it, cancels least."""
-    q, first = _denominator(t, r, s, d0, d1), t < r
-    near, end, other = torch.where(first, t, r), torch.where(first, d0, d1), torch.where(first, r, t)
-    part = near * (s * near + end * other) / q
-    excess = d0 + d1 - 2 * s
-    flat = end * excess * t * r > s * (d0 + d1)  # both ends far steeper than the middle
-    over = (d0 - d1) * (1 - s / q) / torch.where(flat, excess, 1)
-    return torch.where(flat, 0.5 * (1 + s * (t - r) / q + over), torch.where(first, part, 1 - part))
+def _rise(squares: Tensor, product: Tensor, s: Tensor, d: Tensor, excess: Tensor, q: Tensor, share: Tensor) -> Tensor:
+    """``t (s t + d0 r) / q``, in that of four forms whose derivative, as autodiff takes it, cancels least.
+
+    From the nearer knot, at v, with the slope d there, it is ``(s v^2 + d t r) / q``. Where the middle is far flatter
+    than the ends, that is ``c + s (v^2 - c) / q`` with ``c = d / (d0 + d1 - 2 s)``.
+    """
+    (t2, r2), (d1, d0) = squares.unbind(-2), d.unbind(-2)
+    first, flat = t2 < r2, share < 0.25
+    near, end = torch.where(first, t2, r2), torch.where(first, d0, d1)
+    moved = flat * end
+    c = moved / torch.where(flat, excess, s)
+    part = torch.addcdiv(c, torch.addcmul((end - moved) * product, s, near - c), q)
+    return torch.where(first, part, 1 - part)
 
 
-def _denominator(t: Tensor, r: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> Tensor:
-    return s * (t * t + r * r) + (d0 + d1) * t * r
+def _parts(ways: Tensor, s: Tensor, d: Tensor) -> Tensor:
+    """Give t and r, ``(*batch, 2, dim)``, for `ways` e and ``e - 1``."""
+    minus_g, ends = (d * ways).sum(-2), 2 * s.unsqueeze(-2) * ways
+    low, high = ends.unbind(-2)
+    up, g = minus_g <= 0, -minus_g
+    h = torch.where(up, g, minus_g) + torch.sqrt(torch.addcmul(g * g, low, high, value=-1))
+    both = torch.stack([torch.where(up, low, h), torch.where(up, h, -high)], -2)
+    return both / both.sum(-2, keepdim=True)
 
 
-def _log_det(inside: Tensor, t: Tensor, r: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> Tensor:
-    share = s / _denominator(t, r, s, d0, d1)
-    slope = share * share * (d1 * t * t + 2 * s * t * r + d0 * r * r)
+def _log_det(inside: Tensor, squares: Tensor, product: Tensor, s: Tensor, d: Tensor, share: Tensor) -> Tensor:
+    slope = share * share * torch.addcmul((d * squares).sum(-2), s, product, value=2)
     return (inside * slope.log()).sum(-1)  # a product: what is nan in a context shows outside too
 
 
@@ -193,18 +214,21 @@ class Spline(Bijector):
         if not 0 < bound < math.inf:
             raise ValueError(f"bound: expected a positive finite number, got {bound}")
         self.bins, self.bound = bins, float(bound)
+        self._frame, self._units, self._sides = (Constant(part) for part in knot_frame(bins, self.bound))
 
     def extra_repr(self) -> str:
         """Sizes and bound, for the module's repr."""
         return f"{super().extra_repr()}, bins={self.bins}, bound={self.bound:.6g}"
 
-    def _numbers(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _knots(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         numbers = cast(Tensor, context).to(wide_dtype(z)).unflatten(-1, (3 * self.bins - 1, -1))
-        widths, heights, slopes = numbers.split([self.bins, self.bins, self.bins - 1], dim=-2)
-        return spline_parameters(widths, heights, slopes)
+        shares, slopes = numbers.split([2 * self.bins, self.bins - 1], dim=-2)
+        shares, slopes = _shares(shares.unflatten(-2, (2, self.bins))), _slopes(slopes)
+        knots = knot_table(shares, slopes, self._frame.on(numbers), self._units.on(numbers))
+        return knots, self._sides.on(numbers)
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return rational_quadratic(z, *self._numbers(z, context), self.bound)
+        return _map(z, *self._knots(z, context), self.bound)
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
-        return rational_quadratic_inverse(z, *self._numbers(z, context), self.bound)
+        return _unmap(z, *self._knots(z, context), self.bound)

@@ -19,8 +19,24 @@ def reflect(z: Tensor, v: Tensor) -> Tensor:
     Returns:
         z' ``(*batch, dim)``.
     """
+    return reflect_all(z, v.unsqueeze(-2))
+
+
+def reflect_all(z: Tensor, v: Tensor) -> Tensor:
+    """K reflections one after the other, as K calls of `reflect`; but for three operations each, all at once.
+
+    Args:
+        z: ``(*batch, dim)``.
+        v: ``(*batch, K, dim)``, any numbers, as in `reflect`.
+
+    Returns:
+        z' ``(*batch, dim)``.
+    """
     v = _sized(v)
-    return z - (2 * (v * z).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True)) * v
+    doubles = 2 * v / v.square().sum(-1, keepdim=True)
+    for each, double in zip(v.unbind(-2), doubles.unbind(-2), strict=True):
+        z = torch.addcmul(z, (each * z).sum(-1, keepdim=True), double, value=-1)
+    return z
 
 
 def orthonormal(v: Tensor, rank: int) -> Tensor:
@@ -37,12 +53,14 @@ def orthonormal(v: Tensor, rank: int) -> Tensor:
         Q ``(*batch, dim, rank)`` with ``Q^T Q = I``.
     """
     v = _sized(v)
-    count, dim = v.shape[-2:]
-    eye = torch.eye(dim, rank, dtype=v.dtype, device=v.device)
-    half = 1 - 0.5 * torch.eye(count, dtype=v.dtype, device=v.device)
+    eye = torch.eye(v.shape[-1], rank, dtype=v.dtype, device=v.device)
     with full_precision(v.device.type):
-        triangle = (v @ v.mT).triu() * half
-        return eye - v.mT @ torch.linalg.solve_triangular(triangle, v[..., :rank], upper=True)
+        return eye - v.mT @ torch.linalg.solve_triangular(_triangle(v), v[..., :rank], upper=True)
+
+
+def _triangle(v: Tensor) -> Tensor:
+    products = v @ v.mT
+    return torch.lerp(products.triu(), products.triu(1), 0.5)  # its diagonal halved
 
 
 def pivoted(numbers: Tensor, kept: Constant | None = None) -> Tensor:
@@ -79,6 +97,6 @@ def _sized(v: Tensor) -> Tensor:
     """
     size = v.detach().abs().amax(-1, keepdim=True)
     limits = torch.finfo(v.dtype)
-    short = size < limits.tiny / limits.eps**2  # its derivative, of the order of 1 / |v|, would leave the range
+    least = limits.tiny / limits.eps**2  # of what is shorter the derivative, of the order of 1 / |v|, leaves the range
     first = torch.eye(1, v.shape[-1], dtype=v.dtype, device=v.device).squeeze(0)
-    return torch.where(short, first, v / torch.where(short, 1.0, size))
+    return torch.where(size < least, first, v / size.clamp_min(least))

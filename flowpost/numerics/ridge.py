@@ -16,7 +16,8 @@ _LOGIT_K = math.log(K / (1 - K))
 
 def ridge(x: Tensor) -> tuple[Tensor, Tensor]:
     """``tanh(x)`` and its slope, the slope to full relative precision also where tanh has rounded to 1."""
-    return torch.tanh(x), 4 * torch.sigmoid(2 * x) * torch.sigmoid(-2 * x)
+    double = 2 * x
+    return torch.tanh(x), 4 * torch.sigmoid(double) * torch.sigmoid(-double)
 
 
 def positive(a: Tensor) -> Tensor:

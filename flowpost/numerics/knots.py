@@ -1,0 +1,35 @@
+"""The knots between the bins of an interval, in one table: made, and read for each point, by few operations."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def knot_frame(bins: int, bound: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What all tables of knots have in common, ``(3, bins + 1, 1)``, units of the rest, ``(3, 1, 1)``, and an index.
+
+    The index has, ``(3, 2, 1)``, of a bin's two knots the one to read first: in x and y the lower, of slopes the upper.
+    """
+    ends, ones = [-bound] * bins + [bound], [1.0] + [0.0] * (bins - 1) + [1.0]
+    rows = [ends, ends, ones], [[2 * bound], [2 * bound], [1.0]]
+    frame, units = (torch.tensor(row, dtype=torch.float64, device="cpu").unsqueeze(-1) for row in rows)
+    return frame, units, torch.tensor([[[0], [1]], [[0], [1]], [[1], [0]]], device="cpu")
+
+
+def knot_table(shares: Tensor, slopes: Tensor, frame: Tensor, units: Tensor) -> Tensor:
+    """x, y and slopes at all knots, ``(*batch, 3, bins + 1, dim)``; the ends are exact, whatever the shares' rounding.
+
+    Of the shares of x and of y, ``(*batch, 2, bins, dim)``, the slopes at the inner knots, and what `knot_frame` gives.
+    """
+    inner = torch.cat([torch.cumsum(shares[..., :-1, :], dim=-2), slopes.unsqueeze(-3)], dim=-3)
+    return torch.addcmul(frame, F.pad(inner, (0, 0, 1, 1)), units)
+
+
+def find_bin(point: Tensor, knots: Tensor, sides: Tensor, *, by: int) -> tuple[Tensor, ...]:
+    """x0 and x1, y0 and y1, d1 and d0 of each point's bin, ``(*batch, 2, dim)``; found in x, or with `by` 1 in y."""
+    place = (point.unsqueeze(-2) >= knots[..., by, 1:-1, :]).sum(-2, keepdim=True).unsqueeze(-3) + sides
+    batch = torch.broadcast_shapes(knots.shape[:-3], place.shape[:-3])
+    knots, place = (each.expand(*batch, *each.shape[-3:]) for each in (knots, place))
+    return knots.gather(-2, place).unbind(-3)
