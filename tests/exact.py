@@ -215,9 +215,9 @@ def _solve(matrix: Array, columns: Array, *, upper: bool, unitriangular: bool = 
 
 
 def _pad(x: Array, pad: Sequence[int], value: float = 0) -> Array:
-    """Of the last axis."""
-    sides = [np.full((*x.shape[:-1], width), mpf(value)) for width in pad]
-    return np.concatenate([sides[0], x, sides[1]], -1)
+    """The widths come in pairs, the last axis's first."""
+    widths = [(0, 0)] * (x.ndim - len(pad) // 2) + [tuple(pad[i : i + 2]) for i in range(0, len(pad), 2)][::-1]
+    return np.pad(x, widths, constant_values=mpf(value))
 
 
 def _diag_embed(x: Array, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Array:
