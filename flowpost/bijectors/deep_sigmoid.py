@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flowpost.bijectors.base import Bijector
+from flowpost.masked.run import COLUMNS, Array, Column, Solve
 from flowpost.numerics.arguments import check_int
-from flowpost.numerics.roots import correct, increasing_root
+from flowpost.numerics.roots import correct, increasing_root, increasing_root_by_array
 
 _SPREAD = 4.0
 """How far the logarithm of a scale moves from 0."""
@@ -118,17 +121,75 @@ def deep_sigmoid_inverse(
         image, slope = _map(x, scale, shift, log_weight)
         return image - z, slope
 
+    root = _search(z, scale, shift, log_weight) if preimage is None else preimage.detach()
+    preimage = correct(residual, root)
+    return preimage, -_map(preimage, scale, shift, log_weight)[1].log().sum(-1)
+
+
+def _search(z: Tensor, scale: Tensor, shift: Tensor, log_weight: Tensor) -> Tensor:
+    """The preimage, without a gradient."""
+
+    def residual(x: Tensor) -> tuple[Tensor, Tensor]:
+        image, slope = _map(x, scale, shift, log_weight)
+        return image - z, slope
+
     def value(x: Tensor) -> Tensor:
         return _image(x, scale, shift, log_weight) - z
 
-    if preimage is None:
-        with torch.no_grad():
-            ends = (z.unsqueeze(-2) - shift) / scale
-            root = increasing_root(residual, ends.amin(-2), ends.amax(-2), value)
-    else:
-        root = preimage.detach()
-    preimage = correct(residual, root)
-    return preimage, -_map(preimage, scale, shift, log_weight)[1].log().sum(-1)
+    with torch.no_grad():
+        ends = (z.unsqueeze(-2) - shift) / scale
+        return increasing_root(residual, ends.amin(-2), ends.amax(-2), value)
+
+
+def _column(xp: Any, constants: Sequence[float]) -> Solve:  # noqa: ANN401
+    """`deep_sigmoid_inverse` of `deep_sigmoid_parameters`, for one variable, all layers; by numpy a search that ends."""
+    units, layers = map(int, constants)
+
+    def solve(image: Array, numbers: Array) -> Array:
+        for raw in numbers.reshape(layers, 3, units, -1)[::-1]:
+            image = _search_by_array(image, *raw)
+        return image
+
+    def solve_by_torch(image: Array, numbers: Array) -> Array:
+        for raw in numbers.unflatten(0, (layers, 3, units)).flip(0).movedim(-1, 1).unsqueeze(-1):
+            image = _search(image.unsqueeze(-1), *deep_sigmoid_parameters(*raw.unbind(1))).squeeze(-1)
+        return image
+
+    return solve_by_torch if xp is torch else solve
+
+
+COLUMNS["deep sigmoid"] = _column
+
+
+def _search_by_array(image: Array, scale: Array, shift: Array, weight: Array) -> Array:
+    """As `_search`, on numpy's arrays, of raw numbers ``(units, N)``."""
+    scale = np.exp(_SPREAD * np.tanh(scale / _SPREAD))
+    shift = _REACH * np.tanh(_rates(torch.from_numpy(shift)).numpy() * shift / _REACH)
+    log_weight = weight - weight.max(0)
+    weight = np.exp(log_weight)
+    log_weight, share = log_weight - np.log(weight.sum(0)), scale * weight
+    ends = (image - shift) / scale
+
+    def residual(x: Array, rows: Any) -> tuple[Array, Array]:  # noqa: ANN401
+        a, log_w = scale[:, rows], log_weight[:, rows]
+        u = a * x + shift[:, rows]
+        e = np.exp(-np.abs(u))
+        line = log_w - np.log1p(e)
+        lines = np.stack([line + np.minimum(u, 0), line - np.maximum(u, 0)])
+        most = lines.max(1)
+        terms = np.exp(lines - most[:, None])
+        sums = terms.sum(1)
+        log_p, log_q = most + np.log(sums)
+        near, far = a / (1 + e), a * e / (1 + e)
+        up = u > 0
+        r, s = terms / sums[:, None]
+        slope = (r * np.where(up, far, near) + s * np.where(up, near, far)).sum(0)
+        return log_p - log_q - image[rows], slope
+
+    eps = np.finfo(image.dtype).eps
+    near, noise = 1e-3 * math.sqrt(eps) / scale.max(0), 2 * eps * (1 + np.abs(image))
+    start = (share * ends).sum(0) / share.sum(0)
+    return increasing_root_by_array(residual, start, ends.min(0), ends.max(0), near, noise)
 
 
 class DeepSigmoid(Bijector):
@@ -170,6 +231,10 @@ class DeepSigmoid(Bijector):
     def extra_repr(self) -> str:
         """Sizes, for the module's repr."""
         return f"{super().extra_repr()}, units={self.units}, layers={self.layers}"
+
+    def columns(self) -> tuple[Column | None, Column | None]:
+        """The inverse's, unless a subclass may have a map of its own."""
+        return None, Column("deep sigmoid", (self.units, self.layers)) if type(self) is DeepSigmoid else None
 
     def _numbers(self, context: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor]]:
         layers = cast(Tensor, context).unflatten(-1, (self.layers, 3, self.units, -1)).unbind(-4)

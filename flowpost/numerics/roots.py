@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -102,6 +104,51 @@ def increasing_root(
         for _ in range(_STEPS):
             x = torch.addcdiv(x, *residual(x), value=-1).clamp(*ends)
         return x
+
+
+_MOST = 200
+"""Of `increasing_root_by_array`: more steps than halving and Newton's iteration in turns ever need."""
+
+
+def increasing_root_by_array(
+    residual: Callable[[Any, Any], tuple[Any, Any]], start: Any, low: Any, high: Any, near: Any, noise: Any  # noqa: ANN401
+) -> Any:  # noqa: ANN401
+    """As `increasing_root`, of numpy's arrays, which may be read: it goes on with those roots alone that need it.
+
+    Newton's iteration from a start; where a step leaves the bracket, or is not half as long as the last one, the
+    bracket is halved instead. A root is there when a step is so short that the next would be lost in rounding.
+
+    Args:
+        residual: the value and the slope of the increasing function at points ``(n,)``, of the rows that are given by
+            an index.
+        start: ``(N,)``.
+        low: where the function's value is not above 0, ``(N,)``.
+        high: where its value is not below 0, ``(N,)``.
+        near: a step as short as this, or as the rounding of x, is the last, ``(N,)``.
+        noise: so is one from a point whose value is of the size of its rounding, this, ``(N,)``.
+
+    Returns:
+        The roots ``(N,)``; nan where the function is.
+    """
+    found, rows, x, last = start.copy(), slice(None), start, 2 * (high - low)
+    rounding = 4 * np.finfo(x.dtype).eps
+    for _ in range(_MOST):
+        value, slope = residual(x, rows)
+        step = value / slope
+        moved = x - step
+        found[rows] = moved
+        going = (np.abs(step) > np.maximum(near, rounding * np.abs(x))) & (np.abs(value) > noise)
+        if not going.any():
+            break
+        above = value > 0
+        low, high = np.where(above, low, x), np.where(above, x, high)
+        halved = (moved < low) | (moved > high) | (np.abs(step) > 0.5 * last)
+        x = np.where(halved, 0.5 * (low + high), moved)
+        last = np.where(halved, 2 * (high - low), np.abs(step))
+        if 2 * np.count_nonzero(going) <= len(x):
+            rows = np.arange(len(found))[rows][going]
+            x, low, high, last, near, noise = (each[going] for each in (x, low, high, last, near, noise))
+    return found
 
 
 def tanh_roots(gain: Tensor, target: Tensor) -> Tensor:
