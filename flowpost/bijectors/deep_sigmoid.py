@@ -142,7 +142,7 @@ def _search(z: Tensor, scale: Tensor, shift: Tensor, log_weight: Tensor) -> Tens
 
 
 def _column(xp: Any, constants: Sequence[float]) -> Solve:  # noqa: ANN401
-    """`deep_sigmoid_inverse` of `deep_sigmoid_parameters`, for one variable, all layers; by numpy a search that ends."""
+    """`deep_sigmoid_inverse` of `deep_sigmoid_parameters`, layer by layer, for one variable."""
     units, layers = map(int, constants)
 
     def solve(image: Array, numbers: Array) -> Array:

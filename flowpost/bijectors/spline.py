@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flowpost.bijectors.base import Bijector
+from flowpost.masked.run import COLUMNS, Array, Column, Solve
 from flowpost.numerics.arguments import check_int
 from flowpost.numerics.constants import Constant
 from flowpost.numerics.knots import find_bin, knot_frame, knot_table
 from flowpost.numerics.products import wide_dtype
+from flowpost.numerics.rational import denominator, parts_of, rise, slope_of
 
 _SHARE = 1e-2
 """The least share of a bin."""
@@ -49,7 +53,7 @@ def _shares(raw: Tensor) -> Tensor:
 
 
 def _slopes(raw: Tensor) -> Tensor:
-    return F.softplus(_STEEP * torch.tanh(raw / _STEEP) + _SHIFT) + _SLOPE
+    return F.softplus(_STEEP * torch.tanh(raw / _STEEP) + _SHIFT, threshold=40) + _SLOPE
 
 
 def rational_quadratic(
@@ -115,10 +119,10 @@ def _map(z: Tensor, knots: Tensor, sides: Tensor, bound: float) -> tuple[Tensor,
     ways = (point.unsqueeze(-2) - x) / width.unsqueeze(-2)
     t, back = ways.unbind(-2)  # which is -r
     squares, product, s = ways * ways, -(t * back), height / width
-    excess, q = _denominator(product, s, d)
+    excess, q = denominator(product, s, d)
     share = s / q
-    image = y0 + height * _rise(squares, product, s, d, excess, q, share)
-    return torch.where(inside, image.to(z.dtype), z), _log_det(inside, squares, product, s, d, share)
+    image = y0 + height * rise(squares, product, s, d, excess, q, share)
+    return torch.where(inside, image.to(z.dtype), z), _log_det(inside, slope_of(squares, product, s, d, share))
 
 
 def _unmap(z: Tensor, knots: Tensor, sides: Tensor, bound: float) -> tuple[Tensor, Tensor]:
@@ -127,11 +131,11 @@ def _unmap(z: Tensor, knots: Tensor, sides: Tensor, bound: float) -> tuple[Tenso
     (x0, x1), (y0, y1) = x.unbind(-2), y.unbind(-2)
     width, height = x1 - x0, y1 - y0
     s, ways = height / width, (point.unsqueeze(-2) - y) / height.unsqueeze(-2)
-    parts = _parts(ways, s, d)
+    parts = parts_of(ways, s, d)
     t, r = parts.unbind(-2)
     product, image = t * r, x0 + width * t
-    share = s / _denominator(product, s, d)[1]
-    return torch.where(inside, image.to(z.dtype), z), -_log_det(inside, parts * parts, product, s, d, share)
+    share = s / denominator(product, s, d)[1]
+    return torch.where(inside, image.to(z.dtype), z), -_log_det(inside, slope_of(parts * parts, product, s, d, share))
 
 
 def _enter(z: Tensor, knots: Tensor, bound: float) -> tuple[Tensor, Tensor]:
@@ -139,40 +143,46 @@ def _enter(z: Tensor, knots: Tensor, bound: float) -> tuple[Tensor, Tensor]:
     return z.to(knots.dtype).clamp(-bound, bound), z.abs() < bound
 
 
-def _denominator(product: Tensor, s: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """``d0 + d1 - 2 s`` and ``q = s + (d0 + d1 - 2 s) t r``, at least ``s / 2``: what cancels is at most half."""
-    excess = torch.sub(d.sum(-2), s, alpha=2)
-    return excess, s + excess * product
-
-
-def _rise(squares: Tensor, product: Tensor, s: Tensor, d: Tensor, excess: Tensor, q: Tensor, share: Tensor) -> Tensor:
-    """``t (s t + d0 r) / q``, in that of four forms whose derivative, as autodiff takes it, cancels least.
-
-    From the nearer knot, at v, with the slope d there, it is ``(s v^2 + d t r) / q``. Where the middle is far flatter
-    than the ends, that is ``c + s (v^2 - c) / q`` with ``c = d / (d0 + d1 - 2 s)``.
-    """
-    (t2, r2), (d1, d0) = squares.unbind(-2), d.unbind(-2)
-    first, flat = t2 < r2, share < 0.25
-    near, end = torch.where(first, t2, r2), torch.where(first, d0, d1)
-    moved = flat * end
-    c = moved / torch.where(flat, excess, s)
-    part = torch.addcdiv(c, torch.addcmul((end - moved) * product, s, near - c), q)
-    return torch.where(first, part, 1 - part)
-
-
-def _parts(ways: Tensor, s: Tensor, d: Tensor) -> Tensor:
-    """Give t and r, ``(*batch, 2, dim)``, for `ways` e and ``e - 1``."""
-    minus_g, ends = (d * ways).sum(-2), 2 * s.unsqueeze(-2) * ways
-    low, high = ends.unbind(-2)
-    up, g = minus_g <= 0, -minus_g
-    h = torch.where(up, g, minus_g) + torch.sqrt(torch.addcmul(g * g, low, high, value=-1))
-    both = torch.stack([torch.where(up, low, h), torch.where(up, h, -high)], -2)
-    return both / both.sum(-2, keepdim=True)
-
-
-def _log_det(inside: Tensor, squares: Tensor, product: Tensor, s: Tensor, d: Tensor, share: Tensor) -> Tensor:
-    slope = share * share * torch.addcmul((d * squares).sum(-2), s, product, value=2)
+def _log_det(inside: Tensor, slope: Tensor) -> Tensor:
     return (inside * slope.log()).sum(-1)  # a product: what is nan in a context shows outside too
+
+
+def _column(xp: Any, constants: Sequence[float]) -> Solve:  # noqa: ANN401
+    """`rational_quadratic_inverse` of `spline_parameters`, for one variable."""
+    bins, bound = int(constants[0]), constants[1]
+
+    def solve(image: Array, numbers: Array) -> Array:
+        return _unmap_by_array(image, numbers, bins, bound)
+
+    def solve_by_torch(image: Array, numbers: Array) -> Array:
+        raw = numbers.to(wide_dtype(numbers)).t().unsqueeze(-1).split([bins, bins, bins - 1], -2)
+        return rational_quadratic_inverse(image.unsqueeze(-1), *spline_parameters(*raw), bound)[0].squeeze(-1)
+
+    return solve_by_torch if xp is torch else solve
+
+
+COLUMNS["spline"] = _column
+
+
+def _unmap_by_array(image: Array, numbers: Array, bins: int, bound: float) -> Array:
+    """As `_unmap`, on numpy's arrays, of raw numbers ``(3 bins - 1, N)``, without the log-det."""
+    shares, inner, every = numbers[: 2 * bins].astype(float), numbers[2 * bins :], np.arange(len(image))
+    shares = shares.reshape(2, bins, -1)
+    shares = np.exp(shares - shares.max(1, keepdims=True))
+    sizes = 2 * bound * (_SHARE + (1 - _SHARE * bins) * (shares / shares.sum(1, keepdims=True)))
+    tops, y = np.cumsum(sizes, 1) - bound, np.clip(image.astype(float), -bound, bound)
+    place = (y >= tops[1, :-1]).sum(0)
+    (width, height), (x1, y1) = sizes[:, place, every], tops[:, place, every]
+    knots = np.stack([place - 1, place])
+    raw = inner[knots.clip(0, bins - 2), every].astype(float)
+    at_knots = np.log1p(np.exp(_STEEP * np.tanh(raw / _STEEP) + _SHIFT)) + _SLOPE
+    d0, d1 = np.where((knots < 0) | (knots > bins - 2), 1.0, at_knots)
+    s, back = height / width, (y1 - y) / height
+    rise = 1 - back
+    g, low, high = d0 * back - d1 * rise, 2 * s * rise, 2 * s * back
+    h = np.abs(g) + np.sqrt(g * g + low * high)
+    x = x1 - width * np.where(g >= 0, h / (low + h), high / (high + h))
+    return np.where(np.abs(image) < bound, x, image).astype(image.dtype)
 
 
 class Spline(Bijector):
@@ -219,6 +229,10 @@ class Spline(Bijector):
     def extra_repr(self) -> str:
         """Sizes and bound, for the module's repr."""
         return f"{super().extra_repr()}, bins={self.bins}, bound={self.bound:.6g}"
+
+    def columns(self) -> tuple[Column | None, Column | None]:
+        """The inverse's, unless a subclass may have a map of its own."""
+        return None, Column("spline", (self.bins, self.bound)) if type(self) is Spline else None
 
     def _knots(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         numbers = cast(Tensor, context).to(wide_dtype(z)).unflatten(-1, (3 * self.bins - 1, -1))

@@ -14,6 +14,10 @@ Residual = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From x to the value of an increasing function at x and its slope there, element by element."""
 
 
+Array = Any
+"""One of numpy's."""
+
+
 def tanh_root(gain: Tensor, target: Tensor) -> Tensor:
     """The x with ``x + gain tanh(x) = target``, for ``gain > -1``; carries no gradient.
 
@@ -111,8 +115,13 @@ _MOST = 200
 
 
 def increasing_root_by_array(
-    residual: Callable[[Any, Any], tuple[Any, Any]], start: Any, low: Any, high: Any, near: Any, noise: Any  # noqa: ANN401
-) -> Any:  # noqa: ANN401
+    residual: Callable[[Array, Array], tuple[Array, Array]],
+    start: Array,
+    low: Array,
+    high: Array,
+    near: Array,
+    noise: Array,
+) -> Array:
     """As `increasing_root`, of numpy's arrays, which may be read: it goes on with those roots alone that need it.
 
     Newton's iteration from a start; where a step leaves the bracket, or is not half as long as the last one, the
