@@ -226,6 +226,14 @@ def _diag_embed(x: Array, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Ar
     return np.expand_dims(x, -1) * np.eye(x.shape[-1], dtype=object)
 
 
+def _diagonal_scatter(x: Array, values: Array, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Array:
+    x, every = x.copy(), np.arange(values.shape[-1])
+    if offset or {dim1 % x.ndim, dim2 % x.ndim} != {x.ndim - 2, x.ndim - 1}:
+        raise NotImplementedError("diagonal_scatter: expected the main diagonal of the last two axes")
+    x[..., every, every] = values
+    return x
+
+
 def _scatter(x: Array, dim: int, places: Array, values: Array) -> Array:
     x = x.astype(object)  # a copy
     np.put_along_axis(x, places, values, dim)
@@ -292,6 +300,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "constant_pad_nd": _pad,
     "detach": lambda x: x,  # it stops autodiff, not the map
     "diag_embed": _diag_embed,
+    "diagonal_scatter": _diagonal_scatter,
     "diagonal": lambda x, offset=0, dim1=0, dim2=1: np.diagonal(x, offset, dim1, dim2),
     "expand": _expand,
     "eye": lambda *sizes: np.eye(*sizes, dtype=object),

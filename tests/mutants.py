@@ -64,6 +64,8 @@ from flowpost.numerics import products, ridge, roots, watchers
 from flowpost.numerics import triangles as lower
 from flowpost.numerics.constants import Constant
 from flowpost.numerics.knots import find_bin
+from flowpost.numerics.rational import slope_of
+from flowpost.numerics.reflections import Reflected, pivoted
 from flowpost.testing import COMPILED, PROPERTIES, ContractError, check_bijector, push
 
 Build = Callable[[int], Bijector]
@@ -346,8 +348,8 @@ def _one_newton(residual: roots.Residual, root: Tensor) -> Tensor:
     return root
 
 
-def _spline_log_det(inside: Tensor, squares: Tensor, product: Tensor, s: Tensor, d: Tensor, share: Tensor) -> Tensor:
-    return _SPLINE_LOG_DET(inside, squares, product, s, d, share / s.sqrt())
+def _spline_slope(squares: Tensor, product: Tensor, s: Tensor, d: Tensor, share: Tensor) -> Tensor:
+    return slope_of(squares, product, s, d, share / s.sqrt())
 
 
 def _bin_by_widths(point: Tensor, knots: Tensor, sides: Tensor, *, by: int) -> tuple[Tensor, ...]:
@@ -433,20 +435,30 @@ class TransposedSylvester(Bijector):
         return x, -self._forward(x, context)[1]
 
 
-def _sylvester_inner_transposed(z: Tensor, q: Tensor, r2: Tensor, b: Tensor) -> Tensor:
-    return products.by_columns(products.by_rows, q @ r2.mT, z) + b
+def _sylvester_inner_transposed(z: Tensor, q: Reflected, r2: Tensor, b: Tensor) -> Tensor:
+    return _outer(q, r2.mT, z) + b
 
 
-def _sylvester_outer_transposed(q: Tensor, r1: Tensor, value: Tensor) -> Tensor:
-    return products.by_columns(products.by_rows, r1.mT @ q.mT, value)
+def _sylvester_outer_transposed(q: Reflected, r1: Tensor, value: Tensor) -> Tensor:
+    return products.by_columns(
+        products.by_rows, r1.mT, _inner(value, q, torch.eye(r1.shape[-1]).to(r1), value.new_zeros(()))
+    )
+
+
+_inner, _outer = sylvester._inner, sylvester._outer  # as they are before a mutant takes their place
+
+
+def _reflected_back(q: Reflected, y: Tensor) -> Tensor:
+    return Reflected(q.runs, q.runs[0][0].shape[-1]).along(F.pad(y, (0, q.runs[0][0].shape[-1] - q.rank)))
 
 
 def _gain_unbounded(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.zeros_like(a), a, (1 + a).abs()
 
 
-def _columns_not_orthogonal(v: Tensor, rank: int) -> Tensor:
-    return F.normalize(v, dim=-1).mT[..., :rank]
+def _columns_not_orthogonal(step: Sylvester, z: Tensor, vectors: Tensor) -> Tensor:
+    v = pivoted(vectors.unflatten(-1, (step.reflections, step.dim - 1)))
+    return F.normalize(v, dim=-1).mT[..., : step.rank]
 
 
 class ElementwiseRadial(Bijector):
@@ -469,7 +481,6 @@ class ElementwiseRadial(Bijector):
         return x, -self._forward(x, context)[1]
 
 
-_SPLINE_LOG_DET = spline._log_det
 _INVERTIBLE, _RIDGE = planar._invertible, ridge.ridge
 _ACT_NORM, _RADIAL_LOG_DET = actnorm.act_norm, radial._log_det
 _COUPLING = Coupling._forward
@@ -576,7 +587,14 @@ MUTANTS = (
         "Sylvester's Q of unit length, not orthogonal",
         "-",
         Sylvester,
-        ((sylvester, "orthonormal", _columns_not_orthogonal),),
+        ((Sylvester, "_basis", _columns_not_orthogonal),),
+    ),
+    Mutant(
+        "reflections in the order of the inverse",
+        "-",
+        Sylvester,
+        ((Reflected, "out_of", _reflected_back),),
+        dims=(3, 5),
     ),
     Mutant("squeeze at batch 1", "pythae", _step, ((gate, "_gate", _gate_squeezed),), killer="shapes"),
     Mutant("element-wise radius", "torchflows", ElementwiseRadial),
@@ -619,7 +637,7 @@ MUTANTS = (
     Mutant(
         "no bound on the exponential scale", "-", lambda dim: Masked(Affine(dim, torch.exp), 3, (8,)), killer="extremes"
     ),
-    Mutant("spline with the slope of its bin once", "-", Spline, ((spline, "_log_det", _spline_log_det),)),
+    Mutant("spline with the slope of its bin once", "-", Spline, ((spline, "slope_of", _spline_slope),)),
     Mutant("spline's bins in the inverse by their widths", "-", Spline, ((spline, "find_bin", _bin_by_widths),)),
     Mutant(
         "spline knots in float32",

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowpost.numerics.reflections import orthonormal, pivoted, reflect
+from flowpost.numerics.reflections import Reflected, orthonormal, pivoted, reflect
 
 SIZES = [(1, 1, 1), (2, 2, 2), (3, 5, 2), (5, 3, 3), (8, 16, 16), (4, 16, 4)]
 """Reflections, dim, rank."""
@@ -30,6 +30,23 @@ def test_the_columns_are_those_of_the_product(count: int, dim: int, rank: int) -
     points = torch.randn(6, dim, dtype=torch.float64)
     for z, row, image in zip(points, v[:, 0], reflect(points, v[:, 0]), strict=True):
         torch.testing.assert_close(image, matrix(row.unsqueeze(0)) @ z, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(("count", "dim", "rank"), [*SIZES, (70, 40, 33)])
+def test_vectors_are_turned_as_by_the_columns(count: int, dim: int, rank: int) -> None:
+    """In several runs, too; both ways, with their gradients at the vectors."""
+    v = torch.randn(6, count, dim, dtype=torch.float64, requires_grad=True)
+    z, y = (torch.randn(6, size, dtype=torch.float64) for size in (dim, rank))
+    q, columns = Reflected.of(v, rank), orthonormal(v, rank)
+    pairs = [
+        (q.along(z), (columns.mT @ z.unsqueeze(-1)).squeeze(-1)),
+        (q.out_of(y), (columns @ y.unsqueeze(-1)).squeeze(-1)),
+    ]
+    for found, expected in pairs:
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(x.sin().sum(), v, retain_graph=True)[0] for x in (found, expected))
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

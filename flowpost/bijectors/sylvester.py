@@ -11,16 +11,17 @@ from torch import Tensor
 from flowpost.bijectors.base import Bijector
 from flowpost.numerics.arguments import check_int
 from flowpost.numerics.products import by_columns, by_rows
-from flowpost.numerics.reflections import free_entries, orthonormal, pivoted
+from flowpost.numerics.reflections import Reflected, free_entries, orthonormal, pivoted
 from flowpost.numerics.ridge import bounded_gain, log_slope, positive, ridge
 from flowpost.numerics.roots import tanh_roots
 from flowpost.numerics.watchers import full_precision
 
+_Basis = Tensor | Reflected | None
 _REACH = 1e3  # of R1 and R2: where they were larger, the inverse would be a matter of rounding
 
 
 def sylvester(
-    z: Tensor, q: Tensor | None, r1: Tensor, r2: Tensor, b: Tensor, room: Tensor | None = None
+    z: Tensor, q: _Basis, r1: Tensor, r2: Tensor, b: Tensor, room: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Sylvester map ``z' = z + Q R1 tanh(R2 Q^T z + b)``, ``log_det = sum_i log(1 + r1_ii r2_ii tanh'(.)_i)``.
 
@@ -45,7 +46,7 @@ def sylvester(
 
 def sylvester_inverse(
     z: Tensor,
-    q: Tensor | None,
+    q: _Basis,
     r1: Tensor,
     r2: Tensor,
     b: Tensor,
@@ -81,13 +82,18 @@ def sylvester_inverse(
         return z - _outer(q, r1, value), -_log_det(r1, r2, room, value, slope)
 
 
-def _inner(z: Tensor, q: Tensor | None, r2: Tensor, b: Tensor) -> Tensor:
-    along = z if q is None else by_columns(by_rows, q.mT, z)
+def _inner(z: Tensor, q: _Basis, r2: Tensor, b: Tensor) -> Tensor:
+    if isinstance(q, Reflected):
+        along = q.along(z)
+    else:
+        along = z if q is None else by_columns(by_rows, q.mT, z)
     return by_columns(by_rows, r2, along) + b
 
 
-def _outer(q: Tensor | None, r1: Tensor, value: Tensor) -> Tensor:
+def _outer(q: _Basis, r1: Tensor, value: Tensor) -> Tensor:
     move = by_columns(by_rows, r1, value)
+    if isinstance(q, Reflected):
+        return q.out_of(move)
     return move if q is None else by_columns(by_rows, q, move)
 
 
@@ -152,7 +158,7 @@ class Sylvester(Bijector):
         """From the last variable to the first where ``Q = I``: there the Jacobian is upper triangular."""
         return None if self.reflections else torch.arange(self.dim, device=self._like.device).flip(0)
 
-    def _numbers(self, context: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    def _numbers(self, z: Tensor, context: Tensor | None) -> tuple[_Basis, Tensor, Tensor, Tensor, Tensor]:
         """Q, R1, R2, b and ``1 + r1_ii r2_ii``."""
         rank = self.rank
         sizes = [self.reflections * (self.dim - 1), rank * (rank + 1), rank]
@@ -160,21 +166,22 @@ class Sylvester(Bijector):
         square, raw = (_REACH * torch.tanh(numbers / _REACH)).split([rank**2, rank], dim=-1)
         square, scale = square.unflatten(-1, (rank, rank)), positive(raw)
         _, gain, room = bounded_gain(square.diagonal(dim1=-2, dim2=-1) * scale)
-        r1 = square.triu(1) + torch.diag_embed(gain / scale)
-        r2 = square.tril(-1).mT + torch.diag_embed(scale)
-        return self._basis(vectors), r1, r2, b, room
+        r1 = torch.diagonal_scatter(square.triu(1), gain / scale, dim1=-2, dim2=-1)
+        r2 = torch.diagonal_scatter(square.tril(-1).mT, scale, dim1=-2, dim2=-1)
+        return self._basis(z, vectors), r1, r2, b, room
 
-    def _basis(self, vectors: Tensor) -> Tensor | None:
+    def _basis(self, z: Tensor, vectors: Tensor) -> _Basis:
+        """Q itself where an example has several points, which then share its making."""
         if self.reflections == 0 and self.rank == self.dim:
             return None
-        vectors = pivoted(vectors.unflatten(-1, (self.reflections, self.dim - 1)), self._entries)
-        return orthonormal(vectors, self.rank)
+        make = orthonormal if z.ndim > vectors.ndim else Reflected.of
+        return make(pivoted(vectors.unflatten(-1, (self.reflections, self.dim - 1)), self._entries), self.rank)
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return sylvester(z, *self._numbers(context))
+        return sylvester(z, *self._numbers(z, context))
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
-        return sylvester_inverse(z, *self._numbers(context), preimage)
+        return sylvester_inverse(z, *self._numbers(z, context), preimage)
 
     def extra_repr(self) -> str:
         """Sizes, for the module's repr."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flowpost.numerics.constants import Constant
@@ -37,6 +41,42 @@ def reflect_all(z: Tensor, v: Tensor) -> Tensor:
     for each, double in zip(v.unbind(-2), doubles.unbind(-2), strict=True):
         z = torch.addcmul(z, (each * z).sum(-1, keepdim=True), double, value=-1)
     return z
+
+
+_RUN = 32
+"""Reflections that `Reflected` takes together: more would cost more in the triangle, fewer more calls."""
+
+
+class Reflected(NamedTuple):
+    """``H_1 ... H_K``, as `orthonormal` has it, as a product of runs ``I - V^T S^-1 V``; it turns single vectors.
+
+    For one vector each way that costs O(K dim), where the matrix would cost O(K dim (K + rank)).
+    """
+
+    runs: Sequence[tuple[Tensor, Tensor]]
+    """V ``(*batch, at most 32, dim)`` and its triangle S; the first is the one that is applied last."""
+    rank: int
+    """Columns of the product that count."""
+
+    @classmethod
+    def of(cls, v: Tensor, rank: int) -> Reflected:
+        """Of vectors ``(*batch, K, dim)``, any numbers, as in `reflect`."""
+        with full_precision(v.device.type):
+            return cls([(part, _triangle(part)) for part in _sized(v).split(_RUN, -2)], rank)
+
+    def along(self, z: Tensor) -> Tensor:
+        """``Q^T z``, ``(*batch, rank)``."""
+        z = z.unsqueeze(-1)
+        for v, s in self.runs:
+            z = z - v.mT @ torch.linalg.solve_triangular(s.mT, v @ z, upper=False)
+        return z.squeeze(-1)[..., : self.rank]
+
+    def out_of(self, y: Tensor) -> Tensor:
+        """``Q y``, ``(*batch, dim)``."""
+        z = F.pad(y, (0, self.runs[0][0].shape[-1] - self.rank)).unsqueeze(-1)
+        for v, s in reversed(self.runs):
+            z = z - v.mT @ torch.linalg.solve_triangular(s, v @ z, upper=True)
+        return z.squeeze(-1)
 
 
 def orthonormal(v: Tensor, rank: int) -> Tensor:
