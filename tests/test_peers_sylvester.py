@@ -5,6 +5,8 @@ How, and what of a library's numbers is converted, is in `peers`.
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 import torch
 from peers import HERE, POINTS, Case, Pair, Peer, Twin, agree, check, close, draw, grid, images
@@ -58,7 +60,7 @@ def test_sylvester_is_the_paper_s(dim: int, rank: int, reflections: int | None, 
     step = Sylvester(dim, rank, reflections).double()
     context, z = draw(POINTS, step.context_size, scale=scale), draw(POINTS, dim, scale=2.0)
     q, r1, r2, b, _ = step._numbers(z.unsqueeze(0), context)  # several points an example: Q itself
-    q = torch.eye(dim, dtype=torch.float64).expand(POINTS, dim, dim) if q is None else q
+    q = torch.eye(dim, dtype=torch.float64).expand(POINTS, dim, dim) if q is None else cast(Tensor, q)
     ours = images(step, z, context)
     close(paper_sylvester(z, q, r1, r2, b), ours, 1e-9)
     for name, moved in {"q": (1.01 * q, r1, r2, b), "r1": (q, 1.01 * r1, r2, b), "r2": (q, r1, 1.01 * r2, b)}.items():
