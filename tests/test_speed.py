@@ -23,6 +23,7 @@ from benchmarks.speed import others, timing
 from benchmarks.speed.contests import external, training
 from benchmarks.speed.dense import Dense, products
 from benchmarks.speed.flows import Flow, draw, features, log_normal, training_loss
+from benchmarks.speed.growth import GROWTH
 from benchmarks.speed.hall import Hall
 from benchmarks.speed.memory import peak_bytes
 from benchmarks.speed.ours import Flowpost
@@ -33,6 +34,7 @@ from benchmarks.speed.steps import compiled, scoring_step, training_step
 from benchmarks.speed.table import duration, goal_rows, markdown, time_rows
 from benchmarks.speed.timing import Rounds, contest, ratio, repeats
 from benchmarks.speed.work import UnequalWork, check_scoring, check_training
+from flowpost.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -48,7 +50,7 @@ peers = pytest.mark.parametrize(
 TINY = Plan(
     training=(MINI,), compiled=(), external=(MINI,), dim=3, batch=4, samples=130,
     curves=(("training", "hidden", (MINI, replace(MINI, hidden=32))), ("external", "dim", (MINI,))),
-    budget=0.0, curve_budget=0.0, least=1, most=1,
+    growth=(2,), growth_budget=0.0, budget=0.0, curve_budget=0.0, least=1, most=1,
 )  # fmt: skip
 
 
@@ -404,9 +406,9 @@ def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     content = json.loads((tmp_path / "speed.json").read_text())
     assert {"cpu", "cores", "torch", "python", "commit", "libraries"} <= content["environment"].keys()
     assert content["command"].startswith("python -m benchmarks")
-    whats = [one["what"] for one in content["contests"]]
-    assert len(whats) == 6
-    for one in content["contests"]:
+    contests = [one for one in content["contests"] if one["what"] != GROWTH]
+    assert len(contests) == 6
+    for one in contests:
         ours = one["summary"]["flowpost"]
         assert all(len(values) == one["rounds"] == 1 for values in one["seconds"].values())
         assert ours["seconds"]["median"] == one["seconds"]["flowpost"][0] > 0
@@ -414,7 +416,9 @@ def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         for name, values in one["seconds"].items():
             assert math.isclose(ours["over"][name]["median"], one["seconds"]["flowpost"][0] / values[0])
     assert [one["at"]["hidden"] for one in content["curves"]] == [24, 32, 24]
-    assert "## Goals" in (tmp_path / "speed.md").read_text()
+    assert [one["size"] for one in content["contests"] if one["what"] == GROWTH] == [*RECIPES]
+    assert "## Goals" in (page := (tmp_path / "speed.md").read_text())
+    assert page.count("\n| iaf |") == 1
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -19,6 +19,7 @@ from benchmarks.speed.contests import (
     training_captured,
     training_compiled,
 )
+from benchmarks.speed.growth import growths
 from benchmarks.speed.hall import Hall
 from benchmarks.speed.nll import nll
 from benchmarks.speed.results import Contest
@@ -42,6 +43,7 @@ def programme(hall: Hall) -> Iterator[tuple[str, Held]]:
     yield FULL_COVARIANCE, partial(full_covariance, hall)
     yield PLANAR, partial(planar, hall)
     yield f"NLL, {plan.samples} samples", partial(nll, hall)
+    yield from growths(hall)
 
 
 def curves(hall: Hall) -> Iterator[tuple[str, str, Held]]:

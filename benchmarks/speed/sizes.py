@@ -54,6 +54,8 @@ class Plan:
         ("training", "samples", tuple(replace(SMALL, batch=32, samples=s) for s in (1, 4, 16, 64))),
         ("external", "dim", tuple(replace(SMALL, dim=dim) for dim in (8, 16, 32, 64))),
     )
+    growth: tuple[int, ...] = (16, 64, 256)  # dims at which every recipe is timed
+    growth_budget: float = 0.5
     budget: float = 15.0
     curve_budget: float = 1.5
     least: int = 5  # rounds, unless that takes several times the budget
@@ -72,6 +74,8 @@ QUICK = Plan(
         ("training", "samples", tuple(replace(SMALL, batch=32, samples=s) for s in (1, 8))),
         ("external", "dim", tuple(replace(SMALL, dim=dim, hidden=128, steps=2) for dim in (8, 16))),
     ),
+    growth=(8, 32),
+    growth_budget=0.05,
     budget=0.7,
     curve_budget=0.1,
     least=3,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from benchmarks.speed.growth import GROWTH, growth_tables
 from benchmarks.speed.results import DENSE, OURS, Contest
 from benchmarks.speed.timing import Spread
 from benchmarks.table import Table, grouped
@@ -76,11 +77,12 @@ def goals(contests: Iterable[Contest]) -> list[Table]:
 def times(contests: Sequence[Contest]) -> list[Table]:
     """What is timed, a table each."""
     tables = []
-    for title, group in grouped(contests, lambda one: f"{one.what}, {one.mode}").items():
+    timed = [one for one in contests if one.what != GROWTH]
+    for title, group in grouped(timed, lambda one: f"{one.what}, {one.mode}").items():
         rounds = "/".join(str(one.rounds) for one in group)
         caption = f"Median and quartiles over {rounds} rounds; ratios within rounds"
         tables.append(Table(*_filled(TIMES, time_rows(group)), title, caption, numbers=False))
-    return tables
+    return [*tables, *growth_tables(contests)]
 
 
 def markdown(contests: Sequence[Contest], origin: str) -> str:
