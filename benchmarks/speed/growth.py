@@ -74,7 +74,7 @@ def growth_tables(contests: Iterable[Contest]) -> list[Table]:
     ]
     header = ["recipe", SAMPLE, TRAINING, LOG_PROB, "log_prob in draws", "training step in its head's"]
     caption = (
-        f"Medians in ms at dim {dims}; {FEATURES} features, {BATCH} examples, the recipe's other defaults. How many draws"
+        f"Medians in ms at dim {dims}; {FEATURES} features, {BATCH} examples, other options by default. How many draws"
         " log_prob takes, and a training step over the head's own product and gradient, are ratios within rounds"
     )
     return [Table(header, rows, "cost over dim", caption)]
