@@ -109,6 +109,10 @@ def main_job(
         int | None, typer.Option(help="(Sample, image) pairs evaluated at once; lower it if memory runs out.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    eager: Annotated[
+        bool,
+        typer.Option("--eager", help="On a GPU: no CUDA graph; slower, but it names the tensors that are not finite."),
+    ] = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads.  [digits: 1, others: 2]")] = None,
     out: Out = None,
     quick: Annotated[

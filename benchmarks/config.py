@@ -76,6 +76,7 @@ class Config:
     pairs: int = 4000  # (sample, image) pairs evaluated at once: memory
     threads: int = 1  # of PyTorch on the CPU; these nets are too small to gain from more
     device: str = "cpu"
+    eager: bool = False  # on a GPU: operation by operation, every step read, and not as one CUDA graph
     flows: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # the recipes' options
 
     def __post_init__(self) -> None:
@@ -92,6 +93,11 @@ class Config:
             raise ConfigError(f"dropout: expected a share in [0, 1), got {self.dropout}")
         _check_choice("device", self.device.partition(":")[0], ("cpu", "cuda"))
         self._check_objective()
+
+    @property
+    def captured(self) -> bool:
+        """Whether a training step is one CUDA graph."""
+        return self.device.startswith("cuda") and not self.eager
 
     def _check_objective(self) -> None:
         """Refuse what would be biased or mean nothing, before anything runs."""

@@ -15,7 +15,7 @@ def objective_pass(vae: VAE, x: Tensor, config: Config) -> VAEOutput:
     return vae(x, samples, config.gradient)
 
 
-def objective_loss(out: VAEOutput, kl_weight: float, config: Config) -> Tensor:
+def objective_loss(out: VAEOutput, kl_weight: float | Tensor, config: Config) -> Tensor:
     """What a step minimizes, a scalar: the mean negative bound, or with free bits their KL in the place of the KL."""
     if config.free_bits == 0:
         return negative_bound(out, config, kl_weight).mean()
@@ -24,17 +24,17 @@ def objective_loss(out: VAEOutput, kl_weight: float, config: Config) -> Tensor:
     return kl_weight * free_bits(terms.kl.unsqueeze(-1), config.free_bits) - terms.reconstruction.mean()
 
 
-def negative_bound(out: VAEOutput, config: Config, kl_weight: float = 1.0) -> Tensor:
+def negative_bound(out: VAEOutput, config: Config, kl_weight: float | Tensor = 1.0) -> Tensor:
     """The negative bound of each image ``(B,)`` in nats, free bits aside: what curves show and early stopping reads."""
     return negative_elbo(out, kl_weight) if config.objective == "elbo" else negative_iwae(out, kl_weight)
 
 
-def negative_elbo(out: VAEOutput, kl_weight: float = 1.0) -> Tensor:
+def negative_elbo(out: VAEOutput, kl_weight: float | Tensor = 1.0) -> Tensor:
     """-ELBO of each image ``(B,)``, in nats."""
     return -elbo(out.log_likelihood, out.log_prior, out.log_q, out.kl, kl_weight=kl_weight)
 
 
-def negative_iwae(out: VAEOutput, kl_weight: float = 1.0) -> Tensor:
+def negative_iwae(out: VAEOutput, kl_weight: float | Tensor = 1.0) -> Tensor:
     """-IWAE of each image ``(B,)``, over all its samples, in nats."""
     return -iwae(out.log_likelihood, out.log_prior, out.log_q, kl_weight=kl_weight)
 

@@ -16,6 +16,7 @@ from benchmarks.figures import ACTIVE, INFORMATION_IMAGES, TEST_SAMPLES
 from benchmarks.objective import objective_words
 from benchmarks.run import Run
 from benchmarks.table import Table, grouped
+from benchmarks.train import tensor_words
 
 SPREAD = {"neg_elbo", "nll", "local_nll", "neg_elbo_bits", "nll_bits"}  # whose sd the table shows too
 
@@ -108,7 +109,7 @@ class Report:
         for name, results in by_posterior(self.finished).items():
             summary = summarize(results)
             rows.append([name, *(_cell(summary[key], digits, spread=key in SPREAD) for key, _, digits in columns)])
-        notes = [_note(one) for one in self.results if one["error"] or one["skipped_steps"]]
+        notes = [_note(one, self.config) for one in self.results if one["error"] or one["skipped_steps"]]
         return Table(["posterior", *(title for _, title, _ in columns)], rows, caption=self.caption(), notes=notes)
 
     def caption(self) -> str:
@@ -128,11 +129,11 @@ class Report:
         )
 
 
-def _note(one: Result) -> str:
+def _note(one: Result, config: Config) -> str:
     what = f"failed: {one['error']}" if one["error"] else f"{one['skipped_steps']} steps skipped, not finite"
     if not one["error"]:
-        tensors = ", ".join(one["skips"][0]["tensors"]) or "the loss or the norm alone"
-        what += f" (the first in epoch {one['skips'][0]['epoch']}: {tensors})"
+        first = one["skips"][0]
+        what += f" (the first in epoch {first['epoch']}: {tensor_words(first['tensors'], config)})"
     return f"{one['posterior']}, seed {one['seed']}: {what}"
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -16,15 +15,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.config import Config
-from benchmarks.data import Data, binarize
+from benchmarks.data import Data
 from benchmarks.models import build
-from benchmarks.objective import negative_bound, objective_loss, objective_pass
+from benchmarks.objective import negative_bound
+from benchmarks.step import adam, outcomes, set_learning_rate, whole_step
 from flowpost import schedules
 from flowpost.vae import VAE
 
-CLIP_NORM = 100.0  # a longer gradient is shortened to this: rare, it tames a step gone wild
 BAD_STEPS = 10  # steps in a row without a finite loss and gradient after which a run gives up
-NAMED = 3  # tensors named of each skipped step: the first whose gradient was not finite
+NAMED = 3  # tensors named of each skipped step: the first whose gradient was not finite; none of a captured one
 SKIPS = 100  # skipped steps told one by one; the others are only counted
 WARM_STEPS = 5  # steps left out of the timing: the first ones also allocate
 VALID_SAMPLES = 4  # samples of z for each validation image, of the same noise in every epoch; iwae has its own K
@@ -45,7 +44,7 @@ class History:
     skipped_steps: int = 0
     skips: list[dict[str, Any]] = field(default_factory=list)  # epoch, step and tensors of the first `SKIPS` of them
     resumed_after: int = 0  # the epoch, where a checkpoint was taken up: the timings are of what came after it
-    step_ms: float = 0.0  # median
+    step_ms: float = 0.0  # median; a captured step's is its share of an epoch's
 
 
 @dataclass
@@ -68,7 +67,7 @@ class Loop:
         stale = self.epoch - max(self.history.best_epoch, config.kl_warmup)
         return self.epoch >= config.epochs or stale >= config.patience
 
-    def skip(self) -> None:
+    def skip(self, config: Config) -> None:
         """Take down a step that was not finite; the names are only worked out here, on the rare bad step.
 
         Raises:
@@ -76,11 +75,11 @@ class Loop:
         """
         self.bad += 1
         self.history.skipped_steps += 1
-        tensors = nonfinite_gradients(self.vae)
+        tensors = [] if config.captured else nonfinite_gradients(self.vae)
         if len(self.history.skips) < SKIPS:
             self.history.skips.append({"epoch": self.epoch + 1, "step": self.steps, "tensors": tensors})
         if self.bad == BAD_STEPS:
-            where = f"epoch {self.epoch + 1}; not finite: {', '.join(tensors) or 'the loss or the norm alone'}"
+            where = f"epoch {self.epoch + 1}; not finite: {tensor_words(tensors, config)}"
             raise TrainingError(f"no finite loss and gradient in {self.bad} steps in a row ({where}); lower --lr")
 
 
@@ -138,27 +137,24 @@ def fit(vae: VAE, data: Data, config: Config, seed: int, on_epoch: Callable[[His
     watcher = on_epoch if isinstance(on_epoch, Watcher) else Watcher(on_epoch)
     device = torch.device(config.device)
     train, valid = data.train.to(device), data.valid.to(device)
-    optimizer = torch.optim.Adam(vae.parameters(), lr=config.lr)
+    optimizer = adam(vae, config)
     order = torch.Generator().manual_seed(seed)
     pixels = torch.Generator(device).manual_seed(seed)
     loop = Loop(vae, optimizer, order, pixels, copy.deepcopy(vae.state_dict()))
     history, times = loop.history, []
     watcher.start(loop)
+    advance = whole_step(vae, optimizer, train, pixels if data.dynamic else None, config)
     while not loop.is_over(config):
-        kl_weight = schedules.linear(loop.epoch + 1, config.kl_warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * (1 - loop.epoch / config.epochs)
+        kl_weight = torch.tensor(schedules.linear(loop.epoch + 1, config.kl_warmup), device=device)
+        set_learning_rate(optimizer, config.lr * (1 - loop.epoch / config.epochs))
         losses = []
         vae.train()
-        for index in torch.randperm(len(train), generator=order).split(config.batch):
-            x = train[index.to(device)]  # (batch, H, W)
-            x = binarize(x, pixels) if data.dynamic else x  # the same draw for encoder and likelihood
-            start = time.perf_counter()
-            loss = step(vae, optimizer, x, kl_weight, config)
-            times.append(time.perf_counter() - start)  # `step` has read its result from the device
+        batches = torch.randperm(len(train), generator=order).to(device).split(config.batch)
+        for loss, seconds in outcomes(advance, batches, kl_weight, once=config.captured):
+            times.append(seconds)
             loop.steps += 1
-            if loss is None:
-                loop.skip()
+            if math.isnan(loss):
+                loop.skip(config)
             else:
                 loop.bad = 0
                 losses.append(loss)
@@ -175,27 +171,16 @@ def fit(vae: VAE, data: Data, config: Config, seed: int, on_epoch: Callable[[His
     return history
 
 
-def step(vae: VAE, optimizer: torch.optim.Optimizer, x: Tensor, kl_weight: float, config: Config) -> float | None:
-    """One optimizer step; the negative bound at KL weight 1, or None where it was skipped: nothing finite to follow."""
-    optimizer.zero_grad()
-    out = objective_pass(vae, x, config)
-    loss = objective_loss(out, kl_weight, config)
-    loss.backward()
-    try:
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), CLIP_NORM, error_if_nonfinite=True)
-    except RuntimeError:  # raised before any gradient is scaled: it still shows what was not finite
-        return None
-    if not math.isfinite(loss.item()):
-        return None
-    optimizer.step()
-    return negative_bound(out, config).mean().item()
-
-
 def nonfinite_gradients(vae: VAE) -> list[str]:
     """The names of the first `NAMED` parameters whose gradient is not finite."""
     gradients = ((name, parameter.grad) for name, parameter in vae.named_parameters())
     bad = (name for name, gradient in gradients if gradient is not None and not gradient.isfinite().all())
     return list(islice(bad, NAMED))
+
+
+def tensor_words(tensors: Sequence[str], config: Config) -> str:
+    """The tensors of a skipped step, or why there are none."""
+    return ", ".join(tensors) or ("--eager tells which tensors" if config.captured else "the loss or the norm alone")
 
 
 def validate(vae: VAE, x: Tensor, config: Config) -> float:

@@ -12,6 +12,7 @@ from flowpost import objectives as objectives
 from flowpost import recipes as recipes
 from flowpost import schedules as schedules
 from flowpost import testing as testing
+from flowpost import training as training
 from flowpost import vae as vae
 from flowpost.bijectors import *
 from flowpost.checks import DomainError as DomainError
@@ -32,7 +33,7 @@ __version__ = "0.1.0"
 
 if not TYPE_CHECKING:  # a type checker reads the imports themselves
     _PARTS = ["bijectors", "calibration", "evaluation", "functional", "gaps", "importance", "objectives", "recipes"]
-    _PARTS += ["schedules", "testing", "vae"]
+    _PARTS += ["schedules", "testing", "training", "vae"]
     _NAMES = ["CorruptFileError", "DomainError", "FlowDistribution", "FlowPosterior", "IllConditionedWarning"]
     _NAMES += ["InversionError", "NonFiniteError", "Sample", "checking", "load", "save", "wrap"]
     __all__ = [*_PARTS, *_NAMES, *bijectors.__all__, *recipes.__all__]

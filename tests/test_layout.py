@@ -30,7 +30,7 @@ ROOMS = [
     {"functional", "density", "distribution", "posterior"},
     {"recipes"},
     {"wrap", "files", "_format", "objectives", "schedules", "likelihoods", "vae"}
-    | {"importance", "evaluation", "gaps", "calibration"},
+    | {"importance", "evaluation", "gaps", "calibration", "_graphs", "training"},
 ]
 """From the ground up: what stands in a room imports from its own and from those below."""
 

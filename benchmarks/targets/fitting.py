@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, stack_module_state, vmap
 
+from benchmarks.step import CLIP_NORM
 from benchmarks.targets.energies import ENERGIES, STRIP, Energy
-from benchmarks.train import BAD_STEPS, CLIP_NORM, seeded
+from benchmarks.train import BAD_STEPS, seeded
 from flowpost import Chain, FlowPosterior
 from flowpost.recipes import RECIPES
 from flowpost.schedules import linear
