@@ -275,3 +275,16 @@ def test_a_frozen_encoder_stays_in_eval_mode() -> None:
 def test_every_recipe_names_its_options(flow: str) -> None:
     with pytest.raises(TypeError, match=f"^flow_options: {flow} takes .*; got nonsense$"):
         wrap(nn.Linear(6, 7), 3, features=7, flow=flow, nonsense=1)
+
+
+def test_a_head_that_explodes_says_so() -> None:
+    """The full covariance of 784 latents has 307,720 numbers; of a pair, 481 million weights."""
+    message = (
+        "features: expected a head of at most 100,000,000 weights, got 481,275,648, from 1,568 features to the 306,936 "
+        "numbers of a flow of dim=784; use a flow whose numbers do not grow as dim^2 (householder, planar, iaf), a "
+        "smaller dim, or a head of your own: FlowPosterior(features, flow, head)"
+    )
+    encoder = Returns((torch.zeros(2, 784), torch.zeros(2, 784)))
+    raises(ValueError, message, lambda: wrap(encoder, 784, example=X, flow="full_covariance"))
+    with pytest.raises(ValueError, match="got 308,504,000, from 1,000 features to the 308,504 numbers"):
+        flowpost.full_covariance(1000, 784)
