@@ -191,8 +191,8 @@ def linear_head(features: int, step: Bijector) -> nn.Linear:
     if (weights := features * step.context_size) > _MOST_WEIGHTS:
         raise ValueError(
             f"features: expected a head of at most {_MOST_WEIGHTS:,} weights, got {weights:,}, from {features:,} "
-            f"features to the {step.context_size:,} numbers of a flow of dim={step.dim}; use a flow whose numbers do not "
-            f"grow as dim^2 (householder, planar, iaf), a smaller dim, or a head of your own: "
+            f"features to the {step.context_size:,} numbers of a flow of dim={step.dim}; use a flow whose numbers do "
+            f"not grow as dim^2 (householder, planar, iaf), a smaller dim, or a head of your own: "
             f"FlowPosterior(features, flow, head)"
         )
     head = nn.Linear(features, step.context_size)
