@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from typing import cast
@@ -15,17 +16,19 @@ from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.chain import Chain
 from flowpost.bijectors.gate import Gate
 from flowpost.bijectors.wrappers import Learned, linear_head
-from flowpost.checks import active, check_finite
 from flowpost.numerics.arguments import check_int
 from flowpost.numerics.scales import log_var_scale
-from flowpost.posterior import FlowPosterior, Sample
+from flowpost.outputs import Read, as_features, check_diagonal, check_example, joined, kind
+from flowpost.posterior import FlowPosterior
 from flowpost.recipes import RECIPES
+from flowpost.wrapped import WrappedPosterior
 
 
 def wrap(
     encoder: nn.Module,
     dim: int,
     *,
+    read: Read | None = None,
     features: int | None = None,
     example: object = None,
     flow: str | Bijector = "iaf",
@@ -33,18 +36,34 @@ def wrap(
 ) -> WrappedPosterior:
     """Make ``q(z|x)`` of an encoder: its output, on the last axis, becomes the features of a flow posterior.
 
-    An encoder that returns the VAE's pair ``(loc, log_var)`` keeps it. The flow's steps act on the noise; a linear head
-    on the pair gives their context. An affine map then gives ``loc + exp(log_var / 2) * z``, log_var softly bounded
-    at +-20. It takes the place of the diagonal Gaussian of the recipe. With a named flow the posterior starts at the
-    encoder's own Gaussian, so a trained VAE loses nothing.
+    An encoder that returns the VAE's pair ``(loc, log_var)``, or a diagonal Gaussian of `torch.distributions`, keeps
+    it. The flow's steps act on the noise; a linear head on the pair gives their context. An affine map then gives
+    ``loc + exp(log_var / 2) * z``, log_var softly bounded at +-20. It takes the place of the diagonal Gaussian of the
+    recipe. With a named flow the posterior starts at the encoder's own Gaussian, so a trained VAE loses nothing.
 
-    A pair's ``flow="iaf"`` that was saved before the gates had a gain loads into ``wrap(..., gain=1.0)``.
+    For every other encoder, `read` says what to take of its output:
+
+    - ``(mu, std)``: ``read=lambda out: Normal(*out)``;
+    - both in one tensor: ``read=lambda out: out.chunk(2, -1)``;
+    - an object with names: ``read=lambda out: (out.embedding, out.log_covariance)``;
+    - a feature map ``(B, channels, H, W)``: ``read=lambda out: out.flatten(1)``;
+    - the first token of a transformer: ``read=lambda out: out.last_hidden_state[:, 0]``.
+
+    A function with a name pickles with the model; a lambda does not.
+
+    A frozen encoder is left alone: one in eval mode none of whose parameters wants a gradient stays in eval mode when
+    the whole goes to train mode, so that its BatchNorm keeps its statistics. A pair's ``flow="iaf"`` that was saved
+    before the gates had a gain loads into ``wrap(..., gain=1.0)``. The state of the encoder alone, from before it was
+    wrapped, loads too: the posterior then stays as it is.
 
     Args:
         encoder: any module.
         dim: size of z.
+        read: from what the encoder returns to features ``(*batch, features)``, to the pair ``(loc, log_var)``, each
+            ``(*batch, dim)``, or to a `Normal`, an ``Independent`` one, or a diagonal `MultivariateNormal`. By default
+            one of these is what it returns.
         features: width of the encoder's last axis, for an encoder that returns one tensor.
-        example: an input to learn the width from (a tuple for several inputs, a dict for keywords). The encoder runs
+        example: an input to learn the rest from (a tuple for several inputs, a dict for keywords). The encoder runs
             once on it, in eval mode and without gradient, and is left as it was.
         flow: a recipe's name (``"diagonal"``, ``"iaf"``, or another key of ``flowpost.recipes.RECIPES``) or a bijector.
         **flow_options: the recipe's options, such as ``steps=2``; none with a bijector.
@@ -54,8 +73,14 @@ def wrap(
         ``log_prob(z, *inputs, **kwargs)``, on the encoder's device and of its dtype (float32 for half precision).
 
     Raises:
-        TypeError: if the encoder is no module, or returns neither a tensor nor a pair; for options of a bijector.
-        ValueError: if neither `features` nor `example` is given, they disagree, or the flow's name is unknown.
+        TypeError: if the encoder is no module, or returns none of the above; for options that the flow does not take.
+        ValueError: if neither `features` nor `example` is given, they disagree, the flow's name is unknown, or the
+            example shows what cannot be meant: shapes that do not fit, or more than one axis between batch and
+            features without a `read`.
+
+    Warns:
+        UserWarning: without a `read`, if the example's log_var is positive throughout, as a standard deviation is, or
+            if one tensor is twice as wide as z and its width was not given.
 
     Example:
         >>> encoder = nn.Linear(784, 256)
@@ -63,14 +88,10 @@ def wrap(
         >>> posterior(torch.rand(16, 784), sample_shape=(5,)).z.shape
         torch.Size([5, 16, 8])
     """
-    if not isinstance(encoder, nn.Module):
-        raise TypeError(f"encoder: expected a torch.nn.Module, got {type(encoder).__name__}")
+    _check_encoder(encoder)
     check_int("dim", dim, minimum=1)
-    if isinstance(flow, str) and flow not in RECIPES:
-        raise ValueError(f"flow: expected one of {', '.join(RECIPES)}, got {flow!r}")
-    if flow_options and not isinstance(flow, str):
-        raise TypeError(f"flow_options: expected none with a bijector, got {', '.join(flow_options)}")
-    width = _width(encoder, features, example)
+    _check_flow(flow, flow_options)
+    width = _width(encoder, dim, read, features, example)
     if width is None:
         posterior = _around_pair(dim, flow, flow_options)
     elif isinstance(flow, str):
@@ -79,49 +100,31 @@ def wrap(
         posterior = FlowPosterior(width, flow)
     if posterior.dim != dim:
         raise ValueError(f"flow: expected a bijector of dim={dim}, got dim={posterior.dim}")
-    return WrappedPosterior(encoder, _like(encoder, posterior), pair=width is None)
+    return WrappedPosterior(encoder, _like(encoder, posterior), pair=width is None, read=read)
 
 
-class WrappedPosterior(nn.Module):
-    """An encoder and the posterior on its output, as one module; made by `wrap`.
+def _check_encoder(encoder: object) -> None:
+    if isinstance(encoder, nn.Module):
+        return
+    owner = getattr(encoder, "__self__", None)
+    cure = (
+        f"; pass the {type(owner).__name__} itself, or a module of your own whose forward calls {encoder.__name__}"  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(owner, nn.Module)
+        else "; write a torch.nn.Module whose forward calls it, so that its parameters are found"
+    )
+    raise TypeError(f"encoder: expected a torch.nn.Module, got {type(encoder).__name__}{cure}")
 
-    What else a `FlowPosterior` has needs the features of one and the same pass of the encoder (with dropout, a second
-    pass would give others): ``h = wrapped.features(x)``, ``sample = wrapped.posterior(h)``, and then
-    ``wrapped.posterior.path_log_prob(sample, h)``.
-    """
 
-    def __init__(self, encoder: nn.Module, posterior: FlowPosterior, *, pair: bool) -> None:
-        super().__init__()
-        self.encoder, self.posterior, self.pair = encoder, posterior, pair
-
-    def forward(
-        self, *inputs: object, sample_shape: tuple[int, ...] = (), noise: Tensor | None = None, **kwargs: object
-    ) -> Sample:
-        """Draw z ~ q(z|x) with its log-density; inputs and keywords go to the encoder."""
-        return self.posterior(self.features(*inputs, **kwargs), sample_shape, noise)
-
-    def log_prob(self, z: Tensor, *inputs: object, **kwargs: object) -> Tensor:
-        """The log q(z|x) of any z."""
-        return self.posterior.log_prob(z, self.features(*inputs, **kwargs))
-
-    def features(self, *inputs: object, **kwargs: object) -> Tensor:
-        """The encoder's output; a pair ``(loc, log_var)`` side by side."""
-        h = self._features(self.encoder(*inputs, **kwargs))
-        if active() and all(bool(x.isfinite().all()) for x in inputs if isinstance(x, Tensor)):
-            check_finite("context", h, "; the encoder output is not finite, its input was finite")
-        return h
-
-    def _features(self, out: object) -> Tensor:
-        if not self.pair:
-            if not isinstance(out, Tensor):
-                raise TypeError(f"encoder: expected a tensor, got {_kind(out)}; pass wrap an example= of its input")
-            return out
-        if not isinstance(out, (tuple, list)) or not _is_pair(out):
-            raise TypeError(f"encoder: expected the pair (loc, log_var), as for the example, got {_kind(out)}")
-        dim = self.posterior.dim
-        if any(part.shape[-1] != dim for part in out):
-            raise ValueError(f"encoder: expected loc and log_var of shape (*, {dim}), got {_kind(out)}")
-        return torch.cat(tuple(out), dim=-1)
+def _check_flow(flow: str | Bijector, options: Mapping[str, object]) -> None:
+    if not isinstance(flow, str):
+        if options:
+            raise TypeError(f"flow_options: expected none with a bijector, got {', '.join(options)}")
+        return
+    if flow not in RECIPES:
+        raise ValueError(f"flow: expected one of {', '.join(RECIPES)}, got {flow!r}")
+    taken = [*inspect.signature(RECIPES[flow]).parameters][2:]  # after features and dim
+    if unknown := [name for name in options if name not in taken]:
+        raise TypeError(f"flow_options: {flow} takes {', '.join(taken) or 'none'}; got {', '.join(unknown)}")
 
 
 def _around_pair(dim: int, flow: str | Bijector, options: Mapping[str, object]) -> FlowPosterior:
@@ -158,7 +161,7 @@ def _steps(flow: str, dim: int, options: Mapping[str, object]) -> list[Bijector]
     return steps if math.isclose(start, 1) else [*steps, Scale(dim, 1 / start)]
 
 
-def _width(encoder: nn.Module, features: int | None, example: object) -> int | None:
+def _width(encoder: nn.Module, dim: int, read: Read | None, features: int | None, example: object) -> int | None:
     """Width of the encoder's last axis, or None for a pair."""
     if example is None:
         if features is None:
@@ -167,13 +170,23 @@ def _width(encoder: nn.Module, features: int | None, example: object) -> int | N
             )
         return check_int("features", features, minimum=1)
     out = _run(encoder, example)
-    if _is_pair(out):
+    out = out if read is None else read(out)
+    parts = as_features(out)
+    if parts is None:
+        of = "encoder" if read is None else "read"
+        cure = "; pass read= a function from it to one of these" if read is None else ""
+        raise TypeError(f"{of}: expected a tensor, the pair (loc, log_var) or a Normal, got {kind(out)}{cure}")
+    check_diagonal(out)
+    if read is None:
+        check_example(out, parts, dim, told=features is not None)
+    if isinstance(parts, tuple):
+        joined(parts, dim)
+        if features is not None:
+            raise ValueError(f"features: expected none with the pair (loc, log_var), got {features}; leave it out")
         return None
-    if not isinstance(out, Tensor) or out.ndim < 1:
-        raise TypeError(f"encoder: expected a tensor or the pair (loc, log_var), got {_kind(out)}")
-    if features is not None and features != out.shape[-1]:
-        raise ValueError(f"features: expected {out.shape[-1]}, the width of the encoder's output, got {features}")
-    return out.shape[-1]
+    if features is not None and features != parts.shape[-1]:
+        raise ValueError(f"features: expected {parts.shape[-1]}, the width of the encoder's output, got {features}")
+    return parts.shape[-1]
 
 
 def _run(encoder: nn.Module, example: object) -> object:
@@ -196,15 +209,3 @@ def _like(encoder: nn.Module, posterior: FlowPosterior) -> FlowPosterior:
         return posterior
     dtype = parameter.dtype if parameter.dtype in (torch.float32, torch.float64) else None
     return posterior.to(device=parameter.device, dtype=dtype)
-
-
-def _is_pair(out: object) -> bool:
-    return isinstance(out, (tuple, list)) and len(out) == 2 and all(isinstance(part, Tensor) for part in out)
-
-
-def _kind(out: object) -> str:
-    if isinstance(out, Tensor):
-        return f"a tensor of shape {tuple(out.shape)}"
-    if isinstance(out, (tuple, list)):
-        return f"a {type(out).__name__} of {', '.join(_kind(part) for part in out)}"
-    return type(out).__name__

@@ -29,7 +29,7 @@ ROOMS = [
     {"bijectors"},
     {"functional", "density", "distribution", "posterior"},
     {"recipes"},
-    {"wrap", "files", "_format", "objectives", "schedules", "likelihoods", "vae"}
+    {"outputs", "wrapped", "wrap", "files", "_format", "objectives", "schedules", "likelihoods", "vae"}
     | {"importance", "evaluation", "gaps", "calibration", "_graphs", "training"},
 ]
 """From the ground up: what stands in a room imports from its own and from those below."""

@@ -236,7 +236,16 @@ def test_what_is_refused() -> None:
     raises(ValueError, "features: expected an int >= 1, got 0", lambda: wrap(nn.Linear(6, 7), 3, features=0))
     options = "flow_options: expected none with a bijector, got steps"
     raises(TypeError, options, lambda: wrap(nn.Linear(6, 7), 3, features=7, flow=Planar(3), steps=2))
-    no_module = "encoder: expected a torch.nn.Module, got function"
+    planar = "flow_options: planar takes steps; got hidden"
+    raises(TypeError, planar, lambda: wrap(nn.Linear(6, 7), 3, features=7, flow="planar", hidden=(8,)))
+    none = "flow_options: diagonal takes none; got steps, hidden"
+    raises(TypeError, none, lambda: wrap(nn.Linear(6, 7), 3, features=7, flow="diagonal", steps=2, hidden=(8,)))
+    pair = "features: expected none with the pair (loc, log_var), got 6; leave it out"
+    raises(ValueError, pair, lambda: wrap(Pair(), 3, features=6, example=X))
+    no_module = (
+        "encoder: expected a torch.nn.Module, got function; write a torch.nn.Module whose forward calls it, so that "
+        "its parameters are found"
+    )
     raises(TypeError, no_module, lambda: wrap(raises, 3, features=7))  # pyright: ignore[reportArgumentType]
 
 
@@ -249,7 +258,9 @@ def test_what_is_refused() -> None:
     (torch.zeros(()), "a tensor of shape ()"),
 ])  # fmt: skip
 def test_an_encoder_that_returns_something_else(value: object, got: str) -> None:
-    message = f"encoder: expected a tensor or the pair (loc, log_var), got {got}"
+    expected = f"expected a tensor, the pair (loc, log_var) or a Normal, got {got}"
+    message = f"encoder: {expected}; pass read= a function from it to one of these"
+    raises(TypeError, f"read: {expected}", lambda: wrap(Returns(None), 3, example=X, read=lambda _: value))
     raises(TypeError, message, lambda: wrap(Returns(value), 3, example=X))
 
 
@@ -269,6 +280,8 @@ def test_a_pair_of_another_width_than_dim() -> None:
         "encoder: expected loc and log_var of shape (*, 4), "
         "got a tuple of a tensor of shape (4, 3), a tensor of shape (4, 3)"
     )
-    with pytest.raises(ValueError, match="^encoder: expected loc and log_var of shape") as caught:
-        wrap(Pair(), 4, example=X, flow="diagonal")(X)
-    assert str(caught.value) == message
+    raises(ValueError, message, lambda: wrap(Pair(), 4, example=X, flow="diagonal"))
+    encoder = Pair()
+    posterior = wrap(encoder, 3, example=X, flow="diagonal")
+    encoder.loc, encoder.log_var = nn.Linear(8, 4), nn.Linear(8, 4)
+    raises(ValueError, message.replace("3", "5").replace("4)", "3)").replace("5)", "4)"), lambda: posterior(X))

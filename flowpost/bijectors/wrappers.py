@@ -15,6 +15,9 @@ from flowpost.masked.run import Column
 from flowpost.numerics.arguments import check_int
 from flowpost.numerics.watchers import full_precision
 
+_MOST_WEIGHTS = 100_000_000
+"""Of a head that nobody has asked for by name: 400 MB, and 1.6 GB while Adam trains it."""
+
 
 class _Wrapper(Bijector):
     """One step whose context comes from elsewhere; a subclass says from where."""
@@ -179,8 +182,19 @@ def _inner(steps: Sequence[Bijector]) -> list[Bijector]:
 
 
 def linear_head(features: int, step: Bijector) -> nn.Linear:
-    """A linear layer from features to the step's context that starts at the step's ``initial_context``."""
+    """A linear layer from features to the step's context that starts at the step's ``initial_context``.
+
+    Raises:
+        ValueError: if the step reads no context, or so much of it that the layer would have over 100 million weights.
+    """
     _check_reads(step)
+    if (weights := features * step.context_size) > _MOST_WEIGHTS:
+        raise ValueError(
+            f"features: expected a head of at most {_MOST_WEIGHTS:,} weights, got {weights:,}, from {features:,} "
+            f"features to the {step.context_size:,} numbers of a flow of dim={step.dim}; use a flow whose numbers do "
+            f"not grow as dim^2 (householder, planar, iaf), a smaller dim, or a head of your own: "
+            f"FlowPosterior(features, flow, head)"
+        )
     head = nn.Linear(features, step.context_size)
     with torch.no_grad():
         head.bias.copy_(step.initial_context())

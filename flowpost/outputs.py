@@ -1,0 +1,124 @@
+"""What encoders return, as the features of a posterior: a tensor, the pair (loc, log_var), or a diagonal Gaussian."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
+
+Read = Callable[[Any], object]
+"""From what an encoder returns to features, to a pair or to a Gaussian."""
+_MANY = 16
+"""Numbers that are all positive by chance once in 65,536 times, if each is by half a chance."""
+
+
+def as_features(out: object) -> Tensor | tuple[Tensor, Tensor] | None:
+    """A tensor as it is, ``(loc, log_var)`` of a pair or a Gaussian; None for anything else.
+
+    Raises:
+        TypeError: for a Gaussian whose variables are correlated by what it is, or no vector.
+    """
+    if isinstance(out, Tensor):
+        return out if out.ndim else None
+    if isinstance(out, Distribution):
+        return _of_gaussian(out)
+    return (out[0], out[1]) if _is_pair(out) else None
+
+
+def _of_gaussian(out: Distribution) -> tuple[Tensor, Tensor]:
+    """The pair of a diagonal Gaussian, whose scale leaves no doubt."""
+    if isinstance(out, MultivariateNormal):
+        return out.loc, out.covariance_matrix.diagonal(dim1=-2, dim2=-1).log()
+    inner = out.base_dist if isinstance(out, Independent) else out
+    if isinstance(inner, Normal):
+        return inner.loc, 2 * inner.scale.log()
+    raise TypeError(
+        f"encoder: expected a tensor, the pair (loc, log_var) or a diagonal Gaussian, got {kind(out)}; pass wrap "
+        f"read= a function from it to one of these"
+    )
+
+
+def joined(pair: tuple[Tensor, Tensor], dim: int) -> Tensor:
+    """A pair side by side, ``(*batch, 2 * dim)``.
+
+    Raises:
+        ValueError: for another width than `dim`, or shapes that do not broadcast.
+    """
+    if any(part.ndim == 0 or part.shape[-1] != dim for part in pair):
+        raise ValueError(f"encoder: expected loc and log_var of shape (*, {dim}), got {kind(pair)}")
+    if pair[0].shape == pair[1].shape:
+        return torch.cat(pair, dim=-1)
+    try:
+        return torch.cat(torch.broadcast_tensors(*pair), dim=-1)
+    except RuntimeError:
+        raise ValueError(f"encoder: expected loc and log_var that broadcast, got {kind(pair)}") from None
+
+
+def check_example(out: object, parts: Tensor | tuple[Tensor, Tensor], dim: int, *, told: bool) -> None:
+    """Refuse what an example shows that cannot be meant, and warn of what is hardly meant; nobody has said `read=`.
+
+    Args:
+        out: what the encoder returned.
+        parts: the same by `as_features`.
+        dim: of z.
+        told: whether the width was given too.
+    """
+    tensors = parts if isinstance(parts, tuple) else (parts,)
+    most = max(tensors, key=lambda part: part.ndim)
+    if most.ndim > 3:
+        raise ValueError(
+            f"encoder: expected (batch, features), with one axis between them at most, got shape {tuple(most.shape)}: "
+            f"pass read={_by_parts(parts, 'flatten(1)')} for one z an example, "
+            f"or read={_by_parts(parts, 'movedim(1, -1)')} for one z a pixel"
+        )
+    if isinstance(parts, Tensor):
+        if parts.shape[-1] == 2 * dim and not told:
+            warnings.warn(
+                f"encoder: its output is {2 * dim} wide, twice dim, and is taken for features; if it is loc and "
+                f"log_var side by side, pass read=lambda out: out.chunk(2, -1); features={2 * dim} says that it is not",
+                UserWarning,
+                stacklevel=3,
+            )
+    elif not isinstance(out, Distribution) and parts[1].numel() >= _MANY and bool((parts[1] > 0).all()):
+        warnings.warn(
+            "encoder: the second of the pair looks like a standard deviation, for it is positive throughout; expected "
+            "the logarithm of the variance; pass read=lambda out: torch.distributions.Normal(*out), or, if it is right,"
+            " read=lambda out: out",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def check_diagonal(out: object) -> None:
+    """Refuse a Gaussian with correlations: its values are read, so only where an example is, or under `checking`."""
+    if isinstance(out, MultivariateNormal):
+        tril = out.scale_tril
+        if bool((tril != torch.diag_embed(tril.diagonal(dim1=-2, dim2=-1))).any()):
+            raise ValueError(
+                "encoder: expected a Gaussian of independent variables, got a MultivariateNormal with correlations; "
+                "the flow acts on the noise before a diagonal Gaussian: pass read=lambda out: (out.mean, "
+                "out.variance.log()), and flow='full_covariance' learns correlations again"
+            )
+
+
+def _by_parts(parts: Tensor | tuple[Tensor, Tensor], call: str) -> str:
+    if isinstance(parts, Tensor):
+        return f"lambda out: out.{call}"
+    return f"lambda out: [part.{call} for part in out]"
+
+
+def kind(out: object) -> str:
+    """What it is, in the words of an error."""
+    if isinstance(out, Tensor):
+        return f"a tensor of shape {tuple(out.shape)}"
+    if isinstance(out, (tuple, list)):
+        return f"a {type(out).__name__} of {', '.join(kind(part) for part in out)}"
+    return type(out).__name__
+
+
+def _is_pair(out: object) -> TypeGuard[tuple[Tensor, Tensor] | list[Tensor]]:
+    return isinstance(out, (tuple, list)) and len(out) == 2 and all(isinstance(part, Tensor) for part in out)

@@ -1,0 +1,114 @@
+"""An encoder and the posterior on its output, as one module."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any
+
+from torch import Tensor, nn
+
+from flowpost.checks import active, check_finite
+from flowpost.density import Sample
+from flowpost.distribution import FlowDistribution
+from flowpost.outputs import Read, as_features, check_diagonal, joined, kind
+from flowpost.posterior import FlowPosterior
+
+
+class WrappedPosterior(nn.Module):
+    """An encoder and the posterior on its output, as one module; made by `wrap`.
+
+    Inputs and keywords go to the encoder. Whatever needs more than one thing of q(z|x) takes them from one and the same
+    pass of the encoder (with dropout, a second pass would give others): ``q = wrapped.at(x)``, ``sample = q.draw()``,
+    and then ``q.path_log_prob(sample)``.
+    """
+
+    def __init__(self, encoder: nn.Module, posterior: FlowPosterior, *, pair: bool, read: Read | None = None) -> None:
+        super().__init__()
+        self.encoder, self.posterior, self.pair, self.read = encoder, posterior, pair, read
+        self._resting = not encoder.training
+        names = inspect.signature(encoder.forward).parameters
+        self._taken = tuple(name for name in ("sample_shape", "noise") if name in names)
+
+    @property
+    def dim(self) -> int:
+        """Size of the last axis of z."""
+        return self.posterior.dim
+
+    @property
+    def is_gaussian(self) -> bool:
+        """Whether q(z|x) is Gaussian for every x."""
+        return self.posterior.is_gaussian
+
+    def forward(
+        self, *inputs: object, sample_shape: tuple[int, ...] = (), noise: Tensor | None = None, **kwargs: object
+    ) -> Sample:
+        """Draw z ~ q(z|x) with its log-density; inputs and keywords go to the encoder."""
+        if self._taken and (sample_shape != () or noise is not None):
+            raise TypeError(
+                f"{self._taken[0]}: the encoder has an argument of this name, so whose it is cannot be told; "
+                f"pass the encoder's to at(), and the posterior's to at(...).draw(sample_shape, noise)"
+            )
+        return self.posterior(self.features(*inputs, **kwargs), sample_shape, noise)
+
+    def at(self, *inputs: object, **kwargs: object) -> FlowDistribution:
+        """The q(.|x) as a `torch.distributions.Distribution`; the encoder runs here, and once."""
+        return self.posterior.at(self.features(*inputs, **kwargs))
+
+    def log_prob(self, z: Tensor, /, *inputs: object, **kwargs: object) -> Tensor:
+        """The log q(z|x) of any z."""
+        return self.posterior.log_prob(z, self.features(*inputs, **kwargs))
+
+    def path_log_prob(self, sample: Sample, /, *inputs: object, **kwargs: object) -> Tensor:
+        """The log q(z|x) of an own sample as a function of z alone, as `FlowPosterior.path_log_prob`."""
+        return self.posterior.path_log_prob(sample, self.features(*inputs, **kwargs))
+
+    def gaussian(self, *inputs: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        """Mean and Cholesky factor of a Gaussian posterior, as `FlowPosterior.gaussian`."""
+        return self.at(*inputs, **kwargs).gaussian()
+
+    def features(self, *inputs: object, **kwargs: object) -> Tensor:
+        """The encoder's output, as `read`; a pair ``(loc, log_var)`` side by side."""
+        h = self._features(self.encoder(*inputs, **kwargs))
+        if active() and all(bool(x.isfinite().all()) for x in inputs if isinstance(x, Tensor)):
+            check_finite("context", h, "; the encoder output is not finite, its input was finite")
+        return h
+
+    def _features(self, out: object) -> Tensor:
+        out = out if self.read is None else self.read(out)
+        parts = as_features(out)
+        if active():
+            check_diagonal(out)
+        if not self.pair:
+            if not isinstance(parts, Tensor):
+                raise TypeError(f"encoder: expected a tensor, got {kind(out)}; pass wrap an example= of its input")
+            return parts
+        if not isinstance(parts, tuple):
+            raise TypeError(f"encoder: expected the pair (loc, log_var), as for the example, got {kind(out)}")
+        return joined(parts, self.posterior.dim)
+
+    def train(self, mode: bool = True) -> WrappedPosterior:  # noqa: FBT001, FBT002
+        """Set the mode, but leave a frozen encoder that rests in eval mode there."""
+        if self.training:  # else the encoder is in eval mode because the whole is
+            self._resting = not self.encoder.training
+        super().train(mode)
+        wanting = [parameter.requires_grad for parameter in self.encoder.parameters()]
+        if self._resting and wanting and not any(wanting):
+            self.encoder.eval()
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
+        own = [*self.encoder.state_dict()]
+        found = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
+        if own and set(found) == set(own) and not any(key.startswith("posterior.") for key in found):
+            for key in own:  # it is of the encoder alone, from before it was wrapped
+                state_dict[f"{prefix}encoder.{key}"] = state_dict.pop(f"{prefix}{key}")
+            state_dict.update(self.posterior.state_dict(prefix=f"{prefix}posterior."))
+        elif own and not any(key.startswith("encoder.") for key in found):
+            warnings.warn(
+                f"load_state_dict: nothing of the encoder was loaded; expected keys such as {prefix}encoder.{own[0]}, "
+                f"or those of the encoder alone, such as {prefix}{own[0]}",
+                UserWarning,
+                stacklevel=2,
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,290 @@
+"""What `wrap` makes of the encoders that people have: what is read, refused and warned of, and what stays as it was."""
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from test_wrap import Pair, Returns, X, raises
+from torch import Tensor, nn
+from torch.distributions import Beta, Distribution, Independent, MultivariateNormal, Normal
+
+import flowpost
+from flowpost import wrap
+from flowpost.recipes import RECIPES
+
+
+@dataclass
+class Moments:
+    """A dataclass, as pythae and many others return."""
+
+    embedding: Tensor
+    log_covariance: Tensor
+
+
+def moments(out: Moments) -> tuple[Tensor, Tensor]:
+    return out.embedding, out.log_covariance
+
+
+LOC, STD = torch.linspace(-2, 2, 12).view(4, 3), torch.linspace(0.1, 3, 12).view(4, 3)
+LOG_VAR = 2 * STD.log()
+READ: dict[str, tuple[object, Callable[[Any], object] | None]] = {
+    "a pair": ((LOC, LOG_VAR), None),
+    "a list": ([LOC, LOG_VAR], None),
+    "a pair of one scale": ((LOC, LOG_VAR[:1]), None),
+    "a pair of one scale without an axis": ((LOC, LOG_VAR[0]), None),
+    "mu and std": ((LOC, STD), lambda out: Normal(*out)),
+    "side by side": (torch.cat([LOC, LOG_VAR], -1), lambda out: out.chunk(2, -1)),
+    "a dict": ({"mu": LOC, "logvar": LOG_VAR}, lambda out: (out["mu"], out["logvar"])),
+    "a dataclass": (Moments(LOC, LOG_VAR), moments),
+    "three": ((LOC, LOC, LOG_VAR), lambda out: out[1:]),
+    "channels": (torch.cat([LOC, LOG_VAR], 1)[..., None, None], lambda out: out.flatten(1).chunk(2, -1)),
+    "a Normal": (Normal(LOC, STD), None),
+    "an independent Normal": (Independent(Normal(LOC, STD), 1), None),
+    "a diagonal Gaussian": (MultivariateNormal(LOC, torch.diag_embed(STD.square())), None),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("flow", ["diagonal", "iaf", "full_covariance"])
+def test_it_starts_at_the_encoder_s_own_gaussian(name: str, flow: str) -> None:
+    value, read = READ[name]
+    one = name in ("a pair of one scale", "a pair of one scale without an axis")
+    scale = STD[:1].expand(4, 3) if one else STD
+    posterior = wrap(Returns(value), 3, example=X, read=read, flow=flow)
+    z, log_prob, noise = posterior(X, sample_shape=(5,))
+    torch.testing.assert_close(z, LOC + scale * noise, rtol=0, atol=2e-6)
+    torch.testing.assert_close(log_prob, Normal(LOC, scale).log_prob(z).sum(-1), rtol=1e-5, atol=2e-5)
+
+
+def test_a_named_read_pickles_and_copies() -> None:
+    posterior = wrap(Returns(Moments(LOC, LOG_VAR)), 3, example=X, read=moments, flow="planar")
+    noise = torch.randn(4, 3)
+    for other in (pickle.loads(pickle.dumps(posterior)), copy.deepcopy(posterior)):
+        assert torch.equal(other(X, noise=noise).z, posterior(X, noise=noise).z)
+
+
+def test_read_may_make_features() -> None:
+    """Of a feature map: one z an example, or one a pixel; and of tokens with `features` alone."""
+    maps = torch.randn(4, 7, 2, 5)
+    flat = wrap(Returns(maps), 3, example=X, read=lambda out: out.flatten(1), flow="diagonal")
+    assert flat(X).z.shape == (4, 3)
+    each = wrap(Returns(maps), 3, example=X, read=lambda out: out.movedim(1, -1), flow="diagonal")
+    assert each(X).z.shape == (4, 2, 5, 3)
+    first = wrap(Returns(torch.randn(4, 9, 7)), 3, features=7, read=lambda out: out[:, 0], flow="diagonal")
+    assert first(X).z.shape == (4, 3)
+    assert wrap(Returns(torch.randn(4, 9, 7)), 3, example=X, flow="diagonal")(X).z.shape == (4, 9, 3)
+
+
+REFUSED = {
+    "a feature map": (
+        torch.zeros(16, 6, 7, 7), ValueError,
+        "encoder: expected (batch, features), with one axis between them at most, got shape (16, 6, 7, 7): pass read="
+        "lambda out: out.flatten(1) for one z an example, or read=lambda out: out.movedim(1, -1) for one z a pixel",
+    ),
+    "a pair of maps": (
+        (torch.zeros(2, 3, 5, 3), torch.zeros(2, 3, 5, 3)), ValueError,
+        "encoder: expected (batch, features), with one axis between them at most, got shape (2, 3, 5, 3): pass "
+        "read=lambda out: [part.flatten(1) for part in out] for one z an example, "
+        "or read=lambda out: [part.movedim(1, -1) for part in out] for one z a pixel",
+    ),
+    "a GRU's output and state": (
+        (torch.zeros(4, 9, 7), torch.zeros(1, 4, 7)), ValueError,
+        "encoder: expected loc and log_var of shape (*, 3), got a tuple of a tensor of shape (4, 9, 7), a tensor of "
+        "shape (1, 4, 7)",
+    ),
+    "a GRU's of width dim": (
+        (torch.zeros(4, 9, 3), torch.zeros(1, 4, 3)), ValueError,
+        "encoder: expected loc and log_var that broadcast, got a tuple of a tensor of shape (4, 9, 3), a tensor of "
+        "shape (1, 4, 3)",
+    ),
+    "another distribution": (
+        Beta(LOC.exp(), STD), TypeError,
+        "encoder: expected a tensor, the pair (loc, log_var) or a diagonal Gaussian, got Beta; pass wrap read= a "
+        "function from it to one of these",
+    ),
+    "a correlated Gaussian": (
+        MultivariateNormal(LOC, torch.eye(3) + 0.5), ValueError,
+        "encoder: expected a Gaussian of independent variables, got a MultivariateNormal with correlations; the flow "
+        "acts on the noise before a diagonal Gaussian: pass read=lambda out: (out.mean, out.variance.log()), and "
+        "flow='full_covariance' learns correlations again",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_meant_is_refused(name: str) -> None:
+    value, error, message = REFUSED[name]
+    raises(error, message, lambda: wrap(Returns(value), 3, example=X))
+
+
+def test_correlations_that_come_later_are_found_under_checking() -> None:
+    encoder = Returns(MultivariateNormal(LOC, torch.eye(3)))
+    posterior = wrap(encoder, 3, example=X, flow="diagonal")
+    encoder.value = MultivariateNormal(LOC, torch.eye(3) + 0.5)
+    posterior(X)
+    with flowpost.checking(), pytest.raises(ValueError, match="with correlations"):
+        posterior(X)
+
+
+def test_what_is_hardly_meant_warns_and_both_cures_silence_it() -> None:
+    positive, wide = Returns((X[:, :4], 0.1 + X[:, :4].abs())), Returns(torch.zeros(4, 8))
+    with pytest.warns(
+        UserWarning, match="looks like a standard deviation.*read=lambda out: torch.distributions.Normal"
+    ):
+        wrap(positive, 4, example=X, flow="diagonal")
+    with pytest.warns(UserWarning, match="8 wide, twice dim.*read=lambda out: out.chunk.2, -1.; features=8"):
+        wrap(wide, 4, example=X, flow="diagonal")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrap(positive, 4, example=X, flow="diagonal", read=lambda out: out)
+        wrap(positive, 4, example=X, flow="diagonal", read=lambda out: Normal(*out))
+        wrap(Returns((X[:3, :4], 0.1 + X[:3, :4].abs())), 4, example=X, flow="diagonal")  # 12 numbers say little
+        wrap(Returns(Normal(X[:, :4], 1 + X[:, :4].abs() * 9)), 4, example=X, flow="diagonal")
+        wrap(wide, 4, example=X, flow="diagonal", features=8)
+        wrap(wide, 4, example=X, flow="diagonal", read=lambda out: out)
+
+
+def test_a_method_is_no_module() -> None:
+    model = Pair()
+    raises(
+        TypeError,
+        "encoder: expected a torch.nn.Module, got method; pass the Pair itself, or a module of your own whose forward "
+        "calls forward",
+        lambda: wrap(model.forward, 3, example=X),  # pyright: ignore[reportArgumentType]
+    )
+
+
+class Noisy(nn.Module):
+    """An encoder with keywords of the posterior's names."""
+
+    def forward(self, x: Tensor, noise: float = 0.0) -> Tensor:
+        return x + noise
+
+
+def test_an_encoder_s_own_noise_is_not_swallowed() -> None:
+    posterior = wrap(Noisy(), 3, example=X, features=6, flow="diagonal")
+    assert torch.equal(posterior.features(X, noise=2.0), X + 2)
+    assert posterior(X).z.shape == (4, 3)
+    with pytest.raises(TypeError, match="noise: the encoder has an argument of this name.*at"):
+        posterior(X, noise=torch.zeros(4, 3))
+    noise = torch.randn(4, 3)
+    z = posterior.at(X, noise=2.0).draw(noise=noise).z
+    assert torch.equal(z, posterior.posterior(X + 2, noise=noise).z)
+
+
+@pytest.mark.parametrize("flow", ["diagonal", "full_covariance", "planar"])
+def test_it_is_a_posterior_like_any_other(flow: str) -> None:
+    posterior = wrap(Pair(), 3, example=X, flow=flow).double()
+    x = X.double()
+    q = posterior.at(x)
+    sample = q.draw((2,))
+    assert isinstance(q, Distribution)
+    assert posterior.dim == 3
+    assert posterior.is_gaussian == (flow != "planar")
+    torch.testing.assert_close(posterior.log_prob(sample.z, x), sample.log_prob)
+    torch.testing.assert_close(posterior.path_log_prob(sample, x), sample.log_prob)
+    if posterior.is_gaussian:
+        for found, expected in zip(
+            posterior.gaussian(x), posterior.posterior.gaussian(posterior.features(x)), strict=True
+        ):
+            assert torch.equal(found, expected)
+    else:
+        with pytest.raises(TypeError, match="posterior: expected a Gaussian one"):
+            posterior.gaussian(x)
+
+
+# ------------------------------------------------------------------------------------------------ what stays as it was
+
+
+class Model(nn.Module):
+    """A VAE of somebody's own."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.decoder = encoder, nn.Linear(3, 6)
+
+
+class Nested(nn.Module):
+    """An encoder whose child is called encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.norm = Pair(), nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.encoder(self.norm(x))
+
+
+@pytest.mark.parametrize("make", [Pair, Nested])
+@pytest.mark.parametrize("options", [{}, {"strict": False}, {"assign": True}], ids=str)
+def test_a_state_from_before_it_was_wrapped_loads(make: Callable[[], nn.Module], options: dict[str, bool]) -> None:
+    old, new = Model(make()), Model(make())
+    before = {key: value.clone() for key, value in old.state_dict().items()}
+    wrapped = new.encoder = wrap(new.encoder, 3, example=X, flow="iaf", hidden=(8,))
+    own = {key: value.clone() for key, value in wrapped.posterior.state_dict().items()}
+    result = new.load_state_dict(old.state_dict(), **options)
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    found = wrapped.encoder.state_dict()
+    assert all(torch.equal(value, before[f"encoder.{key}"]) for key, value in found.items())
+    assert all(torch.equal(value, own[key]) for key, value in wrapped.posterior.state_dict().items())
+    assert torch.equal(new.decoder.weight, before["decoder.weight"])
+    again = wrap(make(), 3, example=X, flow="iaf", hidden=(8,))
+    again.load_state_dict(wrapped.state_dict())  # a new state
+    assert all(torch.equal(value, wrapped.state_dict()[key]) for key, value in again.state_dict().items())
+    again.load_state_dict(old.encoder.state_dict())  # the encoder's alone
+    assert all(torch.equal(value, before[f"encoder.{key}"]) for key, value in again.encoder.state_dict().items())
+
+
+def test_a_load_of_nothing_is_not_silent() -> None:
+    new = Model(wrap(Pair(), 3, example=X, flow="diagonal"))
+    state = {key.replace("encoder.", "enc."): value for key, value in Model(Pair()).state_dict().items()}
+    with pytest.raises(RuntimeError, match="Missing key"), pytest.warns(UserWarning, match="nothing of the encoder"):
+        new.load_state_dict(state)
+    with pytest.warns(
+        UserWarning, match="nothing of the encoder was loaded; expected keys such as encoder.encoder.body"
+    ):
+        new.load_state_dict(state, strict=False)
+
+
+def test_a_frozen_encoder_stays_in_eval_mode() -> None:
+    frozen = Nested().requires_grad_(requires_grad=False).eval()
+    posterior = wrap(frozen, 3, example=X, flow="planar")
+    before = copy.deepcopy(frozen.state_dict())
+    for mode in (True, False, True):
+        posterior.train(mode)
+        posterior(X)
+        assert not any(module.training for module in frozen.modules())
+        assert posterior.posterior.training == mode
+    assert all(torch.equal(value, before[key]) for key, value in frozen.state_dict().items())
+    trained = wrap(Nested().eval(), 3, example=X, flow="planar").train()
+    assert trained.encoder.training  # nobody froze it
+    awake = wrap(Nested().requires_grad_(requires_grad=False), 3, example=X, flow="planar")
+    assert awake.eval().train().encoder.training  # frozen, but not in eval mode
+    awake.encoder.eval()
+    assert not awake.train().encoder.training
+    assert not awake.eval().train().encoder.training
+
+
+@pytest.mark.parametrize("flow", RECIPES)
+def test_every_recipe_names_its_options(flow: str) -> None:
+    with pytest.raises(TypeError, match=f"^flow_options: {flow} takes .*; got nonsense$"):
+        wrap(nn.Linear(6, 7), 3, features=7, flow=flow, nonsense=1)
+
+
+def test_a_head_that_explodes_says_so() -> None:
+    """The full covariance of 784 latents has 307,720 numbers; of a pair, 481 million weights."""
+    message = (
+        "features: expected a head of at most 100,000,000 weights, got 481,275,648, from 1,568 features to the 306,936 "
+        "numbers of a flow of dim=784; use a flow whose numbers do not grow as dim^2 (householder, planar, iaf), a "
+        "smaller dim, or a head of your own: FlowPosterior(features, flow, head)"
+    )
+    encoder = Returns((torch.zeros(2, 784), torch.zeros(2, 784)))
+    raises(ValueError, message, lambda: wrap(encoder, 784, example=X, flow="full_covariance"))
+    with pytest.raises(ValueError, match="got 308,504,000, from 1,000 features to the 308,504 numbers"):
+        flowpost.full_covariance(1000, 784)
