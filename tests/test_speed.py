@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -504,3 +505,13 @@ def test_who_cannot_be_captured_is_left_out_and_the_others_are_timed(monkeypatch
     found = training_captured(Hall(CPU, TINY, peers=False), MINI)
     assert found.left_out == {"dense": "cannot be captured: called a synchronizing CUDA operation"}
     assert set(found.seconds) == {"flowpost", "flowpost, eager", "matrix products alone"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_the_check_on_a_gpu_refuses_where_there_is_none(tmp_path: Path) -> None:
+    page, script = tmp_path / "page.md", ROOT / "benchmarks" / "gpu_check.sh"
+    python = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run([script, page], env=python, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("gpu_check: expected a Python whose PyTorch finds a CUDA device")
+    assert not page.exists()
