@@ -25,7 +25,7 @@ def densities(posterior: FlowPosterior, h: Tensor, noise: Tensor, z: Tensor) -> 
     """Of a sample, of its path and of points from elsewhere; and the gradients of each in all parameters."""
     sample = posterior(h, (2,), noise)
     found = [sample.log_prob, posterior.log_prob(z, h), posterior.path_log_prob(sample, h)]
-    total = sum((each.sum() for each in found), sample.z.square().sum())
+    total = torch.cat([each.flatten() for each in [*found, sample.z.square()]]).sum()
     return [each.detach() for each in found] + list(torch.autograd.grad(total, list(posterior.parameters())))
 
 
@@ -34,9 +34,11 @@ def assert_near(found: list[Tensor], expected: list[Tensor], tolerance: float = 
         assert (a - b).abs().max() <= tolerance * (1 + b.abs().max())
 
 
-def vae_step(vae: VAE, x: Tensor, **options: bool) -> Callable[[], list[Tensor]]:
+def vae_step(vae: VAE, x: Tensor, *, capturable: bool = False, fused: bool = False) -> Callable[[], list[Tensor]]:
     """A whole training step. An eps so large keeps Adam from making steps of what rounding leaves of a gradient."""
-    optimizer = torch.optim.Adam(vae.parameters(), lr=1e-2, eps=1e-3, **options)
+    optimizer = torch.optim.Adam(
+        vae.parameters(), lr=1e-2, eps=1e-3, capturable=capturable, fused=fused, foreach=not fused
+    )
 
     def step() -> list[Tensor]:
         optimizer.zero_grad(set_to_none=True)

@@ -57,7 +57,7 @@ def _skips(entry: Entry) -> set[str]:
 def _check(entry: Entry, name: str, dims: Sequence[int], examples: int) -> None:
     if name in _skips(entry):
         pytest.skip("the step declares that it has no such property")
-    # In float32, behind a triangular solve at contexts of 1e4, what a mask hides of a weight's gradient is out of range.
+    # In float32, behind a triangular solve at contexts of 1e4, what a mask hides of a gradient is out of range.
     narrow = entry.name == "nested" and name == "extremes"
     dtypes = DTYPES[:1] if narrow else DTYPES
     others = [other for other in PROPERTIES if other != name]

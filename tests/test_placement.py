@@ -10,7 +10,7 @@ from itertools import chain
 import pytest
 import torch
 from registry import BY_NAME, ENTRIES, Case, Entry, draw
-from small import DIM, FEATURES, OPTIONS, small
+from small import DIM, FEATURES, small
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,7 +22,6 @@ from flowpost.evaluation import active_units, decompose_elbo, log_marginal
 from flowpost.gaps import inference_gaps
 from flowpost.objectives import elbo, elbo_terms, free_bits, gaussian_kl, iwae, latent_kl
 from flowpost.recipes import RECIPES
-from flowpost.testing import PROPERTIES, check_bijector, push
 from flowpost.vae import VAE, Bernoulli, Binomial, Categorical, Gaussian, VAEOutput
 
 every = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
