@@ -139,7 +139,7 @@ def rank_ecdf(ranks: Tensor, samples: int, level: float = 0.95, *, rounds: int =
     if not 0 < level < 1 or rounds * (1 - level) < 1:
         raise ValueError(f"level: expected a probability in (0, {1 - 1 / rounds:.4g}] for {rounds} rounds, got {level}")
     count = len(ranks)
-    uniform = torch.arange(1, samples + 2, dtype=torch.float64) / (samples + 1)
+    uniform = torch.arange(1, samples + 2, dtype=torch.float64, device="cpu") / (samples + 1)
     at_most = _binomial_cdf(count, uniform)  # (samples + 1, count + 1)
     at_least = 1 - torch.nn.functional.pad(at_most, (1, 0))[:, :-1]
     tail = 2 * torch.minimum(at_most, at_least)  # two-sided p-value of each count at each k
@@ -152,7 +152,7 @@ def rank_ecdf(ranks: Tensor, samples: int, level: float = 0.95, *, rounds: int =
 
 def _binomial_cdf(count: int, probability: Tensor) -> Tensor:
     """P(X <= c) of Binomial(count, p) for c = 0..count, ``(*p's shape, count + 1)``."""
-    c = torch.arange(count + 1, dtype=torch.float64)
+    c = torch.arange(count + 1, dtype=torch.float64, device=probability.device)
     ways = math.lgamma(count + 1) - torch.lgamma(c + 1) - torch.lgamma(count - c + 1)
     p = probability.unsqueeze(-1)
     log_mass = ways + torch.xlogy(c, p) + torch.xlogy(count - c, 1 - p)
@@ -161,10 +161,10 @@ def _binomial_cdf(count: int, probability: Tensor) -> Tensor:
 
 def _smallest_tails(tail: Tensor, count: int, samples: int, rounds: int, seed: int) -> Tensor:
     """The smallest p-value over k of each of `rounds` sets of uniform ranks."""
-    generator = torch.Generator().manual_seed(int(seed))
-    found = []
+    generator, size = torch.Generator("cpu").manual_seed(int(seed)), samples + 1
+    rows, found = torch.arange(size, device="cpu"), []
     for start in range(0, rounds, _ROUNDS):
-        ranks = torch.randint(samples + 1, (min(_ROUNDS, rounds - start), count), generator=generator)
-        counts = torch.zeros(len(ranks), samples + 1, dtype=torch.long).scatter_add_(1, ranks, torch.ones_like(ranks))
-        found.append(tail[torch.arange(samples + 1), counts.cumsum(-1)].amin(-1))
+        ranks = torch.randint(size, (min(_ROUNDS, rounds - start), count), generator=generator, device="cpu")
+        counts = ranks.new_zeros(len(ranks), size).scatter_add_(1, ranks, torch.ones_like(ranks))
+        found.append(tail[rows, counts.cumsum(-1)].amin(-1))
     return torch.cat(found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from typing import NamedTuple, cast
@@ -133,7 +132,7 @@ def _gaps(
         context = cast(Tensor, vae.encode(x).context)
         starts = [_Local(flow, _start(flow, context)) for flow in flows]
     locals_ = [_fit(vae, x, start, *fitting) for start in starts]
-    seed = int(torch.randint(2**62, ()))
+    seed = int(torch.randint(2**62, (), device="cpu"))
     read = [_evaluate(vae, x, local, *reading, seed) for local in [starts[0], *locals_]]
     elbos, found = torch.stack([elbo for elbo, _ in read]), torch.stack([torch.stack(rows) for _, rows in read])
     best = elbos.argmax(0).expand(1, found.shape[1], -1)
@@ -167,8 +166,7 @@ def _start(flow: Bijector, context: Tensor) -> Tensor:
     """The amortized context; in front of the initial one of steps that the posterior does not have."""
     if flow.context_size == context.shape[-1]:
         return context
-    # On the CPU: a step may keep its part of the initial context in a buffer there, or not.
-    added = copy.deepcopy(flow).cpu().initial_context()[context.shape[-1] :].to(context)
+    added = flow.initial_context()[context.shape[-1] :].to(context)
     return torch.cat([context, added.expand(len(context), -1)], dim=-1)
 
 

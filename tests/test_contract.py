@@ -57,10 +57,8 @@ def _skips(entry: Entry) -> set[str]:
 def _check(entry: Entry, name: str, dims: Sequence[int], examples: int) -> None:
     if name in _skips(entry):
         pytest.skip("the step declares that it has no such property")
-    # Triangular solves in float32 at contexts of 1e4 overflow honestly: "nested" has one in its forward, the gradient
-    # of two in a row grows with the sixth power of the entries at dim 4.
-    solves = entry.name == "nested" or "lu_linear" in entry.name
-    narrow = solves and name == "extremes"
+    # In float32, behind a triangular solve at contexts of 1e4, what a mask hides of a gradient is out of range.
+    narrow = entry.name == "nested" and name == "extremes"
     dtypes = DTYPES[:1] if narrow else DTYPES
     others = [other for other in PROPERTIES if other != name]
     check_bijector(_maker(entry), dims=dims, dtypes=dtypes, examples=examples, skip=others)

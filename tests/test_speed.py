@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,8 +20,8 @@ import benchmarks.speed as speed
 from benchmarks import __main__ as cli
 from benchmarks.peers import here
 from benchmarks.run import MARKS, Run, fill, typed
-from benchmarks.speed import others, timing
-from benchmarks.speed.contests import external, training
+from benchmarks.speed import contests, others, timing
+from benchmarks.speed.contests import external, training, training_captured
 from benchmarks.speed.dense import Dense, products
 from benchmarks.speed.flows import Flow, draw, features, log_normal, training_loss
 from benchmarks.speed.growth import GROWTH
@@ -30,9 +31,9 @@ from benchmarks.speed.ours import Flowpost
 from benchmarks.speed.peers import PEERS
 from benchmarks.speed.results import Contest, Goal, MemoryGoal
 from benchmarks.speed.sizes import MINI, Plan, Size
-from benchmarks.speed.steps import compiled, scoring_step, training_step
+from benchmarks.speed.steps import Step, compiled, scoring_step, training_step
 from benchmarks.speed.table import duration, goal_rows, markdown, time_rows
-from benchmarks.speed.timing import Rounds, contest, ratio, repeats
+from benchmarks.speed.timing import Call, Rounds, contest, ratio, repeats
 from benchmarks.speed.work import UnequalWork, check_scoring, check_training
 from flowpost.recipes import RECIPES
 
@@ -494,3 +495,27 @@ print(Distribution._validate_args)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "True"
+
+
+def test_who_cannot_be_captured_is_left_out_and_the_others_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    captures = iter((False, True))  # flowpost's, and then dense's
+
+    def capture(step: Step) -> Call:
+        if next(captures):
+            raise RuntimeError("called a synchronizing CUDA operation\nand more")
+        return step
+
+    monkeypatch.setattr(contests, "captured", capture)
+    found = training_captured(Hall(CPU, TINY, peers=False), MINI)
+    assert found.left_out == {"dense": "cannot be captured: called a synchronizing CUDA operation"}
+    assert set(found.seconds) == {"flowpost", "flowpost, eager", "matrix products alone"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_the_check_on_a_gpu_refuses_where_there_is_none(tmp_path: Path) -> None:
+    page, script = tmp_path / "page.md", ROOT / "benchmarks" / "gpu_check.sh"
+    python = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run([script, page], env=python, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("gpu_check: expected a Python whose PyTorch finds a CUDA device")
+    assert not page.exists()

@@ -57,7 +57,7 @@ def training_captured(hall: Hall, size: Size) -> Contest:
         try:
             calls[name] = captured(training_step(flow))
         except RuntimeError as error:  # a host read or a copy from pageable memory inside the step
-            left_out[name] = f"cannot be captured: {str(error).splitlines()[0]}"
+            left_out[name] = f"cannot be captured: {str(error.__context__ or error).splitlines()[0]}"
     seconds = contest(calls, hall.device, hall.rounds)
     return Contest(TRAINING, str(size), "CUDA graph", seconds, None, {}, None, left_out, asdict(size))
 
@@ -78,7 +78,7 @@ def external(hall: Hall, size: Size, *, backward: bool, rounds: Rounds | None = 
 
 def full_covariance(hall: Hall) -> Contest:
     """Sample, log q and gradients of a Gaussian, beside torch's own."""
-    dim, batch, flow = hall.plan.dim, hall.plan.batch, others.full_covariance(hall.plan.dim)
+    dim, batch, flow = hall.plan.dim, hall.plan.batch, others.full_covariance(hall.plan.dim).to(hall.device)
     numbers = others.numbers_for(flow, batch, hall.device)
     torchs = {
         "MultivariateNormal": others.multivariate_normal(dim, hall.device, copying=False),

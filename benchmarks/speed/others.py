@@ -128,5 +128,5 @@ def check_sampler(name: str, sampler: Sampler, numbers: Tensor, dim: int) -> Non
 def check_gaussian(name: str, sampler: Sampler, numbers: Tensor, dim: int) -> None:
     """Raise unless a Gaussian sampler makes flowpost's z and log q of the same noise and factor."""
     noise = torch.randn(len(numbers), dim, device=numbers.device)
-    wanted = ours(full_covariance(dim))(as_unit_lower(numbers, dim), noise)
+    wanted = ours(full_covariance(dim).to(numbers.device))(as_unit_lower(numbers, dim), noise)
     check_same(name, sampler(numbers, noise), wanted)

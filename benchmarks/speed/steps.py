@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -70,14 +72,47 @@ def compiled(step: Step, mode: str | None = None) -> Step:
 
 
 def captured(step: Step) -> Call:
-    """The whole step as one CUDA graph, gradients into the same memory each time; the replay is what is called."""
+    """The whole step as one CUDA graph, gradients into the same memory each time; the replay is what is called.
+
+    The noise is the default generator's, which torch registers with the graph.
+
+    Raises:
+        RuntimeError: if the step cannot be captured; later steps, captured or not, run as if it had not been tried.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # lazy initializations happen here, not in the graph
         for _ in range(3):
             step()
+        _refuse_waits(step)
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    with _cleaned_up(pool), torch.cuda.graph(graph, pool=pool):
         step()
     return graph.replay
+
+
+def _refuse_waits(step: Step) -> None:
+    """Raise where the host waits for the device, as a graph cannot: before a capture, which such a call would spoil."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@contextmanager
+def _cleaned_up(pool: tuple[int, int]) -> Iterator[None]:
+    """Where a capture fails, torch ends neither its stream, nor its counting of random numbers, nor its pool."""
+    device, stream = torch.cuda.current_device(), torch.cuda.current_stream()
+    try:
+        yield
+    except RuntimeError:
+        torch.cuda.set_stream(stream)
+        generator = torch.cuda.default_generators[device]
+        generator.graphsafe_set_state(generator.clone_state())  # one that counts for no graph
+        with suppress(RuntimeError):  # a torch that has ended it says so
+            torch._C._cuda_endAllocateToPool(device, pool)  # pyright: ignore[reportAttributeAccessIssue]
+        raise

@@ -110,7 +110,8 @@ class LULinear(Ordered, Bijector):
     def _numbers(self, context: Tensor | None) -> tuple[LU, Tensor]:
         half = self.dim * (self.dim - 1) // 2
         below, above, raw, shift = cast(Tensor, context).split([half, half, self.dim, self.dim], dim=-1)
-        return LU(below, above, softplus_scale(raw)), shift
+        # Where the scale is its floor already: a solve's gradient there may overflow, and times a slope of 0 is nan.
+        return LU(below, above, softplus_scale(raw.clamp_min(-80))), shift
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         matrix, shift = self._numbers(context)

@@ -224,7 +224,7 @@ class Spline(Bijector):
         if not 0 < bound < math.inf:
             raise ValueError(f"bound: expected a positive finite number, got {bound}")
         self.bins, self.bound = bins, float(bound)
-        self._frame, self._units, self._sides = (Constant(part) for part in knot_frame(bins, self.bound))
+        self._frame, self._units, self._sides = (Constant(part, wide=True) for part in knot_frame(bins, self.bound))
 
     def extra_repr(self) -> str:
         """Sizes and bound, for the module's repr."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowpost.numerics.arguments import check_order
+from flowpost.numerics.products import wide_dtype
 from flowpost.numerics.watchers import first_parameter, watched
 
 _Copies = dict[tuple[torch.device, torch.dtype], Tensor]
@@ -23,10 +24,11 @@ class Constant:
     Args:
         value: numbers, which `on` casts to the dtype that is asked for; or an index of int64 or a mask of bools, which
             it casts only where it is told to.
+        wide: of numbers, whether they are read in the dtype in which log-densities are summed.
     """
 
-    def __init__(self, value: Tensor) -> None:
-        self.value = value.detach()
+    def __init__(self, value: Tensor, *, wide: bool = False) -> None:
+        self.value, self.wide = value.detach(), wide
         self._copies: _Copies = {}
 
     def on(self, like: Tensor, *, as_numbers: bool = False) -> Tensor:
@@ -37,8 +39,9 @@ class Constant:
         Whoever watches the operations, as a compiler or ``torch.func`` does, would leave a tensor of his own behind:
         then the copy is not kept.
         """
-        value, device = self.value, like.device
-        dtype = like.dtype if as_numbers or value.is_floating_point() else value.dtype
+        value, device, dtype = self.value, like.device, self.value.dtype
+        if as_numbers or value.is_floating_point():
+            dtype = wide_dtype(like) if self.wide else like.dtype
         if value.device == device and value.dtype == dtype:
             return value
         copy = self._copies.get((device, dtype))
@@ -50,7 +53,7 @@ class Constant:
         return copy
 
     def __getstate__(self) -> dict[str, object]:
-        return {"value": self.value, "_copies": {}}
+        return {"value": self.value, "wide": self.wide, "_copies": {}}
 
 
 class Order:

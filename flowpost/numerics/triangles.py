@@ -78,7 +78,7 @@ class _SumRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Ctx, z: Tensor, entries: Tensor) -> Tensor:
         dim = z.shape[-1]
-        read = z.index_select(-1, torch.tril_indices(dim, dim, -1)[1])
+        read = z.index_select(-1, torch.tril_indices(dim, dim, -1, device=z.device)[1])
         ctx.save_for_backward(z, entries, read)
         products = read * entries
         sums = products.new_zeros(*products.shape[:-1], dim)
@@ -96,7 +96,7 @@ class _SumRows(torch.autograd.Function):
             z_grad = by_columns(by_rows, strict_tril(entries, dim).mT, grad).sum_to_size(z.shape)
         if ctx.needs_input_grad[1]:
             if torch.is_grad_enabled():
-                row, column = torch.tril_indices(dim, dim, -1)
+                row, column = torch.tril_indices(dim, dim, -1, device=z.device)
                 product = grad.index_select(-1, row) * z.index_select(-1, column)
             else:  # the same: row i has i entries
                 product = torch.from_numpy(np.repeat(grad.numpy(), np.arange(dim), axis=-1)).mul_(read)

@@ -116,8 +116,8 @@ def _scale(grads: Sequence[Tensor]) -> float:
 
 def _second(case: Case, name: str, loss: Callable[[], Tensor], inputs: Sequence[Tensor], size: float = 1e-6) -> None:
     """A Hessian times a random direction against central differences: short ones, for slopes may have corners."""
-    generator = torch.Generator().manual_seed(case.seed)
-    ways = [torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device) for t in inputs]
+    generator = torch.Generator("cpu").manual_seed(case.seed)
+    ways = [torch.randn(t.shape, generator=generator, dtype=t.dtype, device="cpu").to(t.device) for t in inputs]
 
     def along(amount: float) -> tuple[Tensor, ...]:
         before = [t.detach().clone() for t in inputs]

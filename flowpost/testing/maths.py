@@ -73,8 +73,8 @@ def sensitivity(direction: Map, step: Bijector, z: Tensor, context: Tensor | Non
         outputs = direction(*inputs)[output].reshape(-1)
         for out in outputs if outputs.requires_grad else ():
             slopes = torch.autograd.grad(out, values, retain_graph=True, allow_unused=True)
-            moved = sum((s * v).abs().sum() for s, v in zip(slopes, values, strict=True) if s is not None)
-            found[place] = torch.maximum(found[place], torch.as_tensor(moved).detach())
+            moved = [(s * v).abs().sum() for s, v in zip(slopes, values, strict=True) if s is not None]
+            found[place] = torch.maximum(found[place], sum(moved, found.new_zeros(())).detach())
     return found
 
 

@@ -158,9 +158,9 @@ def _poisoned(
 
 def _split(case: Case, name: str, direction: Map, z: Tensor, context: Tensor | None, wanted: Pair) -> float:
     """Rows in another order, alone, and in two parts."""
-    places = [torch.tensor(some) for some in ([3, 0, 5, 1, 4, 2], [0], [4], [1, 2], [3, 5])]
+    places = [torch.tensor(some, device=z.device) for some in ([3, 0, 5, 1, 4, 2], [0], [4], [1, 2], [3, 5])]
     worst = 0.0
-    for place in (place.to(z.device) for place in places):
+    for place in places:
         found = direction(z[place], None if context is None else context[place])
         bound = max(_loose(case), 1e-8)
         worst = max(worst, same(f"{name}: batch split", found, [t[place] for t in wanted], bound, case))

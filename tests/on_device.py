@@ -1,0 +1,78 @@
+"""What is tried on a GPU, as functions of the device: a CPU can try most of them too."""
+
+from collections.abc import Callable
+
+import torch
+from small import DIM, FEATURES, small
+from torch import Tensor, nn
+
+from flowpost import Bijector, FlowPosterior
+from flowpost.objectives import elbo
+from flowpost.vae import VAE, Bernoulli
+
+
+def made(name: str, device: str = "cuda") -> FlowPosterior:
+    """With weights moved away from where they start."""
+    return small(name).float().to(device)
+
+
+def inputs(device: str = "cuda") -> list[Tensor]:
+    """Features, noise, and points from elsewhere."""
+    return [torch.randn(*shape, device=device) for shape in ((5, FEATURES), (2, 5, DIM), (2, 5, DIM))]
+
+
+def densities(posterior: FlowPosterior, h: Tensor, noise: Tensor, z: Tensor) -> list[Tensor]:
+    """Of a sample, of its path and of points from elsewhere; and the gradients of each in all parameters."""
+    sample = posterior(h, (2,), noise)
+    found = [sample.log_prob, posterior.log_prob(z, h), posterior.path_log_prob(sample, h)]
+    total = torch.cat([each.flatten() for each in [*found, sample.z.square()]]).sum()
+    return [each.detach() for each in found] + list(torch.autograd.grad(total, list(posterior.parameters())))
+
+
+def assert_near(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-4) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() <= tolerance * (1 + b.abs().max())
+
+
+def vae_step(vae: VAE, x: Tensor, *, capturable: bool = False, fused: bool = False) -> Callable[[], list[Tensor]]:
+    """A whole training step. An eps so large keeps Adam from making steps of what rounding leaves of a gradient."""
+    optimizer = torch.optim.Adam(
+        vae.parameters(), lr=1e-2, eps=1e-3, capturable=capturable, fused=fused, foreach=not fused
+    )
+
+    def step() -> list[Tensor]:
+        optimizer.zero_grad(set_to_none=True)
+        out = vae(x, (2,))
+        loss = -elbo(out.log_likelihood, out.log_prior, out.log_q, out.kl).mean()
+        loss.backward()
+        optimizer.step()
+        return [loss.detach()]
+
+    return step
+
+
+def vae_of(name: str, device: str = "cuda") -> VAE:
+    return VAE(nn.Linear(6, FEATURES), small(name).float(), nn.Linear(DIM, 6), Bernoulli()).to(device)
+
+
+def losses(step: Callable[[], list[Tensor]], x: Tensor, seed: int) -> list[Tensor]:
+    """Three steps, the last on other data, from a seed of the default generator: a graph draws of it too."""
+    torch.manual_seed(seed)
+    found = [step()[0].clone() for _ in range(2)]
+    x.copy_(1 - x)
+    return [*found, step()[0].clone()]
+
+
+def under_autocast(posterior: FlowPosterior, dtype: torch.dtype, device: str = "cuda") -> None:
+    """A network's products are rounded to `dtype`, and nothing else: log q stays within some roundings."""
+    h, noise, _ = inputs(device)
+    expected = posterior(h, (2,), noise)
+    with torch.autocast(device, dtype=dtype):
+        found = posterior(h, (2,), noise)
+    assert found.log_prob.dtype == found.z.dtype == torch.float32
+    # Two networks of two layers of 8 units, with weights of about 0.6, whose outputs a gate or a spline amplifies.
+    assert_near([*found[:2]], [*expected[:2]], 8 * torch.finfo(dtype).eps)
+    if all(isinstance(part, (Bijector, nn.ModuleList)) for part in posterior.flow.modules()):
+        assert torch.equal(found.log_prob, expected.log_prob)
+    found.log_prob.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in posterior.parameters())
