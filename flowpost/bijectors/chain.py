@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from functools import reduce
 from itertools import pairwise
 from typing import cast
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from flowpost.bijectors._within import Run, run_forward, undo, wrapped
 from flowpost.bijectors.base import Bijector
-from flowpost.numerics.products import wide
+from flowpost.numerics.products import summed
 
 Pair = tuple[Bijector, Tensor | None]
 """A step and the context that it reads."""
@@ -60,8 +59,8 @@ class _Steps(Bijector):
         log_dets = []
         for run in self._runs(context):
             z, log_det = run_forward(run, z)
-            log_dets.append(wide(log_det))
-        return z, reduce(torch.add, log_dets)
+            log_dets.append(log_det)
+        return z, summed(log_dets)
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         return undo(self._runs(context), z, preimage)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import reduce
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from flowpost.masked.layouts import by_output, by_variable, ranked, to_columns, 
 from flowpost.masked.network import MADE
 from flowpost.masked.recorded import Recorded
 from flowpost.masked.run import ElementWise, Link, Parameters, Run, Saved, grouped
-from flowpost.numerics.products import wide
+from flowpost.numerics.products import plus
 from flowpost.numerics.watchers import on_host
 
 _LARGE = 64.0  # the rounding of sums below it was at most 0.6 of it, in units of eps; B3 allows 8 (dim + 16) of them
@@ -27,13 +28,13 @@ def values(
     run: Run, z: Tensor, context: Tensor | None, parameters: Sequence[Tensor], *, recording: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The image, the log-det, and for the way back each link's recorded step and hidden values ``(N, width)``."""
-    total, tape = z.new_zeros(()), []
+    total, tape = None, []
     for link, group in zip(run, grouped(run, parameters), strict=True):
         numbers, *hidden = _evaluate(link.net, z, context, group)
         z, log_det, kept = recorded.run(link.step, z, numbers, recording=recording)
-        total = total + wide(log_det)
+        total = plus(total, log_det)
         tape += [*kept, *hidden]
-    return z, total, tape
+    return z, cast(Tensor, total), tape
 
 
 def gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Tensor | None]:
@@ -61,14 +62,14 @@ def solve(
     """The preimage, the log-det, and a tape as that of `values`, of each link's inverse."""
     groups = grouped(run, parameters)
     knowns = [] if preimage is None else _evaluated(run, preimage, context, groups)
-    total, tape = z.new_zeros(()), []
+    total, tape = None, []
     for place in reversed(range(len(run))):
         link = run[place]
         x, numbers, *hidden = knowns[place] if knowns else _search(link, groups[place], z, context)
         z, log_det, kept = recorded.run_inverse(link.step, x, z, numbers, recording=recording)
-        total = total + wide(log_det)
+        total = plus(total, log_det)
         tape = [*kept, *hidden, *tape]
-    return z, total, tape
+    return z, cast(Tensor, total), tape
 
 
 def solve_gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Tensor | None]:
