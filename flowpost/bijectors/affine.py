@@ -13,7 +13,7 @@ from torch import Tensor
 from flowpost.bijectors.base import Bijector
 from flowpost.masked.run import COLUMNS, Array, Column, Solve
 from flowpost.numerics.arguments import check_int
-from flowpost.numerics.scales import CLOSED, softplus_scale
+from flowpost.numerics.scales import CLOSED, scale_and_log, softplus_scale
 
 
 def affine(z: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,8 +99,8 @@ class Affine(Bijector):
     def keep(self, z: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """``_forward``, with what `pull` needs: the raw numbers of the scale, and the scale."""
         loc, raw = numbers.chunk(2, dim=-1)
-        scale = self.scale(raw)
-        return *affine(z, loc, scale), (raw, scale)
+        scale, log = scale_and_log(self.scale, raw)
+        return torch.addcmul(loc, scale, z), log.sum(-1), (raw, scale)
 
     def pull(self, z: Tensor, kept: tuple[Tensor, Tensor], grad: Tensor, grad_log_det: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients at z and at the numbers: ``dlog_det/dscale = 1 / scale``."""
@@ -113,11 +113,12 @@ class Affine(Bijector):
         return loc, self.scale(raw)
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return affine(z, *self._loc_scale(context))
+        return self.keep(z, cast(Tensor, context))[:2]
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
-        loc, scale = self._loc_scale(context)
-        return (z - loc) / scale, -scale.log().sum(-1)
+        loc, raw = cast(Tensor, context).chunk(2, dim=-1)
+        scale, log = scale_and_log(self.scale, raw)
+        return (z - loc) / scale, -log.sum(-1)
 
     def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
         shift, scale = self._loc_scale(context)
