@@ -157,7 +157,8 @@ def gaussian_kl(loc: Tensor, scale_tril: Tensor) -> Tensor:
         Kingma & Welling (2014), appendix B, for a full covariance.
     """
     square = scale_tril.square().sum((-2, -1)) + loc.square().sum(-1)
-    return 0.5 * (square - loc.shape[-1]) - scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    log_det = scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return torch.rsub(log_det, -0.5 * loc.shape[-1]).add(square, alpha=0.5)
 
 
 def latent_kl(loc: Tensor, scale: Tensor) -> Tensor:
@@ -180,7 +181,7 @@ def latent_kl(loc: Tensor, scale: Tensor) -> Tensor:
         >>> latent_kl(torch.tensor([0.0, 2.0]), torch.ones(2))
         tensor([0., 2.])
     """
-    return 0.5 * (scale.square() + loc.square() - 1) - scale.log()
+    return torch.rsub(scale.log(), -0.5).add(scale.square() + loc.square(), alpha=0.5)
 
 
 def reweigh(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from flowpost.bijectors.base import Bijector
 from flowpost.density import Sample, standard_normal_log_prob
 from flowpost.distribution import FlowDistribution
 from flowpost.likelihoods import Bernoulli as Bernoulli
@@ -103,10 +102,9 @@ class VAE(nn.Module):
         out = self.evaluate(x, q, sample_shape, gradient)
         if gradient != "standard" or not q.is_gaussian:
             return out
-        loc, tril = q.gaussian()
-        if not _factorized(q.flow):
-            return out._replace(kl=gaussian_kl(loc, tril))
-        latents = latent_kl(loc, tril.diagonal(dim1=-2, dim2=-1))
+        if not q._is_factorized:
+            return out._replace(kl=gaussian_kl(*q.gaussian()))
+        latents = latent_kl(*q._loc_scale())
         return out._replace(kl=latents.sum(-1), latent_kl=latents)
 
     def encode(self, x: Tensor) -> FlowDistribution:
@@ -154,8 +152,3 @@ class VAE(nn.Module):
                 f"decoder: expected {numbers} x {elements} outputs per example for {name}, got {outputs.shape[1]}"
             )
         return outputs.view(*z.shape[:-1], numbers, elements)
-
-
-def _factorized(flow: Bijector) -> bool:
-    """Whether a Gaussian flow acts on each latent alone."""
-    return all(step.elementwise for step in flow.leaves())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from itertools import pairwise
 from typing import cast
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flowpost.bijectors._within import Run, run_forward, undo, wrapped
-from flowpost.bijectors.base import Bijector
+from flowpost.bijectors.base import Bijector, Line
 from flowpost.numerics.products import summed
 
 Pair = tuple[Bijector, Tensor | None]
@@ -69,6 +70,14 @@ class _Steps(Bijector):
         for step, part in self._pairs(context):
             loc, tril = step._push_gaussian(loc, tril, part)
         return loc, tril
+
+    def _line(self, context: Tensor | None) -> Line:
+        return reduce(_then, [step._line(part) for step, part in self._pairs(context)])
+
+
+def _then(first: Line, second: Line) -> Line:
+    """The line of one map after the other."""
+    return second[0] + second[1] * first[0], second[1] * first[1]
 
 
 def _check_steps(name: str, steps: tuple[Bijector, ...]) -> None:
