@@ -19,7 +19,7 @@ from torch.distributions import (
 )
 
 from flowpost.bijectors.base import LINE, Bijector
-from flowpost.density import Sample, draw, like_of, log_density, path_log_density
+from flowpost.density import Sample, draw, like_of, log_density, path_log_density, push
 
 
 class FlowDistribution(Distribution):
@@ -98,8 +98,8 @@ class FlowDistribution(Distribution):
         return self.draw(tuple(sample_shape))[:2]
 
     def rsample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
-        """A reparameterized sample ``(*sample_shape, *batch_shape, dim)``."""
-        return self.draw(tuple(sample_shape)).z
+        """A reparameterized sample ``(*sample_shape, *batch_shape, dim)``; its log q is not worked out."""
+        return push(self.flow, self.context, self.batch_shape, tuple(sample_shape), None)[0]
 
     def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
         """A sample without gradient."""

@@ -34,8 +34,8 @@ def elbo_terms(log_likelihood: Tensor, log_prior: Tensor, log_q: Tensor, kl: Ten
     """
     if kl is None:
         _check_axes(log_likelihood, log_prior=log_prior, log_q=log_q)
-        return ELBOTerms(_over_samples(log_likelihood), _over_samples(log_q - log_prior))
-    reconstruction = _over_samples(log_likelihood)
+        return ELBOTerms(over_samples(log_likelihood), over_samples(log_q - log_prior))
+    reconstruction = over_samples(log_likelihood)
     _check_axes(reconstruction, kl=kl)
     return ELBOTerms(reconstruction, kl)
 
@@ -238,5 +238,6 @@ def _check_axes(log_likelihood: Tensor, **terms: Tensor) -> None:
             )
 
 
-def _over_samples(values: Tensor) -> Tensor:
+def over_samples(values: Tensor) -> Tensor:
+    """The mean over sample axes, ``(*samples, B)`` to ``(B,)``."""
     return values.flatten(0, -2).mean(0) if values.ndim > 1 else values
