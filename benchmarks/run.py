@@ -43,6 +43,7 @@ class Run:
         environment: what the figures depend on besides the options.
         command: what was typed.
         page: where the tables go too, if anywhere.
+        marks: between which of the page's they go.
         started: when the first process of the run began.
         seconds_before: of the processes that went before this one.
     """
@@ -51,6 +52,7 @@ class Run:
     environment: Mapping[str, Any]
     command: str = ""
     page: Path | None = None
+    marks: tuple[str, str] = MARKS
     started: datetime = field(default_factory=_now)
     seconds_before: float = 0.0
     _begun: datetime = field(default_factory=_now)
@@ -65,6 +67,7 @@ class Run:
         threads: int = 1,
         libraries: Sequence[str] = (),
         page: Path | None = None,
+        marks: tuple[str, str] = MARKS,
     ) -> Run:
         """A new run; a page that cannot be filled is refused here, before anything is measured.
 
@@ -75,14 +78,15 @@ class Run:
             threads: of PyTorch on the CPU.
             libraries: import names of the public libraries that are measured beside flowpost.
             page: where the tables go too.
+            marks: between which of the page's they go.
 
         Raises:
             ConfigError: there is no such page, or it has no marks.
         """
         if page is not None:
-            fill(page, "")
+            fill(page, "", marks)
         folder = folder or Path("runs") / f"{_now():%Y%m%d-%H%M%S}-{what}"
-        return cls(folder, environment(device, threads, libraries), typed(sys.argv[1:]), page)
+        return cls(folder, environment(device, threads, libraries), typed(sys.argv[1:]), page, marks)
 
     def write(self, name: str, content: str | Mapping[str, Any]) -> None:
         """A file of the folder, replaced in one go: a text, or as JSON a mapping after what the run says of itself."""
@@ -120,7 +124,7 @@ class Run:
     def publish(self, text: str) -> None:
         """Put a text between the marks of the page, if there is one."""
         if self.page is not None:
-            replace_text(self.page, fill(self.page, text))
+            replace_text(self.page, fill(self.page, text, self.marks))
 
     def picture(self, name: str, caption: str) -> str:
         """The Markdown of a picture of the folder, which is copied beside the page; nothing where either is missing."""
@@ -141,20 +145,20 @@ def typed(words: Sequence[str]) -> str:
     return shlex.join(["python", "-m", "benchmarks", *kept])
 
 
-def fill(page: Path, text: str) -> str:
-    """What is on the page, with `text` between its marks.
+def fill(page: Path, text: str, marks: tuple[str, str] = MARKS) -> str:
+    """What is on the page, with `text` between the marks.
 
     Raises:
         ConfigError: there is no such page, or it has no marks.
     """
     try:
-        before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
+        before, _, rest = page.read_text(encoding="utf-8").partition(marks[0])
     except OSError as error:
         raise ConfigError(f"page: expected a page to put the tables on, got {page}: {error.strerror}") from error
-    _, end, after = rest.partition(MARKS[1])
+    _, end, after = rest.partition(marks[1])
     if not end:
         raise ConfigError(f"page: expected the marks {' and '.join(MARKS)} in {page}, got none")
-    return f"{before}{MARKS[0]}\n\n{text.strip()}\n\n{MARKS[1]}{after}"
+    return f"{before}{marks[0]}\n\n{text.strip()}\n\n{marks[1]}{after}"
 
 
 def replace_text(path: Path, text: str) -> None:

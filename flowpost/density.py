@@ -38,13 +38,20 @@ def draw(
     flow: Bijector, context: Tensor | None, batch: tuple[int, ...], sample_shape: tuple[int, ...], noise: Tensor | None
 ) -> Sample:
     """Map noise to z, with the log-density of z that the same pass gives."""
+    z, log_det, noise = push(flow, context, batch, sample_shape, noise)
+    return Sample(z, _score(noise, log_det, -1), noise)
+
+
+def push(
+    flow: Bijector, context: Tensor | None, batch: tuple[int, ...], sample_shape: tuple[int, ...], noise: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Map noise to z, with the log-det of the map and the noise."""
     shape, like = (*check_sample_shape(sample_shape), *batch, flow.dim), like_of(flow, context)
     if noise is None:
         noise = torch.randn(shape, dtype=like.dtype, device=like.device)
     else:
         check_noise(noise, shape, like)
-    z, log_det = apply(flow, noise, flow._check(noise, context))
-    return Sample(z, _score(noise, log_det, -1), noise)
+    return *apply(flow, noise, flow._check(noise, context)), noise
 
 
 def log_density(flow: Bijector, z: Tensor, context: Tensor | None, batch: tuple[int, ...]) -> Tensor:

@@ -19,7 +19,7 @@ from torch.distributions import (
 )
 
 from flowpost.bijectors.base import LINE, Bijector
-from flowpost.density import Sample, draw, like_of, log_density, path_log_density
+from flowpost.density import Sample, draw, like_of, log_density, path_log_density, push
 
 
 class FlowDistribution(Distribution):
@@ -98,8 +98,8 @@ class FlowDistribution(Distribution):
         return self.draw(tuple(sample_shape))[:2]
 
     def rsample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
-        """A reparameterized sample ``(*sample_shape, *batch_shape, dim)``."""
-        return self.draw(tuple(sample_shape)).z
+        """A reparameterized sample ``(*sample_shape, *batch_shape, dim)``; its log q is not worked out."""
+        return push(self.flow, self.context, self.batch_shape, tuple(sample_shape), None)[0]
 
     def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
         """A sample without gradient."""
@@ -134,16 +134,31 @@ class FlowDistribution(Distribution):
         return loc.expand(*self.batch_shape, -1), cast(Tensor, tril).expand(*self.batch_shape, -1, -1)
 
     @property
+    def _is_factorized(self) -> bool:
+        """Whether q is Gaussian for every context, its variables independent."""
+        return self.is_gaussian and all(step.elementwise for step in self.flow.leaves())
+
+    def _loc_scale(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each variable of a factorized q, ``(*batch_shape, dim)``: without a matrix."""
+        shape, like = (*self.batch_shape, self.flow.dim), like_of(self.flow, self.context)
+        context = self.flow._check(like.new_empty(self.flow.dim), self.context)
+        loc, scale = (
+            each.expand(shape) if isinstance(each, Tensor) else like.new_full(shape, each)
+            for each in self.flow._line(context)
+        )
+        return loc, scale
+
+    @property
     def mean(self) -> Tensor:
         """The mean of a Gaussian q, ``(*batch_shape, dim)``."""
         self._require_gaussian("mean")
-        return self.gaussian()[0]
+        return (self._loc_scale() if self._is_factorized else self.gaussian())[0]
 
     @property
     def variance(self) -> Tensor:
         """The variance of each variable of a Gaussian q, ``(*batch_shape, dim)``."""
         self._require_gaussian("variance")
-        return self.gaussian()[1].square().sum(-1)
+        return self._loc_scale()[1].square() if self._is_factorized else self.gaussian()[1].square().sum(-1)
 
     def entropy(self) -> Tensor:
         """The entropy of a Gaussian q in nats, ``(*batch_shape)``: ``dim / 2 - log q(mean)``."""

@@ -34,8 +34,8 @@ def elbo_terms(log_likelihood: Tensor, log_prior: Tensor, log_q: Tensor, kl: Ten
     """
     if kl is None:
         _check_axes(log_likelihood, log_prior=log_prior, log_q=log_q)
-        return ELBOTerms(_over_samples(log_likelihood), _over_samples(log_q - log_prior))
-    reconstruction = _over_samples(log_likelihood)
+        return ELBOTerms(over_samples(log_likelihood), over_samples(log_q - log_prior))
+    reconstruction = over_samples(log_likelihood)
     _check_axes(reconstruction, kl=kl)
     return ELBOTerms(reconstruction, kl)
 
@@ -157,7 +157,8 @@ def gaussian_kl(loc: Tensor, scale_tril: Tensor) -> Tensor:
         Kingma & Welling (2014), appendix B, for a full covariance.
     """
     square = scale_tril.square().sum((-2, -1)) + loc.square().sum(-1)
-    return 0.5 * (square - loc.shape[-1]) - scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    log_det = scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return torch.rsub(log_det, -0.5 * loc.shape[-1]).add(square, alpha=0.5)
 
 
 def latent_kl(loc: Tensor, scale: Tensor) -> Tensor:
@@ -180,7 +181,7 @@ def latent_kl(loc: Tensor, scale: Tensor) -> Tensor:
         >>> latent_kl(torch.tensor([0.0, 2.0]), torch.ones(2))
         tensor([0., 2.])
     """
-    return 0.5 * (scale.square() + loc.square() - 1) - scale.log()
+    return torch.rsub(scale.log(), -0.5).add(scale.square() + loc.square(), alpha=0.5)
 
 
 def reweigh(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -237,5 +238,6 @@ def _check_axes(log_likelihood: Tensor, **terms: Tensor) -> None:
             )
 
 
-def _over_samples(values: Tensor) -> Tensor:
+def over_samples(values: Tensor) -> Tensor:
+    """The mean over sample axes, ``(*samples, B)`` to ``(B,)``."""
     return values.flatten(0, -2).mean(0) if values.ndim > 1 else values

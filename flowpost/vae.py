@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from flowpost.bijectors.base import Bijector
 from flowpost.density import Sample, standard_normal_log_prob
 from flowpost.distribution import FlowDistribution
 from flowpost.likelihoods import Bernoulli as Bernoulli
@@ -15,7 +14,7 @@ from flowpost.likelihoods import Binomial as Binomial
 from flowpost.likelihoods import Categorical as Categorical
 from flowpost.likelihoods import Gaussian as Gaussian
 from flowpost.likelihoods import Likelihood
-from flowpost.objectives import elbo_terms, gaussian_kl, latent_kl, reweigh
+from flowpost.objectives import ELBOTerms, elbo_terms, gaussian_kl, latent_kl, over_samples, reweigh
 from flowpost.posterior import FlowPosterior
 
 _GRADIENTS = ("standard", "stl", "dreg")
@@ -103,11 +102,36 @@ class VAE(nn.Module):
         out = self.evaluate(x, q, sample_shape, gradient)
         if gradient != "standard" or not q.is_gaussian:
             return out
-        loc, tril = q.gaussian()
-        if not _factorized(q.flow):
-            return out._replace(kl=gaussian_kl(loc, tril))
-        latents = latent_kl(loc, tril.diagonal(dim1=-2, dim2=-1))
-        return out._replace(kl=latents.sum(-1), latent_kl=latents)
+        kl, latents = closed_kl(q)
+        return out._replace(kl=kl, latent_kl=latents)
+
+    def elbo_terms(self, x: Tensor, sample_shape: tuple[int, ...] = ()) -> ELBOTerms:
+        """The two terms of the ELBO of each x, and nothing that they do not need.
+
+        As `flowpost.objectives.elbo_terms` of ``forward``. Where the KL is in closed form, z is drawn and decoded but
+        not scored: neither log q(z|x) nor log p(z) is worked out. `DistributedDataParallel` sees ``forward`` alone.
+
+        Args:
+            x: as in ``forward``.
+            sample_shape: leading axes of samples of z for each x.
+
+        Returns:
+            ``ELBOTerms(reconstruction, kl)``, each ``(B,)``.
+
+        Raises:
+            TypeError: as ``forward``.
+            ValueError: as ``forward``.
+
+        Example:
+            >>> vae = VAE(nn.Linear(9, 16), flowpost.diagonal(16, dim=2), nn.Linear(2, 9), Bernoulli())
+            >>> terms = vae.elbo_terms(torch.ones(5, 9))
+            >>> loss = -(terms.reconstruction - 0.5 * terms.kl).mean()
+        """
+        q = self.encode(x)
+        if not q.is_gaussian:
+            return elbo_terms(*self.evaluate(x, q, sample_shape)[:3])
+        log_likelihood = self._log_likelihood(x, q.rsample(sample_shape))
+        return ELBOTerms(over_samples(log_likelihood), closed_kl(q)[0])
 
     def encode(self, x: Tensor) -> FlowDistribution:
         """The q(z|x), of batch shape ``(B,)``."""
@@ -141,8 +165,10 @@ class VAE(nn.Module):
 
     def log_joint(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """The log p(x|z) and log p(z), each ``(*samples, B)``, for x ``(B, *event)`` and z ``(*samples, B, dim)``."""
-        log_likelihood = self.likelihood.log_prob(self.decode(z, math.prod(x.shape[1:])), x.flatten(1))
-        return log_likelihood, standard_normal_log_prob(z)
+        return self._log_likelihood(x, z), standard_normal_log_prob(z)
+
+    def _log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.likelihood.log_prob(self.decode(z, math.prod(x.shape[1:])), x.flatten(1))
 
     def decode(self, z: Tensor, elements: int) -> Tensor:
         """The likelihood's numbers ``(*batch, numbers, elements)`` for z ``(*batch, dim)``."""
@@ -156,6 +182,9 @@ class VAE(nn.Module):
         return outputs.view(*z.shape[:-1], numbers, elements)
 
 
-def _factorized(flow: Bijector) -> bool:
-    """Whether a Gaussian flow acts on each latent alone."""
-    return all(step.elementwise for step in flow.leaves())
+def closed_kl(q: FlowDistribution) -> tuple[Tensor, Tensor | None]:
+    """KL(q(z|x) || N(0, I)) of a Gaussian q, ``(B,)``, and of each latent where they are independent."""
+    if not q._is_factorized:
+        return gaussian_kl(*q.gaussian()), None
+    latents = latent_kl(*q._loc_scale())
+    return latents.sum(-1), latents

@@ -1,12 +1,14 @@
 """The affine step, its scales, the constant scale and the shift of one number."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
-from flowpost import Affine, Scale
-from flowpost.functional import log_var_scale
+from flowpost import ActNorm, Affine, Bijector, Chain, Conditioned, FlowPosterior, Learned, Scale, Shift
+from flowpost.functional import exp_scale, log_var_scale
 
 
 def test_affine_is_loc_plus_scale_times_z() -> None:
@@ -33,3 +35,50 @@ def test_scale_multiplies() -> None:
     image, log_det = Scale(3, 0.5)(torch.tensor([1.0, -2.0, 4.0]))
     assert image.tolist() == [0.5, -1.0, 2.0]
     assert log_det.item() == pytest.approx(3 * math.log(0.5))
+
+
+@pytest.mark.parametrize("scale", [exp_scale, log_var_scale])
+def test_the_log_det_of_an_exponential_is_its_logarithm_s_sum(scale: Callable[[Tensor], Tensor]) -> None:
+    context = torch.cat([torch.zeros(6, 3), 9 * torch.randn(6, 3)], -1).double().requires_grad_()
+    step, z = Affine(3, scale), torch.randn(6, 3, dtype=torch.float64)
+    expected = scale(context[:, 3:]).log().sum(-1)
+    (wanted,) = torch.autograd.grad(expected.sum(), context, retain_graph=True)
+    for found in (step(z, context)[1], -step.inverse(z, context)[1]):
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad(found.sum(), context)[0], wanted)
+
+
+class ByTriangle(Affine):
+    """As a step of somebody's own, which knows its Gaussian as a matrix alone."""
+
+    _line = Bijector._line
+
+    def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        shift, scale = Affine._line(self, context)
+        return shift + scale * loc, scale.unsqueeze(-1) * (torch.eye(self.dim).to(loc) if tril is None else tril)
+
+
+def drawn(flow: Bijector) -> Bijector:
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter)
+    return flow
+
+
+FACTORIZED = {
+    "alone": lambda: Affine(3),
+    "shift": lambda: Shift(3),
+    "scale": lambda: Chain(Scale(3, 0.5), Scale(3, 3.0)),
+    "chain": lambda: Chain(Shift(3), Affine(3), Scale(3, 0.5), ActNorm(3), Shift(3), Affine(3)),
+    "learned": lambda: Chain(Learned(Affine(3)), Conditioned(Affine(3), 2)),
+    "own": lambda: Chain(ByTriangle(3), Affine(3), ByTriangle(3)),
+}
+
+
+@pytest.mark.parametrize("name", FACTORIZED)
+def test_the_moments_of_a_factorized_gaussian_are_its_samples(name: str) -> None:
+    q = FlowPosterior(5, drawn(FACTORIZED[name]()).double()).double().at(torch.randn(4, 5, dtype=torch.float64))
+    (loc, tril), scale = q.gaussian(), q.stddev
+    torch.testing.assert_close(torch.diag_embed(scale), tril)
+    torch.testing.assert_close(q.mean, loc)
+    noise = torch.randn(4, 3, dtype=torch.float64)
+    torch.testing.assert_close(loc + scale * noise, q.draw(noise=noise).z)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from registry import BY_NAME, size
 
 from flowpost import Bijector, Chain, Inverse, Planar
+from flowpost.numerics.products import plus, summed
 from flowpost.testing import PROPERTIES, push
 from flowpost.testing.cases import Case, ContractError
 
@@ -89,3 +90,31 @@ def test_a_wrong_part_is_noticed() -> None:
 
     with pytest.raises(ContractError, match="error"):
         PROPERTIES["log_det"](Case(make, 2, 0, context_scale=3.0))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("kind", ["alike", "some wide", "numbers first", "numbers", "wide numbers", "samples"])
+def test_log_dets_are_summed_in_float64(kind: str, count: int) -> None:
+    """Of any axes and both dtypes, in any order: of equal large terms nothing is left."""
+    half = [1e8 * torch.randn(5) for _ in range(count)]
+    if kind == "some wide":
+        half = [each.double() if i % 2 else each for i, each in enumerate(half)]
+    if kind == "numbers first":
+        half = [half[0][0], *half[1:]]
+    if kind in ("numbers", "wide numbers"):
+        half = [each[i % 5] for i, each in enumerate(half)]
+    if kind == "wide numbers":
+        half = [half[0].double(), torch.ones(5), *half[1:]]
+    if kind == "samples":
+        half = [each.expand(3, 5) if i % 2 else each for i, each in enumerate(half)]
+    small = torch.full((5,), 1.5)
+    terms = [*half, small, *(-each for each in half)]
+    expected = sum((each.double() for each in terms), torch.zeros((), dtype=torch.float64))
+    found = summed(terms)
+    assert found.dtype == torch.float64
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    running = None
+    for term in terms:
+        running = plus(running, term)
+    torch.testing.assert_close(running, expected, rtol=0, atol=1e-6)

@@ -1,7 +1,7 @@
 """What the GPU's engine launches, counted on the CPU and on the meta device: few calls, no host read, little kept."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import pytest
@@ -10,12 +10,16 @@ import torch.nn.functional as F
 from registry import Case, push
 from test_device import DIRECTIONS, RUNS, assert_close
 from test_engines import every_result
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from flowpost import Autoregressive, Bijector, Shared
+from flowpost import ActNorm, Affine, Autoregressive, Bijector, Chain, FlowPosterior, Learned, Scale, Shared, Shift
 from flowpost.masked import device, engine
 from flowpost.masked.run import flat
+from flowpost.objectives import elbo
+from flowpost.recipes import RECIPES
+from flowpost.vae import VAE, Bernoulli, closed_kl
 
 
 @pytest.fixture(autouse=True)
@@ -141,3 +145,90 @@ def test_autocast_casts_all_weights_and_all_gradients_at_once() -> None:
     assert counts[1]["_foreach_copy_"] == 3
     # Each link's z, numbers and the gradients there are cast, and a product that cannot add to float32 is added.
     assert counts[1].total() - counts[0].total() <= 4 * 6 + 9, counts
+
+
+# ---------------------------------------------------------------------------------------------- whole posteriors
+
+FEATURES, DIM, PIXELS = 64, 32, 784
+USES: tuple[str, ...] = ("sample", "sample, back", "log_prob", "VAE", "VAE, back", "terms", "terms, back")
+MOST = {
+    "diagonal": (14, 35, 15, 35, 71, 25, 59),
+    "full_covariance": (22, 50, 21, 52, 106, 42, 94),
+    "planar": (82, 242, None, 92, 274, 93, 272),
+    "realnvp": (77, 215, 86, 87, 247, 88, 245),
+}
+"""Operations of each of the `USES`, there alone, and there and back; None where others bound it."""
+
+
+def counted(call: Callable[[], Tensor], parameters: Sequence[Tensor] | None = None) -> int:
+    """The launches of a call's second run, and with parameters those of its mean's gradients there."""
+    call()  # the first may bring constants there
+    with torch.set_grad_enabled(parameters is not None), Launches() as launches:
+        found = call()
+        if parameters is not None:
+            torch.autograd.grad(found.mean(), parameters)
+    return launches.names.total()
+
+
+def uses(name: str) -> dict[str, Callable[[], int]]:
+    posterior = RECIPES[name](FEATURES, DIM)
+    model = VAE(nn.Linear(PIXELS, FEATURES), posterior, nn.Linear(DIM, PIXELS), Bernoulli()).to("meta")
+    x, h, z = (torch.empty(128, size, device="meta") for size in (PIXELS, FEATURES, DIM))
+    own, all_of_them = list(posterior.parameters()), list(model.parameters())
+
+    def both() -> Tensor:
+        z, log_prob, _ = posterior(h)
+        return z.sum(-1) + log_prob
+
+    def bound() -> Tensor:
+        return elbo(*model(x)[:4])
+
+    def terms() -> Tensor:
+        found = model.elbo_terms(x)
+        return found.reconstruction - found.kl
+
+    calls = (
+        lambda: counted(lambda: posterior(h).log_prob),
+        lambda: counted(both, own),
+        lambda: counted(lambda: posterior.log_prob(z, h)),
+        lambda: counted(lambda: model(x).log_likelihood),
+        lambda: counted(bound, all_of_them),
+        lambda: counted(lambda: model.elbo_terms(x).kl),
+        lambda: counted(terms, all_of_them),
+    )
+    return dict(zip(USES, calls, strict=True))
+
+
+@pytest.mark.parametrize("name", MOST)
+def test_a_posterior_launches_few(name: str) -> None:
+    bounds = dict(zip(USES, MOST[name], strict=True))
+    counts = {use: call() for use, call in uses(name).items() if bounds[use] is not None}
+    print(name, counts)
+    assert all(count <= (bounds[use] or 0) for use, count in counts.items()), counts
+
+
+class Largest(TorchDispatchMode):
+    """How many numbers the largest tensor has that is made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(
+        self, func: Callable, types: object, args: tuple = (), kwargs: Mapping | None = None
+    ) -> object:
+        found = func(*args, **(kwargs or {}))
+        self.numbers = max(self.numbers, *(each.numel() for each in tree_leaves(found) if isinstance(each, Tensor)), 0)
+        return found
+
+
+@pytest.mark.parametrize(
+    "flow",
+    [Affine(DIM), Chain(Affine(DIM), Shift(DIM), Scale(DIM, 2.0), ActNorm(DIM)), Learned(Affine(DIM))],
+    ids=lambda flow: type(flow).__name__,
+)
+def test_the_kl_of_a_factorized_posterior_makes_no_matrix(flow: Bijector) -> None:
+    q = FlowPosterior(FEATURES, flow).at(torch.zeros(128, FEATURES))
+    with Largest() as largest:
+        kl, latents = closed_kl(q)
+        (kl + q.mean.sum(-1) + q.variance.sum(-1)).sum().backward()
+    assert latents is not None
+    assert largest.numbers <= 128 * max(flow.context_size, DIM)

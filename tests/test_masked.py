@@ -12,6 +12,7 @@ from flowpost import Affine, Autoregressive, Bijector, Inverse, Masked, Planar, 
 from flowpost.functional import exp_scale, gate_parameters, softplus_scale
 from flowpost.masked import engine
 from flowpost.masked.network import MADE, MaskedLinear
+from flowpost.numerics.products import product
 
 F64 = torch.float64
 
@@ -347,3 +348,9 @@ def test_masked_linear_equals_the_full_masked_product() -> None:
             x = torch.randn(2, 3, reads, dtype=torch.float64)
             mask = torch.tensor([[float(d <= e) for d in inputs] for e in units * groups], dtype=torch.float64)
             torch.testing.assert_close(layer(x), x @ (layer.weight * mask).T + layer.bias)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 15, 16])
+def test_a_product_of_few_columns_is_the_product(columns: int) -> None:
+    left, right = torch.randn(7, 5, dtype=torch.float64), torch.randn(5, columns, dtype=torch.float64)
+    torch.testing.assert_close(product(left, right), left @ right)

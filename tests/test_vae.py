@@ -12,7 +12,8 @@ from torch import distributions as td
 
 import flowpost
 from flowpost.evaluation import log_marginal
-from flowpost.objectives import elbo, gaussian_kl
+from flowpost.objectives import elbo, elbo_terms, gaussian_kl
+from flowpost.recipes import RECIPES
 from flowpost.vae import VAE, Bernoulli, Binomial, Categorical, Gaussian, Likelihood, VAEOutput
 
 ROOT = Path(__file__).parents[1]
@@ -149,6 +150,19 @@ def test_the_vae_s_terms_are_what_they_say(likelihood: Likelihood, sample_shape:
     torch.testing.assert_close((out.log_q, z), (again.log_prob, again.z))
     assert torch.equal(log_q, out.log_q)
     torch.testing.assert_close(out.kl, gaussian_kl(*vae.posterior.gaussian(h)))
+
+
+@pytest.mark.parametrize("name", ["diagonal", "full_covariance", "planar"])
+@pytest.mark.parametrize("sample_shape", [(), (2, 3)], ids=str)
+def test_the_elbo_s_terms_alone_are_those_of_a_whole_pass(name: str, sample_shape: tuple[int, ...]) -> None:
+    vae = VAE(nn.Linear(6, 5), RECIPES[name](5, 2), nn.Linear(2, 6), Bernoulli())
+    x, found = torch.rand(4, 6), []
+    for whole in (True, False):
+        torch.manual_seed(3)
+        terms = elbo_terms(*vae(x, sample_shape)[:4]) if whole else vae.elbo_terms(x, sample_shape)
+        loss = (terms.reconstruction - 0.5 * terms.kl).sum()
+        found.append((*terms, *torch.autograd.grad(loss, list(vae.parameters()))))
+    torch.testing.assert_close(*found)
 
 
 def test_a_convolutional_decoder_s_shape() -> None:

@@ -16,6 +16,7 @@ import typer
 from benchmarks.config import ConfigError, configure
 from benchmarks.peers import installed, missing
 from benchmarks.run import Out, Page, Run, cpu_threads, terminal
+from benchmarks.speed import counted
 from benchmarks.speed.hall import Hall
 from benchmarks.speed.plot import Curves, draw
 from benchmarks.speed.programme import curves, programme
@@ -41,6 +42,9 @@ def speed(
     ] = False,
     mode: Annotated[str, typer.Option(help=f"Of torch.compile: {', '.join(MODES)}.")] = "default",
     only: Annotated[str, typer.Option(help="Hold only the contests whose title has this in it; no plot.")] = "",
+    launches: Annotated[
+        bool, typer.Option("--launches", help="Time nothing: count the operations that every recipe launches.")
+    ] = False,
     out: Out = None,
     page: Page = None,
 ) -> None:
@@ -49,7 +53,13 @@ def speed(
     The public libraries come with pip install -e '.[peers]'; without them flowpost is timed beside dense layers alone.
     In each round everyone has a turn, in random order; ratios are taken within rounds. speed.json in the --out folder
     has every round, speed.md the tables, speed.png cost against dim, hidden width and samples.
+
+    With --launches nothing is timed: what each recipe and library would run on a GPU is counted on the meta device,
+    within a minute, into launches.json and launches.md.
     """
+    if launches:
+        counted.publish(Run.begin("launches", out, libraries=installed(), page=page, marks=counted.MARKS))
+        return
     if mode not in MODES:
         raise ConfigError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
     configure(device=device, threads=threads)  # refuses what a job would refuse

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from flowpost.numerics.arguments import refuse_shards
-from flowpost.numerics.products import wide
+from flowpost.numerics.products import summed
 from flowpost.numerics.watchers import all_hooked, hooked
 
 if TYPE_CHECKING:
@@ -61,5 +60,5 @@ def undo(runs: Sequence[Run], z: Tensor, preimage: Tensor | None) -> tuple[Tenso
             z, log_det = apply_inverse(steps[0], z, context, known)
         else:
             z, log_det = steps[0]._inverse_run(steps, z, context, known)
-        log_dets.append(wide(log_det))
-    return z, reduce(torch.add, log_dets)
+        log_dets.append(log_det)
+    return z, summed(log_dets)

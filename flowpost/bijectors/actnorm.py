@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flowpost.bijectors.base import Bijector
+from flowpost.bijectors.base import Bijector, Line
 from flowpost.numerics.products import wide_dtype
 
 _REACH = 20.0
@@ -96,7 +96,6 @@ class ActNorm(Bijector):
         bounded = _bounded(self.log_scale)
         return self.center + z * torch.exp(-bounded), -bounded.sum(-1)
 
-    def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _line(self, context: Tensor | None) -> Line:
         scale = _bounded(self.log_scale).exp()
-        tril = torch.diag_embed(scale) if tril is None else scale.unsqueeze(-1) * tril
-        return (loc - self.center) * scale, tril
+        return -self.center * scale, scale

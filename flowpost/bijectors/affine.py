@@ -10,10 +10,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from flowpost.bijectors.base import Bijector
+from flowpost.bijectors.base import Bijector, Line
 from flowpost.masked.run import COLUMNS, Array, Column, Solve
 from flowpost.numerics.arguments import check_int
-from flowpost.numerics.scales import CLOSED, softplus_scale
+from flowpost.numerics.scales import CLOSED, scale_and_log, softplus_scale
 
 
 def affine(z: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,8 +99,8 @@ class Affine(Bijector):
     def keep(self, z: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """``_forward``, with what `pull` needs: the raw numbers of the scale, and the scale."""
         loc, raw = numbers.chunk(2, dim=-1)
-        scale = self.scale(raw)
-        return *affine(z, loc, scale), (raw, scale)
+        scale, log = scale_and_log(self.scale, raw)
+        return torch.addcmul(loc, scale, z), log.sum(-1), (raw, scale)
 
     def pull(self, z: Tensor, kept: tuple[Tensor, Tensor], grad: Tensor, grad_log_det: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients at z and at the numbers: ``dlog_det/dscale = 1 / scale``."""
@@ -108,21 +108,17 @@ class Affine(Bijector):
         of_scale = torch.addcmul(grad_log_det.to(z.dtype).unsqueeze(-1) / scale, grad, z)
         return grad * scale, torch.cat([grad, of_scale * CLOSED[self.scale].slope(raw, scale)], dim=-1)
 
-    def _loc_scale(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        loc, raw = cast(Tensor, context).chunk(2, dim=-1)
-        return loc, self.scale(raw)
-
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return affine(z, *self._loc_scale(context))
+        return self.keep(z, cast(Tensor, context))[:2]
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
-        loc, scale = self._loc_scale(context)
-        return (z - loc) / scale, -scale.log().sum(-1)
+        loc, raw = cast(Tensor, context).chunk(2, dim=-1)
+        scale, log = scale_and_log(self.scale, raw)
+        return (z - loc) / scale, -log.sum(-1)
 
-    def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        shift, scale = self._loc_scale(context)
-        tril = torch.diag_embed(scale) if tril is None else scale.unsqueeze(-1) * tril
-        return shift + scale * loc, tril
+    def _line(self, context: Tensor | None) -> Line:
+        loc, raw = cast(Tensor, context).chunk(2, dim=-1)
+        return loc, self.scale(raw)
 
 
 class Shift(Bijector):
@@ -158,9 +154,8 @@ class Shift(Bijector):
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         return z - cast(Tensor, context), z.new_zeros(())
 
-    def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        tril = torch.eye(self.dim, dtype=loc.dtype, device=loc.device) if tril is None else tril
-        return loc + cast(Tensor, context), tril
+    def _line(self, context: Tensor | None) -> Line:
+        return cast(Tensor, context), 1.0
 
 
 class Scale(Bijector):
@@ -199,6 +194,5 @@ class Scale(Bijector):
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         return z / self.factor, z.new_full((), -self.dim * math.log(self.factor))
 
-    def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        tril = torch.eye(self.dim, dtype=loc.dtype, device=loc.device) if tril is None else tril
-        return self.factor * loc, self.factor * tril
+    def _line(self, context: Tensor | None) -> Line:
+        return 0.0, self.factor

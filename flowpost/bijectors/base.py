@@ -25,6 +25,8 @@ from flowpost.numerics.constants import Constant, Placed
 from flowpost.numerics.watchers import first_parameter
 
 LINE = (-math.inf, math.inf)
+Line = tuple[Tensor | float, Tensor | float]
+"""A shift and a positive factor, each for all variables alike, or ``(*batch, dim)``."""
 
 
 class Bijector(Placed, ABC):
@@ -36,9 +38,9 @@ class Bijector(Placed, ABC):
 
     A subclass gives ``_forward(z, context)`` and ``_inverse(z, context, preimage)``. Both may return a log-det of wider
     dtype than z (a chain sums in float64) or of fewer leading axes (a constant); z' must have the broadcast batch
-    shape. It may override ``initial_context`` and ``head_scale``, and ``_push_gaussian`` where it is ``triangular``;
-    a map of one variable at a time says that it is ``elementwise``. Nothing checks that ``_inverse`` inverts
-    ``_forward``: ``flowpost.testing.check_bijector`` does.
+    shape. It may override ``initial_context`` and ``head_scale``; where it is ``triangular`` ``_push_gaussian``, or
+    ``_line`` if it is ``elementwise`` too. A map of one variable at a time says that it is ``elementwise``. Nothing
+    checks that ``_inverse`` inverts ``_forward``: ``flowpost.testing.check_bijector`` does.
 
     Args:
         dim: size of the last axis of z, at least 1.
@@ -201,7 +203,17 @@ class Bijector(Placed, ABC):
 
     def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Push N(loc, tril tril^T) through a ``triangular`` step; tril None is the identity."""
-        raise NotImplementedError(f"{type(self).__name__} is not a triangular linear map")
+        if not self.elementwise or type(self)._line is Bijector._line:
+            raise NotImplementedError(f"{type(self).__name__} is not a triangular linear map")
+        shift, factor = self._line(context)
+        factor = factor if isinstance(factor, Tensor) else loc.new_full((self.dim,), factor)
+        return shift + factor * loc, torch.diag_embed(factor) if tril is None else factor.unsqueeze(-1) * tril
+
+    def _line(self, context: Tensor | None) -> Line:
+        """The numbers of ``z' = shift + factor * z``, of a step that is ``triangular`` and ``elementwise``."""
+        zeros = (self._like if context is None else context).new_zeros(self.dim)
+        loc, tril = self._push_gaussian(zeros, None, context)
+        return loc, 1.0 if tril is None else tril.diagonal(dim1=-2, dim2=-1)
 
     def _check(self, z: Tensor, context: Tensor | None) -> Tensor | None:
         check_untraced()

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from flowpost.bijectors._within import Run, run_forward, undo, wrapped
-from flowpost.bijectors.base import Bijector
-from flowpost.numerics.products import wide
+from flowpost.bijectors.base import Bijector, Line
+from flowpost.numerics.products import summed
 
 Pair = tuple[Bijector, Tensor | None]
 """A step and the context that it reads."""
@@ -60,8 +60,8 @@ class _Steps(Bijector):
         log_dets = []
         for run in self._runs(context):
             z, log_det = run_forward(run, z)
-            log_dets.append(wide(log_det))
-        return z, reduce(torch.add, log_dets)
+            log_dets.append(log_det)
+        return z, summed(log_dets)
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         return undo(self._runs(context), z, preimage)
@@ -70,6 +70,14 @@ class _Steps(Bijector):
         for step, part in self._pairs(context):
             loc, tril = step._push_gaussian(loc, tril, part)
         return loc, tril
+
+    def _line(self, context: Tensor | None) -> Line:
+        return reduce(_then, [step._line(part) for step, part in self._pairs(context)])
+
+
+def _then(first: Line, second: Line) -> Line:
+    """The line of one map after the other."""
+    return second[0] + second[1] * first[0], second[1] * first[1]
 
 
 def _check_steps(name: str, steps: tuple[Bijector, ...]) -> None:

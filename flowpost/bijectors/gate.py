@@ -143,7 +143,7 @@ class Gate(Bijector):
         rows = torch.tensor(
             [[1 / SPREAD, 1 / REACH], [SPREAD, REACH], [self.forget_bias, 0.0]], dtype=torch.float64, device="cpu"
         )
-        self._bounds = Constant(rows.repeat_interleave(dim, -1))
+        self._inner, self._outer, self._offset = map(Constant, rows.repeat_interleave(dim, -1))
         if self.gain != 1:
             # No call reads it: it tells a state of this gate from one that was saved when gates had no gain.
             self.register_buffer("constant_gain", torch.tensor(self.gain))
@@ -163,14 +163,16 @@ class Gate(Bijector):
 
     def _parameters_of(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """As `gate_parameters`, both at once: a step is bound by the number of calls; and the two tanh side by side."""
-        numbers, bounds = cast(Tensor, context), self._bounds.on(cast(Tensor, context))
-        width = numbers.shape[-1]
-        if width != bounds.shape[-1]:  # some of the variables: all have the same bounds
-            bounds = bounds.unflatten(-1, (2, -1))[..., :1].expand(-1, -1, width // 2).flatten(-2)
-        inner, outer, offset = bounds
+        numbers = cast(Tensor, context)
+        inner, outer, offset = (each.on(numbers) for each in (self._inner, self._outer, self._offset))
+        half = numbers.shape[-1] // 2
+        if half != self.dim:  # some of the variables: all have the same bounds
+            inner, outer, offset = (
+                each.unflatten(-1, (2, -1))[:, :1].expand(-1, half).flatten() for each in (inner, outer, offset)
+            )
         bounded = torch.tanh(numbers * inner)
-        logit, mean = torch.addcmul(offset, bounded, outer).chunk(2, -1)
-        return logit, mean, bounded
+        both = torch.addcmul(offset, bounded, outer)
+        return both[..., :half], both[..., half:], bounded
 
     def has_pull(self) -> bool:
         """True, unless a subclass may have a map of its own."""
@@ -186,10 +188,11 @@ class Gate(Bijector):
         """The gradients at z and at the numbers: ``d log s = (1 - s) dlogit``, ``ds = s (1 - s) dlogit``."""
         bounded, closed = kept
         grad = grad if self.gain == 1 else self.gain * grad
-        z_grad = grad * (1 - closed)
-        mean = bounded[..., self.dim :] * REACH
-        of_logit = torch.addcmul(grad_log_det.to(z.dtype).unsqueeze(-1), z_grad, z - mean) * closed
-        return z_grad, _tanh_backward(torch.cat([of_logit, grad * closed], -1), bounded)
+        of_mean = grad * closed
+        z_grad = grad - of_mean
+        apart = torch.sub(z, bounded[..., self.dim :], alpha=REACH)
+        of_logit = torch.addcmul(grad_log_det.to(z.dtype).unsqueeze(-1), z_grad, apart) * closed
+        return z_grad, _tanh_backward(torch.cat([of_logit, of_mean], -1), bounded)
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         logit, mean, _ = self._parameters_of(context)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flowpost.bijectors._within import apply, apply_inverse, wrapped
-from flowpost.bijectors.base import Bijector
+from flowpost.bijectors.base import Bijector, Line
 from flowpost.masked.run import Column
 from flowpost.numerics.arguments import check_int
 from flowpost.numerics.watchers import full_precision
@@ -47,6 +47,9 @@ class _Wrapper(Bijector):
 
     def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.step._push_gaussian(loc, tril, self._read(context))
+
+    def _line(self, context: Tensor | None) -> Line:
+        return self.step._line(self._read(context))
 
 
 class Learned(_Wrapper):

@@ -9,7 +9,7 @@ from torch import Tensor
 from flowpost.masked import fused, recorded
 from flowpost.masked.recorded import Pair, Recorded
 from flowpost.masked.run import ElementWise
-from flowpost.numerics.products import wide
+from flowpost.numerics.products import plus
 
 Mapped = tuple[Tensor, Tensor, list[Tensor]]
 """What was mapped, the log-det so far, and what the way back needs: first of all where the network was evaluated."""
@@ -26,7 +26,7 @@ def run(step: ElementWise, z: Tensor, numbers: Tensor, total: Tensor | None, *, 
     if column is not None:
         return *fused.element(z, numbers, total, column, inverse=False), [z, numbers]
     image, log_det, kept = recorded.run(step, z, numbers.to(z.dtype), recording=recording)
-    return image, _sum(total, log_det), list(kept)
+    return image, plus(total, log_det), list(kept)
 
 
 def pull(step: ElementWise, kept: Sequence[Tensor], grad: Tensor, grad_log_det: Tensor) -> Pair:
@@ -45,7 +45,7 @@ def run_inverse(
     if column is not None:
         return *fused.element(z, numbers, total, column, inverse=True), [x, numbers]
     found, log_det, kept = recorded.run_inverse(step, x, z, numbers.to(z.dtype), recording=recording)
-    return found, _sum(total, log_det), list(kept)
+    return found, plus(total, log_det), list(kept)
 
 
 def pull_inverse(
@@ -57,7 +57,3 @@ def pull_inverse(
         return *fused.element_slopes(kept[0], kept[1], grad_log_det, column), None
     of_map, of_log_det = recorded.pull_inverse(step, Recorded(*kept), grad_log_det)
     return *of_map, of_log_det[1], of_log_det[0]
-
-
-def _sum(total: Tensor | None, log_det: Tensor) -> Tensor:
-    return wide(log_det) if total is None else total + wide(log_det)

@@ -6,7 +6,7 @@ Only the layers' values are kept for the way back.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import reduce
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from flowpost.masked.layouts import by_output, by_variable, ranked, to_columns, 
 from flowpost.masked.network import MADE
 from flowpost.masked.recorded import Recorded
 from flowpost.masked.run import ElementWise, Link, Parameters, Run, Saved, grouped
-from flowpost.numerics.products import wide
+from flowpost.numerics.products import plus
 from flowpost.numerics.watchers import on_host
 
 _LARGE = 64.0  # the rounding of sums below it was at most 0.6 of it, in units of eps; B3 allows 8 (dim + 16) of them
@@ -27,26 +27,25 @@ def values(
     run: Run, z: Tensor, context: Tensor | None, parameters: Sequence[Tensor], *, recording: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The image, the log-det, and for the way back each link's recorded step and hidden values ``(N, width)``."""
-    total, tape = z.new_zeros(()), []
+    total, tape = None, []
     for link, group in zip(run, grouped(run, parameters), strict=True):
         numbers, *hidden = _evaluate(link.net, z, context, group)
         z, log_det, kept = recorded.run(link.step, z, numbers, recording=recording)
-        total = total + wide(log_det)
+        total = plus(total, log_det)
         tape += [*kept, *hidden]
-    return z, total, tape
+    return z, cast(Tensor, total), tape
 
 
 def gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Tensor | None]:
     """The gradients at z, at the context and at the parameters."""
-    of_context, of_parameters = [], []
+    of_context, of_parameters = None, []
     for link, group, need, step, hidden in reversed(_links(saved)):
         grad, of_numbers = recorded.pull(link.step, step, grad, grad_log_det)
         sums = _sums(link.net, of_numbers.reshape(-1, link.net.outputs * link.net.dim), hidden, group)
-        first, part, found = _of_network(saved, link.net, step.point, hidden, sums, group, need)
+        first, of_context, found = _of_network(saved, link.net, step.point, hidden, sums, group, need, of_context)
         grad = grad + link.net.stack[0].staircase.input_gradient(first, group.weights[0]).view(grad.shape)
-        of_context += part
         of_parameters = found + of_parameters
-    return [grad, reduce(torch.add, of_context) if of_context else None, *of_parameters]
+    return [grad, _like_context(of_context, saved), *of_parameters]
 
 
 def solve(
@@ -61,14 +60,14 @@ def solve(
     """The preimage, the log-det, and a tape as that of `values`, of each link's inverse."""
     groups = grouped(run, parameters)
     knowns = [] if preimage is None else _evaluated(run, preimage, context, groups)
-    total, tape = z.new_zeros(()), []
+    total, tape = None, []
     for place in reversed(range(len(run))):
         link = run[place]
         x, numbers, *hidden = knowns[place] if knowns else _search(link, groups[place], z, context)
         z, log_det, kept = recorded.run_inverse(link.step, x, z, numbers, recording=recording)
-        total = total + wide(log_det)
+        total = plus(total, log_det)
         tape = [*kept, *hidden, *tape]
-    return z, total, tape
+    return z, cast(Tensor, total), tape
 
 
 def solve_gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Tensor | None]:
@@ -77,7 +76,7 @@ def solve_gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Te
     With ``x_i = f(y_i; c_i(x_{<i}))`` and g the gradient at x, v solves ``v_j = g_j + sum_{i > j} (v_i df_i/dc_i + what
     the log-det adds) dc_i/dx_j``, and the gradient at y is ``v df/dy``: one transposed sweep.
     """
-    of_context, of_parameters = [], []
+    of_context, of_parameters = None, []
     for link, group, need, step, hidden in _links(saved):
         net, order = link.net, link.order
         of_map, of_log_det = recorded.pull_inverse(link.step, step, grad_log_det)
@@ -93,10 +92,13 @@ def solve_gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Te
         v, *layers = sweep.pull(to_columns(grad, order), fixed, moved, list(weights), slopes, _sizes(net))
         grad = torch.addcmul(of_log_det[0], to_rows(v, order).view(grad.shape), of_map[0])
         sums = [by_output(net, layers.pop(), order).t(), *(each.t() for each in layers[::-1])]
-        _, part, found = _of_network(saved, net, step.point, hidden, sums, group, need)
-        of_context += part
+        _, of_context, found = _of_network(saved, net, step.point, hidden, sums, group, need, of_context)
         of_parameters += found
-    return [grad, reduce(torch.add, of_context) if of_context else None, *of_parameters]
+    return [grad, _like_context(of_context, saved), *of_parameters]
+
+
+def _like_context(grad: Tensor | None, saved: Saved) -> Tensor | None:
+    return None if grad is None else grad.view(cast(Tensor, saved.context).shape)
 
 
 def _links(saved: Saved) -> list[tuple[Link, Parameters, Parameters, Recorded, Sequence[Tensor]]]:
@@ -111,14 +113,12 @@ def _links(saved: Saved) -> list[tuple[Link, Parameters, Parameters, Recorded, S
 
 def _evaluate(net: MADE, z: Tensor, context: Tensor | None, group: Parameters) -> list[Tensor]:
     """The numbers ``(*batch, outputs * dim)``, and the hidden layers' values ``(N, width)``."""
-    x, y = z.reshape(-1, net.dim), _start(z, context, group)
-    hidden = []
-    for layer, weight, bias in zip(net.stack, group.weights, group.biases, strict=True):
-        if layer is not net.layers[0]:
-            x = KNOWN[net.activation].run(y)
-            hidden.append(x)
-            y = bias.expand(len(x), -1).clone()
-        layer.staircase.add_product(y, x, weight)
+    (first, *others), activation, hidden = net.stack, KNOWN[net.activation].run, []
+    y = _start(z, context, group)
+    first.staircase.add_product(y, z.reshape(-1, net.dim), group.weights[0])
+    for layer, weight, bias in zip(others, group.weights[1:], group.biases[1:], strict=True):
+        hidden.append(activation(y))
+        y = layer.staircase.affine(bias, hidden[-1], weight)
     return [y.view(*z.shape[:-1], y.shape[-1]), *hidden]
 
 
@@ -168,10 +168,12 @@ def _of_network(
     sums: Iterable[Tensor],
     group: Parameters,
     need: Parameters,
-) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+    of_context: Tensor | None,
+) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
     """The gradient at the first layer's sums, that at the context if it is needed, and those at the parameters.
 
-    Every layer's is used while it is near: they come one by one, the last layer's first.
+    The one at the context, ``(N, context_size)``, is added to what came of other links. Every layer's is used while it
+    is near: they come one by one, the last layer's first.
     """
     weights, biases, at_sums = [], [], point
     inputs = [*hidden[::-1], point.reshape(-1, net.dim)]
@@ -181,10 +183,14 @@ def _of_network(
         biases.append(at_sums.sum(0) if bias else None)
     found, context = [*weights[::-1], *biases[::-1]], saved.context
     if context is None:
-        return at_sums, [], found
+        return at_sums, None, found
     per_context = _sum_to(at_sums, point.shape[:-1], context.shape[:-1])
     found.append(per_context.t() @ context.reshape(-1, context.shape[-1]) if need.projection[0] else None)
-    return at_sums, [(per_context @ group.projection[0]).view(context.shape)] if saved.needs[1] else [], found
+    if not saved.needs[1]:
+        return at_sums, None, found
+    projection = group.projection[0]
+    more = per_context @ projection if of_context is None else torch.addmm(of_context, per_context, projection)
+    return at_sums, more, found
 
 
 def _sum_to(grad: Tensor, batch: Sequence[int], smaller: Sequence[int]) -> Tensor:

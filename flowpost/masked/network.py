@@ -119,7 +119,7 @@ class MADE(nn.Module):
     @property
     def stack(self) -> list[MaskedLinear]:
         """The layers, in a list."""
-        return cast("list[MaskedLinear]", list(self.layers))
+        return cast("list[MaskedLinear]", list(self.layers._modules.values()))
 
     def last_parameters(self) -> list[Tensor]:
         """Those that add to the outputs: the last layer's and, where it is the first too, the projection's."""

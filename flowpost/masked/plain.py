@@ -14,7 +14,7 @@ from flowpost.masked.engine import untouched
 from flowpost.masked.layouts import ranked
 from flowpost.masked.network import MADE
 from flowpost.masked.run import ElementWise, Link, Parameters, Run, broadcast, flat, grouped, names
-from flowpost.numerics.products import wide
+from flowpost.numerics.products import plus
 from flowpost.numerics.watchers import hooked
 
 Network = Callable[[Tensor, Tensor | None], Tensor]
@@ -24,13 +24,13 @@ def forward(
     run: Run, z: Tensor, context: Tensor | None, parameters: Sequence[Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """The image and the log-det; `parameters` stand in for the networks' own."""
-    total = z.new_zeros(())
+    total = None
     for link, network in zip(run, _networks(run, parameters), strict=True):
         # Under autocast the network may run in half precision; the step does not.
         numbers = network(z, context).to(z.dtype).flatten(-2)
         z, log_det = _step(link.step, z, numbers)
-        total = wide(log_det) if link is run[0] else total + wide(log_det)
-    return z, total
+        total = plus(total, log_det)
+    return z, cast(Tensor, total)
 
 
 def inverse(
@@ -38,15 +38,15 @@ def inverse(
 ) -> tuple[Tensor, Tensor]:
     """The preimage and the log-det of the inverse; a weight is used once, or a changed layer called dim times."""
     groups = _groups(run, parameters)
-    total = z.new_zeros(())
+    total = None
     knowns = _preimages(run, context, preimage)
     for link, group, known in zip(reversed(run), reversed(groups), reversed(knowns), strict=True):
         z, *others = broadcast(context, z) if known is None else broadcast(context, z, known)
         known = others[0] if others else None
         numbers, found = _search(link, group, z, context, known)
         z, log_det = link.step._inverse(z, numbers, found if known is None else known)
-        total = wide(log_det) if link is run[-1] else total + wide(log_det)
-    return z, total
+        total = plus(total, log_det)
+    return z, cast(Tensor, total)
 
 
 def _search(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flowpost.numerics.constants import Constant
+from flowpost.numerics.products import product
 
 _ALIGN = 32  # matrix products of odd width run at half the speed
 _GRAIN = 2**14  # weights whose product, at a batch of some hundred, costs what the calls for one more block do
@@ -92,18 +93,26 @@ class Staircase:
         else:
             (_add_operator if _opaque(masks) else _add_product)(y, x, weight, masks, self._runs)
 
+    def affine(self, bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """The layer, ``b + x W^T``, for x ``(N, in)``."""
+        if len(self.blocks) == 1:
+            return torch.addmm(bias, x, (weight * self._edges[0].on(weight)).t())
+        y = bias.expand(len(x), -1).clone()
+        self.add_product(y, x, weight)
+        return y
+
     def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
         """The product ``grad W`` for grad ``(N, out)``."""
         masks = self.edges(weight)
         if len(masks) == 1:
-            return grad @ (weight * masks[0])
+            return product(grad, weight * masks[0])
         return (_input_operator if _opaque(masks) else _input_gradient)(grad, weight, masks, self._runs)
 
     def weight_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
         """The product ``grad^T x``, zero where the weight is not read."""
         masks = self.edges(x)
         if len(masks) == 1:
-            return (grad.t() @ x).mul_(masks[0])
+            return masks[0] * product(grad.t(), x)
         return (_weight_operator if _opaque(masks) else _weight_gradient)(grad, x, masks, self._runs)
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import cast
 
 import torch
 from torch import Tensor
+
+_FEW = 16
 
 
 def wide_dtype(value: Tensor) -> torch.dtype:
@@ -19,9 +23,32 @@ def wide(log_det: Tensor) -> Tensor:
     return log_det.to(wide_dtype(log_det))
 
 
+def plus(total: Tensor | None, log_det: Tensor) -> Tensor:
+    """A wide total and one log-det more; None is no total yet."""
+    if total is None:
+        return wide(log_det)
+    # A sum widens by itself, unless only a number, without axes, is wide.
+    return total + (log_det if total.ndim or not log_det.ndim else wide(log_det))
+
+
+def summed(log_dets: Sequence[Tensor]) -> Tensor:
+    """The sum of log-dets, wide: by two calls where they are many of a kind, else by one each."""
+    first, *others = log_dets
+    if len(others) > 2 and all(each.dtype == first.dtype and each.shape == first.shape for each in others):
+        return torch.stack(list(log_dets)).sum(0, dtype=wide_dtype(first))
+    # First one of most axes, and best a wide one: the others need no call of their own to be widened.
+    ordered = sorted(log_dets, key=lambda each: (each.ndim, each.dtype == wide_dtype(each)), reverse=True)
+    return cast(Tensor, reduce(plus, ordered, None))
+
+
 def by_rows(matrix: Tensor, columns: Tensor) -> Tensor:
     """``matrix @ columns``, as rows: many matrices with a column each are several times slower in torch's libraries."""
     return (columns.mT @ matrix.mT).mT
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """The matrix ``left @ right``; few columns come as rows, which a CPU's libraries do several times faster."""
+    return (right.t() @ left.t()).t() if 1 < right.shape[1] < _FEW else left @ right
 
 
 def by_columns(multiply: Callable[[Tensor, Tensor], Tensor], matrix: Tensor, z: Tensor) -> Tensor:

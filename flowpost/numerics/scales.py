@@ -40,8 +40,12 @@ def log_var_scale(log_var: Tensor) -> Tensor:
     Returns:
         Positive numbers of the same shape and dtype.
     """
+    return _half_log_var(log_var).exp()
+
+
+def _half_log_var(log_var: Tensor) -> Tensor:
     v = log_var.clamp(-1e3, 1e3)  # where the slope has long underflowed: keeps v - softplus(v - 20) exact
-    return torch.exp(0.5 * (v - F.softplus(v - 20) + F.softplus(-v - 20)))
+    return 0.5 * (v - F.softplus(v - 20) + F.softplus(-v - 20))
 
 
 def exp_scale(raw: Tensor) -> Tensor:
@@ -55,7 +59,27 @@ def exp_scale(raw: Tensor) -> Tensor:
     Returns:
         Positive numbers of the same shape and dtype.
     """
-    return torch.exp(SPREAD * torch.tanh(raw / SPREAD))
+    return _bounded_log(raw).exp()
+
+
+def _bounded_log(raw: Tensor) -> Tensor:
+    return SPREAD * torch.tanh(raw / SPREAD)
+
+
+_LOGS: Mapping[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] = {
+    exp_scale: _bounded_log,
+    log_var_scale: _half_log_var,
+}
+"""The logarithms of the scales that are exponentials."""
+
+
+def scale_and_log(scale: Callable[[Tensor], Tensor], raw: Tensor) -> tuple[Tensor, Tensor]:
+    """A scale of raw numbers and its logarithm, which of an exponential is what was exponentiated."""
+    if scale not in _LOGS:
+        found = scale(raw)
+        return found, found.log()
+    log = _LOGS[scale](raw)
+    return log.exp(), log
 
 
 class Closed(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
 import numpy as np
@@ -52,7 +53,7 @@ def push_gaussian(
 ) -> tuple[Tensor, Tensor]:
     """Mean and Cholesky factor of L z for z of N(loc, tril tril^T); tril None is the identity."""
     dim = loc.shape[-1]
-    matrix = strict_tril(entries, dim, kept) + torch.eye(dim, dtype=entries.dtype, device=entries.device)
+    matrix = _written(torch.eye(dim, dtype=entries.dtype, device=entries.device), entries, kept)
     with full_precision(loc.device.type):
         return by_columns(torch.matmul, matrix, loc), matrix if tril is None else matrix @ tril
 
@@ -67,9 +68,23 @@ def strict_tril(entries: Tensor, dim: int, kept: Constant | None = None) -> Tens
         dim: of the square.
         kept: ``places(dim)``, where a step keeps them; otherwise they are made anew.
     """
-    index = _places(dim, entries.device) if kept is None else kept.on(entries)
-    square = entries.new_zeros(*entries.shape[:-1], dim * dim)
-    return square.scatter(-1, index.expand(entries.shape), entries).unflatten(-1, (dim, dim))
+    return _written(entries.new_zeros(dim, dim), entries, kept)
+
+
+def _written(square: Tensor, entries: Tensor, kept: Constant | None) -> Tensor:
+    """Each example's entries below the diagonal of one and the same square."""
+    index = _places(len(square), entries.device) if kept is None else kept.on(entries)
+    squares = square.flatten().expand(*entries.shape[:-1], -1)
+    return squares.scatter(-1, index.expand(entries.shape), entries).unflatten(-1, square.shape)
+
+
+@functools.cache
+def _rows(dim: int) -> tuple[Tensor, np.ndarray]:
+    """On the CPU: the column of each entry, and where each row after the first starts."""
+    with torch.inference_mode(mode=False):
+        return torch.tril_indices(dim, dim, -1, device="cpu")[1].contiguous(), np.arange(1, dim) * np.arange(
+            dim - 1
+        ) // 2
 
 
 class _SumRows(torch.autograd.Function):
@@ -78,11 +93,11 @@ class _SumRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Ctx, z: Tensor, entries: Tensor) -> Tensor:
         dim = z.shape[-1]
-        read = z.index_select(-1, torch.tril_indices(dim, dim, -1, device=z.device)[1])
+        columns, starts = _rows(dim)
+        read = z.index_select(-1, columns)
         ctx.save_for_backward(z, entries, read)
         products = read * entries
         sums = products.new_zeros(*products.shape[:-1], dim)
-        starts = np.arange(1, dim) * np.arange(dim - 1) // 2
         with np.errstate(all="ignore"):
             np.add.reduceat(products.numpy(), starts, axis=-1, out=sums.numpy()[..., 1:])
         return sums

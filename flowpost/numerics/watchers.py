@@ -41,9 +41,14 @@ def watched() -> bool:
 
 
 def first_parameter(module: nn.Module) -> Tensor | None:
-    """A module's first parameter, if it has any; not by ``next``, which compilers before torch 2.6 cannot follow."""
-    for parameter in module.parameters():
-        return parameter
+    """A module's first parameter, if it has any: the first that ``parameters`` gives, whose search takes longer."""
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            return parameter
+    for child in module._modules.values():
+        found = None if child is None else first_parameter(child)
+        if found is not None:
+            return found
     return None
 
 
