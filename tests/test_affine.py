@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ class ByTriangle(Affine):
     _line = Bijector._line
 
     def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        shift, scale = Affine._line(self, context)
+        shift, scale = (cast(Tensor, each) for each in Affine._line(self, context))
         return shift + scale * loc, scale.unsqueeze(-1) * (torch.eye(self.dim).to(loc) if tril is None else tril)
 
 
