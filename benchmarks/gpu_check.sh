@@ -3,7 +3,9 @@
 #
 #   benchmarks/gpu_check.sh [page]      the page of the speed benchmark, by default docs/speed-gpu.md
 #
-# The torch that is installed is the one that is tried. A part that fails does not keep the next from running.
+# The torch that is installed is the one that is tried. A part that fails does not keep the next from running; one that
+# takes longer than its share is stopped. PYTHON names another python, WORKERS the tests' processes, SPEED other options
+# of the speed benchmark.
 set -uo pipefail
 page=$(realpath -m "${1:-$(dirname "$0")/../docs/speed-gpu.md}")
 cd "$(dirname "$0")/.." || exit 1
@@ -26,18 +28,19 @@ part() {
 
 cuda_tests() {
     local options=(-q -p no:cacheprovider)
-    ! has xdist || options+=(-n "${WORKERS:-6}" --dist worksteal)
-    timeout 270 "$python" -m pytest "${options[@]}" --durations=5 tests/test_cuda.py
+    ! has xdist || options+=(-n "${WORKERS:-12}" --dist worksteal)
+    timeout -s INT -k 10 190 "$python" -m pytest "${options[@]}" --durations=5 tests/test_cuda.py
 }
 
 speed() {
     [ -e "$page" ] || printf '# Speed on a GPU\n\nAs [on a CPU](speed.md), by `benchmarks/gpu_check.sh`.\n\n%s\n%s\n' \
         '<!-- tables -->' '<!-- end of tables -->' >"$page"
-    timeout 300 "$python" -m benchmarks speed --device cuda --page "$page"
+    # shellcheck disable=SC2086  # several options
+    timeout 220 "$python" -m benchmarks speed --device cuda --page "$page" ${SPEED:---reps 20}
 }
 
 main_job() {
-    timeout 120 "$python" -m benchmarks --quick --device cuda
+    timeout 70 "$python" -m benchmarks --quick --device cuda
 }
 
 "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || {
