@@ -52,7 +52,8 @@ class Report:
             content = json.loads(path.read_text(encoding="utf-8"))
             started = datetime.fromisoformat(content["started"])
             # Jobs of earlier versions do not say their command.
-            run = Run(folder, content["environment"], content.get("command", ""), None, started, content["seconds"])
+            command, seconds = content.get("command", ""), content["seconds"]
+            run = Run(folder, content["environment"], command, None, started=started, seconds_before=seconds)
             return cls(run, from_json(content["configuration"]), content["runs"])
         except ConfigError:
             raise

@@ -67,7 +67,7 @@ def speed(
     if compile_all:
         plan = replace(plan, compiled=plan.training)
     if reps is not None:
-        plan = replace(plan, least=reps, most=reps, budget=math.inf, curve_budget=math.inf, growth_budget=math.inf)
+        plan = replace(plan, least=reps, most=reps, budget=math.inf, curve_budget=math.inf)
     hall = Hall(torch.device(device), plan, None if mode == "default" else mode)
     if not any(only in title for title, _ in programme(hall)):
         raise ConfigError(f"only: expected a part of a contest's title, got {only!r}")
