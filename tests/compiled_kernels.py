@@ -13,6 +13,7 @@ from triton.compiler import ASTSource
 
 from flowpost.masked import kernels, sweeps
 from flowpost.masked.fused import MAPS
+from flowpost.numerics import root_kernels
 
 H100 = GPUTarget("cuda", 90, 32)
 FLOATS, HALVES = "*fp32", "*bf16"
@@ -62,6 +63,11 @@ def main() -> None:
         for kind in (FLOATS, HALVES):
             pointers = {"grad_ptr": kind, "value_ptr": kind, "found_ptr": kind, "bias_ptr": FLOATS}
             compiled(kernels.activation_kernel, {**pointers, **numbers}, ACTIVATION=activation, ROWS=64, COLUMNS=32)
+    roots = {"gain_ptr": FLOATS, "target_ptr": FLOATS, "found_ptr": FLOATS}
+    compiled(root_kernels.root_kernel, {**roots, "count": "i32"}, BLOCK=256)
+    for size in (1, 16, 128):
+        options = {"SIZE": size, "BLOCK": size, "num_warps": 1}
+        compiled(root_kernels.roots_kernel, {**roots, "gains": "i32"}, **options)
     for place, (count, dim, widths) in enumerate(SIZES):
         for order in ("*i64", None):
             inverse_and_transposed(count, dim, widths, order, place % 3)

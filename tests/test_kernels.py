@@ -21,7 +21,9 @@ from flowpost.bijectors.gate import Gate
 from flowpost.masked import device, engine, fused
 from flowpost.masked.activations import NAMED
 from flowpost.masked.run import Column
+from flowpost.numerics import fusing
 from flowpost.numerics.scales import exp_scale
+from flowpost.numerics.tanh_roots import tanh_root, tanh_roots
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # numpy's, which interprets
@@ -41,7 +43,7 @@ STEPS: dict[str, Callable[[], Bijector]] = {
 
 @pytest.fixture(autouse=True)
 def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_on_device", lambda z: True)
+    monkeypatch.setattr(fusing, "on_device", lambda z: True)
     monkeypatch.setattr(engine, "engine_on", lambda z: device)
 
 
@@ -198,11 +200,35 @@ def test_kernels_read_and_write_half_precision(name: str, direction: str, monkey
     with torch.autocast("cpu", torch.bfloat16):
         z = flow(known, context)[0].detach() if direction == "known" else known
         found = every_result(flow, direction, z, context, known)
-        monkeypatch.setattr(fused, "_on_device", lambda z: False)
+        monkeypatch.setattr(fusing, "on_device", lambda z: False)
         expected = every_result(flow, direction, z, context, known)
     for each, other in zip(found, expected, strict=True):
         assert each.dtype == torch.float32
         assert (each - other).abs().max() <= 2**-6 * (1 + other.abs().max())
+
+
+@interpreted
+@pytest.mark.parametrize("scale", [0.1, 3.0, 1e3, 1e6])
+@pytest.mark.parametrize("size", [1, 2, 5, 33])
+def test_roots_are_found_by_one_launch(scale: float, size: int) -> None:
+    """Of a triangle and of single equations, gains near -1 among them; matrices that many targets share."""
+    generator = torch.Generator().manual_seed(size)
+    gain = (scale * torch.randn(3, size, size, generator=generator)).triu(1)
+    diagonal = torch.exp(scale * torch.rand(3, size, generator=generator)).clamp_max(scale) - 0.999
+    gain = gain + torch.diag_embed(diagonal)
+    for shape in [(3,), (4, 3), (2, 1)]:
+        target = scale * torch.randn(*shape, size, generator=generator)
+        found = tanh_roots(gain, target)
+        y = found.double()
+        residual = y + (gain.double() @ y.tanh().unsqueeze(-1)).squeeze(-1) - target
+        # The rounding of y, as the slope has it, and of the later roots that a row is given.
+        bound = (1 + gain.double().abs().sum(-1)) * EPS * (1 + y.abs())
+        assert (residual.abs() <= 4 * bound).all()
+        single = tanh_root(diagonal, target).double()
+        residual = single + diagonal.double() * single.tanh() - target
+        slope = 1 + diagonal.double() * (1 - single.tanh() ** 2)
+        assert (residual.abs() <= EPS * (slope * single.abs() + 1e-30)).all()
+        assert torch.equal(tanh_root(diagonal, -target), -tanh_root(diagonal, target))
 
 
 @interpreted
@@ -220,6 +246,8 @@ def test_the_operators_fakes_hold() -> None:
         (maps.element_pull, (z, numbers.bfloat16(), z, of_log_det, *gate)),
         (maps.element_slopes, (z, numbers.bfloat16(), of_log_det, *gate)),
         (maps.sweep, (z, hidden, [first, last], [last[:, 0]], index, index.tolist(), "elu", *gate)),
+        (maps.tanh_root, (z, z)),
+        (maps.tanh_roots, (torch.randn(4, DIM, DIM).triu(1), z)),
         (maps.transposed_sweep, (z, numbers, numbers, [first.t(), last.t()], [hidden], None, range(DIM), "elu")),
     ]:
         torch.library.opcheck(operator, inputs, test_utils=("test_schema", "test_faketensor"))

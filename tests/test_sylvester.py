@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowpost import Sylvester
 from flowpost.functional import planar, sylvester, sylvester_inverse
-from flowpost.numerics.roots import tanh_roots
+from flowpost.numerics.tanh_roots import tanh_roots
 
 FORMS = {
     "orthogonal": lambda dim=5: Sylvester(dim, (dim + 1) // 2),

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flowpost.masked import fused
+from flowpost.numerics import fusing
 
 _KNOWN: dict[object, Callable[[], object]] = {}
 """What makes anew what an operation gives, by the operation and what it is given."""
@@ -92,4 +92,4 @@ def launched(call: Callable[[], object], *, kernels: bool) -> int:
 
 
 def _engine(*, kernels: bool) -> Any:  # noqa: ANN401
-    return nullcontext() if kernels else patch.object(fused, "_on_device", lambda z: False)
+    return nullcontext() if kernels else patch.object(fusing, "on_device", lambda z: False)

@@ -13,7 +13,8 @@ from flowpost.bijectors.base import Bijector
 from flowpost.numerics.arguments import check_int
 from flowpost.numerics.products import by_columns, by_rows, wide_dtype
 from flowpost.numerics.ridge import bounded_gain, cascade, log_slope, ridge
-from flowpost.numerics.roots import correct, tanh_root
+from flowpost.numerics.roots import correct
+from flowpost.numerics.tanh_roots import tanh_root
 from flowpost.numerics.watchers import full_precision
 
 

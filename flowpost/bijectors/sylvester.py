@@ -13,7 +13,7 @@ from flowpost.numerics.arguments import check_int
 from flowpost.numerics.products import by_columns, by_rows
 from flowpost.numerics.reflections import Reflected, free_entries, orthonormal, pivoted
 from flowpost.numerics.ridge import bounded_gain, log_slope, positive, ridge
-from flowpost.numerics.roots import tanh_roots
+from flowpost.numerics.tanh_roots import tanh_roots
 from flowpost.numerics.watchers import full_precision
 
 _Basis = Tensor | Reflected | None

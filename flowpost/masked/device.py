@@ -14,6 +14,7 @@ from torch import Tensor
 from flowpost.masked import elements, full, fused, loops
 from flowpost.masked.activations import KNOWN
 from flowpost.masked.run import COLUMNS, ElementWise, Link, Parameters, Run, Saved, Solve, grouped
+from flowpost.numerics import fusing
 from flowpost.numerics.watchers import autocast_dtype, full_precision
 
 _Known = tuple[Tensor, Tensor, list[Tensor]]
@@ -143,7 +144,7 @@ def _pull(
     """As `loops.pull`. A compiler, which would unroll a loop, sees an operator."""
     index, order = _order(link, grad)
     name = KNOWN[link.net.activation].name
-    if torch.compiler.is_compiling() or fused.available(grad):
+    if torch.compiler.is_compiling() or fusing.available(grad):
         # What a kernel reads together is to be neighbours in memory.
         turned = [weight.t().contiguous() for weight in group.weights]
         return fused.transposed_sweep(grad, fixed, moved, turned, hidden, index, order, name)

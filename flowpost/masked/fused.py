@@ -6,9 +6,7 @@ a GPU. Without it, and in float64, torch's own operations run.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,9 +15,9 @@ from torch import Tensor
 from flowpost.masked import loops
 from flowpost.masked.activations import Known
 from flowpost.masked.run import COLUMNS, Column, ElementWise
+from flowpost.numerics import fusing
 from flowpost.numerics.products import wide_dtype
 
-_TRITON = find_spec("triton") is not None
 MAPS = (
     "gate",
     "inverse affine by exp_scale",
@@ -30,33 +28,15 @@ MAPS = (
 """The element-wise maps of two numbers that the kernels know, by the closed form of their inverse."""
 
 
-def available(z: Tensor) -> bool:
-    """Whether the kernels run there: in float32 on a GPU with Triton, for which the meta device stands."""
-    return z.dtype == torch.float32 and _on_device(z)
-
-
-def _on_device(z: Tensor) -> bool:
-    if z.device.type != "cuda":
-        return z.is_meta
-    # A compiler for GPUs needs Triton itself.
-    return _TRITON and (torch.compiler.is_compiling() or _is_new(z.device.index))
-
-
-@functools.cache
-def _is_new(index: int) -> bool:
-    """Whether Triton knows the GPU; of one that is not there, as a planner's tensors have it, it is assumed."""
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability(index) >= (7, 0)
-
-
 def closed(step: ElementWise, z: Tensor) -> Column | None:
     """The name by which the kernels know a step, that of its inverse's closed form, if they do and run there."""
     column = step.columns()[1]
-    return column if column is not None and column.name in MAPS and available(z) else None
+    return column if column is not None and column.name in MAPS and fusing.available(z) else None
 
 
 def activation_pull(known: Known, grad: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
     """The gradient ``(N, width)`` at a layer's sums from that at its values, and in a kernel its sum over the rows."""
-    if grad.dtype != torch.float64 and _on_device(grad):
+    if grad.dtype != torch.float64 and fusing.on_device(grad):
         return _ops.activation_pull(grad, value, known.name)
     return known.gradient(grad, value), None
 
@@ -119,7 +99,7 @@ def _sweep(
     name: str,
     constants: Sequence[float],
 ) -> Tensor:
-    if available(images) and name in MAPS:
+    if fusing.available(images) and name in MAPS:
         from flowpost.masked import sweeps
 
         return sweeps.solve(images, start, weights, biases, index, activation, name, constants)
@@ -136,7 +116,7 @@ def _transposed_sweep(
     order: Sequence[int],
     activation: str,
 ) -> list[Tensor]:
-    if available(grad):
+    if fusing.available(grad):
         from flowpost.masked import sweeps
 
         return sweeps.pull(grad, fixed, moved, weights, hidden, index, activation)

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 Residual = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -16,59 +15,6 @@ Residual = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 Array = Any
 """One of numpy's."""
-
-
-def tanh_root(gain: Tensor, target: Tensor) -> Tensor:
-    """The x with ``x + gain tanh(x) = target``, for ``gain > -1``; carries no gradient.
-
-    Two steps of Halley's iteration and one of Newton's, from a start so near that no gain needs more: a fixed number,
-    so that nothing waits for a device, and 40 operations in all.
-
-    Args:
-        gain: above -1, any shape.
-        target: of a shape that broadcasts with it.
-
-    Returns:
-        The root to rounding for gains from -0.999 to 1e12, in float32 and float64.
-    """
-    with torch.no_grad():
-        return _tanh_root(target.detach(), *_of_gain(gain.detach()))  # forward-mode derivatives mind no `no_grad`
-
-
-def _of_gain(gain: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the search reads of a gain alone, the gain first."""
-    many = 4 * gain
-    return gain, 1 + gain, many, many.log()
-
-
-def _tanh_root(target: Tensor, gain: Tensor, room: Tensor, many: Tensor, log_many: Tensor) -> Tensor:
-    goal, one = target.abs(), target.new_ones(())  # the left side is odd: x has the target's sign
-    x = _near_root(gain, room, many, log_many, goal)
-    for order in (3, 3, 2):
-        value = torch.tanh(x)
-        slope = torch.addcmul(one, gain, torch.addcmul(one, value, value, value=-1))
-        residual = torch.addcmul(x - goal, gain, value)
-        if order == 2:
-            x = torch.addcdiv(x, residual, slope, value=-1)
-        else:  # less 1 / (slope / residual + value (1 - 1 / slope)), which is 0 at a root
-            pull = torch.addcdiv(torch.addcdiv(value, value, slope, value=-1), slope, residual)
-            x = torch.addcdiv(x, one, pull, value=-1)
-    return torch.copysign(x, target)
-
-
-def _near_root(gain: Tensor, room: Tensor, many: Tensor, log_many: Tensor, goal: Tensor) -> Tensor:
-    """A start within 1e-9 of whose root two steps of Halley's iteration come, relative to the terms of the equation.
-
-    `low` is below the root: ``goal / (1 + gain)``, less where the slope soon grows. ``goal - gain tanh(low)`` is then
-    above it for a positive gain, and close to it for a negative one. Where gain and root are large,
-    ``y = x + gain - goal`` has ``2 y e^(2 y) = 4 gain e^(2 (gain - goal))``, nearly, and a softplus is near the
-    logarithm of that; ``e^(2 x) + 1 = 2 gain / y`` makes x of it to the precision of x, not of the gain. For a gain
-    that is not positive there is no such y: it is nan, which `fmin` passes over.
-    """
-    low = goal / torch.add(room, goal.pow(2 / 3), alpha=0.6)
-    double = F.softplus(torch.sub(log_many, goal - gain, alpha=2))
-    far = -0.5 * torch.logit(double / many, 1e-30)
-    return torch.fmin(torch.maximum(low, far), torch.addcmul(goal, gain, torch.tanh(low), value=-1))
 
 
 _POINTS, _ROUNDS, _STEPS = 5, 8, 6
@@ -158,60 +104,6 @@ def increasing_root_by_array(
             rows = np.arange(len(found))[rows][going]
             x, low, high, last, near, noise = (each[going] for each in (x, low, high, last, near, noise))
     return found
-
-
-def tanh_roots(gain: Tensor, target: Tensor) -> Tensor:
-    """The y with ``y + gain tanh(y) = target``, `gain` upper triangular, its diagonal above -1; carries no gradient.
-
-    The last row is an equation of its own, and each before it one more where those after it are known. Cost: M scalar
-    roots, one after the other.
-
-    Args:
-        gain: ``(*batch, M, M)`` with axes that may be fewer or more than target's.
-        target: ``(*batch, M)``.
-    """
-    # A compiler, which would unroll every row's search, sees an operator; an exported program has torch's own alone.
-    run = _tanh_roots_operator if torch.compiler.is_dynamo_compiling() else _tanh_roots
-    return run(gain.detach(), target.detach())
-
-
-def _tanh_roots(gain: Tensor, target: Tensor) -> Tensor:
-    roots, rest = [], target
-    with torch.no_grad():
-        diagonals = [each.unbind(-1) for each in _of_gain(gain.diagonal(dim1=-2, dim2=-1))]
-        for i in reversed(range(target.shape[-1])):
-            y = _tanh_root(rest[..., i], *[each[i] for each in diagonals])
-            if i:
-                rest = torch.addcmul(rest[..., :i], gain[..., :i, i], torch.tanh(y).unsqueeze(-1), value=-1)
-            roots.append(y)
-        return torch.stack(roots[::-1], -1)
-
-
-_tanh_roots_operator: Callable[[Tensor, Tensor], Tensor] = torch.library.custom_op(
-    "flowpost::tanh_roots", _tanh_roots, mutates_args=(), schema="(Tensor gain, Tensor target) -> Tensor"
-)
-
-
-@torch.library.register_fake("flowpost::tanh_roots")
-def _shape_of_roots(gain: Tensor, target: Tensor) -> Tensor:
-    return target.new_empty(torch.broadcast_shapes(gain.shape[:-1], target.shape))
-
-
-def _tanh_roots_batched(
-    _: object, axes: tuple[int | None, int | None], gain: Tensor, target: Tensor
-) -> tuple[Tensor, int]:
-    batch = max(gain.ndim - 1 - (axes[0] is not None), target.ndim - (axes[1] is not None))
-    sizes = zip((gain, target), axes, (batch + 1, batch), strict=True)
-    aligned = [x if axis is None else _outermost(x.movedim(axis, 0), ndim) for x, axis, ndim in sizes]
-    return _tanh_roots_operator(*aligned), 0
-
-
-torch.library.register_vmap("flowpost::tanh_roots", _tanh_roots_batched)
-
-
-def _outermost(x: Tensor, ndim: int) -> Tensor:
-    """The first axis of x before `ndim` others."""
-    return x.reshape(x.shape[0], *[1] * (ndim + 1 - x.ndim), *x.shape[1:])
 
 
 def correct(residual: Residual, root: Tensor) -> Tensor:
