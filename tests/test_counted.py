@@ -82,7 +82,7 @@ def inverse(step: Bijector) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @pytest.mark.parametrize(
-    ("make", "direction", "most"), [(Planar, inverse, 118), (Spline, forward, 62)], ids=["planar", "spline"]
+    ("make", "direction", "most"), [(Planar, inverse, 78), (Spline, forward, 60)], ids=["planar", "spline"]
 )
 def test_a_step_launches_no_more_than_it_did(
     make: Callable[[int], Bijector], direction: Callable[[Bijector], Callable], most: int
@@ -93,7 +93,7 @@ def test_a_step_launches_no_more_than_it_did(
 
 
 @pytest.mark.parametrize(
-    ("name", "most"), [("orthogonal_sylvester", 3017), ("householder_sylvester", 5577), ("triangular_sylvester", 5500)]
+    ("name", "most"), [("orthogonal_sylvester", 461), ("householder_sylvester", 461), ("triangular_sylvester", 368)]
 )
 def test_a_sylvester_posterior_s_log_prob_launches_no_more_than_it_did(name: str, most: int) -> None:
     posterior = RECIPES[name](SMALL.context, SMALL.dim).to("meta")

@@ -78,7 +78,9 @@ def test_families_never_import_each_other(path: Path) -> None:
 
 EXTRAS = {
     "flowpost._format": {"safetensors"},  # pip install 'flowpost[files]'
-    **{f"flowpost.masked.{name}": {"triton"} for name in ("kernels", "maps", "sweeps")},  # comes with torch for GPUs
+    # Triton comes with torch for GPUs.
+    **{f"flowpost.{name}": {"triton"} for name in ("masked.kernels", "masked.maps", "masked.sweeps")},
+    "flowpost.numerics.root_kernels": {"triton"},
 }
 
 

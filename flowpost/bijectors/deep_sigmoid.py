@@ -14,7 +14,8 @@ from torch import Tensor
 from flowpost.bijectors.base import Bijector
 from flowpost.masked.run import COLUMNS, Array, Column, Solve
 from flowpost.numerics.arguments import check_int
-from flowpost.numerics.roots import correct, increasing_root, increasing_root_by_array
+from flowpost.numerics.mixtures import mixture_root
+from flowpost.numerics.roots import correct, increasing_root
 
 _SPREAD = 4.0
 """How far the logarithm of a scale moves from 0."""
@@ -165,31 +166,7 @@ def _search_by_array(image: Array, scale: Array, shift: Array, weight: Array) ->
     """As `_search`, on numpy's arrays, of raw numbers ``(units, N)``."""
     scale = np.exp(_SPREAD * np.tanh(scale / _SPREAD))
     shift = _REACH * np.tanh(_rates(torch.from_numpy(shift)).numpy() * shift / _REACH)
-    log_weight = weight - weight.max(0)
-    weight = np.exp(log_weight)
-    log_weight, share = log_weight - np.log(weight.sum(0)), scale * weight
-    ends = (image - shift) / scale
-
-    def residual(x: Array, rows: Any) -> tuple[Array, Array]:  # noqa: ANN401
-        a, log_w = scale[:, rows], log_weight[:, rows]
-        u = a * x + shift[:, rows]
-        e = np.exp(-np.abs(u))
-        line = log_w - np.log1p(e)
-        lines = np.stack([line + np.minimum(u, 0), line - np.maximum(u, 0)])
-        most = lines.max(1)
-        terms = np.exp(lines - most[:, None])
-        sums = terms.sum(1)
-        log_p, log_q = most + np.log(sums)
-        near, far = a / (1 + e), a * e / (1 + e)
-        up = u > 0
-        r, s = terms / sums[:, None]
-        slope = (r * np.where(up, far, near) + s * np.where(up, near, far)).sum(0)
-        return log_p - log_q - image[rows], slope
-
-    eps = np.finfo(image.dtype).eps
-    near, noise = 1e-3 * math.sqrt(eps) / scale.max(0), 2 * eps * (1 + np.abs(image))
-    start = (share * ends).sum(0) / share.sum(0)
-    return increasing_root_by_array(residual, start, ends.min(0), ends.max(0), near, noise)
+    return mixture_root(image, scale, shift, weight)
 
 
 class DeepSigmoid(Bijector):

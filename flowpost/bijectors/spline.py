@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from flowpost.bijectors.base import Bijector
 from flowpost.masked.run import COLUMNS, Array, Column, Solve
 from flowpost.numerics.arguments import check_int
+from flowpost.numerics.arrays import like, take, wide
 from flowpost.numerics.constants import Constant
 from flowpost.numerics.knots import find_bin, knot_frame, knot_table
 from flowpost.numerics.products import wide_dtype
@@ -53,7 +53,12 @@ def _shares(raw: Tensor) -> Tensor:
 
 
 def _slopes(raw: Tensor) -> Tensor:
-    return F.softplus(_STEEP * torch.tanh(raw / _STEEP) + _SHIFT, threshold=40) + _SLOPE
+    return _STEEP * _above_floor(raw) + _SLOPE
+
+
+def _above_floor(raw: Tensor) -> Tensor:
+    """The slopes less their floor, in units of the steepest."""
+    return F.softplus(torch.tanh(raw / _STEEP) + _SHIFT / _STEEP, beta=_STEEP, threshold=40)
 
 
 def rational_quadratic(
@@ -152,37 +157,28 @@ def _column(xp: Any, constants: Sequence[float]) -> Solve:  # noqa: ANN401
     bins, bound = int(constants[0]), constants[1]
 
     def solve(image: Array, numbers: Array) -> Array:
-        return _unmap_by_array(image, numbers, bins, bound)
+        shares, inner, y = wide(numbers[: 2 * bins]), numbers[2 * bins :], wide(image).clip(-bound, bound)
+        shares = shares.reshape(2, bins, -1)
+        shares = xp.exp(shares - xp.amax(shares, 1)[:, None])
+        sizes = 2 * bound * (_SHARE + (1 - _SHARE * bins) * (shares / shares.sum(1)[:, None]))
+        tops = xp.cumsum(sizes, 1) - bound
+        place = (y >= tops[1, :-1]).sum(0)[None]
+        (width, height), (x1, y1) = (take(each, place[None], 1)[:, 0] for each in (sizes, tops))
+        knots = xp.concatenate([place - 1, place])
+        raw = wide(take(inner, knots.clip(0, bins - 2), 0))
+        at_knots = xp.log1p(xp.exp(_STEEP * xp.tanh(raw / _STEEP) + _SHIFT)) + _SLOPE
+        d0, d1 = xp.where((knots < 0) | (knots > bins - 2), 1.0, at_knots)
+        s, back = height / width, (y1 - y) / height
+        rise = 1 - back
+        g, low, high = d0 * back - d1 * rise, 2 * s * rise, 2 * s * back
+        h = abs(g) + xp.sqrt(g * g + low * high)
+        x = x1 - width * xp.where(g >= 0, h / (low + h), high / (high + h))
+        return xp.where(abs(image) < bound, like(x, image), image)
 
-    def solve_by_torch(image: Array, numbers: Array) -> Array:
-        raw = numbers.to(wide_dtype(numbers)).t().unsqueeze(-1).split([bins, bins, bins - 1], -2)
-        return rational_quadratic_inverse(image.unsqueeze(-1), *spline_parameters(*raw), bound)[0].squeeze(-1)
-
-    return solve_by_torch if xp is torch else solve
+    return solve
 
 
 COLUMNS["spline"] = _column
-
-
-def _unmap_by_array(image: Array, numbers: Array, bins: int, bound: float) -> Array:
-    """As `_unmap`, on numpy's arrays, of raw numbers ``(3 bins - 1, N)``, without the log-det."""
-    shares, inner, every = numbers[: 2 * bins].astype(float), numbers[2 * bins :], np.arange(len(image))
-    shares = shares.reshape(2, bins, -1)
-    shares = np.exp(shares - shares.max(1, keepdims=True))
-    sizes = 2 * bound * (_SHARE + (1 - _SHARE * bins) * (shares / shares.sum(1, keepdims=True)))
-    tops, y = np.cumsum(sizes, 1) - bound, np.clip(image.astype(float), -bound, bound)
-    place = (y >= tops[1, :-1]).sum(0)
-    (width, height), (x1, y1) = sizes[:, place, every], tops[:, place, every]
-    knots = np.stack([place - 1, place])
-    raw = inner[knots.clip(0, bins - 2), every].astype(float)
-    at_knots = np.log1p(np.exp(_STEEP * np.tanh(raw / _STEEP) + _SHIFT)) + _SLOPE
-    d0, d1 = np.where((knots < 0) | (knots > bins - 2), 1.0, at_knots)
-    s, back = height / width, (y1 - y) / height
-    rise = 1 - back
-    g, low, high = d0 * back - d1 * rise, 2 * s * rise, 2 * s * back
-    h = np.abs(g) + np.sqrt(g * g + low * high)
-    x = x1 - width * np.where(g >= 0, h / (low + h), high / (high + h))
-    return np.where(np.abs(image) < bound, x, image).astype(image.dtype)
 
 
 class Spline(Bijector):
@@ -224,7 +220,9 @@ class Spline(Bijector):
         if not 0 < bound < math.inf:
             raise ValueError(f"bound: expected a positive finite number, got {bound}")
         self.bins, self.bound = bins, float(bound)
-        self._frame, self._units, self._sides = (Constant(part, wide=True) for part in knot_frame(bins, self.bound))
+        self._frame, self._units, self._sides = (
+            Constant(part, wide=True) for part in knot_frame(bins, self.bound, _SLOPE, _STEEP)
+        )
 
     def extra_repr(self) -> str:
         """Sizes and bound, for the module's repr."""
@@ -237,7 +235,7 @@ class Spline(Bijector):
     def _knots(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         numbers = cast(Tensor, context).to(wide_dtype(z)).unflatten(-1, (3 * self.bins - 1, -1))
         shares, slopes = numbers.split([2 * self.bins, self.bins - 1], dim=-2)
-        shares, slopes = _shares(shares.unflatten(-2, (2, self.bins))), _slopes(slopes)
+        shares, slopes = _shares(shares.unflatten(-2, (2, self.bins))), _above_floor(slopes)
         knots = knot_table(shares, slopes, self._frame.on(numbers), self._units.on(numbers))
         return knots, self._sides.on(numbers)
 

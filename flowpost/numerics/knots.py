@@ -7,13 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def knot_frame(bins: int, bound: float) -> tuple[Tensor, Tensor, Tensor]:
+def knot_frame(bins: int, bound: float, floor: float = 0.0, unit: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """What all tables of knots have in common, ``(3, bins + 1, 1)``, units of the rest, ``(3, 1, 1)``, and an index.
 
-    The index has, ``(3, 2, 1)``, of a bin's two knots the one to read first: in x and y the lower, of slopes the upper.
+    The slopes at inner knots are given to the table less a floor, and in a unit. The index has, ``(3, 2, 1)``, of a
+    bin's two knots the one to read first: in x and y the lower, of slopes the upper.
     """
-    ends, ones = [-bound] * bins + [bound], [1.0] + [0.0] * (bins - 1) + [1.0]
-    rows = [ends, ends, ones], [[2 * bound], [2 * bound], [1.0]]
+    ends, ones = [-bound] * bins + [bound], [1.0] + [floor] * (bins - 1) + [1.0]
+    rows = [ends, ends, ones], [[2 * bound], [2 * bound], [unit]]
     frame, units = (torch.tensor(row, dtype=torch.float64, device="cpu").unsqueeze(-1) for row in rows)
     return frame, units, torch.tensor([[[0], [1]], [[0], [1]], [[1], [0]]], device="cpu")
 

@@ -1,0 +1,31 @@
+"""What numpy's arrays and tensors spell differently, for what is written once for both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowpost.numerics.products import wide_dtype
+
+Array = Any
+"""A tensor, or one of numpy's."""
+
+
+def wide(array: Array) -> Array:
+    """The same in float64, where there is float64."""
+    return array.to(wide_dtype(array)) if isinstance(array, Tensor) else array.astype(float)
+
+
+def like(array: Array, other: Array) -> Array:
+    """The same in the other's dtype."""
+    return array.to(other.dtype) if isinstance(array, Tensor) else array.astype(other.dtype)
+
+
+def take(array: Array, index: Array, axis: int) -> Array:
+    """Along an axis, the entries that an index of as many axes names."""
+    if isinstance(array, Tensor):
+        return torch.take_along_dim(array, index, axis)
+    return np.take_along_axis(array, index, axis)
