@@ -4,16 +4,40 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
+from flowpost.checks import active
+
 Read = Callable[[Any], object]
 """From what an encoder returns to features, to a pair or to a Gaussian."""
 _MANY = 16
 """Numbers that are all positive by chance once in 65,536 times, if each is by half a chance."""
+
+
+class Reading(NamedTuple):
+    """From what an encoder returns to the features of a posterior, as `wrap` has found it."""
+
+    read: Read | None
+    pair: bool
+    dim: int
+
+    def __call__(self, out: object) -> Tensor:
+        """The features; a pair ``(loc, log_var)`` side by side."""
+        out = out if self.read is None else self.read(out)
+        parts = as_features(out)
+        if active():
+            check_diagonal(out)
+        if not self.pair:
+            if not isinstance(parts, Tensor):
+                raise TypeError(f"encoder: expected a tensor, got {kind(out)}; pass wrap an example= of its input")
+            return parts
+        if not isinstance(parts, tuple):
+            raise TypeError(f"encoder: expected the pair (loc, log_var), as for the example, got {kind(out)}")
+        return joined(parts, self.dim)
 
 
 def as_features(out: object) -> Tensor | tuple[Tensor, Tensor] | None:

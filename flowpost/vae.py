@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
 from torch import Tensor, nn
 
@@ -16,7 +17,11 @@ from flowpost.likelihoods import Gaussian as Gaussian
 from flowpost.likelihoods import Likelihood
 from flowpost.objectives import ELBOTerms, elbo_terms, gaussian_kl, latent_kl, over_samples, reweigh
 from flowpost.posterior import FlowPosterior
+from flowpost.wrapped import Encoding, WrappedPosterior
 
+_KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD
+_PARTS = inspect.Signature([inspect.Parameter(name, _KEYWORD) for name in ("posterior", "decoder", "likelihood")])
+_PARTS_OF_WRAPPED = inspect.Signature([inspect.Parameter(name, _KEYWORD) for name in ("decoder", "likelihood")])
 _GRADIENTS = ("standard", "stl", "dreg")
 
 
@@ -47,12 +52,16 @@ class VAEOutput(NamedTuple):
         return self.latent_kl
 
 
-class VAE(nn.Module):
+class VAE(Encoding):
     """A variational autoencoder with prior N(0, I): ``log p(x|z)``, ``log p(z)``, ``log q(z|x)`` for z ~ q(z|x).
 
+    What `flowpost.wrap` made of an encoder is both encoder and posterior: ``VAE(wrapped, decoder, likelihood)``. Either
+    way the keys of the state are ``encoder.*``, ``posterior.*`` and ``decoder.*``. A frozen encoder in eval mode stays
+    in it, as `wrap` says.
+
     Args:
-        encoder: from x ``(B, *event)`` to features ``(B, features)``.
-        posterior: q(z|x) from the features.
+        encoder: from x ``(B, *event)`` to features ``(B, features)``; or what `wrap` made of one.
+        posterior: q(z|x) from the features; left out where the encoder is wrapped.
         decoder: from z ``(N, dim)`` to the likelihood's numbers, ``likelihood.numbers`` for each element of x, as
             ``(N, numbers, *event)`` or anything that flattens to that.
         likelihood: p(x|z).
@@ -66,11 +75,19 @@ class VAE(nn.Module):
         torch.Size([3, 5])
     """
 
+    @overload
     def __init__(
         self, encoder: nn.Module, posterior: FlowPosterior, decoder: nn.Module, likelihood: Likelihood
-    ) -> None:
-        super().__init__()
-        self.encoder, self.posterior, self.decoder, self.likelihood = encoder, posterior, decoder, likelihood
+    ) -> None: ...
+    @overload
+    def __init__(self, encoder: WrappedPosterior, decoder: nn.Module, likelihood: Likelihood) -> None: ...
+    def __init__(self, encoder: nn.Module, *parts: Any, **named: Any) -> None:
+        wrapped = encoder if isinstance(encoder, WrappedPosterior) else None
+        found = (_PARTS if wrapped is None else _PARTS_OF_WRAPPED).bind(*parts, **named).arguments
+        super().__init__(encoder if wrapped is None else wrapped.encoder)
+        self.posterior: FlowPosterior = found["posterior"] if wrapped is None else wrapped.posterior
+        self.reading = None if wrapped is None else wrapped.reading
+        self.decoder, self.likelihood = found["decoder"], found["likelihood"]
 
     def forward(self, x: Tensor, sample_shape: tuple[int, ...] = (), gradient: str = "standard") -> VAEOutput:
         """Everything that a training step needs, in one pass.
@@ -138,6 +155,7 @@ class VAE(nn.Module):
         if not isinstance(x, Tensor) or x.is_complex():
             raise TypeError(f"x: expected a real tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
         h = self.encoder(x)
+        h = h if self.reading is None else self.reading(h)
         if isinstance(h, Tensor) and (h.ndim != 2 or h.shape[0] != x.shape[0]):
             raise ValueError(
                 f"encoder: expected features ({x.shape[0]}, features), one row for each x, got shape {tuple(h.shape)}; "

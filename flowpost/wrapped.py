@@ -4,18 +4,41 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from flowpost.checks import active, check_finite
 from flowpost.density import Sample
 from flowpost.distribution import FlowDistribution
-from flowpost.outputs import Read, as_features, check_diagonal, joined, kind
+from flowpost.outputs import Read, Reading
 from flowpost.posterior import FlowPosterior
 
+E = TypeVar("E", bound="Encoding")
 
-class WrappedPosterior(nn.Module):
+
+class Encoding(nn.Module):
+    """A module with an encoder, which stays in eval mode if it is frozen and rests there."""
+
+    _resting = False  # as a module has it that was pickled before
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self._resting = not encoder.training
+
+    def train(self: E, mode: bool = True) -> E:  # noqa: FBT001, FBT002
+        """Set the mode, but leave in eval mode an encoder that rests there and none of whose parameters is trained."""
+        if self.training:  # else the encoder is in eval mode because the whole is
+            self._resting = not self.encoder.training
+        super().train(mode)
+        wanting = [parameter.requires_grad for parameter in self.encoder.parameters()]
+        if self._resting and wanting and not any(wanting):
+            self.encoder.eval()
+        return self
+
+
+class WrappedPosterior(Encoding):
     """An encoder and the posterior on its output, as one module; made by `wrap`.
 
     Inputs and keywords go to the encoder. Whatever needs more than one thing of q(z|x) takes them from one and the same
@@ -24,9 +47,8 @@ class WrappedPosterior(nn.Module):
     """
 
     def __init__(self, encoder: nn.Module, posterior: FlowPosterior, *, pair: bool, read: Read | None = None) -> None:
-        super().__init__()
-        self.encoder, self.posterior, self.pair, self.read = encoder, posterior, pair, read
-        self._resting = not encoder.training
+        super().__init__(encoder)
+        self.posterior, self.reading = posterior, Reading(read, pair, posterior.dim)
         names = inspect.signature(encoder.forward).parameters
         self._taken = tuple(name for name in ("sample_shape", "noise") if name in names)
 
@@ -69,33 +91,10 @@ class WrappedPosterior(nn.Module):
 
     def features(self, *inputs: object, **kwargs: object) -> Tensor:
         """The encoder's output, as `read`; a pair ``(loc, log_var)`` side by side."""
-        h = self._features(self.encoder(*inputs, **kwargs))
+        h = self.reading(self.encoder(*inputs, **kwargs))
         if active() and all(bool(x.isfinite().all()) for x in inputs if isinstance(x, Tensor)):
             check_finite("context", h, "; the encoder output is not finite, its input was finite")
         return h
-
-    def _features(self, out: object) -> Tensor:
-        out = out if self.read is None else self.read(out)
-        parts = as_features(out)
-        if active():
-            check_diagonal(out)
-        if not self.pair:
-            if not isinstance(parts, Tensor):
-                raise TypeError(f"encoder: expected a tensor, got {kind(out)}; pass wrap an example= of its input")
-            return parts
-        if not isinstance(parts, tuple):
-            raise TypeError(f"encoder: expected the pair (loc, log_var), as for the example, got {kind(out)}")
-        return joined(parts, self.posterior.dim)
-
-    def train(self, mode: bool = True) -> WrappedPosterior:  # noqa: FBT001, FBT002
-        """Set the mode, but leave a frozen encoder that rests in eval mode there."""
-        if self.training:  # else the encoder is in eval mode because the whole is
-            self._resting = not self.encoder.training
-        super().train(mode)
-        wanting = [parameter.requires_grad for parameter in self.encoder.parameters()]
-        if self._resting and wanting and not any(wanting):
-            self.encoder.eval()
-        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
         own = [*self.encoder.state_dict()]

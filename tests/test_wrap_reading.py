@@ -5,6 +5,7 @@ import pickle
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,10 @@ from torch.distributions import Beta, Distribution, Independent, MultivariateNor
 
 import flowpost
 from flowpost import wrap
+from flowpost.evaluation import active_units, log_marginal
+from flowpost.objectives import elbo_terms
 from flowpost.recipes import RECIPES
+from flowpost.vae import VAE, Bernoulli
 
 
 @dataclass
@@ -288,3 +292,75 @@ def test_a_head_that_explodes_says_so() -> None:
     raises(ValueError, message, lambda: wrap(encoder, 784, example=X, flow="full_covariance"))
     with pytest.raises(ValueError, match="got 308,504,000, from 1,000 features to the 308,504 numbers"):
         flowpost.full_covariance(1000, 784)
+
+
+# ----------------------------------------------------------------------------------------------------------- in a VAE
+
+
+def parts(flow: str) -> tuple[Any, nn.Module, Bernoulli]:
+    torch.manual_seed(2)
+    return wrap(Pair(), 3, example=X, flow=flow), nn.Linear(3, 6), Bernoulli()
+
+
+@pytest.mark.parametrize("flow", ["diagonal", "full_covariance", "planar", "iaf"])
+def test_a_vae_takes_what_wrap_made(flow: str) -> None:
+    """With the keys, and the numbers, of the form that has encoder and posterior apart."""
+    wrapped, decoder, likelihood = parts(flow)
+    vae, x = VAE(wrapped, decoder, likelihood), (X > 0).float()
+    assert {key.partition(".")[0] for key in vae.state_dict()} == {"encoder", "posterior", "decoder"}
+    apart = VAE(Joined(wrapped.encoder), wrapped.posterior, decoder=decoder, likelihood=likelihood)
+    outs = []
+    for model in (vae, apart):
+        torch.manual_seed(3)
+        outs.append(model(x, (2,)))
+    for found, expected in zip(outs[0], outs[1], strict=True):
+        assert (found is None) == (expected is None)
+        if isinstance(found, Tensor):
+            assert torch.equal(found, expected)
+    assert (outs[0].kl is not None) == wrapped.is_gaussian
+    terms = elbo_terms(outs[0].log_likelihood, outs[0].log_prior, outs[0].log_q, outs[0].kl)
+    torch.manual_seed(3)
+    found = vae.elbo_terms(x, (2,))
+    torch.testing.assert_close(found.kl, terms.kl)
+    assert log_marginal(vae, x, 50).shape == (4,)
+    assert active_units(vae, x).active.shape == (3,)
+    for copied in (copy.deepcopy(vae), pickle.loads(pickle.dumps(vae))):
+        torch.manual_seed(3)
+        assert torch.equal(copied(x, (2,)).log_q, outs[0].log_q)
+
+
+class Joined(nn.Module):
+    """A pair side by side."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat(self.inner(x), -1)
+
+
+def test_a_vae_keeps_a_frozen_encoder_at_rest() -> None:
+    frozen = Nested().requires_grad_(requires_grad=False).eval()
+    vae = VAE(wrap(frozen, 3, example=X, flow="planar"), nn.Linear(3, 6), Bernoulli()).train()
+    assert not frozen.training
+    assert vae.posterior.training
+    assert VAE(Nested(), flowpost.diagonal(6, 3), nn.Linear(3, 6), Bernoulli()).eval().train().encoder.training
+
+
+def test_what_a_vae_lacks_is_named() -> None:
+    wrapped, decoder, likelihood = parts("diagonal")
+    with pytest.raises(TypeError, match="missing a required argument: 'likelihood'"):
+        VAE(wrapped, decoder)  # pyright: ignore[reportCallIssue]
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        VAE(wrapped, wrapped.posterior, decoder, likelihood)  # pyright: ignore[reportCallIssue]
+
+
+def test_a_vae_with_a_wrapped_encoder_saves_and_loads(tmp_path: Path) -> None:
+    vae, other = VAE(*parts("iaf")), VAE(*parts("iaf"))
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter.add_(0.1)
+    flowpost.save(vae, tmp_path / "vae.safetensors")
+    flowpost.load(tmp_path / "vae.safetensors", other)
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in vae.state_dict().items())
