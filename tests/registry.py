@@ -219,6 +219,12 @@ def by_level(entries: Sequence[Entry], early: pytest.MarkDecorator) -> pytest.Ma
     return pytest.mark.parametrize("entry", each)
 
 
+core_first = pytest.mark.parametrize(
+    "entry", [pytest.param(each, marks=[] if each.name in CORE else pytest.mark.full, id=each.name) for each in ENTRIES]
+)
+"""Every entry: those of `CORE` in the quick run, the others in the full one."""
+
+
 class Case(NamedTuple):
     """Where in the parameters' and inputs' space an entry is tested."""
 

@@ -27,9 +27,13 @@ def density(step: Bijector, z: Tensor, context: Tensor | None) -> Tensor:
 
 
 def mass_1d(step: Bijector, context: Tensor | None) -> float:
-    """By adaptive Gauss-Legendre between the images of a grid of noise: a cell whose halves disagree with it is cut."""
+    """By adaptive Gauss-Legendre between the images of a grid of noise: a cell whose halves disagree with it is cut.
+
+    The grid is fine, for the halves of a cell of several of a spline's bins may agree with it by chance: with 601
+    points one of 500 inverse splines lost 0.3 % of its mass.
+    """
     with torch.no_grad():
-        knots = step(torch.linspace(-9, 9, 601, dtype=torch.float64).unsqueeze(-1), context)[0].squeeze(-1)
+        knots = step(torch.linspace(-9, 9, 2401, dtype=torch.float64).unsqueeze(-1), context)[0].squeeze(-1)
     knots = torch.where(knots[0] < knots[-1], knots, knots.flip(0))  # a reflection turns them
     nodes, weights = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(8))
 

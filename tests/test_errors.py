@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from registry import ENTRIES, Case, Entry, backward, draw
+from registry import ENTRIES, Case, Entry, backward, core_first, draw
 from torch import Tensor, nn
 
 import flowpost
@@ -79,7 +79,7 @@ WRONG_Z: list[tuple[Tensor | list, type[Exception], str]] = [
 ]
 
 
-@every
+@core_first
 @pytest.mark.parametrize(("z", "kind", "message"), WRONG_Z, ids=lambda value: getattr(value, "dtype", None))
 def test_wrong_z(entry: Entry, z: Tensor, kind: type[Exception], message: str) -> None:
     step = entry.make(4, 0)
