@@ -15,7 +15,7 @@ from benchmarks.canvas import ACROSS, bar_chart, colour, name_bars, panels, titl
 from benchmarks.data import Data
 from benchmarks.report import Report, Result, by_posterior
 from flowpost.calibration import rank_ecdf, rank_histogram, sbc_ranks
-from flowpost.vae import VAE, Binomial
+from flowpost.vae import VAE
 
 SIMULATIONS = 1000  # pairs of z and an image drawn from each model
 RANKED = 127  # samples of q(z|x) that each z is ranked among
@@ -72,11 +72,11 @@ def calibration(models: Mapping[str, VAE], data: Data, device: torch.device) -> 
 
 
 def model_ranks(vae: VAE, data: Data, device: torch.device) -> Tensor:
-    """The ranks ``(SIMULATIONS, dim)`` of z ~ N(0, I) among samples of q(z|x), x drawn from the model given z."""
+    """The ranks ``(SIMULATIONS, dim)`` of z ~ p(z) among samples of q(z|x), x drawn from the model given z."""
     shape = data.test.shape[1:]
 
     def simulate(count: int) -> tuple[Tensor, Tensor]:
-        z = torch.randn(count, vae.posterior.dim, device=device)
+        z = vae.sample_prior(count)
         return z, draw_pixels(vae, z, shape)
 
     def draw(x: Tensor, samples: int) -> Tensor:
@@ -87,12 +87,7 @@ def model_ranks(vae: VAE, data: Data, device: torch.device) -> Tensor:
 
 def draw_pixels(vae: VAE, z: Tensor, shape: torch.Size) -> Tensor:
     """An image x ~ p(x|z) for each z ``(N, dim)``, ``(N, *shape)``."""
-    outputs = vae.decode(z, shape.numel())  # (N, numbers, pixels)
-    if isinstance(vae.likelihood, Binomial):
-        pixels = torch.distributions.Binomial(vae.likelihood.n, logits=outputs.squeeze(-2)).sample()
-    else:
-        pixels = torch.distributions.Categorical(logits=outputs.mT).sample().to(z.dtype)
-    return pixels.view(-1, *shape)
+    return vae.likelihood.sample(vae.decode(z, shape.numel())).view(-1, *shape)
 
 
 def _histograms(panel: Axes, ranks: Tensor, shade: str) -> None:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.data import Data
-from flowpost.density import standard_normal_log_prob
 from flowpost.recipes import RECIPES
 from flowpost.vae import VAE, Bernoulli, Binomial, Categorical, Likelihood
 
@@ -179,4 +178,4 @@ def _grid(low: Tensor, high: Tensor) -> Tensor:
 def _log_joint(vae: VAE, x: Tensor, z: Tensor) -> Tensor:
     """The log p(x, z) of one image and every z ``(N, 2)``, ``(N,)``."""
     parts = [vae.likelihood.log_prob(vae.decode(part, x.numel()), x.flatten(1)) for part in z.split(500)]
-    return torch.cat(parts) + standard_normal_log_prob(z)
+    return torch.cat(parts) + vae.log_prior(z)

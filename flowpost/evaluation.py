@@ -94,12 +94,15 @@ def kl_per_latent(vae: VAE, x: Tensor) -> Tensor:
 
     Raises:
         TypeError: if the posterior is not Gaussian: a flow's marginals have no closed form.
+        ValueError: if the model has a prior of its own.
 
     Example:
         >>> vae = VAE(nn.Linear(9, 16), flowpost.diagonal(16, dim=2), nn.Linear(2, 9), Bernoulli())
         >>> kl_per_latent(vae, torch.ones(5, 9)).shape
         torch.Size([5, 2])
     """
+    if vae.prior is not None:
+        raise ValueError("prior: expected N(0, I), whose latents are independent, got a prior of the model's own")
     with torch.no_grad():
         parts = [vae.encode(part).gaussian() for part in x.split(_EXAMPLES)]
         return torch.cat([latent_kl(loc.double(), tril.double().norm(dim=-1)) for loc, tril in parts])

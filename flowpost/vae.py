@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
+import torch
 from torch import Tensor, nn
 
-from flowpost.density import Sample, standard_normal_log_prob
+from flowpost.bounded import ContinuousBernoulli as ContinuousBernoulli
+from flowpost.bounded import DiscretizedLogistic as DiscretizedLogistic
+from flowpost.density import standard_normal_log_prob
 from flowpost.distribution import FlowDistribution
 from flowpost.likelihoods import Bernoulli as Bernoulli
 from flowpost.likelihoods import Binomial as Binomial
 from flowpost.likelihoods import Categorical as Categorical
 from flowpost.likelihoods import Gaussian as Gaussian
 from flowpost.likelihoods import Likelihood
-from flowpost.objectives import ELBOTerms, elbo_terms, gaussian_kl, latent_kl, over_samples, reweigh
+from flowpost.numerics.watchers import first_parameter
+from flowpost.objectives import ELBOTerms, elbo_terms, over_samples, reweigh
 from flowpost.posterior import FlowPosterior
+from flowpost.terms import VAEOutput as VAEOutput
+from flowpost.terms import closed_kl
 from flowpost.wrapped import Encoding, WrappedPosterior
 
 _KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -25,35 +31,8 @@ _PARTS_OF_WRAPPED = inspect.Signature([inspect.Parameter(name, _KEYWORD) for nam
 _GRADIENTS = ("standard", "stl", "dreg")
 
 
-class VAEOutput(NamedTuple):
-    """What an objective needs, each ``(*sample_shape, B)`` but for the closed-form KLs."""
-
-    log_likelihood: Tensor
-    log_prior: Tensor
-    log_q: Tensor
-    kl: Tensor | None
-    """Closed-form KL(q(z|x) || p(z)), ``(B,)``; None where q is not Gaussian or the gradient not standard."""
-    sample: Sample
-    latent_kl: Tensor | None = None
-    """The same for each latent, ``(B, dim)``; None also where the Gaussian is not factorized."""
-
-    def kl_groups(self, groups: int = 1) -> Tensor:
-        """The KL in groups, ``(B, groups)``, for `free_bits`: 1, or for a factorized Gaussian also one per latent.
-
-        Raises:
-            ValueError: for any other number of groups; log q of a flow, and of a correlated Gaussian, does not split.
-        """
-        if groups == 1:
-            return elbo_terms(self.log_likelihood, self.log_prior, self.log_q, self.kl).kl.unsqueeze(-1)
-        if self.latent_kl is None:
-            raise ValueError(f"groups: expected 1, for this posterior's KL does not split over latents, got {groups}")
-        if groups != self.latent_kl.shape[-1]:
-            raise ValueError(f"groups: expected 1 or {self.latent_kl.shape[-1]}, the number of latents, got {groups}")
-        return self.latent_kl
-
-
 class VAE(Encoding):
-    """A variational autoencoder with prior N(0, I): ``log p(x|z)``, ``log p(z)``, ``log q(z|x)`` for z ~ q(z|x).
+    """A variational autoencoder: ``log p(x|z)``, ``log p(z)`` and ``log q(z|x)`` for z ~ q(z|x).
 
     What `flowpost.wrap` made of an encoder is both encoder and posterior: ``VAE(wrapped, decoder, likelihood)``. Either
     way the keys of the state are ``encoder.*``, ``posterior.*`` and ``decoder.*``. A frozen encoder in eval mode stays
@@ -65,6 +44,13 @@ class VAE(Encoding):
         decoder: from z ``(N, dim)`` to the likelihood's numbers, ``likelihood.numbers`` for each element of x, as
             ``(N, numbers, *event)`` or anything that flattens to that.
         likelihood: p(x|z).
+        prior: p(z), by keyword: a posterior without features, learned with the rest, whose log p(z) is cheap at any z:
+            ``realnvp(0, dim)``, ``maf(0, dim)``, ``full_covariance(0, dim)`` (with ``iaf(0, dim)`` each step takes a
+            search). By default N(0, I). Every use of p(z) goes through `log_prior` and `sample_prior`.
+
+    Raises:
+        ValueError: if the prior reads features or is of another dim, or the decoder ends in a sigmoid where the
+            likelihood reads logits.
 
     Reference:
         Kingma & Welling (2014); (2019), section 2.
@@ -77,17 +63,36 @@ class VAE(Encoding):
 
     @overload
     def __init__(
-        self, encoder: nn.Module, posterior: FlowPosterior, decoder: nn.Module, likelihood: Likelihood
+        self,
+        encoder: nn.Module,
+        posterior: FlowPosterior,
+        decoder: nn.Module,
+        likelihood: Likelihood,
+        *,
+        prior: FlowPosterior | None = None,
     ) -> None: ...
     @overload
-    def __init__(self, encoder: WrappedPosterior, decoder: nn.Module, likelihood: Likelihood) -> None: ...
-    def __init__(self, encoder: nn.Module, *parts: Any, **named: Any) -> None:
+    def __init__(
+        self,
+        encoder: WrappedPosterior,
+        decoder: nn.Module,
+        likelihood: Likelihood,
+        *,
+        prior: FlowPosterior | None = None,
+    ) -> None: ...
+    def __init__(self, encoder: nn.Module, *parts: Any, prior: FlowPosterior | None = None, **named: Any) -> None:
         wrapped = encoder if isinstance(encoder, WrappedPosterior) else None
         found = (_PARTS if wrapped is None else _PARTS_OF_WRAPPED).bind(*parts, **named).arguments
         super().__init__(encoder if wrapped is None else wrapped.encoder)
         self.posterior: FlowPosterior = found["posterior"] if wrapped is None else wrapped.posterior
         self.reading = None if wrapped is None else wrapped.reading
-        self.decoder, self.likelihood = found["decoder"], found["likelihood"]
+        self.decoder, self.likelihood, self.prior = found["decoder"], found["likelihood"], prior
+        _check_decoder(self.decoder, self.likelihood)
+        if prior is not None and (prior.features or prior.dim != self.posterior.dim):
+            raise ValueError(
+                f"prior: expected a posterior without features of dim={self.posterior.dim}, "
+                f"got one of {prior.features} features and dim={prior.dim}"
+            )
 
     def forward(self, x: Tensor, sample_shape: tuple[int, ...] = (), gradient: str = "standard") -> VAEOutput:
         """Everything that a training step needs, in one pass.
@@ -117,9 +122,9 @@ class VAE(Encoding):
         """
         q = self.encode(x)
         out = self.evaluate(x, q, sample_shape, gradient)
-        if gradient != "standard" or not q.is_gaussian:
+        if gradient != "standard" or not self._has_closed_kl(q):
             return out
-        kl, latents = closed_kl(q)
+        kl, latents = closed_kl(q, self.prior)
         return out._replace(kl=kl, latent_kl=latents)
 
     def elbo_terms(self, x: Tensor, sample_shape: tuple[int, ...] = ()) -> ELBOTerms:
@@ -145,10 +150,10 @@ class VAE(Encoding):
             >>> loss = -(terms.reconstruction - 0.5 * terms.kl).mean()
         """
         q = self.encode(x)
-        if not q.is_gaussian:
+        if not self._has_closed_kl(q):
             return elbo_terms(*self.evaluate(x, q, sample_shape)[:3])
         log_likelihood = self._log_likelihood(x, q.rsample(sample_shape))
-        return ELBOTerms(over_samples(log_likelihood), closed_kl(q)[0])
+        return ELBOTerms(over_samples(log_likelihood), closed_kl(q, self.prior)[0])
 
     def encode(self, x: Tensor) -> FlowDistribution:
         """The q(z|x), of batch shape ``(B,)``."""
@@ -183,7 +188,34 @@ class VAE(Encoding):
 
     def log_joint(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """The log p(x|z) and log p(z), each ``(*samples, B)``, for x ``(B, *event)`` and z ``(*samples, B, dim)``."""
-        return self._log_likelihood(x, z), standard_normal_log_prob(z)
+        return self._log_likelihood(x, z), self.log_prior(z)
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        """The log p(z), ``(*batch)``, of z ``(*batch, dim)``."""
+        return standard_normal_log_prob(z) if self.prior is None else self.prior.log_prob(z)
+
+    def sample_prior(self, count: int, noise: Tensor | None = None) -> Tensor:
+        """Draw z ~ p(z), ``(count, dim)``; `noise` of that shape, a standard normal draw, in place of a fresh one."""
+        if self.prior is not None:
+            return self.prior(sample_shape=(count,), noise=noise).z
+        like = first_parameter(self)
+        like = torch.empty(0) if like is None else like
+        return like.new_empty(count, self.posterior.dim).normal_() if noise is None else noise
+
+    @torch.no_grad()
+    def sample(self, count: int, shape: tuple[int, ...]) -> Tensor:
+        """Draw x ~ p(x), ``(count, *shape)``, for the shape of one x."""
+        numbers = self.decode(self.sample_prior(count), math.prod(shape))
+        return self.likelihood.sample(numbers).view(count, *shape)
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """E[x|z] at one z drawn from each x's q(z|x), of x's shape."""
+        numbers = self.decode(self.encode(x).rsample(), math.prod(x.shape[1:]))
+        return self.likelihood.mean(numbers).view(x.shape)
+
+    def _has_closed_kl(self, q: FlowDistribution) -> bool:
+        return q.is_gaussian and (self.prior is None or self.prior.is_gaussian)
 
     def _log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         return self.likelihood.log_prob(self.decode(z, math.prod(x.shape[1:])), x.flatten(1))
@@ -200,9 +232,12 @@ class VAE(Encoding):
         return outputs.view(*z.shape[:-1], numbers, elements)
 
 
-def closed_kl(q: FlowDistribution) -> tuple[Tensor, Tensor | None]:
-    """KL(q(z|x) || N(0, I)) of a Gaussian q, ``(B,)``, and of each latent where they are independent."""
-    if not q._is_factorized:
-        return gaussian_kl(*q.gaussian()), None
-    latents = latent_kl(*q._loc_scale())
-    return latents.sum(-1), latents
+def _check_decoder(decoder: nn.Module, likelihood: Likelihood) -> None:
+    last = decoder
+    while isinstance(last, nn.Sequential) and len(last):
+        last = last[-1]
+    if getattr(likelihood, "reads_logits", False) and isinstance(last, nn.Sigmoid):
+        raise ValueError(
+            f"decoder: expected logits for {type(likelihood).__name__}, got one that ends in a Sigmoid; leave it out, "
+            f"for likelihood.mean applies it"
+        )

@@ -1,0 +1,138 @@
+"""A prior of one's own: every use of p(z) finds it, its KL is exact where it is Gaussian, and it is trained."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import Independent, MultivariateNormal, Normal
+
+import flowpost
+from flowpost import Chain, FlowPosterior, Shift
+from flowpost.evaluation import decompose_elbo, kl_per_latent, log_marginal
+from flowpost.gaps import inference_gaps
+from flowpost.objectives import elbo_terms
+from flowpost.vae import VAE, Bernoulli, Gaussian
+
+DIM = 2
+
+
+def at(loc: float) -> FlowPosterior:
+    """N(loc, I)."""
+    prior = FlowPosterior(0, Chain(Shift(DIM)))
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.fill_(loc)
+    return prior
+
+
+def make(prior: FlowPosterior | None = None, posterior: str = "planar") -> VAE:
+    torch.manual_seed(0)
+    posteriors = flowpost.recipes.RECIPES[posterior](5, DIM)
+    return VAE(nn.Linear(4, 5), posteriors, nn.Linear(DIM, 4), Bernoulli(), prior=prior).double()
+
+
+X = (torch.linspace(-1, 1, 24, dtype=torch.float64).view(6, 4) > 0).double()
+N3 = Independent(Normal(torch.full((DIM,), 3.0, dtype=torch.float64), 1.0), 1)
+
+
+def test_every_use_of_the_prior_finds_it() -> None:
+    plain, vae = make(), make(at(3.0))
+    z = torch.randn(7, DIM, dtype=torch.float64)
+    torch.testing.assert_close(vae.log_prior(z), N3.log_prob(z))
+    torch.testing.assert_close(plain.log_prior(z), Normal(0.0, 1.0).log_prob(z).sum(-1))
+    torch.manual_seed(1)
+    assert (vae.sample_prior(4000).mean(0) - 3).abs().max() < 0.1
+    assert plain.sample_prior(4000).mean(0).abs().max() < 0.1
+    noise = torch.randn(3, DIM, dtype=torch.float64)
+    torch.testing.assert_close(vae.sample_prior(3, noise), 3 + noise)
+    assert torch.equal(plain.sample_prior(3, noise), noise)
+    torch.manual_seed(2)
+    out = vae(X, (3,))
+    torch.testing.assert_close(out.log_prior, N3.log_prob(out.sample.z))
+    torch.testing.assert_close(vae.log_joint(X, out.sample.z)[1], out.log_prior)
+    assert out.kl is None
+
+
+def test_estimates_of_log_p_find_it() -> None:
+    """A decoder that does not read z: p(x) is the likelihood, whatever the prior."""
+    vae = make(at(1.0))
+    with torch.no_grad():
+        vae.decoder.weight.zero_()
+    expected = vae.likelihood.log_prob(vae.decode(torch.zeros(1, DIM, dtype=torch.float64), 4), X)
+    torch.manual_seed(0)
+    assert (log_marginal(vae, X, 20_000) - expected).abs().max() < 0.1
+    gaps = inference_gaps(vae, X[:2], steps=300, samples=2000)
+    torch.testing.assert_close(gaps.estimate.log_p, expected[:2], rtol=0, atol=0.02)
+    assert (gaps.approximation < 0.05).all()  # the best planar posterior is the prior itself
+    parts = decompose_elbo(vae, X, 512)
+    terms = elbo_terms(*vae(X, (4000,))[:3])
+    found = (parts.mutual_information + parts.marginal_kl).mean()
+    torch.testing.assert_close(found, terms.kl.mean(), rtol=0.05, atol=0.05)
+
+
+def test_the_kl_of_each_latent_is_to_n_0_1() -> None:
+    with pytest.raises(ValueError, match="^prior: expected N.0, I., whose latents are independent"):
+        kl_per_latent(make(at(3.0), "diagonal"), X)
+
+
+@pytest.mark.parametrize("posterior", ["diagonal", "full_covariance"])
+def test_the_kl_of_two_gaussians_is_exact(posterior: str) -> None:
+    prior = flowpost.full_covariance(0, DIM)
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.add_(0.7 * torch.randn_like(parameter))
+    vae = make(prior, posterior)
+    out = vae(X)
+    q, p = vae.encode(X), prior.double().at()
+    gaussians = [MultivariateNormal(loc, scale_tril=tril) for loc, tril in (q.gaussian(), p.gaussian())]
+    expected = torch.distributions.kl_divergence(*gaussians)
+    torch.testing.assert_close(out.kl, expected)
+    assert out.latent_kl is None
+    torch.testing.assert_close(vae.elbo_terms(X).kl, expected)
+    torch.manual_seed(0)
+    many = vae(X, (20_000,))
+    estimate = elbo_terms(many.log_likelihood, many.log_prior, many.log_q).kl
+    torch.testing.assert_close(estimate, expected, rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("name", ["realnvp", "maf"])
+def test_a_prior_is_trained_with_the_rest(name: str) -> None:
+    """x near 5 at scale 0.1: a prior that learns gets more of the ELBO."""
+    torch.manual_seed(0)
+    x = 5 + 0.1 * torch.randn(64, 1)
+    bounds = []
+    for prior in (None, flowpost.recipes.RECIPES[name](0, DIM, steps=2, hidden=(16,))):
+        torch.manual_seed(1)
+        vae = VAE(nn.Linear(1, 8), flowpost.diagonal(8, DIM), nn.Linear(DIM, 1), Gaussian(0.1), prior=prior)
+        optimizer = torch.optim.Adam(vae.parameters(), 0.02)
+        for _ in range(150):
+            optimizer.zero_grad()
+            terms = vae.elbo_terms(x, (4,))
+            loss = (terms.kl - terms.reconstruction).mean()
+            loss.backward()
+            optimizer.step()
+        bounds.append(loss.item())
+        if prior is not None:
+            assert {key for key in vae.state_dict() if key.startswith("prior.")}
+            assert all(p.grad is not None for p in prior.parameters() if p.requires_grad and p.numel())
+    assert math.isfinite(bounds[1])
+    assert bounds[1] < bounds[0] + 0.5
+
+
+def test_samples_and_reconstructions_have_the_shape_of_x() -> None:
+    vae = VAE(nn.Sequential(nn.Flatten(), nn.Linear(6, 5)), flowpost.planar(5, DIM), nn.Linear(DIM, 6), Bernoulli())
+    x = vae.sample(9, (2, 3))
+    assert x.shape == (9, 2, 3)
+    assert set(x.unique().tolist()) <= {0.0, 1.0}
+    again = vae.reconstruct(x)
+    assert again.shape == x.shape
+    assert not again.requires_grad
+    assert ((again > 0) & (again < 1)).all()
+
+
+def test_a_prior_that_does_not_fit_is_refused() -> None:
+    for wrong in (flowpost.diagonal(3, DIM), flowpost.realnvp(0, DIM + 1)):
+        with pytest.raises(ValueError, match=f"^prior: expected a posterior without features of dim={DIM}, got one of"):
+            make(wrong)
+    assert isinstance(make().sample_prior(2), Tensor)
