@@ -65,8 +65,7 @@ def _check(entry: Entry, name: str, dims: Sequence[int], examples: int) -> None:
 
 
 HEAVY = {"gradients", "dependent", "transforms", "extremes", "mass", "shapes", "composition", "rows"}
-"""A property of these takes a third of a second; the last four hang on what an entry has in common with its family."""
-HEAVIEST = {"gradients", "dependent", "transforms", "extremes"}
+"""A property of these takes a third of a second, and hangs on what an entry has in common with its family."""
 FIRST = {"log_det", "round_trip", "orientation", "state", "meta"}
 """What the quick run asks of every entry, of those too whose family has another one there."""
 
@@ -78,7 +77,7 @@ def _level(entry: Entry, name: str) -> list[pytest.MarkDecorator]:
     if entry.name.startswith(WRAPPED):
         return [pytest.mark.long]
     if name in HEAVY:
-        return [pytest.mark.full if name in HEAVIEST else pytest.mark.long]
+        return [pytest.mark.long]
     return [] if name in FIRST else [pytest.mark.full]
 
 

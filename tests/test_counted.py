@@ -26,7 +26,7 @@ def counts() -> dict[bool, counted.Counts]:
     return counted.count(TINY)
 
 
-@pytest.mark.full
+@pytest.mark.long
 @pytest.mark.parametrize("kernels", [True, False])
 def test_every_recipe_is_in_the_table(counts: dict[bool, counted.Counts], kernels: bool) -> None:  # noqa: FBT001
     peers = [name for name in counted.PEERS if here(name)]
@@ -41,7 +41,7 @@ def test_every_recipe_is_in_the_table(counts: dict[bool, counted.Counts], kernel
     assert all(f"| {name} | " in text for name in counts[kernels])
 
 
-@pytest.mark.full
+@pytest.mark.long
 def test_kernels_launch_fewer_of_masked_steps_and_change_nothing_else(counts: dict[bool, counted.Counts]) -> None:
     for name in RECIPES:
         pairs = zip(counts[True][name], counts[False][name], strict=True)
