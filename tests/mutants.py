@@ -316,14 +316,19 @@ def _shapes_in_a_set(context: Tensor | None, *tensors: Tensor) -> list[Tensor]:
     return [each.expand(*batch, -1) for each in tensors]
 
 
-def _affine_reads(z: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    image, log_det = _AFFINE(z, loc, scale)
-    return image * (1.0 if float(scale.detach().amin()) > 0 else -1.0), log_det
+def _affine_reads(self: Affine, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    image, log_det = _AFFINE(self, z, context)
+    return image * (1.0 if float(image.detach().amin()) > -math.inf else -1.0), log_det
 
 
-def _affine_on_the_default_device(z: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    image, log_det = _AFFINE(z, loc, scale)
+def _affine_on_the_default_device(self: Affine, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    image, log_det = _AFFINE(self, z, context)
     return image + torch.zeros((), dtype=z.dtype), log_det
+
+
+def _affine_without_log_det(self: Affine, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    image, log_det = _AFFINE(self, z, context)
+    return image, torch.zeros_like(log_det)
 
 
 def _default_dtype_inverse(
@@ -487,7 +492,7 @@ _COUPLING = Coupling._forward
 _GATE, _GATE_PULL = gate._gate, gate.Gate.pull
 _MADE, _STRICT_TRIL = made.MADE.forward, lower.strict_tril
 _GRADIENTS, _SOLVE_GRADIENTS, _AFFINE_PULL = host.gradients, host.solve_gradients, Affine.pull
-_REPLAY, _LAY_OUT, _AFFINE = nodes._replay, made.MaskedLinear.lay_out, affine.affine
+_REPLAY, _LAY_OUT, _AFFINE = nodes._replay, made.MaskedLinear.lay_out, Affine._forward
 _AUTOREGRESSIVE_INVERSE, _AFFINE_INVERSE = Autoregressive._inverse, Affine._inverse
 
 
@@ -722,12 +727,12 @@ MUTANTS = (
         dims=(2,),
         killer="batch_sizes",
     ),
-    Mutant("a value read on the host", "many", Affine, ((affine, "affine", _affine_reads),), killer="meta"),
+    Mutant("a value read on the host", "many", Affine, ((Affine, "_forward", _affine_reads),), killer="meta"),
     Mutant(
         "a constant on the default device",
         "many",
         Affine,
-        ((affine, "affine", _affine_on_the_default_device),),
+        ((Affine, "_forward", _affine_on_the_default_device),),
         killer="meta",
     ),
     Mutant(
@@ -779,7 +784,7 @@ MUTANTS = (
         "a chain drops a log-det",
         "-",
         lambda dim: Chain(Affine(dim), Planar(dim)),
-        ((affine, "affine", lambda z, m, s: (m + s * z, torch.zeros_like(s).sum(-1))),),
+        ((Affine, "_forward", _affine_without_log_det),),
     ),
     Mutant(
         "log(sigmoid) for logsigmoid",
