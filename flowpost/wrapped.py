@@ -49,8 +49,7 @@ class WrappedPosterior(Encoding):
     def __init__(self, encoder: nn.Module, posterior: FlowPosterior, *, pair: bool, read: Read | None = None) -> None:
         super().__init__(encoder)
         self.posterior, self.reading = posterior, Reading(read, pair, posterior.dim)
-        names = inspect.signature(encoder.forward).parameters
-        self._taken = tuple(name for name in ("sample_shape", "noise") if name in names)
+        self._taken = tuple(name for name in ("sample_shape", "noise") if name in _arguments(encoder))
 
     @property
     def dim(self) -> int:
@@ -111,3 +110,11 @@ class WrappedPosterior(Encoding):
                 stacklevel=2,
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _arguments(encoder: nn.Module) -> list[str]:
+    """The names of what its ``forward`` takes; none where that cannot be told, as of a scripted module."""
+    try:
+        return list(inspect.signature(encoder.forward).parameters)
+    except ValueError:
+        return []

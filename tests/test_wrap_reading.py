@@ -181,6 +181,21 @@ def test_an_encoder_s_own_noise_is_not_swallowed() -> None:
     assert torch.equal(z, posterior.posterior(X + 2, noise=noise).z)
 
 
+def test_a_scripted_encoder_is_a_module_too() -> None:
+    inner = nn.Linear(6, 7)
+    posterior, noise = wrap(torch.jit.trace(inner, X), 3, example=X, flow="diagonal"), torch.randn(4, 3)  # pyright: ignore
+    assert torch.equal(posterior(X, noise=noise).z, posterior.posterior(inner(X), noise=noise).z)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", ["a pair", "side by side", "three"])
+def test_a_wrapped_encoder_compiles_whole(name: str) -> None:
+    value, read = READ[name]
+    vae = VAE(wrap(Returns(value), 3, example=X, read=read, flow="planar"), nn.Linear(3, 6), Bernoulli())
+    step = torch.compile(lambda x: vae(x)[:3], fullgraph=True, backend="aot_eager")
+    assert [each.shape for each in step((X > 0).float())] == [(4,)] * 3
+
+
 @pytest.mark.parametrize("flow", ["diagonal", "full_covariance", "planar"])
 def test_it_is_a_posterior_like_any_other(flow: str) -> None:
     posterior = wrap(Pair(), 3, example=X, flow=flow).double()
