@@ -41,8 +41,8 @@ Counts = Mapping[str, Sequence[int | None]]
 def count(size: Size = SIZE) -> dict[bool, Counts]:
     """Of every recipe, and of the public libraries that are here: with kernels, and without."""
     own = {name: list(_ours(name, size, kernels=True)) for name in RECIPES}
-    # Kernels serve the steps with masked networks alone.
-    without = {name: list(_ours(name, size, kernels=False)) for name in RECIPES if _masked(name)}
+    # Kernels serve the masked networks and the tanh ridges.
+    without = {name: list(_ours(name, size, kernels=False)) for name in RECIPES if _has_kernels(name)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a library says of its own calls
         theirs = {name: _theirs(PEERS[name](size).to("meta"), size) for name in PEERS if here(name)}
@@ -68,8 +68,9 @@ def publish(run: Run) -> None:
     run.publish(text)
 
 
-def _masked(name: str) -> bool:
-    return any(isinstance(module, flowpost.Masked) for module in RECIPES[name](1, 2).modules())
+def _has_kernels(name: str) -> bool:
+    kinds = (flowpost.Masked, flowpost.Planar, flowpost.Sylvester)
+    return any(isinstance(module, kinds) for module in RECIPES[name](1, 2).modules())
 
 
 def _ours(name: str, size: Size, *, kernels: bool) -> Iterator[int]:
