@@ -56,7 +56,7 @@ def as_features(out: object) -> Tensor | tuple[Tensor, Tensor] | None:
 def _of_gaussian(out: Distribution) -> tuple[Tensor, Tensor]:
     """The pair of a diagonal Gaussian, whose scale leaves no doubt."""
     if isinstance(out, MultivariateNormal):
-        return out.loc, out.covariance_matrix.diagonal(dim1=-2, dim2=-1).log()
+        return out.loc, out.variance.log()
     inner = out.base_dist if isinstance(out, Independent) else out
     if isinstance(inner, Normal):
         return inner.loc, 2 * inner.scale.log()

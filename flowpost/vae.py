@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from flowpost.bounded import ContinuousBernoulli as ContinuousBernoulli
 from flowpost.bounded import DiscretizedLogistic as DiscretizedLogistic
-from flowpost.density import standard_normal_log_prob
+from flowpost.density import like_of, standard_normal_log_prob
 from flowpost.distribution import FlowDistribution
 from flowpost.likelihoods import Bernoulli as Bernoulli
 from flowpost.likelihoods import Binomial as Binomial
 from flowpost.likelihoods import Categorical as Categorical
 from flowpost.likelihoods import Gaussian as Gaussian
 from flowpost.likelihoods import Likelihood
-from flowpost.numerics.watchers import first_parameter
 from flowpost.objectives import ELBOTerms, elbo_terms, over_samples, reweigh
 from flowpost.posterior import FlowPosterior
 from flowpost.terms import VAEOutput as VAEOutput
@@ -198,9 +197,10 @@ class VAE(Encoding):
         """Draw z ~ p(z), ``(count, dim)``; `noise` of that shape, a standard normal draw, in place of a fresh one."""
         if self.prior is not None:
             return self.prior(sample_shape=(count,), noise=noise).z
-        like = first_parameter(self)
-        like = torch.empty(0) if like is None else like
-        return like.new_empty(count, self.posterior.dim).normal_() if noise is None else noise
+        if noise is not None:
+            return noise
+        like = like_of(self.posterior.flow, None)
+        return torch.randn(count, self.posterior.dim, dtype=like.dtype, device=like.device)
 
     @torch.no_grad()
     def sample(self, count: int, shape: tuple[int, ...]) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from spoilt import spoil
 from tape import NoReads, OnMeta, Tape
 from test_checkpoint import Training, same
 from torch import Tensor
@@ -132,14 +133,6 @@ def test_outcomes_are_read_once() -> None:
         assert next(found)[0] == 2
         assert next(taken) == (3 if once else 1)
         assert [outcome for outcome, seconds in found if seconds >= 0] == [10, 18]
-
-
-def spoil(data: Data, images: list[int], monkeypatch: pytest.MonkeyPatch) -> Data:
-    """With images that are not finite, of which the model's own statistics know nothing."""
-    clean, pixels = replace(data, dynamic=False), data.train.clone()
-    pixels[images] = math.nan
-    monkeypatch.setattr(train, "build", lambda _, *arguments, **options: build(clean, *arguments, **options))
-    return replace(clean, train=pixels)
 
 
 def test_a_spoilt_image_costs_its_steps_and_no_more(

@@ -12,13 +12,13 @@ from typing import cast
 import pytest
 import torch
 from small import RECIPES, small
+from spoilt import spoil
 from test_checkpoint import Training
 from torch import Tensor, nn
 
-from benchmarks import checkpoint, train
+from benchmarks import checkpoint
 from benchmarks.config import Config, configure
 from benchmarks.data import Data, load
-from benchmarks.models import build
 from benchmarks.train import BAD_STEPS, History, TrainingError, train_one
 from flowpost._graphs import _no_waits
 from flowpost.density import standard_normal_log_prob
@@ -224,14 +224,6 @@ def test_the_captured_loop_learns_as_the_eager_loop_does(data: Data, config: Con
     assert cast(float, history.train[-1]) < cast(float, history.train[0])
     assert history.valid[-1] == pytest.approx(other.valid[-1], rel=0.05)
     assert all(value.isfinite().all() for value in vae.state_dict().values())
-
-
-def spoil(data: Data, images: list[int], monkeypatch: pytest.MonkeyPatch) -> Data:
-    """With images that are not finite, of which the model's own statistics know nothing."""
-    clean, pixels = replace(data, dynamic=False), data.train.clone()
-    pixels[images] = math.nan
-    monkeypatch.setattr(train, "build", lambda _, *arguments, **options: build(clean, *arguments, **options))
-    return replace(clean, train=pixels)
 
 
 def test_a_spoilt_image_costs_its_steps_and_no_more(

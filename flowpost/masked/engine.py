@@ -69,7 +69,7 @@ def choose(run: Run, z: Tensor) -> Engine | None:
 
 
 def choose_inverse(run: Run, z: Tensor) -> Engine | None:
-    """As `choose`, for the inverse: a compiler would unroll a search that has no closed form for a column."""
+    """As `choose`, for the inverse: a compiler would unroll a search that `COLUMNS` does not have."""
     if torch.compiler.is_compiling() and any(link.step.columns()[1] is None for link in run):
         return None
     return choose(run, z)

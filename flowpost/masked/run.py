@@ -16,7 +16,7 @@ Array = Any
 
 
 class Column(NamedTuple):
-    """The closed form of an element-wise map for one variable, by the name under which it stands in `COLUMNS`."""
+    """An element-wise map for one variable, in closed form or by a search, by the name of it in `COLUMNS`."""
 
     name: str
     constants: tuple[float, ...] = ()
@@ -25,7 +25,7 @@ class Column(NamedTuple):
 Solve = Callable[[Array, Array], Array]
 """From one variable ``(N,)`` and its numbers ``(numbers, N)``, which it must not change, to the mapped variable."""
 COLUMNS: dict[str, Callable[[Any, Sequence[float]], Solve]] = {}
-"""By name, from the module whose functions suit the arrays, numpy or torch, and the constants to the closed form."""
+"""By name, from the module whose functions suit the arrays, numpy or torch, and the constants to the map."""
 
 
 class ElementWise(Protocol):
@@ -39,7 +39,7 @@ class ElementWise(Protocol):
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]: ...
 
     def columns(self) -> tuple[Column | None, Column | None]:
-        """Closed forms of the map and of its inverse for one variable, where it has them."""
+        """The map and its inverse for one variable, where `COLUMNS` has them."""
         ...
 
     def has_pull(self) -> bool:
