@@ -18,7 +18,7 @@ from flowpost.bijectors.gate import Gate
 from flowpost.bijectors.wrappers import Learned, linear_head
 from flowpost.numerics.arguments import check_int
 from flowpost.numerics.scales import log_var_scale
-from flowpost.outputs import Read, as_features, check_diagonal, check_example, joined, kind
+from flowpost.outputs import Read, as_features, check_diagonal, check_example, cure_of, joined, kind
 from flowpost.posterior import FlowPosterior
 from flowpost.recipes import RECIPES
 from flowpost.wrapped import WrappedPosterior
@@ -174,7 +174,7 @@ def _width(encoder: nn.Module, dim: int, read: Read | None, features: int | None
     parts = as_features(out)
     if parts is None:
         of = "encoder" if read is None else "read"
-        cure = "; pass read= a function from it to one of these" if read is None else ""
+        cure = cure_of(out) if read is None else ""
         raise TypeError(f"{of}: expected a tensor, the pair (loc, log_var) or a Normal, got {kind(out)}{cure}")
     check_diagonal(out)
     if read is None:

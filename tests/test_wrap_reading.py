@@ -84,6 +84,7 @@ def test_read_may_make_features() -> None:
     assert wrap(Returns(torch.randn(4, 9, 7)), 3, example=X, flow="diagonal")(X).z.shape == (4, 9, 3)
 
 
+STATES = "pass read=lambda out: {} for one z a sequence, or read=lambda out: out[0] for one z a step"
 REFUSED = {
     "a feature map": (
         torch.zeros(16, 6, 7, 7), ValueError,
@@ -98,13 +99,35 @@ REFUSED = {
     ),
     "a GRU's output and state": (
         (torch.zeros(4, 9, 7), torch.zeros(1, 4, 7)), ValueError,
-        "encoder: expected loc and log_var of shape (*, 3), got a tuple of a tensor of shape (4, 9, 7), a tensor of "
-        "shape (1, 4, 7)",
+        "encoder: expected loc and log_var, got a tuple of a tensor of shape (4, 9, 7), a tensor of shape (1, 4, 7), "
+        f"as a recurrent network returns its outputs and its last state; {STATES.format('out[1][-1]')}; if it is the "
+        "pair, read=lambda out: out",
     ),
-    "a GRU's of width dim": (
-        (torch.zeros(4, 9, 3), torch.zeros(1, 4, 3)), ValueError,
-        "encoder: expected loc and log_var that broadcast, got a tuple of a tensor of shape (4, 9, 3), a tensor of "
-        "shape (1, 4, 3)",
+    "a GRU's of width dim, which broadcast": (
+        (torch.zeros(1, 9, 3), torch.zeros(1, 1, 3)), ValueError,
+        "encoder: expected loc and log_var, got a tuple of a tensor of shape (1, 9, 3), a tensor of shape (1, 1, 3), "
+        f"as a recurrent network returns its outputs and its last state; {STATES.format('out[1][-1]')}; if it is the "
+        "pair, read=lambda out: out",
+    ),
+    "an LSTM's output and states": (
+        (torch.zeros(4, 9, 7), (torch.zeros(1, 4, 7), torch.zeros(1, 4, 7))), TypeError,
+        "encoder: expected a tensor, the pair (loc, log_var) or a Normal, got a tuple of a tensor of shape (4, 9, 7), "
+        f"a tuple of a tensor of shape (1, 4, 7), a tensor of shape (1, 4, 7); {STATES.format('out[1][0][-1]')}",
+    ),
+    "a pair that does not broadcast": (
+        (torch.zeros(4, 3), torch.zeros(2, 3)), ValueError,
+        "encoder: expected loc and log_var that broadcast, got a tuple of a tensor of shape (4, 3), a tensor of shape "
+        "(2, 3); pass read= a function from it to the pair, or to features",
+    ),
+    "a pair of two widths": (
+        (torch.zeros(4, 3), torch.zeros(4, 1)), ValueError,
+        "encoder: expected loc and log_var of shape (*, 3), got a tuple of a tensor of shape (4, 3), a tensor of shape "
+        "(4, 1); pass read= a function from it to the pair, or to features",
+    ),
+    "a dataclass": (
+        Moments(LOC, LOG_VAR), TypeError,
+        "encoder: expected a tensor, the pair (loc, log_var) or a Normal, got Moments of embedding, log_covariance; "
+        "pass read= a function from it to one of these",
     ),
     "another distribution": (
         Beta(LOC.exp(), STD), TypeError,
@@ -118,6 +141,11 @@ REFUSED = {
         "flow='full_covariance' learns correlations again",
     ),
 }  # fmt: skip
+
+
+def test_a_pair_with_one_log_var_for_all_steps_can_be_meant() -> None:
+    pair = torch.zeros(4, 9, 3), torch.zeros(1, 1, 3)
+    assert wrap(Returns(pair), 3, example=X, read=lambda out: out, flow="diagonal")(X).z.shape == (4, 9, 3)
 
 
 @pytest.mark.parametrize("name", REFUSED)
