@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from flowpost.bijectors.affine import Affine, Scale
 from flowpost.bijectors.autoregressive import Autoregressive
@@ -47,7 +48,8 @@ def wrap(
     - both in one tensor: ``read=lambda out: out.chunk(2, -1)``;
     - an object with names: ``read=lambda out: (out.embedding, out.log_covariance)``;
     - a feature map ``(B, channels, H, W)``: ``read=lambda out: out.flatten(1)``;
-    - the first token of a transformer: ``read=lambda out: out.last_hidden_state[:, 0]``.
+    - the first token of a transformer: ``read=lambda out: out.last_hidden_state[:, 0]``;
+    - the last state of a GRU: ``read=lambda out: out[1][-1]``.
 
     A function with a name pickles with the model; a lambda does not.
 
@@ -197,7 +199,8 @@ def _run(encoder: nn.Module, example: object) -> object:
         with torch.no_grad():
             if isinstance(example, Mapping):
                 return encoder(**example)
-            return encoder(*example) if isinstance(example, tuple) else encoder(example)
+            several = isinstance(example, tuple) and not isinstance(example, PackedSequence)
+            return encoder(*example) if several else encoder(example)
     finally:
         for module, training in modes.items():
             module.training = training

@@ -13,6 +13,7 @@ import torch
 from test_wrap import Pair, Returns, X, raises
 from torch import Tensor, nn
 from torch.distributions import Beta, Distribution, Independent, MultivariateNormal, Normal
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import flowpost
 from flowpost import wrap
@@ -189,6 +190,15 @@ def test_a_method_is_no_module() -> None:
         "calls forward",
         lambda: wrap(model.forward, 3, example=X),  # pyright: ignore[reportArgumentType]
     )
+
+
+def test_a_packed_batch_is_one_input() -> None:
+    """Although it is a tuple: what each sequence has alone, it has in the batch."""
+    gru, x = nn.GRU(3, 7, batch_first=True), torch.randn(4, 5, 3)
+    packed = pack_padded_sequence(x, torch.tensor([5, 2, 1, 4]), batch_first=True, enforce_sorted=False)
+    posterior = wrap(gru, 3, example=packed, read=lambda out: out[1][-1], flow="planar")
+    assert posterior.posterior.features == 7
+    torch.testing.assert_close(posterior.features(packed)[1:2], posterior.features(x[1:2, :2]))
 
 
 class Noisy(nn.Module):
