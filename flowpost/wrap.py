@@ -199,8 +199,9 @@ def _run(encoder: nn.Module, example: object) -> object:
         with torch.no_grad():
             if isinstance(example, Mapping):
                 return encoder(**example)
-            several = isinstance(example, tuple) and not isinstance(example, PackedSequence)
-            return encoder(*example) if several else encoder(example)
+            if isinstance(example, tuple) and not isinstance(example, PackedSequence):
+                return encoder(*example)
+            return encoder(example)
     finally:
         for module, training in modes.items():
             module.training = training
