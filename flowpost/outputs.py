@@ -102,7 +102,7 @@ def check_example(out: object, parts: Tensor | tuple[Tensor, Tensor], dim: int, 
             f"or read={_by_parts(parts, 'movedim(1, -1)')} for one z a pixel"
         )
     if isinstance(parts, tuple):
-        _check_pair(parts, dim)
+        _check_states(parts)
     if isinstance(parts, Tensor):
         if parts.shape[-1] == 2 * dim and not told:
             warnings.warn(
@@ -121,19 +121,23 @@ def check_example(out: object, parts: Tensor | tuple[Tensor, Tensor], dim: int, 
         )
 
 
-def _check_pair(pair: tuple[Tensor, Tensor], dim: int) -> None:
-    """Refuse two tensors that are no (loc, log_var), and say what to write instead."""
+def _check_states(pair: tuple[Tensor, Tensor]) -> None:
+    """Refuse what a recurrent network returns, also where it broadcasts: a batch of one, and a state as wide as z."""
     if pair[0].ndim == pair[1].ndim == 3 and pair[0].shape != pair[1].shape:
-        raise ValueError(  # which may broadcast: a batch of one, and a state as wide as z
+        raise ValueError(
             f"encoder: expected loc and log_var, got {kind(pair)}, as a recurrent network returns its outputs and its "
             f"last state; {_OF_STATES.format('out[1][-1]')}; if it is the pair, read=lambda out: out"
         )
+
+
+def check_pair(pair: tuple[Tensor, Tensor], dim: int) -> None:
+    """Refuse the pair of an example that does not fit, and say what to write instead."""
     try:
         joined(pair, dim)
     except ValueError as error:
-        width = pair[0].shape[-1] if pair[0].shape[-1:] == pair[1].shape[-1:] else None
-        same = "" if width in (None, dim) else f"dim={width}, or "
-        raise ValueError(f"{error}; pass {same}read= a function from it to the pair, or to features") from None
+        vectors = pair[0].ndim <= 3 and pair[0].shape[-1:] == pair[1].shape[-1:]  # else the axes may be meant otherwise
+        same = f"dim={pair[0].shape[-1]}, or " if vectors and pair[0].shape[-1] != dim else ""
+        raise ValueError(f"{error}; pass {same}a read= that gives the pair, or features") from None
 
 
 def cure_of(out: object) -> str:

@@ -19,7 +19,7 @@ from flowpost.bijectors.gate import Gate
 from flowpost.bijectors.wrappers import Learned, linear_head
 from flowpost.numerics.arguments import check_int
 from flowpost.numerics.scales import log_var_scale
-from flowpost.outputs import Read, as_features, check_diagonal, check_example, cure_of, joined, kind
+from flowpost.outputs import Read, as_features, check_diagonal, check_example, check_pair, cure_of, kind
 from flowpost.posterior import FlowPosterior
 from flowpost.recipes import RECIPES
 from flowpost.wrapped import WrappedPosterior
@@ -120,7 +120,7 @@ def _check_encoder(encoder: object) -> None:
 def _check_flow(flow: str | Bijector, options: Mapping[str, object]) -> None:
     if not isinstance(flow, str):
         if options:
-            raise TypeError(f"flow_options: expected none with a bijector, got {', '.join(options)}")
+            raise TypeError(f"flow_options: expected none with a bijector, got {', '.join(options)}; make it with them")
         return
     if flow not in RECIPES:
         raise ValueError(f"flow: expected one of {', '.join(RECIPES)}, got {flow!r}")
@@ -182,7 +182,7 @@ def _width(encoder: nn.Module, dim: int, read: Read | None, features: int | None
     if read is None:
         check_example(out, parts, dim, told=features is not None)
     if isinstance(parts, tuple):
-        joined(parts, dim)
+        check_pair(parts, dim)
         if features is not None:
             raise ValueError(f"features: expected none with the pair (loc, log_var), got {features}; leave it out")
         return None

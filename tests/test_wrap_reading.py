@@ -118,12 +118,12 @@ REFUSED = {
     "a pair that does not broadcast": (
         (torch.zeros(4, 3), torch.zeros(2, 3)), ValueError,
         "encoder: expected loc and log_var that broadcast, got a tuple of a tensor of shape (4, 3), a tensor of shape "
-        "(2, 3); pass read= a function from it to the pair, or to features",
+        "(2, 3); pass a read= that gives the pair, or features",
     ),
     "a pair of two widths": (
         (torch.zeros(4, 3), torch.zeros(4, 1)), ValueError,
         "encoder: expected loc and log_var of shape (*, 3), got a tuple of a tensor of shape (4, 3), a tensor of shape "
-        "(4, 1); pass read= a function from it to the pair, or to features",
+        "(4, 1); pass a read= that gives the pair, or features",
     ),
     "a dataclass": (
         Moments(LOC, LOG_VAR), TypeError,

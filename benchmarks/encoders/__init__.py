@@ -5,13 +5,13 @@ Needs the extra `encoders`; an encoder whose library is not installed is left ou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Annotated, Any
 
 import typer
 
-from benchmarks.data import load
+from benchmarks.data import Data, load
 from benchmarks.encoders.collection import CASES
 from benchmarks.encoders.fitting import CONTESTS, Contest, Fit, fit
 from benchmarks.encoders.starts import Start, starts
@@ -42,10 +42,11 @@ def encoders(
     contests = [contest for contest in CONTESTS if contest.library not in missing]
     if quick:
         contests = [replace(each, data="digits", plan=replace(each.plan, **QUICK)) for each in contests]
+    data = {contest.data: load(contest.data) for contest in contests}
     with cpu_threads(threads):
         found = starts()
         console.print(lines(found))
-        fits = hold(run, found, contests, 1 if quick else seeds)
+        fits = hold(run, found, contests, data, 1 if quick else seeds)
         console.print(elbos(fits, contests))
     console.print(f"Tables and figures: {run.folder}", soft_wrap=True)
 
@@ -54,9 +55,10 @@ def _libraries() -> set[str]:
     return {case.library for case in CASES} - {"torch"}
 
 
-def hold(run: Run, found: Sequence[Start], contests: Sequence[Contest], seeds: int) -> list[Fit]:
+def hold(
+    run: Run, found: Sequence[Start], contests: Sequence[Contest], data: Mapping[str, Data], seeds: int
+) -> list[Fit]:
     """Train every model with every seed; write after each."""
-    data = {contest.data: load(contest.data) for contest in contests}
     fits: list[Fit] = []
     for seed in range(seeds):
         for contest in contests:

@@ -57,10 +57,10 @@ class Case:
         """The line that wraps it."""
         return f"wrap(encoder, {self.dim}, example=x{self.read and ', read=' + self.read})"
 
-    def wrapped(self, encoder: nn.Module, inputs: object, flow: str, **options: object) -> WrappedPosterior:
+    def wrapped(self, encoder: nn.Module, inputs: object, flow: str) -> WrappedPosterior:
         """What the line makes, with a flow."""
         read = eval(self.read) if self.read else None  # what is shown is what is run
-        return wrap(encoder, self.dim, example=inputs, read=read, flow=flow, **options)
+        return wrap(encoder, self.dim, example=inputs, read=read, flow=flow)
 
     def missing(self) -> bool:
         """Whether its library is not installed."""
@@ -124,7 +124,7 @@ def _of_dict(mean: str, log_var: str) -> Callable[[Mapping[str, Tensor]], Pair]:
 
 def _of_library(out: Tensor) -> Pair:
     """Mean and standard deviation as diffusers has them, for one z an image."""
-    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution  # pyright: ignore
 
     own = DiagonalGaussianDistribution(out)
     return own.mean.flatten(1), own.std.flatten(1)
