@@ -5,13 +5,16 @@ Needs the extra `encoders`; an encoder whose library is not installed is left ou
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
+from multiprocessing import get_context
 from typing import Annotated, Any
 
+import torch
 import typer
 
-from benchmarks.data import Data, load
+from benchmarks.data import load
 from benchmarks.encoders.collection import CASES
 from benchmarks.encoders.fitting import CONTESTS, Contest, Fit, fit
 from benchmarks.encoders.starts import Start, starts
@@ -25,6 +28,7 @@ def encoders(
     *,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each model.")] = 3,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that train side by side.")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="One seed, 20 steps, and the digits alone.")] = False,
     out: Out = None,
     page: Page = None,
@@ -42,11 +46,12 @@ def encoders(
     contests = [contest for contest in CONTESTS if contest.library not in missing]
     if quick:
         contests = [replace(each, data="digits", plan=replace(each.plan, **QUICK)) for each in contests]
-    data = {contest.data: load(contest.data) for contest in contests}
+    for name in {contest.data for contest in contests}:
+        load(name)  # so that a missing file is told before anything is trained
     with cpu_threads(threads):
         found = starts()
         console.print(lines(found))
-        fits = hold(run, found, contests, data, 1 if quick else seeds)
+        fits = hold(run, found, contests, range(1 if quick else seeds), jobs)
         console.print(elbos(fits, contests))
     console.print(f"Tables and figures: {run.folder}", soft_wrap=True)
 
@@ -55,18 +60,35 @@ def _libraries() -> set[str]:
     return {case.library for case in CASES} - {"torch"}
 
 
-def hold(
-    run: Run, found: Sequence[Start], contests: Sequence[Contest], data: Mapping[str, Data], seeds: int
-) -> list[Fit]:
+def hold(run: Run, found: Sequence[Start], contests: Sequence[Contest], seeds: Sequence[int], jobs: int) -> list[Fit]:
     """Train every model with every seed; write after each."""
-    fits: list[Fit] = []
-    for seed in range(seeds):
-        for contest in contests:
-            fits.append(fit(contest, data[contest.data], seed))
-            terminal().print(_line(fits[-1]), soft_wrap=True)
-            write(run, found, fits, contests)
+    tasks = [(contest, seed) for seed in seeds for contest in contests]
+    done: dict[tuple[str, int], Fit] = {}
+    for one in results(tasks, jobs):
+        done[one.model, one.seed] = one
+        terminal().print(_line(one), soft_wrap=True)
+        fits = [done[contest.name, seed] for contest, seed in tasks if (contest.name, seed) in done]
+        write(run, found, fits, contests)
     run.publish((run.folder / "encoders.md").read_text(encoding="utf-8"))
-    return fits
+    return [*done.values()]
+
+
+def results(tasks: Sequence[tuple[Contest, int]], jobs: int) -> Iterator[Fit]:
+    """Every task's figures, as they come: from this process, or from others."""
+    if jobs == 1:
+        yield from (work(*task) for task in tasks)
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (torch.get_num_threads(),)) as pool:
+        waiting = [pool.submit(work, *task) for task in tasks]
+        try:
+            yield from (future.result() for future in as_completed(waiting))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def work(contest: Contest, seed: int) -> Fit:
+    """The figures of one model and seed."""
+    return fit(contest, load(contest.data), seed)
 
 
 def _line(one: Fit) -> str:
