@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import __main__ as cli
 from benchmarks import encoders
 from benchmarks.data import load
-from benchmarks.encoders.fitting import CONTESTS, Fit, Plan, fit
+from benchmarks.encoders.fitting import CONTESTS, Fit, Plan, fit, spaced
 from benchmarks.encoders.starts import Start
 from benchmarks.encoders.table import elbos, lines
 
@@ -45,6 +46,12 @@ def test_both_go_on_from_the_same_weights_and_neither_moves_the_other() -> None:
     assert flow.flow not in (flow.start, flow.gaussian)
 
 
+def test_the_images_are_of_the_whole_test_part() -> None:
+    """Static MNIST's lie by class, at least at the start."""
+    assert spaced(torch.arange(10), 4).tolist() == [0, 2, 5, 7]
+    assert spaced(torch.arange(3), 4).tolist() == [0, 1, 2]
+
+
 def test_the_tables_say_what_was_found() -> None:
     first = Fit(GRU.name, 0, -100.0, -100.1, -98.0, -97.0, 1, 2.0, 5.0)
     second = Fit(GRU.name, 1, -102.0, -102.1, -100.0, -96.0, 0, 2.0, 6.0)
@@ -53,7 +60,7 @@ def test_the_tables_say_what_was_found() -> None:
         [GRU.name, "digits", "3 + 0", "-101.00 (1.41)", "-101.10 (1.41)", "-99.00 (1.41)", "-96.50 (0.71)"]
         + ["2.50 (2.12)", "2.8"]
     ]
-    assert "over 2 seeds; of the test part the first 20 images at most, with 100 samples" in table.caption
+    assert "over 2 seeds; of the test part 20 images at most, at equal distances, with 100" in table.caption
     assert table.caption.endswith("not finite: 1")
     rows = lines(
         [Start("a", "wrap(x)", {"iaf": 2e-7, "planar": 1e-7}, {"iaf": 1e-9}), Start("b", "-", None, None)]

@@ -57,9 +57,9 @@ def caption(fits: Sequence[Fit], plan: Plan) -> str:
     seeds = len({fit.seed for fit in fits})
     skipped = sum(fit.skipped_steps for fit in fits)
     return (
-        f"Nats an image, mean (standard deviation) over {seeds} seeds; of the test part the first {plan.images:,} "
-        f"images at most, with {plan.samples} samples of z each. steps: with the encoder's own Gaussian and its "
-        f"closed-form KL, then more of them with it, and equally many with the flow ({plan.flow}) from the same "
+        f"Nats an image, mean (standard deviation) over {seeds} seeds; of the test part {plan.images:,} images at "
+        f"most, at equal distances, with {plan.samples} samples of z each. steps: with the encoder's own Gaussian and "
+        f"its closed-form KL, then more of them with it, and equally many with the flow ({plan.flow}) from the same "
         f"weights, on the same batches of {plan.batch}. gain: of the flow over the Gaussian, both after; time: of a "
         f"step with the flow, in steps with the Gaussian. Steps skipped as not finite: {skipped}"
     )
