@@ -97,9 +97,9 @@ class FlowDistribution(Distribution):
         """A reparameterized sample and its log-density, in one pass."""
         return self.draw(tuple(sample_shape))[:2]
 
-    def rsample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
-        """A reparameterized sample ``(*sample_shape, *batch_shape, dim)``; its log q is not worked out."""
-        return push(self.flow, self.context, self.batch_shape, tuple(sample_shape), None)[0]
+    def rsample(self, sample_shape: tuple[int, ...] = (), noise: Tensor | None = None) -> Tensor:
+        """A reparameterized sample ``(*sample_shape, *batch_shape, dim)``, without its log q; `noise` as in `draw`."""
+        return push(self.flow, self.context, self.batch_shape, tuple(sample_shape), noise)[0]
 
     def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
         """A sample without gradient."""

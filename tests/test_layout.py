@@ -30,7 +30,7 @@ ROOMS = [
     {"functional", "density", "distribution", "posterior"},
     {"recipes"},
     {"outputs", "wrapped", "wrap", "files", "_format", "objectives", "schedules", "likelihoods", "bounded", "terms"}
-    | {"vae", "importance", "evaluation", "gaps", "calibration", "_graphs", "training"},
+    | {"conditions", "vae", "importance", "evaluation", "gaps", "calibration", "_graphs", "training"},
 ]
 """From the ground up: what stands in a room imports from its own and from those below."""
 
