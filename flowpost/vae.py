@@ -13,12 +13,13 @@ from flowpost.bounded import ContinuousBernoulli as ContinuousBernoulli
 from flowpost.bounded import DiscretizedLogistic as DiscretizedLogistic
 from flowpost.density import like_of, standard_normal_log_prob
 from flowpost.distribution import FlowDistribution
+from flowpost.gradients import check_gradient, reweigh
 from flowpost.likelihoods import Bernoulli as Bernoulli
 from flowpost.likelihoods import Binomial as Binomial
 from flowpost.likelihoods import Categorical as Categorical
 from flowpost.likelihoods import Gaussian as Gaussian
 from flowpost.likelihoods import Likelihood
-from flowpost.objectives import ELBOTerms, elbo_terms, over_samples, reweigh
+from flowpost.objectives import ELBOTerms, elbo_terms, over_samples
 from flowpost.posterior import FlowPosterior
 from flowpost.terms import VAEOutput as VAEOutput
 from flowpost.terms import closed_kl
@@ -27,7 +28,6 @@ from flowpost.wrapped import Encoding, WrappedPosterior
 _KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD
 _PARTS = inspect.Signature([inspect.Parameter(name, _KEYWORD) for name in ("posterior", "decoder", "likelihood")])
 _PARTS_OF_WRAPPED = inspect.Signature([inspect.Parameter(name, _KEYWORD) for name in ("decoder", "likelihood")])
-_GRADIENTS = ("standard", "stl", "dreg")
 
 
 class VAE(Encoding):
@@ -93,7 +93,9 @@ class VAE(Encoding):
                 f"got one of {prior.features} features and dim={prior.dim}"
             )
 
-    def forward(self, x: Tensor, sample_shape: tuple[int, ...] = (), gradient: str = "standard") -> VAEOutput:
+    def forward(
+        self, x: Tensor, sample_shape: tuple[int, ...] = (), gradient: str = "standard", *, alpha: float = 0.0
+    ) -> VAEOutput:
         """Everything that a training step needs, in one pass.
 
         `gradient` says what autodiff makes of the objective; the values are the same:
@@ -101,12 +103,14 @@ class VAE(Encoding):
         - ``"standard"``: plain reparameterization, with the closed-form KL where there is one.
         - ``"stl"``: sticking the landing, log q's dependence on z alone; unbiased for `elbo`, and for `iwae` of one
           sample. Its variance is 0 where q is the posterior.
-        - ``"dreg"``: double reparameterization, for `iwae` over all of `sample_shape` and nothing else; unbiased.
+        - ``"dreg"``: double reparameterization, for `iwae` over all of `sample_shape` and nothing else, or for `renyi`
+          of the same `alpha`; unbiased.
 
         Args:
             x: ``(B, *event)``, of any real dtype: the encoder gets it as it is, the likelihood converts integers.
             sample_shape: leading axes of samples of z for each x.
             gradient: the estimator.
+            alpha: that of the `renyi` that is to be differentiated by ``"dreg"``; no other estimator depends on it.
 
         Returns:
             ``VAEOutput(log_likelihood, log_prior, log_q, kl, sample, latent_kl)``.
@@ -114,13 +118,14 @@ class VAE(Encoding):
         Raises:
             TypeError: if x is no real tensor.
             ValueError: if the encoder does not give one row of features for each x, the decoder not
-                ``likelihood.numbers`` for each of its elements, or for an unknown `gradient`.
+                ``likelihood.numbers`` for each of its elements, the likelihood not one log-density for each sample; for
+                an unknown `gradient`, an `alpha` outside [0, 1), or one for another gradient than ``"dreg"``.
 
         Reference:
-            Kingma & Welling (2014); Roeder et al. (2017); Tucker et al. (2018).
+            Kingma & Welling (2014); Roeder et al. (2017); Tucker et al. (2018); Daudel et al. (2023).
         """
         q = self.encode(x)
-        out = self.evaluate(x, q, sample_shape, gradient)
+        out = self.evaluate(x, q, sample_shape, gradient, alpha=alpha)
         if gradient != "standard" or not self._has_closed_kl(q):
             return out
         kl, latents = closed_kl(q, self.prior)
@@ -171,16 +176,21 @@ class VAE(Encoding):
         return q
 
     def evaluate(
-        self, x: Tensor, q: FlowDistribution, sample_shape: tuple[int, ...] = (), gradient: str = "standard"
+        self,
+        x: Tensor,
+        q: FlowDistribution,
+        sample_shape: tuple[int, ...] = (),
+        gradient: str = "standard",
+        *,
+        alpha: float = 0.0,
     ) -> VAEOutput:
         """As `forward`, for a q(z|x) that is known, and without the closed-form KL."""
-        if gradient not in _GRADIENTS:
-            raise ValueError(f"gradient: expected one of {', '.join(_GRADIENTS)}, got {gradient!r}")
+        check_gradient(gradient, alpha)
         sample = q.draw(sample_shape)
         if gradient != "dreg":
             log_q = sample.log_prob if gradient == "standard" else q.path_log_prob(sample)
             return VAEOutput(*self.log_joint(x, sample.z), log_q, None, sample)
-        z, zeros, more_zeros = reweigh(sample.z)
+        z, zeros, more_zeros = reweigh(sample.z, alpha)
         log_likelihood, log_prior = self.log_joint(x, z)
         log_q = q.path_log_prob(sample._replace(z=z))
         return VAEOutput(log_likelihood + zeros, log_prior, log_q + more_zeros, None, sample)
@@ -218,7 +228,13 @@ class VAE(Encoding):
         return q.is_gaussian and (self.prior is None or self.prior.is_gaussian)
 
     def _log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
-        return self.likelihood.log_prob(self.decode(z, math.prod(x.shape[1:])), x.flatten(1))
+        found = self.likelihood.log_prob(self.decode(z, math.prod(x.shape[1:])), x.flatten(1))
+        if found.shape != z.shape[:-1]:  # it would broadcast against log p(z)
+            raise ValueError(
+                f"likelihood: expected a log p(x|z) for each z, {tuple(z.shape[:-1])}, got shape {tuple(found.shape)} "
+                f"for x of shape {tuple(x.shape)}; log_prob sums over the elements of x"
+            )
+        return found
 
     def decode(self, z: Tensor, elements: int) -> Tensor:
         """The likelihood's numbers ``(*batch, numbers, elements)`` for z ``(*batch, dim)``."""
