@@ -6,6 +6,7 @@ to fail when the seed was chosen, and has a control that must fail.
 
 import copy
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -184,6 +185,75 @@ def test_an_alpha_that_is_none() -> None:
             vae(x, (3,), gradient, alpha=0.5)
         with pytest.raises(ValueError, match=said):
             vae.evaluate(x, q, (3,), gradient, alpha=0.5)
+
+
+BOUNDS: dict[str, Callable[..., object]] = {
+    "elbo": elbo,
+    "elbo_terms": elbo_terms,
+    "iwae": iwae,
+    "renyi": lambda *terms, **options: renyi(*terms, 0.5, **options),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+@pytest.mark.parametrize("shape", [(3, 1), (1, 4), (1, 1), (4, 3), (1, 4, 4)], ids=str)
+def test_a_term_of_another_size_is_refused(name: str, shape: tuple[int, ...]) -> None:
+    """All but one of these broadcast without a word; three samples, four examples."""
+    whole, other = torch.zeros(3, 4), torch.zeros(shape)
+    hint = "; sum over tokens" if len(shape) == 3 else "; expand what examples share$"
+    said = rf": expected a shape like log_likelihood's \(3, 4\), got {re.escape(str(shape))}{hint}"
+    with pytest.raises(ValueError, match="^log_prior" + said):
+        BOUNDS[name](whole, other, whole)
+    with pytest.raises(ValueError, match="^log_q" + said):
+        BOUNDS[name](whole, whole, other)
+    with pytest.raises(ValueError, match=r"^log_prior: expected a shape like log_likelihood's"):
+        BOUNDS[name](other, whole, whole)
+
+
+@pytest.mark.parametrize("bound", [elbo, elbo_terms])
+def test_a_kl_of_another_batch_is_refused(bound: Callable[..., object]) -> None:
+    whole = torch.zeros(3, 4)
+    for kl in (torch.zeros(1), torch.zeros(5), torch.zeros(()), torch.zeros(4, 1)):
+        with pytest.raises(ValueError, match=r"^kl: expected a shape like log_likelihood's \(4,\), got"):
+            bound(whole, whole, whole, kl)
+
+
+@pytest.mark.parametrize("name", ["elbo", "iwae", "renyi"])
+def test_a_kl_weight_is_one_number_or_one_for_each_example(name: str) -> None:
+    """A column of four would give four bounds for every example."""
+    terms, bound = torch.randn(3, 4, 4), cast(Callable[..., Tensor], BOUNDS[name])
+    for weight in (torch.ones(4, 1), torch.ones(4, 4), torch.ones(1, 4), torch.ones(3), torch.ones(1, 1)):
+        got = re.escape(str(tuple(weight.shape)))
+        said = rf"^kl_weight: expected one number or one for each example, \(4,\), got shape {got}$"
+        with pytest.raises(ValueError, match=said):
+            bound(*terms, kl_weight=weight)
+    with pytest.raises(ValueError, match="^kl_weight: expected one number or one for each example"):
+        bound(*terms[:, :, :1], kl_weight=torch.ones(4))  # of one example it made four
+    with pytest.raises(ValueError, match="^kl_weight: expected one number or one for each example"):
+        bound(*terms[:, 0, 0], kl_weight=torch.ones(1))  # an axis of its own
+    expected = bound(*terms, kl_weight=0.3)
+    for weight in (torch.tensor(0.3), torch.tensor([0.3]), torch.full((4,), 0.3)):
+        torch.testing.assert_close(bound(*terms, kl_weight=weight), expected)
+    models = torch.randn(3, 2, 4, 4)
+    torch.testing.assert_close(torch.vmap(bound)(*models), torch.stack([bound(*models[:, i]) for i in (0, 1)]))
+
+
+def test_a_scale_that_would_broadcast_is_refused() -> None:
+    """Four examples of four latents: a column for each latent was read as one for each example."""
+    loc = torch.zeros(4, 4)
+    for scale in (torch.ones(4, 1), torch.ones(4), torch.ones(()), torch.ones(1, 4, 4)):
+        got = re.escape(str(tuple(scale.shape)))
+        with pytest.raises(
+            ValueError, match=rf"^scale: expected shape \(4, 4\) for a loc of shape \(4, 4\), got {got};"
+        ):
+            latent_kl(loc, scale)
+    for tril in (torch.eye(4), torch.ones(4, 4, 1), torch.ones(4, 1, 4, 4)):
+        with pytest.raises(
+            ValueError, match=r"^scale_tril: expected shape \(4, 4, 4\) for a loc of shape \(4, 4\), got"
+        ):
+            gaussian_kl(loc, tril)
+    with pytest.raises(ValueError, match=r"^scale_tril: expected shape \(4, 1, 1\) for a loc of shape \(4, 1\)"):
+        gaussian_kl(loc[:, :1], torch.eye(4).expand(4, 4, 4))
 
 
 def test_latents_kl_adds_up_to_the_factorized_gaussian_s() -> None:
