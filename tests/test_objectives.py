@@ -128,16 +128,16 @@ def test_renyi_is_the_log_of_a_power_mean() -> None:
     far = renyi(likelihood - 1e6, prior, log_q, 0.3, kl_weight=0.3)
     torch.testing.assert_close(far, expected - 1e6)
     pairs = torch.randn(3, 2, 3, 4, dtype=torch.float64)
-    torch.testing.assert_close(renyi(*pairs, 0.3), renyi(*pairs.flatten(1, 2), 0.3))
+    torch.testing.assert_close(renyi(*pairs, alpha=0.3), renyi(*pairs.flatten(1, 2), alpha=0.3))
     log_w = likelihood + prior - log_q
     torch.testing.assert_close(renyi(likelihood, prior, log_q, 0.0), log_w.exp().mean(0).log())
     assert torch.equal(renyi(likelihood, prior, log_q, 0.0), iwae(likelihood, prior, log_q))
-    torch.testing.assert_close(renyi(*pairs[:, 0, 0], 0.3), elbo(*pairs[:, 0, 0]))
+    torch.testing.assert_close(renyi(*pairs[:, 0, 0], alpha=0.3), elbo(*pairs[:, 0, 0]))
 
 
 def test_renyi_falls_from_iwae_to_the_elbo() -> None:
     terms = torch.randn(3, 6, 4, dtype=torch.float64)
-    found = torch.stack([renyi(*terms, alpha) for alpha in (0.0, 0.1, 0.5, 0.9, 0.99, 1 - 1e-6)])
+    found = torch.stack([renyi(*terms, alpha=alpha) for alpha in (0.0, 0.1, 0.5, 0.9, 0.99, 1 - 1e-6)])
     assert (found[1:] < found[:-1]).all()
     torch.testing.assert_close(found[0], iwae(*terms))
     torch.testing.assert_close(found[-1], elbo(*terms), rtol=0, atol=1e-5)  # (1 - alpha) / 2 of the variance
@@ -156,14 +156,14 @@ def test_renyi_s_gradient_is_its_normalized_weights() -> None:
 def test_renyi_s_rounding_in_float32() -> None:
     """What the docstring says of alpha = 0.999."""
     terms = torch.randn(3, 50, 1000, dtype=torch.float64).float()
-    found, exact = renyi(*terms, 0.999), renyi(*terms.double(), 0.999)
+    found, exact = renyi(*terms, alpha=0.999), renyi(*terms.double(), alpha=0.999)
     assert (found - exact).abs().max() < 1e-3
 
 
 def test_an_alpha_that_is_none() -> None:
     terms, vae, x = torch.zeros(3, 2, 4), small_vae(), torch.zeros(2, 4, dtype=torch.float64)
     calls: list[Callable[[float], object]] = [
-        lambda alpha: renyi(*terms, alpha),
+        lambda alpha: renyi(*terms, alpha=alpha),
         lambda alpha: reweigh(torch.zeros(3, 4, 2), alpha),
         lambda alpha: vae(x, (3,), "dreg", alpha=alpha),
         lambda alpha: vae(x, (3,), alpha=alpha),
@@ -191,7 +191,7 @@ BOUNDS: dict[str, Callable[..., object]] = {
     "elbo": elbo,
     "elbo_terms": elbo_terms,
     "iwae": iwae,
-    "renyi": lambda *terms, **options: renyi(*terms, 0.5, **options),
+    "renyi": lambda *terms, **options: renyi(*terms, alpha=0.5, **options),
 }
 
 
@@ -497,7 +497,7 @@ def test_path_log_prob_under_vmap_and_grad(name: str) -> None:
 def objective(vae: VAE, x: Tensor, samples: int, gradient: str, kl_weight: float = 1.0, alpha: float = 0.0) -> Tensor:
     out = vae(x, (samples,), gradient, alpha=alpha if gradient == "dreg" else 0.0)
     terms = out.log_likelihood, out.log_prior, out.log_q
-    return renyi(*terms, alpha, kl_weight=kl_weight) if alpha else iwae(*terms, kl_weight=kl_weight)
+    return renyi(*terms, alpha=alpha, kl_weight=kl_weight) if alpha else iwae(*terms, kl_weight=kl_weight)
 
 
 def exact_bound(vae: VAE, x: Tensor, samples: int, kl_weight: float = 1.0, alpha: float = 0.0) -> Tensor:
@@ -612,7 +612,7 @@ def test_sticking_the_landing_has_no_variance_in_a_linear_gaussian_vae() -> None
         for value in (elbo(*out[:3]), iwae(*out[:3])):
             assert gradients(value.mean(), vae.posterior, keep=True).abs().max() < 1e-12
     out = vae(x, (5,), "dreg", alpha=0.6)
-    assert gradients(renyi(*out[:3], 0.6).mean(), vae.posterior).abs().max() < 1e-12
+    assert gradients(renyi(*out[:3], alpha=0.6).mean(), vae.posterior).abs().max() < 1e-12
     out = vae(x, (5,))
     assert gradients(elbo(*out[:3]).mean(), vae.posterior).abs().max() > 1e-2
 
