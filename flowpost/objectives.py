@@ -149,8 +149,8 @@ def renyi(
         Alpha-divergence Variational Inference Meets Importance Weighted Auto-Encoders, for what it bounds at finite K.
 
     Example:
-        >>> renyi(torch.tensor([[1.0], [9.0]]).log(), torch.zeros(2, 1), torch.zeros(2, 1), alpha=0.5).exp()
-        tensor([4.0000])
+        >>> renyi(torch.tensor([[1.0], [9.0]]).log(), torch.zeros(2, 1), torch.zeros(2, 1), alpha=0.5)  # log 4
+        tensor([1.3863])
     """
     power = 1 - check_alpha(alpha)
     _check_terms(log_likelihood, log_prior=log_prior, log_q=log_q)

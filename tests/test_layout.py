@@ -30,7 +30,8 @@ ROOMS = [
     {"functional", "density", "distribution", "posterior"},
     {"recipes"},
     {"outputs", "wrapped", "wrap", "files", "_format", "gradients", "kl", "objectives", "schedules", "likelihoods"}
-    | {"bounded", "terms", "vae", "importance", "evaluation", "gaps", "calibration", "_graphs", "training"},
+    | {"bounded", "terms", "vae", "importance", "marginals", "evaluation", "gaps", "calibration", "_graphs"}
+    | {"training"},
 ]
 """From the ground up: what stands in a room imports from its own and from those below."""
 
