@@ -19,6 +19,9 @@ from flowpost.wrapped import WrappedPosterior
 Prior = FlowPosterior | WrappedPosterior
 """p(z), of a posterior without features; p(z|y), of one that reads y as its features, or of a wrapped encoder of y."""
 
+Data = tuple[Tensor, Tensor | None]
+"""The x, and y where there is a condition."""
+
 
 def check_prior(prior: Prior, dim: int) -> None:
     """Refuse a prior over another space, and warn of one that takes a search to score any z."""
@@ -85,7 +88,7 @@ def spread(y: Tensor, batch: tuple[int, ...]) -> Tensor:
     return y.expand(*batch, *y.shape[1:]).flatten(0, len(batch) - 1)
 
 
-def split(x: Tensor, y: Tensor | None, size: int) -> list[tuple[Tensor, Tensor | None]]:
+def split(x: Tensor, y: Tensor | None, size: int) -> list[Data]:
     """Both in parts of `size` rows."""
     parts = x.split(size)
     if y is None:

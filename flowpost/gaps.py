@@ -12,14 +12,11 @@ from torch.func import functional_call
 
 from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.chain import Chain
-from flowpost.conditions import split
+from flowpost.conditions import Data, split
 from flowpost.density import standard_normal_log_prob
 from flowpost.importance import ImportanceEstimate, summarize, warn_unreliable
 from flowpost.numerics.arguments import check_int
 from flowpost.vae import VAE
-
-Data = tuple[Tensor, Tensor | None]
-"""The x, and y where there is a condition."""
 
 
 class InferenceGaps(NamedTuple):

@@ -14,12 +14,13 @@ from flowpost.bounded import DiscretizedLogistic as DiscretizedLogistic
 from flowpost.conditions import Prior, call, check_prior, check_rows, condition, prior_at, reads, row_for_each, spread
 from flowpost.density import like_of, standard_normal_log_prob
 from flowpost.distribution import FlowDistribution
+from flowpost.gradients import check_gradient, reweigh
 from flowpost.likelihoods import Bernoulli as Bernoulli
 from flowpost.likelihoods import Binomial as Binomial
 from flowpost.likelihoods import Categorical as Categorical
 from flowpost.likelihoods import Gaussian as Gaussian
 from flowpost.likelihoods import Likelihood
-from flowpost.objectives import ELBOTerms, elbo_terms, over_samples, reweigh
+from flowpost.objectives import ELBOTerms, elbo_terms, over_samples
 from flowpost.posterior import FlowPosterior
 from flowpost.terms import VAEOutput as VAEOutput
 from flowpost.terms import closed_kl
@@ -28,7 +29,6 @@ from flowpost.wrapped import Encoding, WrappedPosterior
 _KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD
 _PARTS = inspect.Signature([inspect.Parameter(name, _KEYWORD) for name in ("posterior", "decoder", "likelihood")])
 _PARTS_OF_WRAPPED = inspect.Signature([inspect.Parameter(name, _KEYWORD) for name in ("decoder", "likelihood")])
-_GRADIENTS = ("standard", "stl", "dreg")
 
 
 class VAE(Encoding):
@@ -104,6 +104,7 @@ class VAE(Encoding):
         sample_shape: tuple[int, ...] = (),
         gradient: str = "standard",
         *,
+        alpha: float = 0.0,
         y: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> VAEOutput:
@@ -114,12 +115,14 @@ class VAE(Encoding):
         - ``"standard"``: plain reparameterization, with the closed-form KL where there is one.
         - ``"stl"``: sticking the landing, log q's dependence on z alone; unbiased for `elbo`, and for `iwae` of one
           sample. Its variance is 0 where q is the posterior.
-        - ``"dreg"``: double reparameterization, for `iwae` over all of `sample_shape` and nothing else; unbiased.
+        - ``"dreg"``: double reparameterization, for `iwae` over all of `sample_shape` and nothing else, or for `renyi`
+          of the same `alpha`; unbiased.
 
         Args:
             x: ``(B, *event)``, of any real dtype: the encoder gets it as it is, the likelihood converts integers.
             sample_shape: leading axes of samples of z for each x.
             gradient: the estimator.
+            alpha: that of the `renyi` that is to be differentiated by ``"dreg"``; no other estimator depends on it.
             y: the condition, a row for each x, where the model has one.
             noise: the standard normal draw to map to z, ``(*sample_shape, B, dim)``, instead of a fresh one.
 
@@ -129,13 +132,14 @@ class VAE(Encoding):
         Raises:
             TypeError: if x is no real tensor.
             ValueError: if the encoder does not give one row of features for each x, the decoder not
-                ``likelihood.numbers`` for each of its elements, or for an unknown `gradient`.
+                ``likelihood.numbers`` for each of its elements, the likelihood not one log-density for each sample; for
+                an unknown `gradient`, an `alpha` outside [0, 1), or one for another gradient than ``"dreg"``.
 
         Reference:
-            Kingma & Welling (2014); Roeder et al. (2017); Tucker et al. (2018).
+            Kingma & Welling (2014); Roeder et al. (2017); Tucker et al. (2018); Daudel et al. (2023).
         """
         q = self.encode(x, y)
-        out = self.evaluate(x, q, sample_shape, gradient, y=y, noise=noise)
+        out = self.evaluate(x, q, sample_shape, gradient, alpha=alpha, y=y, noise=noise)
         if gradient != "standard" or not self._has_closed_kl(q):
             return out
         kl, latents = self._closed_kl(q, y)
@@ -204,17 +208,17 @@ class VAE(Encoding):
         sample_shape: tuple[int, ...] = (),
         gradient: str = "standard",
         *,
+        alpha: float = 0.0,
         y: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> VAEOutput:
         """As `forward`, for a q(z|x) that is known, and without the closed-form KL."""
-        if gradient not in _GRADIENTS:
-            raise ValueError(f"gradient: expected one of {', '.join(_GRADIENTS)}, got {gradient!r}")
+        check_gradient(gradient, alpha)
         sample = q.draw(sample_shape, noise)
         if gradient != "dreg":
             log_q = sample.log_prob if gradient == "standard" else q.path_log_prob(sample)
             return VAEOutput(*self.log_joint(x, sample.z, y), log_q, None, sample)
-        z, zeros, more_zeros = reweigh(sample.z)
+        z, zeros, more_zeros = reweigh(sample.z, alpha)
         log_likelihood, log_prior = self.log_joint(x, z, y)
         log_q = q.path_log_prob(sample._replace(z=z))
         return VAEOutput(log_likelihood + zeros, log_prior, log_q + more_zeros, None, sample)
@@ -274,7 +278,13 @@ class VAE(Encoding):
         return closed_kl(q, None if self.prior is None else prior_at(self.prior, y))
 
     def _log_likelihood(self, x: Tensor, z: Tensor, y: Tensor | None) -> Tensor:
-        return self.likelihood.log_prob(self.decode(z, math.prod(x.shape[1:]), y), x.flatten(1))
+        found = self.likelihood.log_prob(self.decode(z, math.prod(x.shape[1:]), y), x.flatten(1))
+        if found.shape != z.shape[:-1]:  # it would broadcast against log p(z)
+            raise ValueError(
+                f"likelihood: expected a log p(x|z) for each z, {tuple(z.shape[:-1])}, got shape {tuple(found.shape)} "
+                f"for x of shape {tuple(x.shape)}; log_prob sums over the elements of x"
+            )
+        return found
 
 
 def _check_decoder(decoder: nn.Module, likelihood: Likelihood) -> None:

@@ -29,8 +29,9 @@ ROOMS = [
     {"bijectors"},
     {"functional", "density", "distribution", "posterior"},
     {"recipes"},
-    {"outputs", "wrapped", "wrap", "files", "_format", "objectives", "schedules", "likelihoods", "bounded", "terms"}
-    | {"conditions", "vae", "importance", "evaluation", "gaps", "calibration", "_graphs", "training"},
+    {"outputs", "wrapped", "wrap", "files", "_format", "gradients", "kl", "objectives", "schedules", "likelihoods"}
+    | {"bounded", "terms", "conditions", "vae", "importance", "marginals", "evaluation", "gaps", "calibration"}
+    | {"_graphs", "training"},
 ]
 """From the ground up: what stands in a room imports from its own and from those below."""
 

@@ -27,6 +27,15 @@ def check_int(name: str, value: object, minimum: int) -> int:
     return number
 
 
+def check_alpha(alpha: float) -> float:
+    """Return the order of a Renyi bound, a Python number in [0, 1), or raise."""
+    if isinstance(alpha, Tensor):
+        raise TypeError("alpha: expected a Python number in [0, 1), got a tensor; call .item() on it once, before")
+    if not 0 <= alpha < 1:
+        raise ValueError(f"alpha: expected a number in [0, 1), got {alpha}; for alpha = 1 use the elbo, for 0 the iwae")
+    return alpha
+
+
 def check_order(order: Sequence[int], dim: int) -> list[int]:
     """Return `order` as a list, or raise unless it has every int from 0 to dim - 1 once."""
     order = list(order)
