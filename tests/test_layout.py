@@ -30,8 +30,8 @@ ROOMS = [
     {"functional", "density", "distribution", "posterior"},
     {"recipes"},
     {"outputs", "wrapped", "wrap", "files", "_format", "gradients", "kl", "objectives", "schedules", "likelihoods"}
-    | {"bounded", "terms", "conditions", "vae", "importance", "marginals", "evaluation", "gaps", "calibration"}
-    | {"_graphs", "training"},
+    | {"bounded", "terms", "conditions", "generative", "vae", "_graphs", "training"}
+    | {"importance", "marginals", "decomposition", "evaluation", "gaps", "calibration"},
 ]
 """From the ground up: what stands in a room imports from its own and from those below."""
 

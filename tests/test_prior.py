@@ -60,7 +60,7 @@ def test_estimates_of_log_p_find_it() -> None:
     """A decoder that does not read z: p(x) is the likelihood, whatever the prior."""
     vae = make(at(1.0))
     with torch.no_grad():
-        vae.decoder.weight.zero_()
+        vae.get_parameter("decoder.weight").zero_()
     expected = vae.likelihood.log_prob(vae.decode(torch.zeros(1, DIM, dtype=torch.float64), 4), X)
     torch.manual_seed(0)
     assert (log_marginal(vae, X, 20_000) - expected).abs().max() < 0.1
