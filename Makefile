@@ -41,9 +41,9 @@ test-plain: $(VENV)/.test
 	FLOWPOST_PLAIN=1 $(PYTEST) -m "not long and not compile" tests/test_contract.py \
 		-k "2_context or autoregressive_order or autoregressive_wide or masked_affine or iaf or maf" $(ARGS)
 
-# The same maps in public libraries, which come with the peers extra.
+# The same maps in public libraries, which come with the peers extra, and flowpost's within Pyro and zuko's in flowpost.
 test-peers: $(VENV)/.test-peers
-	$(PYTEST) tests/test_peers*.py $(ARGS)
+	$(PYTEST) tests/test_peers*.py tests/test_interop_pyro.py tests/test_interop_zuko.py $(ARGS)
 
 # Triton's kernels, interpreted on the CPU and compiled for a GPU; Triton takes 700 MB, so it has an extra of its own.
 test-kernels: $(VENV)/.test-kernels

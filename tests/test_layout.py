@@ -30,7 +30,7 @@ ROOMS = [
     {"functional", "density", "distribution", "posterior"},
     {"recipes"},
     {"outputs", "wrapped", "wrap", "files", "_format", "objectives", "schedules", "likelihoods", "bounded", "terms"}
-    | {"vae", "importance", "evaluation", "gaps", "calibration", "_graphs", "training"},
+    | {"vae", "importance", "evaluation", "gaps", "calibration", "_graphs", "training", "interop"},
 ]
 """From the ground up: what stands in a room imports from its own and from those below."""
 
@@ -81,6 +81,8 @@ EXTRAS = {
     # Triton comes with torch for GPUs.
     **{f"flowpost.{name}": {"triton"} for name in ("masked.kernels", "masked.maps", "masked.sweeps")},
     "flowpost.numerics.root_kernels": {"triton"},
+    "flowpost.interop.pyro": {"pyro"},
+    "flowpost.interop.arviz": {"arviz_base", "xarray"},
 }
 
 
@@ -180,6 +182,7 @@ print(sorted({name.split(".")[0] for name in set(sys.modules) - before} - set(sy
     loaded = set(ast.literal_eval(run(code)))
     assert "flowpost" in loaded
     assert not loaded & {"matplotlib", "rich", "typer", "pooch", "scipy", "safetensors", "hypothesis", "pytest", "zuko"}
+    assert not loaded & {"pyro", "arviz_base", "xarray", "lightning"}
     assert loaded <= {"flowpost", "numpy", "torch", "sympy", "mpmath", "networkx", "jinja2", "markupsafe"}
 
 
@@ -239,8 +242,8 @@ def test_readme_s_shapes_are_true() -> None:
 
 @pytest.mark.parametrize("name", [name for name in MODULES if "testing" not in name])
 def test_docstring_examples_run(name: str) -> None:
-    if "triton" in EXTRAS.get(name, set()):
-        pytest.importorskip("triton")
+    for extra in EXTRAS.get(name, set()) - {"safetensors"}:  # that one is imported where it is called
+        pytest.importorskip(extra)
     module = importlib.import_module(name)
     public = {key: getattr(flowpost, key) for key in PUBLIC}
     helpers = {key: value for part in (vae, objectives, evaluation) for key, value in vars(part).items()}
