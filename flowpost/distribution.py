@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from copy import copy
 from typing import cast
 
@@ -18,7 +17,8 @@ from torch.distributions import (
     register_kl,
 )
 
-from flowpost.bijectors.base import LINE, Bijector
+from flowpost.bijectors._as_transform import vectors_in
+from flowpost.bijectors.base import Bijector
 from flowpost.density import Sample, draw, like_of, log_density, path_log_density, push
 
 
@@ -57,13 +57,7 @@ class FlowDistribution(Distribution):
     @constraints.dependent_property(is_discrete=False, event_dim=1)
     def support(self) -> constraints.Constraint:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Where z lies: the flow's codomain, in every variable."""
-        low, high = self.flow.codomain
-        if (low, high) == LINE:
-            return constraints.real_vector
-        if low == -math.inf:
-            return constraints.independent(constraints.less_than(high), 1)
-        each = constraints.greater_than(low) if high == math.inf else constraints.interval(low, high)
-        return constraints.independent(each, 1)
+        return vectors_in(self.flow.codomain)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(self.flow).__name__}, batch_shape={tuple(self.batch_shape)})"
