@@ -34,10 +34,8 @@ class Model(lightning.LightningModule):
         self.vae = VAE(nn.Sequential(nn.Linear(12, 8), nn.ReLU()), posterior, nn.Linear(2, 12), Bernoulli())
         self.losses: list[float] = []
 
-    def on_train_epoch_start(self) -> None:
-        torch.manual_seed(self.current_epoch)  # Lightning's checkpoint has no state of the generator
-
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        torch.manual_seed(self.global_step)  # Lightning's checkpoint has no state of the generator
         out = self.vae(batch[0])
         loss = -elbo(out.log_likelihood, out.log_prior, out.log_q, out.kl).mean()
         self.losses.append(float(loss.detach()))
