@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def vae(name: str) -> VAE:
 
 
 def wrapped(name: str) -> nn.Module:
-    options = {"hidden": (8,)} if name in ("iaf", "maf") else {}
+    options: dict[str, Any] = {"hidden": (8,)} if name in ("iaf", "maf") else {}
     return flowpost.wrap(encoder(), dim=DIM, example=inputs()[0][:1], flow=name, **options).double()
 
 

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def data() -> DataLoader:
     return DataLoader(TensorDataset(x), batch_size=16)
 
 
-def fitted(folder: Path, model: Model, epochs: int, resume: str | None = None) -> tuple[Model, "lightning.Trainer"]:
+def fitted(folder: Path, model: Model, epochs: int, resume: str | None = None) -> tuple[Model, Any]:
     trainer = lightning.Trainer(
         max_epochs=epochs,
         accelerator="cpu",

@@ -17,9 +17,15 @@ from flowpost.density import standard_normal_log_prob
 
 pyro = pytest.importorskip("pyro", reason="Pyro comes with the extra flowpost[pyro]")
 
-import pyro.distributions as dist  # noqa: E402
-from pyro import poutine  # noqa: E402
-from pyro.infer import SVI, Predictive, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO  # noqa: E402
+import pyro.distributions as dist  # noqa: E402  # pyright: ignore[reportMissingImports]
+from pyro import poutine  # noqa: E402  # pyright: ignore[reportMissingImports]
+from pyro.infer import (  # noqa: E402  # pyright: ignore[reportMissingImports]
+    SVI,
+    Predictive,
+    Trace_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+)
 
 from flowpost.interop.pyro import PyroFlow, as_pyro  # noqa: E402
 

@@ -11,10 +11,10 @@ from flowpost.distribution import FlowDistribution
 from flowpost.numerics.arguments import check_int
 
 if TYPE_CHECKING:
-    from xarray import DataTree
+    from xarray import DataTree  # pyright: ignore[reportMissingImports]
 
 try:
-    from arviz_base import from_dict
+    from arviz_base import from_dict  # pyright: ignore[reportMissingImports]
 except ImportError as error:
     raise ImportError("flowpost.interop.arviz needs ArviZ 1: pip install 'flowpost[arviz]'") from error
 

@@ -11,7 +11,7 @@ from flowpost.distribution import FlowDistribution
 from flowpost.numerics.remembered import Remembered, remember
 
 try:
-    from pyro.distributions.torch_distribution import TorchDistributionMixin
+    from pyro.distributions.torch_distribution import TorchDistributionMixin  # pyright: ignore[reportMissingImports]
 except ImportError as error:
     raise ImportError("flowpost.interop.pyro needs Pyro: pip install 'flowpost[pyro]'") from error
 
