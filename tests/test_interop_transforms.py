@@ -325,6 +325,21 @@ def test_constants_follow_and_no_cache_is_filled() -> None:
     assert not step.state_dict()
 
 
+def test_a_cache_that_was_filled_before_is_not_read() -> None:
+    given, z = T.ComposeTransform([shifts(DIM)], cache_size=1), torch.randn(BATCH, DIM, dtype=torch.float64)
+    given(z)
+    step = Bijector.from_transform(given, DIM)
+    z.add_(1)
+    assert torch.equal(step(z)[0], T.ComposeTransform([shifts(DIM)])(z.clone()))
+
+
+def test_a_known_preimage_is_what_the_inverse_returns() -> None:
+    step, known = GIVEN["an inverse, composed"](DIM), torch.rand(BATCH, DIM, dtype=torch.float64) + 0.5
+    y = step(known)[0]
+    assert not torch.equal(step.inverse(y)[0], known)
+    assert torch.equal(step.inverse(y, preimage=known)[0], known)
+
+
 def test_a_start_and_the_head_s_scale() -> None:
     start = torch.cat([torch.ones(DIM), torch.zeros(DIM)])
     step = Bijector.from_transform(affine, DIM, 2 * DIM, start=start)
