@@ -6,12 +6,14 @@ PYTEST = $(BIN)/python -m pytest -n auto --durations=10
 
 VENV := .venv
 OLDEST := .venv-oldest
+ENCODERS := .venv-encoders
 BIN := $(VENV)/bin
 FILES := pyproject.toml constraints.txt
 # An environment variable, unlike `-c`, also holds for the isolated environment the package is built in.
 INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: bench speed test test-full test-long test-compile test-plain test-peers test-interop test-kernels test-oldest test-deep mutants mass lint clean
+.PHONY: bench speed test test-full test-long test-compile test-plain test-peers test-interop test-encoders test-kernels
+.PHONY: test-oldest test-deep mutants mass lint clean
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -63,6 +65,10 @@ test-deep: $(VENV)/.test
 test-oldest: $(OLDEST)/.test
 	$(OLDEST)/bin/python -m pytest -n auto -m "not full and not long and not compile" $(ARGS)
 
+# Encoders of public libraries, with the PyTorch that torchvision asks for: 6 GB in an environment of their own.
+test-encoders: $(ENCODERS)/.test
+	$(ENCODERS)/bin/python -m pytest -n auto tests/test_encoders.py tests/test_wrap.py tests/test_wrap_reading.py $(ARGS)
+
 mutants: $(VENV)/.test
 	$(BIN)/python -m tests.mutants
 
@@ -80,6 +86,12 @@ $(BIN)/python:
 $(OLDEST)/.test: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check 'torch==2.5.1' 'numpy<2.3' -e '.[bench,files,test]'
+	touch $@
+
+# Without the constraints: torchvision takes one PyTorch alone, and it is not theirs.
+$(ENCODERS)/.test: pyproject.toml
+	$(PYTHON) -m venv $(ENCODERS)
+	$(ENCODERS)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[bench,files,test,encoders]'
 	touch $@
 
 $(VENV)/.bench: $(FILES) | $(BIN)/python
@@ -111,4 +123,4 @@ $(VENV)/.lint: $(FILES) | $(BIN)/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(ENCODERS) dist .pytest_cache .ruff_cache .hypothesis

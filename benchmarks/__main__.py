@@ -13,6 +13,7 @@ import typer
 from benchmarks.compare import compare
 from benchmarks.config import ALL, BASIC, GRADIENTS, OBJECTIVES, Config, ConfigError, configure, posterior_names
 from benchmarks.data import NAMES, DataError
+from benchmarks.encoders import encoders
 from benchmarks.job import job
 from benchmarks.models import POSTERIORS
 from benchmarks.reliability.command import reliability
@@ -28,6 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(compare)
+app.command()(encoders)
 app.command()(reliability)
 app.command()(speed)
 app.command()(targets)
@@ -45,6 +47,7 @@ Examples:
   python -m benchmarks --objective iwae --gradient dreg --train-samples 50
   python -m benchmarks --resume runs/NAME  go on with a job that was stopped
   python -m benchmarks compare runs/*      finished jobs in one table, with differences
+  python -m benchmarks encoders            other people's encoders: one line each, and what a flow pays
   python -m benchmarks reliability         hard uses, flowpost beside public libraries
   python -m benchmarks speed               times, beside dense layers and public libraries
   python -m benchmarks targets             exact KL to densities that are known

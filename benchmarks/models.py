@@ -32,7 +32,7 @@ def build(data: Data, posterior: str, *, dim: int, width: int, dropout: float, o
     Returns:
         The model, in training mode, on the CPU.
     """
-    likelihood = _likelihood(data)
+    likelihood = likelihood_of(data)
     encoder, decoder = _encoder(data, width, dropout), _decoder(data, likelihood, dim, width, dropout)
     return VAE(encoder, RECIPES[posterior](width, dim, **options), decoder, likelihood)
 
@@ -52,7 +52,8 @@ def mean_images(vae: VAE, z: Tensor, shape: torch.Size) -> Tensor:
     return vae.likelihood.mean(vae.decode(z, shape.numel())).view(-1, *shape)
 
 
-def _likelihood(data: Data) -> Likelihood:
+def likelihood_of(data: Data) -> Likelihood:
+    """The likelihood of a data set's pixels."""
     if data.likelihood == "categorical":
         return Categorical(data.levels + 1)
     return Bernoulli() if data.likelihood == "bernoulli" else Binomial(data.levels)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -14,6 +15,7 @@ from flowpost.checks import active
 
 Read = Callable[[Any], object]
 """From what an encoder returns to features, to a pair or to a Gaussian."""
+_OF_STATES = "pass read=lambda out: {} for one z a sequence, or read=lambda out: out[0] for one z a step"
 _MANY = 16
 """Numbers that are all positive by chance once in 65,536 times, if each is by half a chance."""
 
@@ -99,6 +101,8 @@ def check_example(out: object, parts: Tensor | tuple[Tensor, Tensor], dim: int, 
             f"pass read={_by_parts(parts, 'flatten(1)')} for one z an example, "
             f"or read={_by_parts(parts, 'movedim(1, -1)')} for one z a pixel"
         )
+    if isinstance(parts, tuple):
+        _check_states(parts)
     if isinstance(parts, Tensor):
         if parts.shape[-1] == 2 * dim and not told:
             warnings.warn(
@@ -115,6 +119,32 @@ def check_example(out: object, parts: Tensor | tuple[Tensor, Tensor], dim: int, 
             UserWarning,
             stacklevel=3,
         )
+
+
+def _check_states(pair: tuple[Tensor, Tensor]) -> None:
+    """Refuse what a recurrent network returns, also where it broadcasts: a batch of one, and a state as wide as z."""
+    if pair[0].ndim == pair[1].ndim == 3 and pair[0].shape != pair[1].shape:
+        raise ValueError(
+            f"encoder: expected loc and log_var, got {kind(pair)}, as a recurrent network returns its outputs and its "
+            f"last state; {_OF_STATES.format('out[1][-1]')}; if it is the pair, read=lambda out: out"
+        )
+
+
+def check_pair(pair: tuple[Tensor, Tensor], dim: int) -> None:
+    """Refuse the pair of an example that does not fit, and say what to write instead."""
+    try:
+        joined(pair, dim)
+    except ValueError as error:
+        vectors = pair[0].ndim <= 3 and pair[0].shape[-1:] == pair[1].shape[-1:]  # else the axes may be meant otherwise
+        same = f"dim={pair[0].shape[-1]}, or " if vectors and pair[0].shape[-1] != dim else ""
+        raise ValueError(f"{error}; pass {same}a read= that gives the pair, or features") from None
+
+
+def cure_of(out: object) -> str:
+    """What to write for an output that is not taken as it is."""
+    if isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], Tensor) and _is_pair(out[1]):
+        return f"; {_OF_STATES.format('out[1][0][-1]')}"
+    return "; pass read= a function from it to one of these"
 
 
 def check_diagonal(out: object) -> None:
@@ -141,7 +171,15 @@ def kind(out: object) -> str:
         return f"a tensor of shape {tuple(out.shape)}"
     if isinstance(out, (tuple, list)):
         return f"a {type(out).__name__} of {', '.join(kind(part) for part in out)}"
-    return type(out).__name__
+    names = _names(out)
+    return f"{type(out).__name__} of {', '.join(names)}" if names else type(out).__name__
+
+
+def _names(out: object) -> list[str]:
+    """What an output with names calls its parts."""
+    if isinstance(out, Mapping):
+        return [str(key) for key in out]
+    return [field.name for field in fields(out)] if is_dataclass(out) else []
 
 
 def _is_pair(out: object) -> TypeGuard[tuple[Tensor, Tensor] | list[Tensor]]:

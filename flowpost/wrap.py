@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from flowpost.bijectors.affine import Affine, Scale
 from flowpost.bijectors.autoregressive import Autoregressive
@@ -18,7 +19,7 @@ from flowpost.bijectors.gate import Gate
 from flowpost.bijectors.wrappers import Learned, linear_head
 from flowpost.numerics.arguments import check_int
 from flowpost.numerics.scales import log_var_scale
-from flowpost.outputs import Read, as_features, check_diagonal, check_example, joined, kind
+from flowpost.outputs import Read, as_features, check_diagonal, check_example, check_pair, cure_of, kind
 from flowpost.posterior import FlowPosterior
 from flowpost.recipes import RECIPES
 from flowpost.wrapped import WrappedPosterior
@@ -47,7 +48,8 @@ def wrap(
     - both in one tensor: ``read=lambda out: out.chunk(2, -1)``;
     - an object with names: ``read=lambda out: (out.embedding, out.log_covariance)``;
     - a feature map ``(B, channels, H, W)``: ``read=lambda out: out.flatten(1)``;
-    - the first token of a transformer: ``read=lambda out: out.last_hidden_state[:, 0]``.
+    - the first token of a transformer: ``read=lambda out: out.last_hidden_state[:, 0]``;
+    - the last state of a GRU: ``read=lambda out: out[1][-1]``.
 
     A function with a name pickles with the model; a lambda does not.
 
@@ -118,7 +120,7 @@ def _check_encoder(encoder: object) -> None:
 def _check_flow(flow: str | Bijector, options: Mapping[str, object]) -> None:
     if not isinstance(flow, str):
         if options:
-            raise TypeError(f"flow_options: expected none with a bijector, got {', '.join(options)}")
+            raise TypeError(f"flow_options: expected none with a bijector, got {', '.join(options)}; make it with them")
         return
     if flow not in RECIPES:
         raise ValueError(f"flow: expected one of {', '.join(RECIPES)}, got {flow!r}")
@@ -174,13 +176,13 @@ def _width(encoder: nn.Module, dim: int, read: Read | None, features: int | None
     parts = as_features(out)
     if parts is None:
         of = "encoder" if read is None else "read"
-        cure = "; pass read= a function from it to one of these" if read is None else ""
+        cure = cure_of(out) if read is None else ""
         raise TypeError(f"{of}: expected a tensor, the pair (loc, log_var) or a Normal, got {kind(out)}{cure}")
     check_diagonal(out)
     if read is None:
         check_example(out, parts, dim, told=features is not None)
     if isinstance(parts, tuple):
-        joined(parts, dim)
+        check_pair(parts, dim)
         if features is not None:
             raise ValueError(f"features: expected none with the pair (loc, log_var), got {features}; leave it out")
         return None
@@ -197,7 +199,9 @@ def _run(encoder: nn.Module, example: object) -> object:
         with torch.no_grad():
             if isinstance(example, Mapping):
                 return encoder(**example)
-            return encoder(*example) if isinstance(example, tuple) else encoder(example)
+            if isinstance(example, tuple) and not isinstance(example, PackedSequence):
+                return encoder(*example)
+            return encoder(example)
     finally:
         for module, training in modes.items():
             module.training = training

@@ -234,7 +234,7 @@ def test_what_is_refused() -> None:
     raises(ValueError, unknown, lambda: wrap(nn.Linear(6, 7), 3, features=7, flow="glow"))
     raises(ValueError, "dim: expected an int >= 1, got 0", lambda: wrap(nn.Linear(6, 7), 0, features=7))
     raises(ValueError, "features: expected an int >= 1, got 0", lambda: wrap(nn.Linear(6, 7), 3, features=0))
-    options = "flow_options: expected none with a bijector, got steps"
+    options = "flow_options: expected none with a bijector, got steps; make it with them"
     raises(TypeError, options, lambda: wrap(nn.Linear(6, 7), 3, features=7, flow=Planar(3), steps=2))
     planar = "flow_options: planar takes steps; got hidden"
     raises(TypeError, planar, lambda: wrap(nn.Linear(6, 7), 3, features=7, flow="planar", hidden=(8,)))
@@ -251,7 +251,8 @@ def test_what_is_refused() -> None:
 
 @pytest.mark.parametrize(("value", "got"), [
     (None, "NoneType"),
-    ({"loc": X}, "dict"),
+    ({"loc": X}, "dict of loc"),
+    ({}, "dict"),
     ((X, X, X), "a tuple of a tensor of shape (4, 6), a tensor of shape (4, 6), a tensor of shape (4, 6)"),
     ((X,), "a tuple of a tensor of shape (4, 6)"),
     ((X, None), "a tuple of a tensor of shape (4, 6), NoneType"),
@@ -280,7 +281,9 @@ def test_a_pair_of_another_width_than_dim() -> None:
         "encoder: expected loc and log_var of shape (*, 4), "
         "got a tuple of a tensor of shape (4, 3), a tensor of shape (4, 3)"
     )
-    raises(ValueError, message, lambda: wrap(Pair(), 4, example=X, flow="diagonal"))
+    cure = "; pass dim=3, or a read= that gives the pair, or features"
+    raises(ValueError, message + cure, lambda: wrap(Pair(), 4, example=X, flow="diagonal"))
+    raises(ValueError, message + cure, lambda: wrap(Pair(), 4, example=X, flow="diagonal", read=lambda out: out))
     encoder = Pair()
     posterior = wrap(encoder, 3, example=X, flow="diagonal")
     encoder.loc, encoder.log_var = nn.Linear(8, 4), nn.Linear(8, 4)

@@ -13,6 +13,7 @@ import torch
 from test_wrap import Pair, Returns, X, raises
 from torch import Tensor, nn
 from torch.distributions import Beta, Distribution, Independent, MultivariateNormal, Normal
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import flowpost
 from flowpost import wrap
@@ -84,6 +85,7 @@ def test_read_may_make_features() -> None:
     assert wrap(Returns(torch.randn(4, 9, 7)), 3, example=X, flow="diagonal")(X).z.shape == (4, 9, 3)
 
 
+STATES = "pass read=lambda out: {} for one z a sequence, or read=lambda out: out[0] for one z a step"
 REFUSED = {
     "a feature map": (
         torch.zeros(16, 6, 7, 7), ValueError,
@@ -98,13 +100,35 @@ REFUSED = {
     ),
     "a GRU's output and state": (
         (torch.zeros(4, 9, 7), torch.zeros(1, 4, 7)), ValueError,
-        "encoder: expected loc and log_var of shape (*, 3), got a tuple of a tensor of shape (4, 9, 7), a tensor of "
-        "shape (1, 4, 7)",
+        "encoder: expected loc and log_var, got a tuple of a tensor of shape (4, 9, 7), a tensor of shape (1, 4, 7), "
+        f"as a recurrent network returns its outputs and its last state; {STATES.format('out[1][-1]')}; if it is the "
+        "pair, read=lambda out: out",
     ),
-    "a GRU's of width dim": (
-        (torch.zeros(4, 9, 3), torch.zeros(1, 4, 3)), ValueError,
-        "encoder: expected loc and log_var that broadcast, got a tuple of a tensor of shape (4, 9, 3), a tensor of "
-        "shape (1, 4, 3)",
+    "a GRU's of width dim, which broadcast": (
+        (torch.zeros(1, 9, 3), torch.zeros(1, 1, 3)), ValueError,
+        "encoder: expected loc and log_var, got a tuple of a tensor of shape (1, 9, 3), a tensor of shape (1, 1, 3), "
+        f"as a recurrent network returns its outputs and its last state; {STATES.format('out[1][-1]')}; if it is the "
+        "pair, read=lambda out: out",
+    ),
+    "an LSTM's output and states": (
+        (torch.zeros(4, 9, 7), (torch.zeros(1, 4, 7), torch.zeros(1, 4, 7))), TypeError,
+        "encoder: expected a tensor, the pair (loc, log_var) or a Normal, got a tuple of a tensor of shape (4, 9, 7), "
+        f"a tuple of a tensor of shape (1, 4, 7), a tensor of shape (1, 4, 7); {STATES.format('out[1][0][-1]')}",
+    ),
+    "a pair that does not broadcast": (
+        (torch.zeros(4, 3), torch.zeros(2, 3)), ValueError,
+        "encoder: expected loc and log_var that broadcast, got a tuple of a tensor of shape (4, 3), a tensor of shape "
+        "(2, 3); pass a read= that gives the pair, or features",
+    ),
+    "a pair of two widths": (
+        (torch.zeros(4, 3), torch.zeros(4, 1)), ValueError,
+        "encoder: expected loc and log_var of shape (*, 3), got a tuple of a tensor of shape (4, 3), a tensor of shape "
+        "(4, 1); pass a read= that gives the pair, or features",
+    ),
+    "a dataclass": (
+        Moments(LOC, LOG_VAR), TypeError,
+        "encoder: expected a tensor, the pair (loc, log_var) or a Normal, got Moments of embedding, log_covariance; "
+        "pass read= a function from it to one of these",
     ),
     "another distribution": (
         Beta(LOC.exp(), STD), TypeError,
@@ -118,6 +142,11 @@ REFUSED = {
         "flow='full_covariance' learns correlations again",
     ),
 }  # fmt: skip
+
+
+def test_a_pair_with_one_log_var_for_all_steps_can_be_meant() -> None:
+    pair = torch.zeros(4, 9, 3), torch.zeros(1, 1, 3)
+    assert wrap(Returns(pair), 3, example=X, read=lambda out: out, flow="diagonal")(X).z.shape == (4, 9, 3)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -161,6 +190,15 @@ def test_a_method_is_no_module() -> None:
         "calls forward",
         lambda: wrap(model.forward, 3, example=X),  # pyright: ignore[reportArgumentType]
     )
+
+
+def test_a_packed_batch_is_one_input() -> None:
+    """Although it is a tuple: what each sequence has alone, it has in the batch."""
+    gru, x = nn.GRU(3, 7, batch_first=True), torch.randn(4, 5, 3)
+    packed = pack_padded_sequence(x, torch.tensor([5, 2, 1, 4]), batch_first=True, enforce_sorted=False)
+    posterior = wrap(gru, 3, example=packed, read=lambda out: out[1][-1], flow="planar")
+    assert posterior.posterior.features == 7
+    torch.testing.assert_close(posterior.features(packed)[1:2], posterior.features(x[1:2, :2]))
 
 
 class Noisy(nn.Module):

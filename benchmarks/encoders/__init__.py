@@ -1,0 +1,104 @@
+"""Encoders of other people's, `python -m benchmarks encoders`: the line that wraps each, and what it pays.
+
+Needs the extra `encoders`; an encoder whose library is not installed is left out, and named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, replace
+from multiprocessing import get_context
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks.data import load
+from benchmarks.encoders.collection import CASES
+from benchmarks.encoders.fitting import CONTESTS, Contest, Fit, fit
+from benchmarks.encoders.starts import Start, starts
+from benchmarks.encoders.table import elbos, lines
+from benchmarks.run import Out, Page, Run, cpu_threads, terminal
+
+QUICK: dict[str, Any] = {"before": 20, "after": 20, "images": 100, "samples": 4}
+
+
+def encoders(
+    *,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each model.")] = 3,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that train side by side.")] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="One seed, 20 steps, and the digits alone.")] = False,
+    out: Out = None,
+    page: Page = None,
+) -> None:
+    """Wrap the encoders of public libraries, and train three of them on with their Gaussian and with a flow.
+
+    Prints for each encoder the line that wraps it and how far from its own Gaussian it starts; for three of them the
+    ELBO before and after. encoders.json has every figure, encoders.md the tables.
+    """
+    console = terminal()
+    missing = {case.library for case in CASES if case.missing()}
+    for library in sorted(missing):
+        console.print(f"{library} is not installed, so its encoders are left out: the extra `encoders` has it")
+    run = Run.begin("encoders", out, threads=threads, libraries=sorted(_libraries() - missing), page=page)
+    contests = [contest for contest in CONTESTS if contest.library not in missing]
+    if quick:
+        contests = [replace(each, data="digits", plan=replace(each.plan, **QUICK)) for each in contests]
+    for name in {contest.data for contest in contests}:
+        load(name)  # so that a missing file is told before anything is trained
+    with cpu_threads(threads):
+        found = starts()
+        console.print(lines(found))
+        fits = hold(run, found, contests, range(1 if quick else seeds), jobs)
+        console.print(elbos(fits, contests))
+    console.print(f"Tables and figures: {run.folder}", soft_wrap=True)
+
+
+def _libraries() -> set[str]:
+    return {case.library for case in CASES} - {"torch"}
+
+
+def hold(run: Run, found: Sequence[Start], contests: Sequence[Contest], seeds: Sequence[int], jobs: int) -> list[Fit]:
+    """Train every model with every seed; write after each."""
+    tasks = [(contest, seed) for seed in seeds for contest in contests]
+    done: dict[tuple[str, int], Fit] = {}
+    for one in results(tasks, jobs):
+        done[one.model, one.seed] = one
+        terminal().print(_line(one), soft_wrap=True)
+        fits = [done[contest.name, seed] for contest, seed in tasks if (contest.name, seed) in done]
+        write(run, found, fits, contests)
+    run.publish((run.folder / "encoders.md").read_text(encoding="utf-8"))
+    return [*done.values()]
+
+
+def results(tasks: Sequence[tuple[Contest, int]], jobs: int) -> Iterator[Fit]:
+    """Every task's figures, as they come: from this process, or from others."""
+    if jobs == 1:
+        yield from (work(*task) for task in tasks)
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (torch.get_num_threads(),)) as pool:
+        waiting = [pool.submit(work, *task) for task in tasks]
+        try:
+            yield from (future.result() for future in as_completed(waiting))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def work(contest: Contest, seed: int) -> Fit:
+    """The figures of one model and seed."""
+    return fit(contest, load(contest.data), seed)
+
+
+def _line(one: Fit) -> str:
+    figures = f"{one.before:.2f} before, then {one.gaussian:.2f} with the Gaussian and {one.flow:.2f} with the flow"
+    return f"{one.model}, seed {one.seed}: ELBO {figures}"
+
+
+def write(run: Run, found: Sequence[Start], fits: Sequence[Fit], contests: Sequence[Contest]) -> None:
+    """`encoders.json` and `encoders.md`."""
+    plans = {contest.name: {"data": contest.data, **asdict(contest.plan)} for contest in contests}
+    figures = {"plans": plans, "starts": [asdict(each) for each in found], "fits": [asdict(each) for each in fits]}
+    run.write("encoders.json", figures)
+    run.write("encoders.md", f"{elbos(fits, contests).markdown()}\n\n{lines(found).markdown()}\n\n{run.origin()}")
