@@ -39,8 +39,8 @@ SKIP = ["identity", "extremes", "compiles", "batch_sizes", "shapes", "rebuilt", 
 def test_a_lazy_transform_holds_the_contract(name: str) -> None:
     worst = check_bijector(
         lambda dim, context_size, dtype, seed, push: flowpost.testing.push(MAKE[name](dim).to(dtype), push, seed),
-        dims=(1, 3),
-        examples=4,
+        dims=(2,),
+        examples=3,
         skip=SKIP,
     )
     assert worst["log_det"] < 1e-3
