@@ -6,7 +6,7 @@ and the judge without rounding; `long` adds the entries that are wrappers of oth
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import exact
 import pytest
@@ -92,7 +92,7 @@ def test_contract(entry: Entry, name: str) -> None:
     _check(entry, name, dims=(1,) if name == "mass" else (3,), examples=3)
 
 
-def _lightest(names: Sequence[str]) -> list:
+def _lightest(names: Iterable[str]) -> list:
     """Heavy properties, which the quick run has at one size, have their other sizes in the long one."""
     return [pytest.param(name, marks=pytest.mark.long if name in HEAVY else ()) for name in names]
 

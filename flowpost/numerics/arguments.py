@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,15 @@ def check_int(name: str, value: object, minimum: int) -> int:
     if number < minimum:
         raise ValueError(f"{name}: expected an int >= {minimum}, got {number}")
     return number
+
+
+def check_positive(name: str, value: object) -> float:
+    """Return `value`, a positive finite number, or raise."""
+    if not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not 0 < float(value) < math.inf:
+        raise ValueError(f"{name}: expected a positive finite number, got {value}")
+    return float(value)
 
 
 def check_alpha(alpha: float) -> float:
