@@ -79,13 +79,16 @@ def main_job(
         ),
     ] = None,
     objective: Annotated[str, typer.Option(help=f"What is maximized: {', '.join(OBJECTIVES)}.")] = "elbo",
+    alpha: Annotated[
+        float | None, typer.Option(help="Order of the renyi bound, from 0, which is iwae, to below 1.  [renyi: 0.5]")
+    ] = None,
     train_samples: Annotated[
         int | None,
-        typer.Option(help="Samples of z for each image in a training step: K of iwae.  [elbo: 1, iwae: 5]"),
+        typer.Option(help="Samples of z for each image in a training step: K of iwae, renyi.  [elbo: 1, others: 5]"),
     ] = None,
     gradient: Annotated[
         str,
-        typer.Option(help=f"Of the objective: {', '.join(GRADIENTS)}; stl is for the elbo, dreg for iwae."),
+        typer.Option(help=f"Of the objective: {', '.join(GRADIENTS)}; stl is for the elbo, dreg for the others."),
     ] = "standard",
     free_bits: Annotated[
         float, typer.Option(help="Nats of the whole KL, mean over the batch, that cost nothing; elbo only.")

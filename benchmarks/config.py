@@ -15,9 +15,10 @@ from flowpost.recipes import RECIPES
 
 BASIC = ("diagonal", "full_covariance", "planar", "iaf")  # the posteriors of a job, if nothing is said
 ALL = "all"  # stands for every posterior
-OBJECTIVES = ("elbo", "iwae")
+OBJECTIVES = ("elbo", "iwae", "renyi")
 GRADIENTS = ("standard", "stl", "dreg")
-TRAIN_SAMPLES = {"elbo": 1, "iwae": 5}  # of z for each image in a training step, if nothing is said
+# What an objective has if nothing is said: samples of z for each image in a training step, and the order alpha.
+USUAL = {"elbo": {}, "iwae": {"train_samples": 5}, "renyi": {"train_samples": 5, "alpha": 0.5}}
 
 
 class ConfigError(ValueError):
@@ -66,7 +67,8 @@ class Config:
     lr: float = 3e-3  # Adam's, at the start: it falls linearly towards 0 at the last epoch
     dropout: float = 0.0  # share of hidden units dropped in training
     objective: str = "elbo"
-    train_samples: int = 1  # of z for each image in a training step: K of iwae
+    alpha: float = 0.0  # order of the renyi bound, between iwae at 0 and elbo at 1
+    train_samples: int = 1  # of z for each image in a training step: K of iwae and renyi
     gradient: str = "standard"  # how the objective is differentiated
     free_bits: float = 0.0  # nats of the KL, of all latents together, that cost nothing
     gaps: bool = False  # whether posteriors are fitted to single test images, to split the gap
@@ -103,17 +105,22 @@ class Config:
         """Refuse what would be biased or mean nothing, before anything runs."""
         _check_choice("objective", self.objective, OBJECTIVES)
         _check_choice("gradient", self.gradient, GRADIENTS)
-        if self.gradient == "dreg" and self.objective != "iwae":
+        if not 0 <= self.alpha < 1:
+            raise ConfigError(f"alpha: expected a number in [0, 1), got {self.alpha}; at 1 it is the elbo")
+        if self.alpha and self.objective != "renyi":
+            raise ConfigError(f"alpha: expected none for {self.objective}, only renyi has one, got {self.alpha}")
+        if self.gradient == "dreg" and self.objective == "elbo":
             raise ConfigError(
                 "gradient: expected standard or stl for the elbo, whose samples have no weights, got dreg"
             )
-        if self.gradient == "stl" and self.objective == "iwae" and self.train_samples > 1:
+        if self.gradient == "stl" and self.objective != "elbo" and self.train_samples > 1:
             got = f"got stl with train-samples {self.train_samples}"
-            raise ConfigError(f"gradient: expected standard or dreg for iwae, where stl is biased, {got}")
+            raise ConfigError(f"gradient: expected standard or dreg for {self.objective}, where stl is biased, {got}")
         if not 0 <= self.free_bits < math.inf:
             raise ConfigError(f"free-bits: expected a finite number of nats >= 0, got {self.free_bits}")
-        if self.free_bits and self.objective == "iwae":
-            raise ConfigError(f"free-bits: expected 0 for iwae, which has no KL to spare, got {self.free_bits}")
+        if self.free_bits and self.objective != "elbo":
+            got = f"got {self.free_bits}"
+            raise ConfigError(f"free-bits: expected 0 for {self.objective}, which has no KL to spare, {got}")
 
 
 def _flows(steps: int, network_steps: int, **sizes: object) -> dict[str, dict[str, object]]:
@@ -163,8 +170,7 @@ def configure(data: str = "digits", *, quick: bool = False, **given: object) -> 
     """
     _check_choice("data", data, NAMES)
     values = {name: value for name, value in given.items() if value is not None}
-    usual = {"train_samples": TRAIN_SAMPLES.get(str(values.get("objective")), 1)}
-    changes = usual | (QUICK if quick else {}) | values
+    changes = USUAL.get(str(values.get("objective")), {}) | (QUICK if quick else {}) | values
     return check_device(replace(DEFAULTS[data], **changes))  # pyright: ignore[reportArgumentType]
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from benchmarks.config import Config
-from flowpost.objectives import elbo, elbo_terms, free_bits, iwae
+from flowpost.objectives import elbo, elbo_terms, free_bits, renyi
 from flowpost.vae import VAE, VAEOutput
 
 
 def objective_pass(vae: VAE, x: Tensor, config: Config) -> VAEOutput:
     """The training pass: as many samples of z as the objective takes, with the gradient asked for."""
     samples = (config.train_samples,) if config.train_samples > 1 else ()
-    return vae(x, samples, config.gradient)
+    return vae(x, samples, config.gradient, alpha=config.alpha if config.gradient == "dreg" else 0.0)
 
 
 def objective_loss(out: VAEOutput, kl_weight: float | Tensor, config: Config) -> Tensor:
@@ -26,7 +26,7 @@ def objective_loss(out: VAEOutput, kl_weight: float | Tensor, config: Config) ->
 
 def negative_bound(out: VAEOutput, config: Config, kl_weight: float | Tensor = 1.0) -> Tensor:
     """The negative bound of each image ``(B,)`` in nats, free bits aside: what curves show and early stopping reads."""
-    return negative_elbo(out, kl_weight) if config.objective == "elbo" else negative_iwae(out, kl_weight)
+    return negative_elbo(out, kl_weight) if config.objective == "elbo" else negative_renyi(out, config.alpha, kl_weight)
 
 
 def negative_elbo(out: VAEOutput, kl_weight: float | Tensor = 1.0) -> Tensor:
@@ -34,20 +34,23 @@ def negative_elbo(out: VAEOutput, kl_weight: float | Tensor = 1.0) -> Tensor:
     return -elbo(out.log_likelihood, out.log_prior, out.log_q, out.kl, kl_weight=kl_weight)
 
 
-def negative_iwae(out: VAEOutput, kl_weight: float | Tensor = 1.0) -> Tensor:
-    """-IWAE of each image ``(B,)``, over all its samples, in nats."""
-    return -iwae(out.log_likelihood, out.log_prior, out.log_q, kl_weight=kl_weight)
+def negative_renyi(out: VAEOutput, alpha: float, kl_weight: float | Tensor = 1.0) -> Tensor:
+    """The negative Renyi bound of each image ``(B,)``, over all its samples, in nats; at an alpha of 0 it is -IWAE."""
+    return -renyi(out.log_likelihood, out.log_prior, out.log_q, alpha, kl_weight=kl_weight)
 
 
 def bound_name(config: Config) -> str:
     """What the bound is called in pictures."""
-    return "-ELBO" if config.objective == "elbo" else f"-IWAE({config.train_samples})"
+    if config.objective == "elbo":
+        return "-ELBO"
+    return f"-Renyi({config.alpha:g}, {config.train_samples})" if config.alpha else f"-IWAE({config.train_samples})"
 
 
 def objective_name(config: Config) -> str:
     """Objective, gradient and free bits as a part of a folder's name: nothing for a plain ELBO."""
-    samples = str(config.train_samples) if config.train_samples > 1 or config.objective == "iwae" else ""
-    parts = [config.objective + samples, config.gradient, f"free{config.free_bits:g}"]
+    samples = str(config.train_samples) if config.train_samples > 1 or config.objective != "elbo" else ""
+    order = f"{config.alpha:g}-" if config.objective == "renyi" else ""
+    parts = [config.objective + order + samples, config.gradient, f"free{config.free_bits:g}"]
     plain = ["elbo", "standard", "free0"]
     return "-".join(part for part, usual in zip(parts, plain, strict=True) if part != usual)
 

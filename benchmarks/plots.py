@@ -121,7 +121,8 @@ def samples(models: Models, data: Data, device: torch.device) -> Figure:
     rows = []
     for name, vae in models.items():
         noise = torch.Generator().manual_seed(EVALUATION_SEED)
-        z = vae.sample_prior(2 * COLUMNS, torch.randn(2 * COLUMNS, vae.posterior.dim, generator=noise).to(device))
+        draws = torch.randn(2 * COLUMNS, vae.posterior.dim, generator=noise).to(device)
+        z = vae.sample_prior(2 * COLUMNS, noise=draws)
         first, second = mean_images(vae, z, data.test.shape[1:]).split(COLUMNS)
         rows += [(title(name), first), ("", second)]
     return _gallery(rows, data, "Samples: E[x|z], z drawn from the prior")

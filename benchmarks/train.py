@@ -26,7 +26,9 @@ BAD_STEPS = 10  # steps in a row without a finite loss and gradient after which 
 NAMED = 3  # tensors named of each skipped step: the first whose gradient was not finite; none of a captured one
 SKIPS = 100  # skipped steps told one by one; the others are only counted
 WARM_STEPS = 5  # steps left out of the timing: the first ones also allocate
-VALID_SAMPLES = 4  # samples of z for each validation image, of the same noise in every epoch; iwae has its own K
+VALID_SAMPLES = (
+    4  # samples of z for each validation image, of the same noise in every epoch; iwae and renyi have their K
+)
 EVALUATION_SEED = 2019  # of the noise of validation and test: the same for every model
 
 
@@ -186,7 +188,7 @@ def tensor_words(tensors: Sequence[str], config: Config) -> str:
 def validate(vae: VAE, x: Tensor, config: Config) -> float:
     """Mean negative bound at KL weight 1, in eval mode, always with the same noise."""
     vae.eval()
-    samples = config.train_samples if config.objective == "iwae" else VALID_SAMPLES
+    samples = VALID_SAMPLES if config.objective == "elbo" else config.train_samples
     with torch.no_grad(), seeded(EVALUATION_SEED, x.device):
         outs = [vae(part, (samples,)) for part in x.split(max(1, config.pairs // samples))]
         return torch.cat([negative_bound(out, config) for out in outs]).double().mean().item()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowpost.checks import active, check_values
-from flowpost.likelihoods import Likelihood, soft_log_scale, warn_of_shares
+from flowpost.likelihoods import Likelihood, check_shapes, soft_log_scale, warn_of_shares
 from flowpost.numerics.arguments import check_int
 
 
@@ -27,6 +27,7 @@ class ContinuousBernoulli(Likelihood):
 
     def log_prob(self, outputs: Tensor, x: Tensor) -> Tensor:
         """The log p(x|z), ``(*batch)``."""
+        check_shapes(self.numbers, outputs, x)
         if active():
             check_values("x", x, 0, 1, whole=False)
             warn_of_shares(outputs)
@@ -87,6 +88,7 @@ class DiscretizedLogistic(Likelihood):
 
     def log_prob(self, outputs: Tensor, x: Tensor) -> Tensor:
         """The log p(x|z), ``(*batch)``; for the sigmoid s by ``s(b) - s(a) = s(b) s(-a) (1 - e^(a - b))``."""
+        check_shapes(self.numbers, outputs, x)
         if active():
             check_values("x", x, 0, self.levels - 1, whole=True)
         loc, log_scale = self._numbers(outputs)

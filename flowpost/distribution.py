@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from copy import copy
 from typing import cast
 
@@ -18,7 +17,8 @@ from torch.distributions import (
     register_kl,
 )
 
-from flowpost.bijectors.base import LINE, Bijector
+from flowpost.bijectors._as_transform import vectors_in
+from flowpost.bijectors.base import Bijector
 from flowpost.density import Sample, draw, like_of, log_density, path_log_density, push
 
 
@@ -57,13 +57,7 @@ class FlowDistribution(Distribution):
     @constraints.dependent_property(is_discrete=False, event_dim=1)
     def support(self) -> constraints.Constraint:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Where z lies: the flow's codomain, in every variable."""
-        low, high = self.flow.codomain
-        if (low, high) == LINE:
-            return constraints.real_vector
-        if low == -math.inf:
-            return constraints.independent(constraints.less_than(high), 1)
-        each = constraints.greater_than(low) if high == math.inf else constraints.interval(low, high)
-        return constraints.independent(each, 1)
+        return vectors_in(self.flow.codomain)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(self.flow).__name__}, batch_shape={tuple(self.batch_shape)})"
@@ -97,9 +91,9 @@ class FlowDistribution(Distribution):
         """A reparameterized sample and its log-density, in one pass."""
         return self.draw(tuple(sample_shape))[:2]
 
-    def rsample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
-        """A reparameterized sample ``(*sample_shape, *batch_shape, dim)``; its log q is not worked out."""
-        return push(self.flow, self.context, self.batch_shape, tuple(sample_shape), None)[0]
+    def rsample(self, sample_shape: tuple[int, ...] = (), noise: Tensor | None = None) -> Tensor:
+        """A reparameterized sample ``(*sample_shape, *batch_shape, dim)``, without its log q; `noise` as in `draw`."""
+        return push(self.flow, self.context, self.batch_shape, tuple(sample_shape), noise)[0]
 
     def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
         """A sample without gradient."""
@@ -182,28 +176,39 @@ class FlowDistribution(Distribution):
 @register_kl(Independent, FlowDistribution)
 @register_kl(Normal, FlowDistribution)
 def _kl(p: Distribution, q: Distribution) -> Tensor:
-    """KL(p || q) of two Gaussians."""
-    return kl_divergence(_as_normal("p", p), _as_normal("q", q))
+    """KL(p || q) of two Gaussians; between factorized ones no matrix is made."""
+    normals = [_as_normal("p", p), _as_normal("q", q)]
+    if any(isinstance(each, MultivariateNormal) for each in normals):
+        normals = [_with_matrix(each) for each in normals]
+    return kl_divergence(*normals)
 
 
-def _as_normal(name: str, given: Distribution) -> MultivariateNormal:
-    """The Gaussian over vectors that a distribution is."""
+def _as_normal(name: str, given: Distribution) -> MultivariateNormal | Independent:
+    """The Gaussian over vectors that a distribution is, independent in each variable where that is known."""
     if isinstance(given, MultivariateNormal):
         return given
     if isinstance(given, FlowDistribution) and given.is_gaussian:
+        if given._is_factorized:
+            return Independent(Normal(*given._loc_scale(), validate_args=False), 1, validate_args=False)
         loc, scale_tril = given.gaussian()
-    elif isinstance(given, Independent) and _is_diagonal(given):
-        loc, scale_tril = given.base_dist.loc, torch.diag_embed(given.base_dist.scale)
-    elif isinstance(given, Normal):
+        return MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False)
+    if isinstance(given, Independent) and _is_diagonal(given):
+        return given
+    if isinstance(given, Normal):
         raise TypeError(
             f"{name}: expected a distribution over vectors, got a bare Normal; wrap it in Independent(..., 1)"
         )
-    else:
-        raise NotImplementedError(
-            f"kl_divergence: {name} is {_named(given)}, and only two Gaussians over vectors have a KL in closed form; "
-            f"estimate it from samples z of p, (p.log_prob(z) - q.log_prob(z)).mean(0)"
-        )
-    return MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False)
+    raise NotImplementedError(
+        f"kl_divergence: {name} is {_named(given)}, and only two Gaussians over vectors have a KL in closed form; "
+        f"estimate it from samples z of p, (p.log_prob(z) - q.log_prob(z)).mean(0)"
+    )
+
+
+def _with_matrix(given: MultivariateNormal | Independent) -> MultivariateNormal:
+    if isinstance(given, MultivariateNormal):
+        return given
+    loc, scale = given.base_dist.loc, given.base_dist.scale
+    return MultivariateNormal(loc, scale_tril=torch.diag_embed(scale), validate_args=False)
 
 
 def _is_diagonal(given: Independent) -> bool:

@@ -5,21 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import reduce
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flowpost.distribution import FlowDistribution
+from flowpost.conditions import split
+from flowpost.decomposition import ELBODecomposition as ELBODecomposition
+from flowpost.decomposition import decompose_elbo as decompose_elbo
 from flowpost.importance import ImportanceEstimate, summarize, warn_unreliable
+from flowpost.kl import latent_kl
+from flowpost.marginals import gaussian_marginals
 from flowpost.numerics.arguments import check_int
-from flowpost.objectives import latent_kl
 from flowpost.vae import VAE
 
 _EXAMPLES = 100
 
 
-def log_marginal(vae: VAE, x: Tensor, samples: int = 1000, *, pairs: int = 1000) -> Tensor:
+def log_marginal(vae: VAE, x: Tensor, samples: int = 1000, *, pairs: int = 1000, y: Tensor | None = None) -> Tensor:
     """Importance-sampled ``log p(x) ~ log 1/S sum_s p(x|z_s) p(z_s) / q(z_s|x)``, z_s from q(z|x), per example.
 
     A lower bound in expectation, tighter with more samples: report how many. Samples stream through in chunks and are
@@ -31,6 +34,7 @@ def log_marginal(vae: VAE, x: Tensor, samples: int = 1000, *, pairs: int = 1000)
         x: ``(B, *event)``.
         samples: number of samples for each example.
         pairs: how many (sample, example) pairs are decoded at once; memory grows with it, and dispatch costs fall.
+        y: the condition, a row for each x, where the model has one: then it is log p(x|y).
 
     Returns:
         ``(B,)``, float64, without gradient.
@@ -41,12 +45,14 @@ def log_marginal(vae: VAE, x: Tensor, samples: int = 1000, *, pairs: int = 1000)
     Reference:
         Kingma & Welling (2019), section 2.6; Rezende et al. (2014), appendix E.
     """
-    parts = _log_weights(vae, x, samples, pairs)
+    parts = _log_weights(vae, x, y, samples, pairs)
     sums = [reduce(torch.logaddexp, (chunk.logsumexp(0) for chunk in chunks)) for chunks in parts]
     return torch.cat(sums) - math.log(samples)
 
 
-def importance_estimate(vae: VAE, x: Tensor, samples: int = 1000, *, pairs: int = 1000) -> ImportanceEstimate:
+def importance_estimate(
+    vae: VAE, x: Tensor, samples: int = 1000, *, pairs: int = 1000, y: Tensor | None = None
+) -> ImportanceEstimate:
     """`log_marginal` with its standard error, effective sample size and Pareto k-hat, for each x.
 
     The same samples, and the tail of about ``3 sqrt(samples)`` weights for each example besides. Where k-hat is above
@@ -58,6 +64,7 @@ def importance_estimate(vae: VAE, x: Tensor, samples: int = 1000, *, pairs: int 
         x: ``(B, *event)``.
         samples: number of samples for each example; k-hat needs 21.
         pairs: how many (sample, example) pairs are decoded at once.
+        y: as in `log_marginal`.
 
     Returns:
         ``ImportanceEstimate(log_p, standard_error, ess, k_hat)``.
@@ -74,13 +81,13 @@ def importance_estimate(vae: VAE, x: Tensor, samples: int = 1000, *, pairs: int 
         >>> k_hat.shape
         torch.Size([5])
     """
-    parts = [summarize(chunks, samples) for chunks in _log_weights(vae, x, samples, pairs)]
+    parts = [summarize(chunks, samples) for chunks in _log_weights(vae, x, y, samples, pairs)]
     estimate = ImportanceEstimate(*(torch.cat(column) for column in zip(*parts, strict=True)))
     warn_unreliable(estimate, samples)
     return estimate
 
 
-def kl_per_latent(vae: VAE, x: Tensor) -> Tensor:
+def kl_per_latent(vae: VAE, x: Tensor, *, y: Tensor | None = None) -> Tensor:
     """KL(q(z_i|x) || N(0, 1)) of each latent, from the closed-form marginals of a Gaussian posterior.
 
     For a factorized posterior they add up to the whole KL; for any other to less, by the latents' total correlation.
@@ -88,6 +95,7 @@ def kl_per_latent(vae: VAE, x: Tensor) -> Tensor:
     Args:
         vae: the model, with a Gaussian posterior.
         x: ``(B, *event)``.
+        y: the condition, a row for each x, where the model has one.
 
     Returns:
         ``(B, dim)``, float64, without gradient.
@@ -104,8 +112,8 @@ def kl_per_latent(vae: VAE, x: Tensor) -> Tensor:
     if vae.prior is not None:
         raise ValueError("prior: expected N(0, I), whose latents are independent, got a prior of the model's own")
     with torch.no_grad():
-        parts = [vae.encode(part).gaussian() for part in x.split(_EXAMPLES)]
-        return torch.cat([latent_kl(loc.double(), tril.double().norm(dim=-1)) for loc, tril in parts])
+        parts = [latent_kl(*gaussian_marginals(vae.encode(*part))) for part in split(x, y, _EXAMPLES)]
+        return torch.cat(parts)
 
 
 class ActiveUnits(NamedTuple):
@@ -117,7 +125,15 @@ class ActiveUnits(NamedTuple):
     """Whether it exceeds the threshold."""
 
 
-def active_units(vae: VAE, x: Tensor, samples: int = 64, *, threshold: float = 0.01, pairs: int = 1000) -> ActiveUnits:
+def active_units(
+    vae: VAE,
+    x: Tensor,
+    samples: int = 64,
+    *,
+    threshold: float = 0.01,
+    pairs: int = 1000,
+    y: Tensor | None = None,
+) -> ActiveUnits:
     """Burda et al.'s rule: latent i is active where ``Var_x(E_q(z|x)[z_i]) > threshold``, 0.01 in the paper.
 
     The mean of a Gaussian posterior is exact. Any other is estimated from `samples`; the variance of that estimate,
@@ -129,6 +145,7 @@ def active_units(vae: VAE, x: Tensor, samples: int = 64, *, threshold: float = 0
         samples: number of samples for each example, at least 2, where the posterior is not Gaussian.
         threshold: above which a latent is active.
         pairs: how many (sample, example) pairs are drawn at once.
+        y: the condition, a row for each x, where the model has one.
 
     Returns:
         ``ActiveUnits(variance, active)``; ``active.sum()`` is the number to report.
@@ -147,87 +164,15 @@ def active_units(vae: VAE, x: Tensor, samples: int = 64, *, threshold: float = 0
     samples, pairs = check_int("samples", samples, minimum=2), check_int("pairs", pairs, minimum=1)
     check_int("len(x)", len(x), minimum=2)
     with torch.no_grad():
-        parts = [_means(vae, part, samples) for part in x.split(max(1, pairs // samples))]
+        parts = [_means(vae, *part, samples) for part in split(x, y, max(1, pairs // samples))]
     means, noise = (torch.cat(column) for column in zip(*parts, strict=True))
     variance = means.var(0) - noise.mean(0)
     return ActiveUnits(variance, variance > threshold)
 
 
-class ELBODecomposition(NamedTuple):
-    """The ELBO's terms over a set of examples, each ``(N,)``, float64: the terms are their means.
-
-    ``ELBO = reconstruction - mutual_information - marginal_kl``, for every example and sample exactly.
-    """
-
-    reconstruction: Tensor
-    """``E_q(z|x_n)[log p(x_n|z)]``"""
-    mutual_information: Tensor
-    """``KL(q(z|x_n) || q(z))``; its mean is that of the code z and the example's index, at most log N."""
-    marginal_kl: Tensor
-    """``E_q(z|x_n)[log q(z) / p(z)]``; its mean is KL(q(z) || p(z))."""
-
-
-def decompose_elbo(vae: VAE, x: Tensor, samples: int = 1, *, pairs: int = 100_000) -> ELBODecomposition:
-    """Split the KL into what z tells about the example and how far all z together are from the prior.
-
-    ``q(z) = 1/N sum_n q(z|x_n)``, the aggregate over the N examples given, is evaluated exactly at samples from it: for
-    these N examples the estimate is unbiased. As an estimate for the data they come from, mutual information is biased
-    low, and the marginal KL high by the same amount, for N examples tell at most log N: little where it is well below
-    that, everything where it is close.
-
-    Args:
-        vae: the model.
-        x: ``(N, *event)``, as many examples as there are to be had.
-        samples: of z for each example; N of them are enough where N is large.
-        pairs: how many log q(z|x_n) are computed at once, of ``samples * N^2`` in all, each by the flow's inverse.
-
-    Returns:
-        ``ELBODecomposition(reconstruction, mutual_information, marginal_kl)``.
-
-    Raises:
-        ValueError: if `samples` or `pairs` is below 1, or there is no example.
-
-    Reference:
-        Hoffman & Johnson (2016), ELBO Surgery: Yet Another Way to Carve Up the Variational Evidence Lower Bound.
-
-    Example:
-        >>> vae = VAE(nn.Linear(9, 16), flowpost.diagonal(16, dim=2), nn.Linear(2, 9), Bernoulli())
-        >>> terms = decompose_elbo(vae, torch.rand(50, 9).round(), samples=4)
-        >>> bool(terms.mutual_information.mean() < math.log(50))
-        True
-    """
-    samples, pairs = check_int("samples", samples, minimum=1), check_int("pairs", pairs, minimum=1)
-    check_int("len(x)", len(x), minimum=1)
-    with torch.no_grad():
-        contexts = torch.cat([cast(Tensor, vae.encode(part).context) for part in x.split(_EXAMPLES)])
-        rows = torch.arange(len(x), device=x.device).split(max(1, min(_EXAMPLES, pairs // samples)))
-        parts = [_decompose(vae, x[row], row, contexts, samples, pairs) for row in rows]
-    return ELBODecomposition(*(torch.cat(column) for column in zip(*parts, strict=True)))
-
-
-def _decompose(vae: VAE, x: Tensor, row: Tensor, contexts: Tensor, samples: int, pairs: int) -> ELBODecomposition:
-    """The terms of the examples `row` of all those whose contexts are given."""
-    out = vae.evaluate(x, _at(vae, contexts[row]), (samples,))
-    z, own = out.sample.z.unsqueeze(-2), out.log_q.double()
-    total = torch.full_like(own, -math.inf)
-    for columns in torch.arange(len(contexts), device=row.device).split(max(1, pairs // max(1, own.numel()))):
-        log_q = _at(vae, contexts[columns]).log_prob(z).double()  # (samples, B, columns)
-        log_q = torch.where(log_q.isnan(), -math.inf, log_q)  # overflowed on the way back: there is no density there
-        log_q = torch.where(row.unsqueeze(-1) == columns, own.unsqueeze(-1), log_q)  # known without an inverse
-        total = torch.logaddexp(total, log_q.logsumexp(-1))
-    aggregate = total - math.log(len(contexts))
-    terms = out.log_likelihood.double(), own - aggregate, aggregate - out.log_prior.double()
-    return ELBODecomposition(*(term.mean(0) for term in terms))
-
-
-def _at(vae: VAE, context: Tensor) -> FlowDistribution:
-    """The q(.|x) of a context that is known."""
-    return FlowDistribution(vae.posterior.flow, context, context.shape[:-1])
-
-
-def _means(vae: VAE, x: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+def _means(vae: VAE, x: Tensor, y: Tensor | None, samples: int) -> tuple[Tensor, Tensor]:
     """E_q[z] and the variance of its estimate, each ``(B, dim)``."""
-    q = vae.encode(x)
+    q = vae.encode(x, y)
     if q.is_gaussian:
         mean = q.mean.double()
         return mean, torch.zeros_like(mean)
@@ -235,18 +180,18 @@ def _means(vae: VAE, x: Tensor, samples: int) -> tuple[Tensor, Tensor]:
     return z.mean(0), z.var(0) / samples
 
 
-def _log_weights(vae: VAE, x: Tensor, samples: int, pairs: int) -> Iterator[Iterator[Tensor]]:
+def _log_weights(vae: VAE, x: Tensor, y: Tensor | None, samples: int, pairs: int) -> Iterator[Iterator[Tensor]]:
     """For each part of x its log-weights in chunks ``(n, B)``, to be read before the next part."""
     samples, pairs = check_int("samples", samples, minimum=1), check_int("pairs", pairs, minimum=1)
-    for part in x.split(min(_EXAMPLES, pairs)):
-        yield _chunks(vae, part, samples, max(1, pairs // max(1, len(part))))
+    for part in split(x, y, min(_EXAMPLES, pairs)):
+        yield _chunks(vae, *part, samples, max(1, pairs // max(1, len(part[0]))))
 
 
-def _chunks(vae: VAE, x: Tensor, samples: int, size: int) -> Iterator[Tensor]:
+def _chunks(vae: VAE, x: Tensor, y: Tensor | None, samples: int, size: int) -> Iterator[Tensor]:
     with torch.no_grad():
-        q = vae.encode(x)
+        q = vae.encode(x, y)
     for start in range(0, samples, size):
         with torch.no_grad():  # not around `yield`: the reader would run without gradient too
-            out = vae.evaluate(x, q, (min(size, samples - start),))
+            out = vae.evaluate(x, q, (min(size, samples - start),), y=y)
             log_w = out.log_likelihood.double() + out.log_prior.double() - out.log_q.double()
         yield log_w

@@ -14,6 +14,7 @@ from flowpost.bijectors.lu import lu_linear as lu_linear
 from flowpost.bijectors.lu import lu_linear_inverse as lu_linear_inverse
 from flowpost.bijectors.planar import planar as planar
 from flowpost.bijectors.planar import planar_chain as planar_chain
+from flowpost.bijectors.planar import planar_chain_inverse as planar_chain_inverse
 from flowpost.bijectors.planar import planar_inverse as planar_inverse
 from flowpost.bijectors.radial import radial as radial
 from flowpost.bijectors.radial import radial_inverse as radial_inverse

@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.chain import Chain
+from flowpost.conditions import Data, split
 from flowpost.density import standard_normal_log_prob
 from flowpost.importance import ImportanceEstimate, summarize, warn_unreliable
 from flowpost.numerics.arguments import check_int
@@ -64,6 +65,7 @@ def inference_gaps(
     samples: int = 1000,
     examples: int = 50,
     pairs: int = 1000,
+    y: Tensor | None = None,
 ) -> InferenceGaps:
     """Split ``log p(x) - ELBO`` of each x into approximation and amortization gap, by fitting a posterior to x alone.
 
@@ -88,6 +90,7 @@ def inference_gaps(
         samples: samples of z for each example behind the ELBOs and log p(x).
         examples: how many examples are fitted at once; memory grows with it and with the flow's weights.
         pairs: how many (sample, example) pairs are decoded at once in the evaluation.
+        y: the condition, a row for each x, where the model has one: then all is of log p(x|y).
 
     Returns:
         `InferenceGaps`, with properties ``amortization`` and ``approximation``.
@@ -116,7 +119,8 @@ def inference_gaps(
         flows.append(Chain(vae.posterior.flow, richer))
     size = max(1, pairs // min(examples, max(1, len(x))))
     parts = [
-        _gaps(vae, part, flows, (steps, step_samples, (lr, weights_lr)), (samples, size)) for part in x.split(examples)
+        _gaps(vae, part, flows, (steps, step_samples, (lr, weights_lr)), (samples, size))
+        for part in split(x, y, examples)
     ]
     elbos, found = (torch.cat(columns, dim=-1) for columns in zip(*parts, strict=True))
     estimate = ImportanceEstimate(*found)
@@ -125,15 +129,15 @@ def inference_gaps(
 
 
 def _gaps(
-    vae: VAE, x: Tensor, flows: list[Bijector], fitting: tuple[int, int, tuple[float, float]], reading: tuple[int, int]
+    vae: VAE, data: Data, flows: list[Bijector], fitting: tuple[int, int, tuple[float, float]], reading: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """The posteriors' ELBOs ``(posteriors, B)``, and the rows of the best one's `ImportanceEstimate`, ``(4, B)``."""
     with torch.no_grad():
-        context = cast(Tensor, vae.encode(x).context)
+        context = cast(Tensor, vae.encode(*data).context)
         starts = [_Local(flow, _start(flow, context)) for flow in flows]
-    locals_ = [_fit(vae, x, start, *fitting) for start in starts]
+    locals_ = [_fit(vae, data, start, *fitting) for start in starts]
     seed = int(torch.randint(2**62, (), device="cpu"))
-    read = [_evaluate(vae, x, local, *reading, seed) for local in [starts[0], *locals_]]
+    read = [_evaluate(vae, data, local, *reading, seed) for local in [starts[0], *locals_]]
     elbos, found = torch.stack([elbo for elbo, _ in read]), torch.stack([torch.stack(rows) for _, rows in read])
     best = elbos.argmax(0).expand(1, found.shape[1], -1)
     return elbos, found.gather(0, best).squeeze(0)
@@ -171,7 +175,7 @@ def _start(flow: Bijector, context: Tensor) -> Tensor:
 
 
 @torch.enable_grad()
-def _fit(vae: VAE, x: Tensor, start: _Local, steps: int, samples: int, rates: tuple[float, float]) -> _Local:
+def _fit(vae: VAE, data: Data, start: _Local, steps: int, samples: int, rates: tuple[float, float]) -> _Local:
     local = start.copy()
     leaves = [local.context, *local.weights.values()]
     groups = zip((leaves[:1], leaves[1:]), rates, strict=True)
@@ -180,7 +184,7 @@ def _fit(vae: VAE, x: Tensor, start: _Local, steps: int, samples: int, rates: tu
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * (1 - step / steps)
         # Examples have no number in common, so the sum's gradient is each one's own; the decoder's is not computed.
-        elbo = _log_weights(vae, x, local, _noise(vae, local.context, samples)).mean(0)
+        elbo = _log_weights(vae, data, local, _noise(vae, local.context, samples)).mean(0)
         for leaf, gradient in zip(leaves, torch.autograd.grad(-elbo.sum(), leaves), strict=True):
             leaf.grad = gradient
         optimizer.step()
@@ -192,24 +196,25 @@ def _noise(vae: VAE, context: Tensor, samples: int, generator: torch.Generator |
     return torch.randn(shape, generator=generator, dtype=context.dtype, device=context.device)
 
 
-def _log_weights(vae: VAE, x: Tensor, local: _Local, noise: Tensor) -> Tensor:
+def _log_weights(vae: VAE, data: Data, local: _Local, noise: Tensor) -> Tensor:
     z, log_q = local(noise)
-    log_likelihood, log_prior = vae.log_joint(x, z)
+    x, y = data
+    log_likelihood, log_prior = vae.log_joint(x, z, y)
     return log_likelihood + log_prior - log_q
 
 
 @torch.no_grad()
 def _evaluate(
-    vae: VAE, x: Tensor, local: _Local, samples: int, size: int, seed: int
+    vae: VAE, data: Data, local: _Local, samples: int, size: int, seed: int
 ) -> tuple[Tensor, ImportanceEstimate]:
     """The ELBO and the estimate of log p(x), from noise that the seed decides, `size` samples at once."""
-    generator = torch.Generator(x.device).manual_seed(seed)
+    generator = torch.Generator(local.context.device).manual_seed(seed)
     sums = []
 
     def chunks() -> Iterator[Tensor]:
         for start in range(0, samples, size):
             noise = _noise(vae, local.context, min(size, samples - start), generator)
-            log_w = _log_weights(vae, x, local, noise).double()
+            log_w = _log_weights(vae, data, local, noise).double()
             sums.append(log_w.sum(0))
             yield log_w
 

@@ -53,6 +53,18 @@ class Likelihood(nn.Module, ABC):
         raise NotImplementedError(f"{type(self).__name__} has no sample; write one, or take its mean")
 
 
+def check_shapes(numbers: int, outputs: Tensor, x: Tensor) -> None:
+    """Raise for outputs or an x that would broadcast into a mix of examples: an x of more axes, or of one element."""
+    if outputs.ndim < 2 or outputs.shape[-2] != numbers:
+        raise ValueError(f"outputs: expected shape (*, {numbers}, elements), got {tuple(outputs.shape)}")
+    elements = outputs.shape[-1]
+    if not 1 <= x.ndim < outputs.ndim or x.shape[-1] != elements:
+        raise ValueError(
+            f"x: expected shape (*, {elements}) of at most {outputs.ndim - 1} axes for outputs of shape "
+            f"{tuple(outputs.shape)}, got {tuple(x.shape)}; flatten each example"
+        )
+
+
 def warn_of_shares(outputs: Tensor) -> None:
     """Warn where what should be logits looks like probabilities; its values are read, so under `checking` alone."""
     if outputs.numel() >= _MANY and bool(((outputs > 0) & (outputs < 1)).all()):
@@ -80,6 +92,7 @@ class Binomial(Likelihood):
 
     def log_prob(self, outputs: Tensor, x: Tensor) -> Tensor:
         """The log p(x|z), ``(*batch)``."""
+        check_shapes(self.numbers, outputs, x)
         if active():
             check_values("x", x, 0, self.n, whole=True)
             warn_of_shares(outputs)
@@ -110,6 +123,7 @@ class Bernoulli(Binomial):
 
     def log_prob(self, outputs: Tensor, x: Tensor) -> Tensor:
         """The log p(x|z), ``(*batch)``."""
+        check_shapes(self.numbers, outputs, x)
         if active():
             check_values("x", x, 0, 1, whole=False)
             warn_of_shares(outputs)
@@ -141,6 +155,7 @@ class Gaussian(Likelihood):
 
     def log_prob(self, outputs: Tensor, x: Tensor) -> Tensor:
         """The log p(x|z), ``(*batch)``."""
+        check_shapes(self.numbers, outputs, x)
         loc, log_scale = self._loc_log_scale(outputs)
         return standard_normal_log_prob((x.to(loc.dtype) - loc) * torch.exp(-log_scale)) - log_scale.sum(-1)
 
@@ -172,6 +187,7 @@ class Categorical(Likelihood):
 
     def log_prob(self, outputs: Tensor, x: Tensor) -> Tensor:
         """The log p(x|z), ``(*batch)``."""
+        check_shapes(self.numbers, outputs, x)
         if active():
             check_values("x", x, 0, self.numbers - 1, whole=True)
         index = x.long().unsqueeze(-2)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
+
+from flowpost.gradients import reweigh as reweigh
+from flowpost.kl import gaussian_kl as gaussian_kl
+from flowpost.kl import latent_kl as latent_kl
+from flowpost.numerics.arguments import check_alpha
 
 
 class ELBOTerms(NamedTuple):
@@ -33,10 +37,10 @@ def elbo_terms(log_likelihood: Tensor, log_prior: Tensor, log_q: Tensor, kl: Ten
         (tensor([-7.]), tensor([2.]))
     """
     if kl is None:
-        _check_axes(log_likelihood, log_prior=log_prior, log_q=log_q)
+        _check_terms(log_likelihood, log_prior=log_prior, log_q=log_q)
         return ELBOTerms(over_samples(log_likelihood), over_samples(log_q - log_prior))
     reconstruction = over_samples(log_likelihood)
-    _check_axes(reconstruction, kl=kl)
+    _check_terms(reconstruction, kl=kl)
     return ELBOTerms(reconstruction, kl)
 
 
@@ -57,13 +61,15 @@ def elbo(
         log_prior: log p(z), ``(*samples, B)``.
         log_q: log q(z|x), ``(*samples, B)``.
         kl: closed-form KL, ``(B,)``, where there is one.
-        kl_weight: weight of the KL: below 1 while it warms up, another constant for a beta-VAE.
+        kl_weight: weight of the KL: below 1 while it warms up, another constant for a beta-VAE; one number, or one for
+            each example ``(B,)``.
 
     Returns:
         ``(B,)``. Its mean is what to maximize.
 
     Raises:
-        ValueError: if the terms do not have equally many axes: a log-density of each token, say, is not one of x.
+        ValueError: if the terms are not of one shape: they would broadcast, and mix examples. So would a log-density of
+            each token, or a `kl_weight` of any other shape.
 
     Reference:
         Kingma & Welling (2019), eq. 2.10; Kingma & Welling (2014), eq. 7.
@@ -73,6 +79,7 @@ def elbo(
         tensor([-8.])
     """
     terms = elbo_terms(log_likelihood, log_prior, log_q, kl)
+    _check_weight(kl_weight, terms.kl)
     return terms.reconstruction - kl_weight * terms.kl
 
 
@@ -89,13 +96,13 @@ def iwae(log_likelihood: Tensor, log_prior: Tensor, log_q: Tensor, *, kl_weight:
         log_likelihood: log p(x|z), ``(*samples, B)``; K is the product of the sample axes.
         log_prior: log p(z), ``(*samples, B)``.
         log_q: log q(z|x), ``(*samples, B)``.
-        kl_weight: exponent of p(z) / q(z|x).
+        kl_weight: exponent of p(z) / q(z|x); one number, or one for each example ``(B,)``.
 
     Returns:
         ``(B,)``. Its mean is what to maximize.
 
     Raises:
-        ValueError: if the terms do not have equally many axes: a log-density of each token, say, is not one of x.
+        ValueError: as `elbo`.
 
     Reference:
         Burda, Grosse & Salakhutdinov (2016), Importance Weighted Autoencoders.
@@ -104,12 +111,55 @@ def iwae(log_likelihood: Tensor, log_prior: Tensor, log_q: Tensor, *, kl_weight:
         >>> iwae(torch.tensor([[1.0], [3.0]]).log(), torch.zeros(2, 1), torch.zeros(2, 1)).exp()
         tensor([2.])
     """
-    _check_axes(log_likelihood, log_prior=log_prior, log_q=log_q)
+    return renyi(log_likelihood, log_prior, log_q, 0.0, kl_weight=kl_weight)
+
+
+def renyi(
+    log_likelihood: Tensor,
+    log_prior: Tensor,
+    log_q: Tensor,
+    alpha: float,
+    *,
+    kl_weight: float | Tensor = 1.0,
+) -> Tensor:
+    """Renyi bound per example, ``log(1/K sum_k w_k^(1 - alpha)) / (1 - alpha)``, w as for `iwae`, over all samples.
+
+    For alpha = 0 it is `iwae`; it falls as alpha grows, to the ELBO in the limit of 1. Its expectation never exceeds
+    log p(x) and never falls as K grows, but for alpha > 0 the limit is log p(x) only where q is the posterior. The
+    gradient is ``sum_k v_k dlog w_k``, v the weights ``w^(1 - alpha)`` over their sum: with a larger alpha more of the
+    samples have a part in it. For double reparameterization give the same alpha to `VAE`, or to `reweigh`.
+
+    Args:
+        log_likelihood: log p(x|z), ``(*samples, B)``; K is the product of the sample axes.
+        log_prior: log p(z), ``(*samples, B)``.
+        log_q: log q(z|x), ``(*samples, B)``.
+        alpha: order of the divergence, a Python number in [0, 1). Rounding errors of the value, and not of its
+            gradient, grow like ``log K / (1 - alpha)``: in float32 they are below 1e-3 nats up to alpha = 0.999.
+        kl_weight: exponent of p(z) / q(z|x) in w, as for `iwae`.
+
+    Returns:
+        ``(B,)``. Its mean is what to maximize.
+
+    Raises:
+        TypeError: if alpha is a tensor: it would be read on the host.
+        ValueError: if alpha is not in [0, 1), and as `elbo`.
+
+    Reference:
+        Li & Turner (2016), Renyi Divergence Variational Inference; Daudel, Benton, Shi & Doucet (2023),
+        Alpha-divergence Variational Inference Meets Importance Weighted Auto-Encoders, for what it bounds at finite K.
+
+    Example:
+        >>> renyi(torch.tensor([[1.0], [9.0]]).log(), torch.zeros(2, 1), torch.zeros(2, 1), alpha=0.5)  # log 4
+        tensor([1.3863])
+    """
+    power = 1 - check_alpha(alpha)
+    _check_terms(log_likelihood, log_prior=log_prior, log_q=log_q)
+    _check_weight(kl_weight, log_likelihood)
     log_weight = log_likelihood + kl_weight * (log_prior - log_q)
     if log_weight.ndim < 2:
         return log_weight
     log_weight = log_weight.flatten(0, -2)
-    return log_weight.logsumexp(0) - math.log(max(1, len(log_weight)))
+    return ((power * log_weight).logsumexp(0) - math.log(max(1, len(log_weight)))) / power
 
 
 def free_bits(kl: Tensor, minimum: float) -> Tensor:
@@ -143,99 +193,27 @@ def free_bits(kl: Tensor, minimum: float) -> Tensor:
     return kl.mean(0).clamp_min(minimum).sum()
 
 
-def gaussian_kl(loc: Tensor, scale_tril: Tensor) -> Tensor:
-    """Closed-form ``KL(N(loc, L L^T) || N(0, I)) = (|L|^2 + |loc|^2 - dim) / 2 - sum(log diag L)``.
-
-    Args:
-        loc: ``(*batch, dim)``.
-        scale_tril: L ``(*batch, dim, dim)``, lower-triangular with a positive diagonal.
-
-    Returns:
-        ``(*batch)``.
-
-    Reference:
-        Kingma & Welling (2014), appendix B, for a full covariance.
-    """
-    square = scale_tril.square().sum((-2, -1)) + loc.square().sum(-1)
-    log_det = scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return torch.rsub(log_det, -0.5 * loc.shape[-1]).add(square, alpha=0.5)
-
-
-def latent_kl(loc: Tensor, scale: Tensor) -> Tensor:
-    """Closed-form ``KL(N(loc, scale^2) || N(0, 1)) = (scale^2 + loc^2 - 1) / 2 - log scale`` of each latent.
-
-    For a factorized Gaussian they add up to the whole KL. For the marginals of a correlated one they add up to less:
-    what is missing is the latents' total correlation.
-
-    Args:
-        loc: any shape.
-        scale: of the same shape, positive.
-
-    Returns:
-        Of the same shape.
-
-    Reference:
-        Kingma & Welling (2014), appendix B.
-
-    Example:
-        >>> latent_kl(torch.tensor([0.0, 2.0]), torch.ones(2))
-        tensor([0., 2.])
-    """
-    return torch.rsub(scale.log(), -0.5).add(scale.square() + loc.square(), alpha=0.5)
-
-
-def reweigh(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Double reparameterization: z whose gradient from `iwae` is that of the squared normalized weights.
-
-    Use the z that it returns in the place of the sample everywhere. Add the first zeros to log p(x|z) and the second to
-    log q(z), which must depend on z alone (``posterior.path_log_prob``). The backward pass of `iwae` brings the
-    normalized weight v to the zeros. There the gradient through z, ``v dlog w/dz``, is multiplied by
-    ``1 - weight + weight v``, which is v at a `kl_weight` of 1. So the posterior gets ``v^2 dlog w/dz`` and the decoder
-    the plain v, in one backward pass. This is right for `iwae` over all of z's sample axes, times any factor; it is
-    wrong for `elbo`.
-
-    Args:
-        z: ``(*samples, B, dim)``.
-
-    Returns:
-        z, and zeros ``(*samples, B)`` twice.
-
-    Reference:
-        Tucker, Lawson, Gu & Maddison (2018), Doubly Reparameterized Gradient Estimators for Monte
-        Carlo Objectives (DReG-IWAE).
-    """
-    return _Reweigh.apply(z)
-
-
-class _Reweigh(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return z.clone(), z.new_zeros(z.shape[:-1]), z.new_zeros(z.shape[:-1])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:  # noqa: ANN401
-        """Nothing to keep: the weights come back with the gradient."""
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # noqa: ANN401
-        through_z, weight, minus_weight = grads
-        axes = tuple(range(weight.ndim - 1))
-        total = weight.sum(axes, keepdim=True) if axes else weight  # what the loss is scaled by, for each example
-        rest = (minus_weight.sum(axes, keepdim=True) if axes else minus_weight) - minus_weight
-        factor = 1 + rest / torch.where(total == 0, 1, total)
-        return through_z * factor.unsqueeze(-1)
-
-
-def _check_axes(log_likelihood: Tensor, **terms: Tensor) -> None:
+def _check_terms(log_likelihood: Tensor, **terms: Tensor) -> None:
     """Raise for a term that would broadcast against the likelihood into a mix of examples."""
     for name, term in terms.items():
-        if term.ndim != log_likelihood.ndim:
+        if term.shape != log_likelihood.shape:
+            deeper = term.ndim != log_likelihood.ndim
+            hint = "sum over tokens or other parts of an example first" if deeper else "expand what examples share"
             raise ValueError(
                 f"{name}: expected a shape like log_likelihood's {tuple(log_likelihood.shape)}, got "
-                f"{tuple(term.shape)}; sum over tokens or other parts of an example first"
+                f"{tuple(term.shape)}; {hint}"
             )
+
+
+def _check_weight(kl_weight: float | Tensor, terms: Tensor) -> None:
+    """Raise for weights that are not one number, or one for each example on the last axis of `terms`."""
+    if not isinstance(kl_weight, Tensor) or kl_weight.ndim == 0:
+        return
+    if kl_weight.ndim > min(1, terms.ndim) or kl_weight.shape[0] not in (1, terms.shape[-1]):
+        raise ValueError(
+            f"kl_weight: expected one number or one for each example, {tuple(terms.shape[-1:])}, "
+            f"got shape {tuple(kl_weight.shape)}"
+        )
 
 
 def over_samples(values: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from torch.distributions import kl_divergence
 from flowpost.density import Sample
 from flowpost.distribution import FlowDistribution
 from flowpost.objectives import elbo_terms, gaussian_kl, latent_kl
-from flowpost.posterior import FlowPosterior
 
 
 class VAEOutput(NamedTuple):
@@ -40,11 +39,13 @@ class VAEOutput(NamedTuple):
         return self.latent_kl
 
 
-def closed_kl(q: FlowDistribution, prior: FlowPosterior | None = None) -> tuple[Tensor, Tensor | None]:
-    """KL(q(z|x) || p(z)) of Gaussians, ``(B,)``, and of each latent where q's are independent and p is N(0, I)."""
-    if prior is not None:
-        return kl_divergence(q, prior.at()), None
-    if not q._is_factorized:
-        return gaussian_kl(*q.gaussian()), None
-    latents = latent_kl(*q._loc_scale())
-    return latents.sum(-1), latents
+def closed_kl(q: FlowDistribution, p: FlowDistribution | None = None) -> tuple[Tensor, Tensor | None]:
+    """KL(q || p) of Gaussians, ``(B,)``, and of each latent where both are factorized; p is N(0, I) by default."""
+    if q._is_factorized and (p is None or p._is_factorized):
+        loc, scale = q._loc_scale()
+        if p is not None:  # both in the units of p
+            origin, unit = p._loc_scale()
+            loc, scale = (loc - origin) / unit, scale / unit
+        latents = latent_kl(loc, scale)
+        return latents.sum(-1), latents
+    return (gaussian_kl(*q.gaussian()) if p is None else kl_divergence(q, p)), None

@@ -11,14 +11,16 @@ from torch import Tensor, nn
 
 from flowpost.bounded import ContinuousBernoulli as ContinuousBernoulli
 from flowpost.bounded import DiscretizedLogistic as DiscretizedLogistic
-from flowpost.density import like_of, standard_normal_log_prob
+from flowpost.conditions import Prior, call, check_prior, check_rows, prior_at
 from flowpost.distribution import FlowDistribution
+from flowpost.generative import Generative, check_decoder
+from flowpost.gradients import check_gradient, reweigh
 from flowpost.likelihoods import Bernoulli as Bernoulli
 from flowpost.likelihoods import Binomial as Binomial
 from flowpost.likelihoods import Categorical as Categorical
 from flowpost.likelihoods import Gaussian as Gaussian
 from flowpost.likelihoods import Likelihood
-from flowpost.objectives import ELBOTerms, elbo_terms, over_samples, reweigh
+from flowpost.objectives import ELBOTerms, elbo_terms, over_samples
 from flowpost.posterior import FlowPosterior
 from flowpost.terms import VAEOutput as VAEOutput
 from flowpost.terms import closed_kl
@@ -27,10 +29,9 @@ from flowpost.wrapped import Encoding, WrappedPosterior
 _KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD
 _PARTS = inspect.Signature([inspect.Parameter(name, _KEYWORD) for name in ("posterior", "decoder", "likelihood")])
 _PARTS_OF_WRAPPED = inspect.Signature([inspect.Parameter(name, _KEYWORD) for name in ("decoder", "likelihood")])
-_GRADIENTS = ("standard", "stl", "dreg")
 
 
-class VAE(Encoding):
+class VAE(Encoding, Generative):
     """A variational autoencoder: ``log p(x|z)``, ``log p(z)`` and ``log q(z|x)`` for z ~ q(z|x).
 
     What `flowpost.wrap` made of an encoder is both encoder and posterior: ``VAE(wrapped, decoder, likelihood)``. Either
@@ -44,12 +45,19 @@ class VAE(Encoding):
             ``(N, numbers, *event)`` or anything that flattens to that.
         likelihood: p(x|z).
         prior: p(z), by keyword: a posterior without features, learned with the rest, whose log p(z) is cheap at any z:
-            ``realnvp(0, dim)``, ``maf(0, dim)``, ``full_covariance(0, dim)`` (with ``iaf(0, dim)`` each step takes a
-            search). By default N(0, I). Every use of p(z) goes through `log_prior` and `sample_prior`.
+            ``realnvp(0, dim)``, ``maf(0, dim)``, ``full_covariance(0, dim)``. Or p(z|y): a posterior whose features
+            are the condition y, or what `wrap` made of an encoder of y. By default N(0, I). Every use of p(z) goes
+            through `log_prior` and `sample_prior`.
+
+    A condition y, ``(B, *event)`` by the keyword `y` of every method, makes the model one of p(x|y): then the encoder
+    is called as ``encoder(x, y)``, the decoder as ``decoder(z, y)`` with a row of y for each z.
 
     Raises:
-        ValueError: if the prior reads features or is of another dim, or the decoder ends in a sigmoid where the
-            likelihood reads logits.
+        TypeError: if the prior is no posterior.
+        ValueError: if the prior is of another dim, or the decoder ends in a sigmoid where the likelihood reads logits.
+
+    Warns:
+        UserWarning: for a prior that takes a search to score a z, such as ``iaf(0, dim)``.
 
     Reference:
         Kingma & Welling (2014); (2019), section 2.
@@ -68,7 +76,7 @@ class VAE(Encoding):
         decoder: nn.Module,
         likelihood: Likelihood,
         *,
-        prior: FlowPosterior | None = None,
+        prior: Prior | None = None,
     ) -> None: ...
     @overload
     def __init__(
@@ -77,23 +85,29 @@ class VAE(Encoding):
         decoder: nn.Module,
         likelihood: Likelihood,
         *,
-        prior: FlowPosterior | None = None,
+        prior: Prior | None = None,
     ) -> None: ...
-    def __init__(self, encoder: nn.Module, *parts: Any, prior: FlowPosterior | None = None, **named: Any) -> None:
+    def __init__(self, encoder: nn.Module, *parts: Any, prior: Prior | None = None, **named: Any) -> None:
         wrapped = encoder if isinstance(encoder, WrappedPosterior) else None
         found = (_PARTS if wrapped is None else _PARTS_OF_WRAPPED).bind(*parts, **named).arguments
         super().__init__(encoder if wrapped is None else wrapped.encoder)
         self.posterior: FlowPosterior = found["posterior"] if wrapped is None else wrapped.posterior
         self.reading = None if wrapped is None else wrapped.reading
         self.decoder, self.likelihood, self.prior = found["decoder"], found["likelihood"], prior
-        _check_decoder(self.decoder, self.likelihood)
-        if prior is not None and (prior.features or prior.dim != self.posterior.dim):
-            raise ValueError(
-                f"prior: expected a posterior without features of dim={self.posterior.dim}, "
-                f"got one of {prior.features} features and dim={prior.dim}"
-            )
+        check_decoder(self.decoder, self.likelihood)
+        if prior is not None:
+            check_prior(prior, self.posterior.dim)
 
-    def forward(self, x: Tensor, sample_shape: tuple[int, ...] = (), gradient: str = "standard") -> VAEOutput:
+    def forward(
+        self,
+        x: Tensor,
+        sample_shape: tuple[int, ...] = (),
+        gradient: str = "standard",
+        *,
+        alpha: float = 0.0,
+        y: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> VAEOutput:
         """Everything that a training step needs, in one pass.
 
         `gradient` says what autodiff makes of the objective; the values are the same:
@@ -101,12 +115,16 @@ class VAE(Encoding):
         - ``"standard"``: plain reparameterization, with the closed-form KL where there is one.
         - ``"stl"``: sticking the landing, log q's dependence on z alone; unbiased for `elbo`, and for `iwae` of one
           sample. Its variance is 0 where q is the posterior.
-        - ``"dreg"``: double reparameterization, for `iwae` over all of `sample_shape` and nothing else; unbiased.
+        - ``"dreg"``: double reparameterization, for `iwae` over all of `sample_shape` and nothing else, or for `renyi`
+          of the same `alpha`; unbiased.
 
         Args:
             x: ``(B, *event)``, of any real dtype: the encoder gets it as it is, the likelihood converts integers.
             sample_shape: leading axes of samples of z for each x.
             gradient: the estimator.
+            alpha: that of the `renyi` that is to be differentiated by ``"dreg"``; no other estimator depends on it.
+            y: the condition, a row for each x, where the model has one.
+            noise: the standard normal draw to map to z, ``(*sample_shape, B, dim)``, instead of a fresh one.
 
         Returns:
             ``VAEOutput(log_likelihood, log_prior, log_q, kl, sample, latent_kl)``.
@@ -114,19 +132,27 @@ class VAE(Encoding):
         Raises:
             TypeError: if x is no real tensor.
             ValueError: if the encoder does not give one row of features for each x, the decoder not
-                ``likelihood.numbers`` for each of its elements, or for an unknown `gradient`.
+                ``likelihood.numbers`` for each of its elements, the likelihood not one log-density for each sample; for
+                an unknown `gradient`, an `alpha` outside [0, 1), or one for another gradient than ``"dreg"``.
 
         Reference:
-            Kingma & Welling (2014); Roeder et al. (2017); Tucker et al. (2018).
+            Kingma & Welling (2014); Roeder et al. (2017); Tucker et al. (2018); Daudel et al. (2023).
         """
-        q = self.encode(x)
-        out = self.evaluate(x, q, sample_shape, gradient)
+        q = self.encode(x, y)
+        out = self.evaluate(x, q, sample_shape, gradient, alpha=alpha, y=y, noise=noise)
         if gradient != "standard" or not self._has_closed_kl(q):
             return out
-        kl, latents = closed_kl(q, self.prior)
+        kl, latents = self._closed_kl(q, y)
         return out._replace(kl=kl, latent_kl=latents)
 
-    def elbo_terms(self, x: Tensor, sample_shape: tuple[int, ...] = ()) -> ELBOTerms:
+    def elbo_terms(
+        self,
+        x: Tensor,
+        sample_shape: tuple[int, ...] = (),
+        *,
+        y: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> ELBOTerms:
         """The two terms of the ELBO of each x, and nothing that they do not need.
 
         As `flowpost.objectives.elbo_terms` of ``forward``. Where the KL is in closed form, z is drawn and decoded but
@@ -135,6 +161,8 @@ class VAE(Encoding):
         Args:
             x: as in ``forward``.
             sample_shape: leading axes of samples of z for each x.
+            y: as in ``forward``.
+            noise: as in ``forward``.
 
         Returns:
             ``ELBOTerms(reconstruction, kl)``, each ``(B,)``.
@@ -148,22 +176,25 @@ class VAE(Encoding):
             >>> terms = vae.elbo_terms(torch.ones(5, 9))
             >>> loss = -(terms.reconstruction - 0.5 * terms.kl).mean()
         """
-        q = self.encode(x)
+        q = self.encode(x, y)
         if not self._has_closed_kl(q):
-            return elbo_terms(*self.evaluate(x, q, sample_shape)[:3])
-        log_likelihood = self._log_likelihood(x, q.rsample(sample_shape))
-        return ELBOTerms(over_samples(log_likelihood), closed_kl(q, self.prior)[0])
+            return elbo_terms(*self.evaluate(x, q, sample_shape, y=y, noise=noise)[:3])
+        log_likelihood = self._log_likelihood(x, q.rsample(sample_shape, noise), y)
+        return ELBOTerms(over_samples(log_likelihood), self._closed_kl(q, y)[0])
 
-    def encode(self, x: Tensor) -> FlowDistribution:
-        """The q(z|x), of batch shape ``(B,)``."""
+    def encode(self, x: Tensor, y: Tensor | None = None) -> FlowDistribution:
+        """The q(z|x), or q(z|x, y), of batch shape ``(B,)``."""
         if not isinstance(x, Tensor) or x.is_complex():
             raise TypeError(f"x: expected a real tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
-        h = self.encoder(x)
+        if y is not None:
+            check_rows(y, len(x), "x")
+        h = call("encoder", self.encoder, x, y)
         h = h if self.reading is None else self.reading(h)
         if isinstance(h, Tensor) and (h.ndim != 2 or h.shape[0] != x.shape[0]):
             raise ValueError(
                 f"encoder: expected features ({x.shape[0]}, features), one row for each x, got shape {tuple(h.shape)}; "
-                f"sum or average over tokens or pixels in the encoder first"
+                f"sum or average over tokens or pixels in the encoder, or, for latents with axes of their own, write "
+                f"the loss with the posterior itself: log q and log p(z) are then summed over these axes"
             )
         q = self.posterior.at(h)
         if q.context is None:
@@ -171,73 +202,35 @@ class VAE(Encoding):
         return q
 
     def evaluate(
-        self, x: Tensor, q: FlowDistribution, sample_shape: tuple[int, ...] = (), gradient: str = "standard"
+        self,
+        x: Tensor,
+        q: FlowDistribution,
+        sample_shape: tuple[int, ...] = (),
+        gradient: str = "standard",
+        *,
+        alpha: float = 0.0,
+        y: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> VAEOutput:
         """As `forward`, for a q(z|x) that is known, and without the closed-form KL."""
-        if gradient not in _GRADIENTS:
-            raise ValueError(f"gradient: expected one of {', '.join(_GRADIENTS)}, got {gradient!r}")
-        sample = q.draw(sample_shape)
+        check_gradient(gradient, alpha)
+        sample = q.draw(sample_shape, noise)
         if gradient != "dreg":
             log_q = sample.log_prob if gradient == "standard" else q.path_log_prob(sample)
-            return VAEOutput(*self.log_joint(x, sample.z), log_q, None, sample)
-        z, zeros, more_zeros = reweigh(sample.z)
-        log_likelihood, log_prior = self.log_joint(x, z)
+            return VAEOutput(*self.log_joint(x, sample.z, y), log_q, None, sample)
+        z, zeros, more_zeros = reweigh(sample.z, alpha)
+        log_likelihood, log_prior = self.log_joint(x, z, y)
         log_q = q.path_log_prob(sample._replace(z=z))
         return VAEOutput(log_likelihood + zeros, log_prior, log_q + more_zeros, None, sample)
 
-    def log_joint(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The log p(x|z) and log p(z), each ``(*samples, B)``, for x ``(B, *event)`` and z ``(*samples, B, dim)``."""
-        return self._log_likelihood(x, z), self.log_prior(z)
-
-    def log_prior(self, z: Tensor) -> Tensor:
-        """The log p(z), ``(*batch)``, of z ``(*batch, dim)``."""
-        return standard_normal_log_prob(z) if self.prior is None else self.prior.log_prob(z)
-
-    def sample_prior(self, count: int, noise: Tensor | None = None) -> Tensor:
-        """Draw z ~ p(z), ``(count, dim)``; `noise` of that shape, a standard normal draw, in place of a fresh one."""
-        if self.prior is not None:
-            return self.prior(sample_shape=(count,), noise=noise).z
-        if noise is not None:
-            return noise
-        like = like_of(self.posterior.flow, None)
-        return torch.randn(count, self.posterior.dim, dtype=like.dtype, device=like.device)
-
     @torch.no_grad()
-    def sample(self, count: int, shape: tuple[int, ...]) -> Tensor:
-        """Draw x ~ p(x), ``(count, *shape)``, for the shape of one x."""
-        numbers = self.decode(self.sample_prior(count), math.prod(shape))
-        return self.likelihood.sample(numbers).view(count, *shape)
-
-    @torch.no_grad()
-    def reconstruct(self, x: Tensor) -> Tensor:
+    def reconstruct(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """E[x|z] at one z drawn from each x's q(z|x), of x's shape."""
-        numbers = self.decode(self.encode(x).rsample(), math.prod(x.shape[1:]))
+        numbers = self.decode(self.encode(x, y).rsample(), math.prod(x.shape[1:]), y)
         return self.likelihood.mean(numbers).view(x.shape)
 
     def _has_closed_kl(self, q: FlowDistribution) -> bool:
         return q.is_gaussian and (self.prior is None or self.prior.is_gaussian)
 
-    def _log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
-        return self.likelihood.log_prob(self.decode(z, math.prod(x.shape[1:])), x.flatten(1))
-
-    def decode(self, z: Tensor, elements: int) -> Tensor:
-        """The likelihood's numbers ``(*batch, numbers, elements)`` for z ``(*batch, dim)``."""
-        outputs = self.decoder(z.flatten(0, -2)).flatten(1).to(z.dtype)
-        numbers = self.likelihood.numbers
-        if outputs.shape[1] != numbers * elements:
-            name = type(self.likelihood).__name__
-            raise ValueError(
-                f"decoder: expected {numbers} x {elements} outputs per example for {name}, got {outputs.shape[1]}"
-            )
-        return outputs.view(*z.shape[:-1], numbers, elements)
-
-
-def _check_decoder(decoder: nn.Module, likelihood: Likelihood) -> None:
-    last = decoder
-    while isinstance(last, nn.Sequential) and len(last):
-        last = last[-1]
-    if getattr(likelihood, "reads_logits", False) and isinstance(last, nn.Sigmoid):
-        raise ValueError(
-            f"decoder: expected logits for {type(likelihood).__name__}, got one that ends in a Sigmoid; leave it out, "
-            f"for likelihood.mean applies it"
-        )
+    def _closed_kl(self, q: FlowDistribution, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return closed_kl(q, None if self.prior is None else prior_at(self.prior, y))

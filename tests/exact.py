@@ -23,8 +23,9 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from flowpost.bijectors import deep_sigmoid, planar, sylvester
+from flowpost.bijectors import deep_sigmoid, planar
 from flowpost.masked import engine
+from flowpost.numerics import tanh_roots
 
 Map = Callable[..., tuple[Tensor, Tensor]]
 Array = np.ndarray[Any, Any]
@@ -95,7 +96,7 @@ def jacobian(function: Map, z: Tensor, context: Tensor | None = None) -> Array:
         return np.stack([(to - image.point) / STEP for to in image.moved], -1)
 
 
-_SEARCHES = ((deep_sigmoid, "increasing_root"), (planar, "tanh_root"), (sylvester, "tanh_roots"))
+_SEARCHES = ((deep_sigmoid, "increasing_root"), (planar, "tanh_root"), (tanh_roots, "tanh_roots"))
 
 
 @contextmanager

@@ -121,6 +121,7 @@ ENTRIES = [
     # 300 units, 2 and more blocks in MaskedLinear.
     Entry("autoregressive_wide", lambda dim: _ar(dim, 3, (300, 260))),
     Entry("masked_affine", lambda dim: Masked(Affine(dim, exp_scale), 0, (8,)), identity=True),
+    Entry("masked_affine_rate", lambda dim: Masked(Affine(dim, exp_scale), 2, (8,), rate=0.3), identity=True),
     Entry(
         "masked_affine_context",
         lambda dim: Masked(Affine(dim), 3, (8, 8), order=_order(dim), activation=torch.tanh),

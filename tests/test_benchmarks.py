@@ -59,7 +59,7 @@ def test_help_names_every_option_and_an_example(capsys: pytest.CaptureFixture[st
     code, out, _ = run_cli(capsys, "--help")
     assert code == 0
     options = "data posterior seeds epochs patience kl-warmup dim width batch lr samples device out quick help "
-    options += "eager warmup objective train-samples gradient free-bits gaps"
+    options += "eager warmup objective alpha train-samples gradient free-bits gaps"
     assert not [name for name in options.split() if f"--{name}" not in out]
     assert "python -m benchmarks --quick" in out
     assert all(name in out for name in POSTERIORS)
@@ -76,11 +76,15 @@ def test_help_names_every_option_and_an_example(capsys: pytest.CaptureFixture[st
         (["--lr", "nan"], "lr: expected a positive number, got nan"),
         (["--dropout", "1"], "dropout: expected a share in [0, 1), got 1.0"),
         (["--device", "tpu"], "device: expected one of cpu, cuda, got 'tpu'"),
-        (["--objective", "vae"], "objective: expected one of elbo, iwae, got 'vae'"),
+        (["--objective", "vae"], "objective: expected one of elbo, iwae, renyi, got 'vae'"),
         (["--gradient", "dreg"], "gradient: expected standard or stl for the elbo"),
         (["--gradient", "dreg", "--train-samples", "5"], "gradient: expected standard or stl for the elbo"),
         (["--objective", "iwae", "--gradient", "stl"], "where stl is biased, got stl with train-samples 5"),
         (["--objective", "iwae", "--free-bits", "2"], "free-bits: expected 0 for iwae"),
+        (["--objective", "renyi", "--free-bits", "2"], "free-bits: expected 0 for renyi"),
+        (["--objective", "renyi", "--gradient", "stl"], "where stl is biased, got stl with train-samples 5"),
+        (["--objective", "renyi", "--alpha", "1"], "alpha: expected a number in [0, 1), got 1.0; at 1 it is the elbo"),
+        (["--objective", "iwae", "--alpha", "0.5"], "alpha: expected none for iwae, only renyi has one, got 0.5"),
         (["--free-bits", "-1"], "free-bits: expected a finite number of nats >= 0, got -1.0"),
         (["--train-samples", "0"], "train-samples: expected an integer of at least 1, got 0"),
         (["--foo"], "--foo"),

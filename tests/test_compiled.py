@@ -78,7 +78,7 @@ def test_of_frozen_parameters_too(direction: str) -> None:
     assert_compiled_agrees(step, partial(DIRECTIONS[direction], step), z, context)
 
 
-@pytest.mark.full
+@pytest.mark.compile
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 def test_autocast_compiles_to_what_it_runs(direction: str) -> None:
     """The network in half precision, so the agreement is of two runs of the same plain operations."""
@@ -100,7 +100,7 @@ def test_autocast_compiles_to_what_it_runs(direction: str) -> None:
 @pytest.mark.parametrize(
     "transform",
     [
-        pytest.param(torch.func.vmap, marks=pytest.mark.full, id="vmap"),
+        pytest.param(torch.func.vmap, marks=pytest.mark.compile, id="vmap"),
         pytest.param(torch.func.jacrev, marks=pytest.mark.compile, id="jacrev"),
     ],
 )

@@ -6,7 +6,7 @@ and the judge without rounding; `long` adds the entries that are wrappers of oth
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import exact
 import pytest
@@ -92,15 +92,20 @@ def test_contract(entry: Entry, name: str) -> None:
     _check(entry, name, dims=(1,) if name == "mass" else (3,), examples=3)
 
 
+def _lightest(names: Iterable[str]) -> list:
+    """Heavy properties, which the quick run has at one size, have their other sizes in the long one."""
+    return [pytest.param(name, marks=pytest.mark.long if name in HEAVY else ()) for name in names]
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("name", OFTEN)
+@pytest.mark.parametrize("name", _lightest(OFTEN))
 @more
 def test_contract_on_more_examples(entry: Entry, name: str) -> None:
     _check(entry, name, dims=(1, 2, 4), examples=9 if DEEP else 4)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ONCE)
+@pytest.mark.parametrize("name", _lightest(ONCE))
 @more
 def test_contract_at_more_sizes(entry: Entry, name: str) -> None:
     _check(entry, name, dims=(1, 4) if DEEP else (1,), examples=1)
@@ -164,7 +169,7 @@ def test_at_64_variables(entry: Entry, names: set[str], examples: int) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("dim", [1, 2, pytest.param(5, marks=pytest.mark.long)])
+@pytest.mark.parametrize("dim", [1, *(pytest.param(dim, marks=pytest.mark.long) for dim in (2, 5))])
 def test_orientation_is_the_family_s_own(dim: int) -> None:
     """B2: every family keeps orientation, for every context; only a permutation or a reflection may turn it."""
     for entry in ENTRIES:

@@ -74,6 +74,11 @@ RUNS: dict[str, Callable[[], Bijector]] = {
     "mixed": lambda: Shared(
         Masked(Affine(4, exp_scale), 2, (9,)), Masked(Spline(4, bins=3), 2, (8,)), Autoregressive(4, 2, (7,))
     ),
+    "rates": lambda: Shared(
+        Masked(Affine(4, exp_scale), 2, (9, 8), rate=0.3),
+        Masked(Spline(4, bins=3), 2, (), rate=2.0),
+        Autoregressive(4, 2, (7,)),
+    ),
     "shifts": lambda: Shared(Masked(Shift(4), 2, (9,)), Masked(Shift(4), 2, (5,), order=[3, 2, 1, 0])),
     "inverses": lambda: Shared(*(Inverse(Masked(Inverse(Affine(4)), 2, (9, 8))) for _ in range(2))),
     "no context": lambda: Shared(*(Autoregressive(4, 0, (9, 8), activation=torch.tanh) for _ in range(2))),

@@ -5,6 +5,7 @@ import os
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import flowpost
 from flowpost import Bijector, FlowPosterior
 from flowpost.vae import VAE, Bernoulli
+from flowpost.wrapped import WrappedPosterior
 
 pytestmark = [
     pytest.mark.full,  # two processes, each of which imports torch
@@ -106,26 +108,69 @@ def check(name: str, sharding: str, use: str) -> None:
     assert_same_training(posterior, other, lambda model: USES[use](model, h, z))  # pyright: ignore
 
 
-def check_vae() -> None:
-    """A model around it, its flow's parameters among the model's own."""
+def vae(name: str = "iaf") -> VAE:
+    torch.manual_seed(2)
+    return VAE(nn.Linear(6, FEATURES).double(), small(name), nn.Linear(DIM, 6).double(), Bernoulli())
 
-    def model() -> VAE:
-        torch.manual_seed(2)
-        return VAE(
-            nn.Linear(6, FEATURES), flowpost.iaf(FEATURES, DIM, hidden=(8,)), nn.Linear(DIM, 6), Bernoulli()
-        ).double()
 
-    vae, other = model(), model()
-    fsdp.fully_shard(vae.posterior.flow)
-    fsdp.fully_shard(vae)
-    x = (torch.arange(24).view(4, 6) % 2).double()
+def wrapped() -> WrappedPosterior:
+    torch.manual_seed(2)
+    return flowpost.wrap(nn.Linear(6, FEATURES), dim=DIM, example=torch.zeros(1, 6), flow="iaf", hidden=(8,)).double()
 
-    def loss(module: nn.Module) -> Tensor:
-        torch.manual_seed(3)
-        out = module(x)
-        return (out.log_likelihood + out.log_prior - out.log_q).sum()
 
-    assert_same_training(vae, other, loss)
+def binary() -> Tensor:
+    return (torch.arange(24).view(4, 6) % 2).double()
+
+
+def vae_loss(model: nn.Module) -> Tensor:
+    torch.manual_seed(3)
+    out = model(binary())
+    return (out.log_likelihood + out.log_prior - out.log_q).sum()
+
+
+def terms_loss(model: nn.Module) -> Tensor:
+    torch.manual_seed(3)
+    terms = model.elbo_terms(binary())  # pyright: ignore[reportCallIssue]
+    return (terms.reconstruction - terms.kl).sum()
+
+
+def wrapped_loss(model: nn.Module) -> Tensor:
+    torch.manual_seed(3)
+    z, log_q, _ = model(binary())
+    return (z.sin().sum(-1) + log_q).sum()
+
+
+def shard_steps(model: nn.Module) -> None:
+    for step in model.modules():
+        if isinstance(step, Bijector) and hasattr(step, "net"):
+            fsdp.fully_shard(step)
+
+
+def check_model(make: Callable[[], nn.Module], loss: Callable[[nn.Module], Tensor], *parts: str) -> None:
+    """A model around a posterior, sharded whole after the parts of it, or its steps, that are named."""
+    model = make()
+    for part in parts:
+        if part == "steps":
+            shard_steps(model)
+        elif part == "elbo_terms":
+            fsdp.fully_shard(model)
+            fsdp.register_fsdp_forward_method(model, part)
+        else:
+            fsdp.fully_shard(model.get_submodule(part))
+    if "elbo_terms" not in parts:
+        fsdp.fully_shard(model)
+    assert_same_training(model, make(), loss)
+
+
+MODELS: dict[str, Callable[[], None]] = {
+    "vae": lambda: check_model(vae, vae_loss),
+    "vae, flow": lambda: check_model(vae, vae_loss, "posterior.flow"),
+    "vae, by step": lambda: check_model(vae, vae_loss, "steps"),
+    "vae, elbo_terms": lambda: check_model(lambda: vae("full_covariance"), terms_loss, "elbo_terms"),
+    "wrap": lambda: check_model(wrapped, wrapped_loss),
+    "wrap, posterior": lambda: check_model(wrapped, wrapped_loss, "posterior"),
+    "wrap, by step": lambda: check_model(wrapped, wrapped_loss, "steps"),
+}
 
 
 def work(rank: int, folder: str) -> None:
@@ -136,9 +181,10 @@ def work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     init_device_mesh("cpu", (2,))
     found = {}
-    for key, arguments in [*CHECKS.items(), ("vae", None)]:
+    checks = {**{key: partial(check, *arguments) for key, arguments in CHECKS.items()}, **MODELS}
+    for key, run in checks.items():
         try:
-            check_vae() if arguments is None else check(*arguments)
+            run()
             found[key] = ""
         except Exception:  # whatever it is, the test of this name shows it
             found[key] = traceback.format_exc()
@@ -153,6 +199,6 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", [*CHECKS, "vae"])
+@pytest.mark.parametrize("name", [*CHECKS, *MODELS])
 def test_sharded_equals_whole(name: str, found: list[dict[str, str]]) -> None:
     assert [each[name] for each in found] == ["", ""]

@@ -53,6 +53,8 @@ def test_the_loss_is_the_objective_by_hand() -> None:
     assert torch.allclose(negative_bound(two, configure()), -elbos)
     assert torch.allclose(negative_bound(two, configure(**IWAE)), -weights.mean(0).log())
     assert objective_loss(two, 1.0, configure(**IWAE)).item() == pytest.approx(-weights.mean(0).log().mean().item())
+    renyi = -2 * weights.sqrt().mean(0).log()
+    assert torch.allclose(negative_bound(two, configure(objective="renyi", train_samples=2)), renyi)
     # Reconstruction -2, -3; KL 2, 1.
     assert objective_loss(two, 0.5, configure()).item() == pytest.approx(2.5 + 0.5 * 1.5)
     assert objective_loss(two, 0.5, configure(free_bits=1.4)).item() == pytest.approx(2.5 + 0.5 * 1.5)
@@ -69,6 +71,8 @@ def test_the_loss_is_the_objective_by_hand() -> None:
         ({"gradient": "stl"}, (), "stl"),
         ({"train_samples": 3}, (3,), "standard"),
         ({"objective": "iwae", "gradient": "dreg"}, (5,), "dreg"),
+        ({"objective": "renyi", "alpha": 0.8}, (5,), "standard"),
+        ({"objective": "renyi", "alpha": 0.8, "gradient": "dreg"}, (5,), "dreg"),
     ],
 )
 def test_a_step_s_gradient_is_the_one_asked_for(
@@ -84,7 +88,8 @@ def test_a_step_s_gradient_is_the_one_asked_for(
     torch.manual_seed(1)
     found = gradients(objective_pass(vae, x, config))
     torch.manual_seed(1)
-    assert torch.equal(found, gradients(vae(x, shape, gradient)))
+    alpha = config.alpha if gradient == "dreg" else 0.0
+    assert torch.equal(found, gradients(vae(x, shape, gradient, alpha=alpha)))
     torch.manual_seed(1)
     other = gradients(vae(x, shape, "stl" if gradient == "standard" else "standard"))
     assert not torch.allclose(found, other)  # the control: another estimator of the same noise
@@ -95,12 +100,16 @@ def test_early_stopping_reads_the_bound_that_is_trained(digits: tuple[VAE, Data]
     vae, data = digits
     elbo, free = (validate(vae, data.valid, configure(free_bits=nats)) for nats in (0.0, 50.0))
     assert elbo == free
-    assert validate(vae, data.valid, configure(objective="iwae", train_samples=4)) < elbo - 0.1
+    iwae = validate(vae, data.valid, configure(objective="iwae", train_samples=4))
+    assert iwae < elbo - 0.1
+    assert iwae < validate(vae, data.valid, configure(objective="renyi", train_samples=4)) < elbo
 
 
 def test_an_objective_has_its_name_and_defaults() -> None:
     dreg = configure(objective="iwae", gradient="dreg")
     assert (dreg.train_samples, bound_name(dreg), objective_name(dreg)) == (5, "-IWAE(5)", "iwae5-dreg")
+    renyi = configure(objective="renyi")
+    assert (renyi.alpha, bound_name(renyi), objective_name(renyi)) == (0.5, "-Renyi(0.5, 5)", "renyi0.5-5")
     assert (objective_name(configure()), bound_name(configure())) == ("", "-ELBO")
     assert objective_name(configure(gradient="stl", train_samples=2, free_bits=1.5)) == "elbo2-stl-free1.5"
     configure(objective="iwae", train_samples=1, gradient="stl")  # one sample: the ELBO, where stl is unbiased

@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import importlib.util
 import pkgutil
 import re
 import subprocess
@@ -29,8 +30,9 @@ ROOMS = [
     {"bijectors"},
     {"functional", "density", "distribution", "posterior"},
     {"recipes"},
-    {"outputs", "wrapped", "wrap", "files", "_format", "objectives", "schedules", "likelihoods", "bounded", "terms"}
-    | {"vae", "importance", "evaluation", "gaps", "calibration", "_graphs", "training"},
+    {"outputs", "wrapped", "wrap", "files", "_format", "gradients", "kl", "objectives", "schedules", "likelihoods"}
+    | {"bounded", "terms", "conditions", "generative", "vae", "_graphs", "training"}
+    | {"importance", "marginals", "decomposition", "evaluation", "gaps", "calibration", "interop"},
 ]
 """From the ground up: what stands in a room imports from its own and from those below."""
 
@@ -81,6 +83,8 @@ EXTRAS = {
     # Triton comes with torch for GPUs.
     **{f"flowpost.{name}": {"triton"} for name in ("masked.kernels", "masked.maps", "masked.sweeps")},
     "flowpost.numerics.root_kernels": {"triton"},
+    "flowpost.interop.pyro": {"pyro"},
+    "flowpost.interop.arviz": {"arviz_base", "xarray"},
 }
 
 
@@ -180,6 +184,7 @@ print(sorted({name.split(".")[0] for name in set(sys.modules) - before} - set(sy
     loaded = set(ast.literal_eval(run(code)))
     assert "flowpost" in loaded
     assert not loaded & {"matplotlib", "rich", "typer", "pooch", "scipy", "safetensors", "hypothesis", "pytest", "zuko"}
+    assert not loaded & {"pyro", "arviz_base", "xarray", "lightning"}
     assert loaded <= {"flowpost", "numpy", "torch", "sympy", "mpmath", "networkx", "jinja2", "markupsafe"}
 
 
@@ -195,12 +200,24 @@ def test_readme_s_python_runs_as_pasted(capsys: pytest.CaptureFixture[str]) -> N
     capsys.readouterr()
 
 
+OTHERS = {"pyro": "pyro", "arviz": "arviz_base", "lightning": "lightning"}
+"""What a block of a page may import, itself or by `flowpost.interop`, and the package that it then needs."""
+
+
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
 def test_docs_run_as_pasted(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks but those whose library is not installed; where there are such, the test says so by a skip."""
     module = types.ModuleType(f"page_{page.stem}")  # where pickle finds the classes that a page defines
     monkeypatch.setitem(sys.modules, module.__name__, module)
+    missing = set()
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
-        exec(compile(block, page.name, "exec"), vars(module))
+        named = {name for name in OTHERS if re.search(rf"^(import|from) (flowpost\.interop\.)?{name}\b", block, re.M)}
+        absent = {OTHERS[name] for name in named if importlib.util.find_spec(OTHERS[name]) is None}
+        if not absent:
+            exec(compile(block, page.name, "exec"), vars(module))
+        missing |= absent
+    if missing:
+        pytest.skip(f"the rest of the page needs {', '.join(sorted(missing))}")
 
 
 def test_contributing_shows_what_is_there() -> None:
@@ -239,8 +256,8 @@ def test_readme_s_shapes_are_true() -> None:
 
 @pytest.mark.parametrize("name", [name for name in MODULES if "testing" not in name])
 def test_docstring_examples_run(name: str) -> None:
-    if "triton" in EXTRAS.get(name, set()):
-        pytest.importorskip("triton")
+    for extra in EXTRAS.get(name, set()) - {"safetensors"}:  # that one is imported where it is called
+        pytest.importorskip(extra)
     module = importlib.import_module(name)
     public = {key: getattr(flowpost, key) for key in PUBLIC}
     helpers = {key: value for part in (vae, objectives, evaluation) for key, value in vars(part).items()}

@@ -8,7 +8,17 @@ from mpmath import mp
 from torch import Tensor, nn
 
 import flowpost
-from flowpost.vae import VAE, Bernoulli, Binomial, Categorical, Gaussian, Likelihood
+from flowpost.evaluation import decompose_elbo, importance_estimate, log_marginal
+from flowpost.vae import (
+    VAE,
+    Bernoulli,
+    Binomial,
+    Categorical,
+    ContinuousBernoulli,
+    DiscretizedLogistic,
+    Gaussian,
+    Likelihood,
+)
 
 INTEGERS = [torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64]
 
@@ -63,6 +73,44 @@ def test_x_of_any_dtype_is_as_in_floats(likelihood: Likelihood, dtype: torch.dty
     found = likelihood.log_prob(outputs, x.to(dtype))
     assert found.dtype == torch.float32
     assert torch.equal(found, likelihood.log_prob(outputs, x.float()))
+
+
+EACH = [Bernoulli(), Binomial(3), Gaussian(), Gaussian(0.5), Categorical(4), ContinuousBernoulli()]
+EACH += [DiscretizedLogistic(4)]
+
+
+@pytest.mark.parametrize("likelihood", EACH, ids=repr)
+def test_an_x_that_would_broadcast_into_a_mix_is_refused(likelihood: Likelihood) -> None:
+    """Four images of five pixels with a channel axis were scored against all four outputs, 16 numbers in all."""
+    outputs, x = torch.randn(4, likelihood.numbers, 5), torch.zeros(4, 5)
+    for wrong in (x.unsqueeze(1), x.unsqueeze(0), x[:, :1], x[0, 0], torch.zeros(4, 5, 5)):
+        got = re.escape(str(tuple(wrong.shape)))
+        with pytest.raises(ValueError, match=rf"^x: expected shape \(\*, 5\) of at most 2 axes .*, got {got}; flatten"):
+            likelihood.log_prob(outputs, wrong)
+    for wrong in (torch.zeros(3, 5), torch.zeros(4, likelihood.numbers + 1, 5), torch.zeros(5)):
+        with pytest.raises(ValueError, match=rf"^outputs: expected shape \(\*, {likelihood.numbers}, elements\), got"):
+            likelihood.log_prob(wrong, x)
+    found = likelihood.log_prob(outputs.expand(3, *outputs.shape), x)
+    torch.testing.assert_close(found, likelihood.log_prob(outputs, x).expand(3, 4))
+    assert likelihood.log_prob(outputs, x[0]).shape == (4,)  # one x under four outputs
+    torch.testing.assert_close(torch.vmap(likelihood.log_prob)(outputs, x), likelihood.log_prob(outputs, x))
+
+
+class Unsummed(Bernoulli):
+    def log_prob(self, outputs: Tensor, x: Tensor) -> Tensor:
+        return x * outputs.squeeze(-2)
+
+
+def test_a_likelihood_that_does_not_sum_is_refused() -> None:
+    """Five pixels of five images: each pixel's log-density was added to another image's log p(z)."""
+    vae, x = VAE(nn.Linear(5, 3), flowpost.diagonal(3, 2), nn.Linear(2, 5), Unsummed()), torch.zeros(5, 5)
+    said = r"^likelihood: expected a log p\(x\|z\) for each z, \(3, 5\), got shape \(3, 5, 5\) for x of shape \(5, 5\);"
+    for call in (vae, vae.elbo_terms):
+        with pytest.raises(ValueError, match=said):
+            call(x, (3,))
+    for call in (log_marginal, importance_estimate, decompose_elbo):
+        with pytest.raises(ValueError, match="^likelihood: expected a log p"):
+            call(vae, x, 30)
 
 
 class Scaled(nn.Module):

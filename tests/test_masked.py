@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 from registry import Case, jacobian, push
-from torch import Tensor
+from torch import Tensor, nn
 
-from flowpost import Affine, Autoregressive, Bijector, Inverse, Masked, Planar, Shared, Shift
+from flowpost import Affine, Autoregressive, Bijector, Inverse, Masked, Planar, Shared, Shift, Spline
 from flowpost.functional import exp_scale, gate_parameters, softplus_scale
 from flowpost.masked import engine
 from flowpost.masked.network import MADE, MaskedLinear
@@ -179,6 +179,53 @@ def test_a_fresh_step_is_the_step_at_its_initial_context(context_size: int, hidd
     scale = softplus_scale(torch.tensor([3.0, 4.0, 5.0], dtype=F64))
     torch.testing.assert_close(image, torch.tensor([0.0, 1.0, 2.0], dtype=F64) + scale * z)
     torch.testing.assert_close(log_det, scale.log().sum().expand(4))
+
+
+@pytest.mark.parametrize("hidden", [(9, 8), ()], ids=str)
+def test_a_rate_slows_what_adam_moves(hidden: tuple[int, ...]) -> None:
+    """One step of Adam moves every weight by its rate: the numbers then move ``rate`` times as far."""
+    moved = []
+    for rate in (1.0, 0.25):
+        torch.manual_seed(0)
+        step = Masked(Affine(3, exp_scale), 2, hidden, rate=rate).double()
+        z, context = torch.randn(50, 3, dtype=torch.float64), torch.randn(50, 2, dtype=torch.float64)
+        torch.testing.assert_close(step(z, context), (z, torch.zeros(50, dtype=torch.float64)), rtol=0, atol=0)
+        optimizer = torch.optim.Adam(step.parameters(), 1e-3, eps=1e-30)
+        step(z, context)[1].sum().backward()
+        optimizer.step()
+        moved.append(step.net(z, context)[:, 1])
+    torch.testing.assert_close(moved[1], 0.25 * moved[0], rtol=1e-9, atol=0)
+    assert moved[0].abs().mean() > 1e-3
+
+
+@pytest.mark.parametrize("hidden", [(9, 8), ()], ids=str)
+@pytest.mark.parametrize("inside", [0, 1])
+def test_a_state_from_before_there_was_a_rate_is_the_same_map(hidden: tuple[int, ...], inside: int) -> None:
+    def make(rate: float) -> nn.Module:
+        step = Masked(Spline(3, bins=3), 2, hidden, rate=rate).double()
+        return nn.Sequential(nn.Identity(), step) if inside else step
+
+    old, new, other = make(1.0), make(0.25), make(0.125)
+    for parameter in old.parameters():
+        nn.init.normal_(parameter)
+    z, context = torch.randn(20, 3, dtype=torch.float64), torch.randn(20, 2, dtype=torch.float64)
+    before = {name: value.clone() for name, value in old.state_dict().items()}
+    new.load_state_dict(before)
+    assert all(torch.equal(value, before[name]) for name, value in old.state_dict().items())
+    maps = [module[1] if isinstance(module, nn.Sequential) else module for module in (old, new, other)]
+    torch.testing.assert_close(maps[1](z, context), maps[0](z, context), rtol=1e-9, atol=1e-9)
+    other.load_state_dict(new.state_dict())  # of a network with another rate: that is taken over
+    torch.testing.assert_close(maps[2](z, context), maps[0](z, context), rtol=1e-9, atol=1e-9)
+    with pytest.raises(RuntimeError, match="output_rate"):
+        old.load_state_dict(new.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("rate", "error"), [(0.0, ValueError), (-1.0, ValueError), (math.inf, ValueError), ("1", TypeError)]
+)
+def test_a_rate_is_a_positive_number(rate: float, error: type[Exception]) -> None:
+    with pytest.raises(error, match="^rate: expected a"):
+        Masked(Affine(3), rate=rate)
 
 
 def test_autocast_s_log_det_is_that_of_the_numbers_it_used() -> None:

@@ -59,7 +59,7 @@ def make(name: str) -> FlowPosterior:
 LAUNCHES = {
     "diagonal": (32, 47),
     "full_covariance": (41, 59),
-    "planar": (188, 769),
+    "planar": (188, 379),
     "radial": (251, 411),
     "householder": (53, 116),
     "cc_lin_iaf": (44, 67),

@@ -6,6 +6,7 @@ to fail when the seed was chosen, and has a control that must fail.
 
 import copy
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -19,7 +20,7 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 import flowpost
 from flowpost import FlowDistribution, FlowPosterior, Sample
-from flowpost.objectives import elbo, elbo_terms, free_bits, gaussian_kl, iwae, latent_kl
+from flowpost.objectives import elbo, elbo_terms, free_bits, gaussian_kl, iwae, latent_kl, renyi, reweigh
 from flowpost.schedules import constant, cyclical, linear
 from flowpost.vae import VAE, Gaussian
 
@@ -34,7 +35,7 @@ RECIPES: dict[str, Callable[[int, int], FlowPosterior]] = {
 }
 every = pytest.mark.parametrize("name", RECIPES)
 compiled = pytest.mark.parametrize("name", [
-    "full_covariance", pytest.param("planar", marks=pytest.mark.compile), pytest.param("iaf", marks=pytest.mark.full)
+    "full_covariance", pytest.param("planar", marks=pytest.mark.compile), pytest.param("iaf", marks=pytest.mark.compile)
 ])  # fmt: skip
 
 
@@ -115,6 +116,144 @@ def test_a_log_q_for_each_token_is_refused() -> None:
             bound(tokens, whole, whole)
     with pytest.raises(ValueError, match=r"^kl: expected a shape like log_likelihood's \(4,\), got \(4, 4\)"):
         elbo(whole, whole, whole, torch.zeros(4, 4))
+
+
+def test_renyi_is_the_log_of_a_power_mean() -> None:
+    likelihood, prior, log_q = torch.randn(3, 5, 4, dtype=torch.float64)
+    weights = (likelihood + 0.3 * (prior - log_q)).exp()
+    expected = (weights**0.7).mean(0).log() / 0.7
+    torch.testing.assert_close(renyi(likelihood, prior, log_q, 0.3, kl_weight=0.3), expected)
+    each = torch.full((4,), 0.3, dtype=torch.float64)
+    torch.testing.assert_close(renyi(likelihood, prior, log_q, 0.3, kl_weight=each), expected)
+    far = renyi(likelihood - 1e6, prior, log_q, 0.3, kl_weight=0.3)
+    torch.testing.assert_close(far, expected - 1e6)
+    pairs = torch.randn(3, 2, 3, 4, dtype=torch.float64)
+    torch.testing.assert_close(renyi(*pairs, alpha=0.3), renyi(*pairs.flatten(1, 2), alpha=0.3))
+    log_w = likelihood + prior - log_q
+    torch.testing.assert_close(renyi(likelihood, prior, log_q, 0.0), log_w.exp().mean(0).log())
+    assert torch.equal(renyi(likelihood, prior, log_q, 0.0), iwae(likelihood, prior, log_q))
+    torch.testing.assert_close(renyi(*pairs[:, 0, 0], alpha=0.3), elbo(*pairs[:, 0, 0]))
+
+
+def test_renyi_falls_from_iwae_to_the_elbo() -> None:
+    terms = torch.randn(3, 6, 4, dtype=torch.float64)
+    found = torch.stack([renyi(*terms, alpha=alpha) for alpha in (0.0, 0.1, 0.5, 0.9, 0.99, 1 - 1e-6)])
+    assert (found[1:] < found[:-1]).all()
+    torch.testing.assert_close(found[0], iwae(*terms))
+    torch.testing.assert_close(found[-1], elbo(*terms), rtol=0, atol=1e-5)  # (1 - alpha) / 2 of the variance
+    assert (found[-2] - elbo(*terms) > 1e-3).all()  # the control: at 0.99 the two are apart
+
+
+def test_renyi_s_gradient_is_its_normalized_weights() -> None:
+    log_w = (10 * torch.randn(6, 4, dtype=torch.float64)).requires_grad_()
+    zeros = torch.zeros(6, 4, dtype=torch.float64)
+    for alpha in (0.0, 0.4, 0.999):
+        (found,) = torch.autograd.grad(renyi(log_w, zeros, zeros, alpha).sum(), log_w)
+        torch.testing.assert_close(found, ((1 - alpha) * log_w).softmax(0))
+    assert torch.autograd.gradcheck(lambda w: renyi(w, zeros, zeros, 0.4), log_w)
+
+
+def test_renyi_s_rounding_in_float32() -> None:
+    """What the docstring says of alpha = 0.999."""
+    terms = torch.randn(3, 50, 1000, dtype=torch.float64).float()
+    found, exact = renyi(*terms, alpha=0.999), renyi(*terms.double(), alpha=0.999)
+    assert (found - exact).abs().max() < 1e-3
+
+
+def test_an_alpha_that_is_none() -> None:
+    terms, vae, x = torch.zeros(3, 2, 4), small_vae(), torch.zeros(2, 4, dtype=torch.float64)
+    calls: list[Callable[[float], object]] = [
+        lambda alpha: renyi(*terms, alpha=alpha),
+        lambda alpha: reweigh(torch.zeros(3, 4, 2), alpha),
+        lambda alpha: vae(x, (3,), "dreg", alpha=alpha),
+        lambda alpha: vae(x, (3,), alpha=alpha),
+    ]
+    for call in calls:
+        for alpha in (1.0, 1, -0.1, math.nan):
+            with pytest.raises(
+                ValueError, match=rf"^alpha: expected a number in \[0, 1\), got {alpha}; for alpha = 1 use"
+            ):
+                call(alpha)
+        with pytest.raises(TypeError, match=r"^alpha: expected a Python number in \[0, 1\), got a tensor"):
+            call(torch.tensor(0.5))  # pyright: ignore[reportArgumentType]
+    q = vae.encode(x)
+    for gradient in ("standard", "stl"):
+        said = (
+            f"^alpha: expected 0 with gradient='{gradient}', whose log-densities do not depend on it, got 0.5; give it"
+        )
+        with pytest.raises(ValueError, match=said):
+            vae(x, (3,), gradient, alpha=0.5)
+        with pytest.raises(ValueError, match=said):
+            vae.evaluate(x, q, (3,), gradient, alpha=0.5)
+
+
+BOUNDS: dict[str, Callable[..., object]] = {
+    "elbo": elbo,
+    "elbo_terms": elbo_terms,
+    "iwae": iwae,
+    "renyi": lambda *terms, **options: renyi(*terms, alpha=0.5, **options),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+@pytest.mark.parametrize("shape", [(3, 1), (1, 4), (1, 1), (4, 3), (1, 4, 4)], ids=str)
+def test_a_term_of_another_size_is_refused(name: str, shape: tuple[int, ...]) -> None:
+    """All but one of these broadcast without a word; three samples, four examples."""
+    whole, other = torch.zeros(3, 4), torch.zeros(shape)
+    hint = "; sum over tokens" if len(shape) == 3 else "; expand what examples share$"
+    said = rf": expected a shape like log_likelihood's \(3, 4\), got {re.escape(str(shape))}{hint}"
+    with pytest.raises(ValueError, match="^log_prior" + said):
+        BOUNDS[name](whole, other, whole)
+    with pytest.raises(ValueError, match="^log_q" + said):
+        BOUNDS[name](whole, whole, other)
+    with pytest.raises(ValueError, match=r"^log_prior: expected a shape like log_likelihood's"):
+        BOUNDS[name](other, whole, whole)
+
+
+@pytest.mark.parametrize("bound", [elbo, elbo_terms])
+def test_a_kl_of_another_batch_is_refused(bound: Callable[..., object]) -> None:
+    whole = torch.zeros(3, 4)
+    for kl in (torch.zeros(1), torch.zeros(5), torch.zeros(()), torch.zeros(4, 1)):
+        with pytest.raises(ValueError, match=r"^kl: expected a shape like log_likelihood's \(4,\), got"):
+            bound(whole, whole, whole, kl)
+
+
+@pytest.mark.parametrize("name", ["elbo", "iwae", "renyi"])
+def test_a_kl_weight_is_one_number_or_one_for_each_example(name: str) -> None:
+    """A column of four would give four bounds for every example."""
+    terms, bound = torch.randn(3, 4, 4), cast(Callable[..., Tensor], BOUNDS[name])
+    for weight in (torch.ones(4, 1), torch.ones(4, 4), torch.ones(1, 4), torch.ones(3), torch.ones(1, 1)):
+        got = re.escape(str(tuple(weight.shape)))
+        said = rf"^kl_weight: expected one number or one for each example, \(4,\), got shape {got}$"
+        with pytest.raises(ValueError, match=said):
+            bound(*terms, kl_weight=weight)
+    with pytest.raises(ValueError, match="^kl_weight: expected one number or one for each example"):
+        bound(*terms[:, :, :1], kl_weight=torch.ones(4))  # of one example it made four
+    with pytest.raises(ValueError, match="^kl_weight: expected one number or one for each example"):
+        bound(*terms[:, 0, 0], kl_weight=torch.ones(1))  # an axis of its own
+    expected = bound(*terms, kl_weight=0.3)
+    for weight in (torch.tensor(0.3), torch.tensor([0.3]), torch.full((4,), 0.3)):
+        torch.testing.assert_close(bound(*terms, kl_weight=weight), expected)
+    models = torch.randn(3, 2, 4, 4)
+    torch.testing.assert_close(torch.vmap(bound)(*models), torch.stack([bound(*models[:, i]) for i in (0, 1)]))
+
+
+def test_a_scale_that_would_broadcast_is_refused() -> None:
+    """Four examples of four latents: a column for each latent was read as one for each example."""
+    loc = torch.zeros(4, 4)
+    for scale in (torch.ones(4, 1), torch.ones(4), torch.ones(()), torch.ones(1, 4, 4)):
+        got = re.escape(str(tuple(scale.shape)))
+        with pytest.raises(
+            ValueError, match=rf"^scale: expected shape \(4, 4\) for a loc of shape \(4, 4\), got {got};"
+        ):
+            latent_kl(loc, scale)
+    for tril in (torch.eye(4), torch.ones(4, 4, 1), torch.ones(4, 1, 4, 4)):
+        with pytest.raises(
+            ValueError, match=r"^scale_tril: expected shape \(4, 4, 4\) for a loc of shape \(4, 4\), got"
+        ):
+            gaussian_kl(loc, tril)
+    with pytest.raises(ValueError, match=r"^scale_tril: expected shape \(4, 1, 1\) for a loc of shape \(4, 1\)"):
+        gaussian_kl(loc[:, :1], torch.eye(4).expand(4, 4, 4))
 
 
 def test_latents_kl_adds_up_to_the_factorized_gaussian_s() -> None:
@@ -355,30 +494,31 @@ def test_path_log_prob_under_vmap_and_grad(name: str) -> None:
 # -------------------------------------------------------------------------------------------- gradient estimators
 
 
-def objective(vae: VAE, x: Tensor, samples: int, gradient: str, kl_weight: float = 1.0) -> Tensor:
-    out = vae(x, (samples,), gradient)
-    return iwae(out.log_likelihood, out.log_prior, out.log_q, kl_weight=kl_weight)
+def objective(vae: VAE, x: Tensor, samples: int, gradient: str, kl_weight: float = 1.0, alpha: float = 0.0) -> Tensor:
+    out = vae(x, (samples,), gradient, alpha=alpha if gradient == "dreg" else 0.0)
+    terms = out.log_likelihood, out.log_prior, out.log_q
+    return renyi(*terms, alpha=alpha, kl_weight=kl_weight) if alpha else iwae(*terms, kl_weight=kl_weight)
 
 
-def exact_bound(vae: VAE, x: Tensor, samples: int, kl_weight: float = 1.0) -> Tensor:
+def exact_bound(vae: VAE, x: Tensor, samples: int, kl_weight: float = 1.0, alpha: float = 0.0) -> Tensor:
     """The expectation of the bound at 1, 2 or 3 samples of a one-dimensional z, by quadrature over the noise."""
     nodes, node_weights = np.polynomial.hermite_e.hermegauss(100)
     nodes, node_weights = torch.tensor(nodes), torch.tensor(node_weights / math.sqrt(2 * math.pi))
     sample = vae.posterior(vae.encoder(x), (100,), nodes.view(100, 1, 1).expand(100, len(x), 1))
     log_likelihood, log_prior = vae.log_joint(x, sample.z)
-    log_w = log_likelihood + kl_weight * (log_prior - sample.log_prob)
+    log_w = (1 - alpha) * (log_likelihood + kl_weight * (log_prior - sample.log_prob))
     total, mass = log_w, node_weights
     for _ in range(samples - 1):  # all tuples of nodes
         total = torch.logaddexp(total.unsqueeze(1), log_w).flatten(0, 1)
         mass = (mass.unsqueeze(1) * node_weights).flatten()
-    return mass @ (total - math.log(samples))
+    return mass @ (total - math.log(samples)) / (1 - alpha)
 
 
-def z_scores(vae: VAE, x: Tensor, samples: int, gradient: str, kl_weight: float = 1.0) -> Tensor:
+def z_scores(vae: VAE, x: Tensor, samples: int, gradient: str, kl_weight: float = 1.0, alpha: float = 0.0) -> Tensor:
     """How many standard errors the mean gradient of 60,000 draws is from the exact one, for each parameter."""
-    exact = gradients(exact_bound(vae, x, samples, kl_weight).mean(), vae)
-    wide = x.expand(600, *x.shape).flatten(0, 1)
-    draws = torch.stack([gradients(objective(vae, wide, samples, gradient, kl_weight).mean(), vae) for _ in range(100)])
+    exact = gradients(exact_bound(vae, x, samples, kl_weight, alpha).mean(), vae)
+    wide, options = x.expand(600, *x.shape).flatten(0, 1), (samples, gradient, kl_weight, alpha)
+    draws = torch.stack([gradients(objective(vae, wide, *options).mean(), vae) for _ in range(100)])
     error = draws.std(0) / math.sqrt(len(draws))
     return (draws.mean(0) - exact).abs() / (error + 1e-9)
 
@@ -387,19 +527,37 @@ def z_scores(vae: VAE, x: Tensor, samples: int, gradient: str, kl_weight: float 
     "name", ["planar", *(pytest.param(name, marks=pytest.mark.full) for name in ("diagonal", "iaf"))]
 )
 @pytest.mark.parametrize(
-    ("samples", "gradient", "kl_weight"),
-    [(1, "standard", 1.0), (1, "stl", 1.0), (1, "stl", 0.4), (2, "standard", 1.0), (2, "dreg", 1.0), (2, "dreg", 0.4)],
+    ("samples", "gradient", "kl_weight", "alpha"),
+    [
+        (1, "standard", 1.0, 0.0),
+        (1, "stl", 1.0, 0.0),
+        (1, "stl", 0.4, 0.0),
+        (2, "standard", 1.0, 0.0),
+        (2, "dreg", 1.0, 0.0),
+        (2, "dreg", 0.4, 0.0),
+        pytest.param(2, "standard", 1.0, 0.5, marks=pytest.mark.full),
+        pytest.param(2, "dreg", 1.0, 0.5, marks=pytest.mark.full),
+        (2, "dreg", 0.4, 0.5),
+    ],
 )
-def test_gradients_are_unbiased(name: str, samples: int, gradient: str, kl_weight: float) -> None:
+def test_gradients_are_unbiased(name: str, samples: int, gradient: str, kl_weight: float, alpha: float) -> None:
     """False-alarm rate 1e-4 each: 5.5 standard errors from 100 means (Student's t), at most 240 parameters."""
     vae, x = small_vae(name), torch.randn(1, 4, dtype=torch.float64)
-    assert z_scores(vae, x, samples, gradient, kl_weight).max() < 5.5
+    assert z_scores(vae, x, samples, gradient, kl_weight, alpha).max() < 5.5
 
 
 def test_sticking_the_landing_is_biased_for_several_samples() -> None:
     """The control: Tucker et al. (2018), section 3, and what the docstring says."""
     vae, x = small_vae("planar"), torch.randn(1, 4, dtype=torch.float64)
     assert z_scores(vae, x, 2, "stl").max() > 20
+
+
+@pytest.mark.full
+def test_dreg_is_biased_for_a_bound_of_another_alpha(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: what `reweigh` and `VAE` say."""
+    vae, x = small_vae("planar"), torch.randn(1, 4, dtype=torch.float64)
+    monkeypatch.setattr("flowpost.vae.reweigh", lambda z, alpha: reweigh(z, 0.0))
+    assert z_scores(vae, x, 2, "dreg", 1.0, 0.5).max() > 20
 
 
 def test_quadrature_is_the_closed_form_s() -> None:
@@ -414,6 +572,9 @@ def test_quadrature_is_the_closed_form_s() -> None:
     assert (one < two).all()
     assert (two < three).all()
     assert (three < evidence(vae, x)).all()
+    between = exact_bound(vae, x, 2, alpha=0.5)
+    assert ((one < between) & (between < two)).all()
+    assert (between < exact_bound(vae, x, 3, alpha=0.5)).all()
 
 
 def test_iwae_rises_with_its_samples_and_stays_below_the_evidence() -> None:
@@ -450,34 +611,41 @@ def test_sticking_the_landing_has_no_variance_in_a_linear_gaussian_vae() -> None
         out = vae(x, (5,), gradient)
         for value in (elbo(*out[:3]), iwae(*out[:3])):
             assert gradients(value.mean(), vae.posterior, keep=True).abs().max() < 1e-12
+    out = vae(x, (5,), "dreg", alpha=0.6)
+    assert gradients(renyi(*out[:3], alpha=0.6).mean(), vae.posterior).abs().max() < 1e-12
     out = vae(x, (5,))
     assert gradients(elbo(*out[:3]).mean(), vae.posterior).abs().max() > 1e-2
 
 
-def naive_dreg(vae: VAE, x: Tensor, noise: Tensor, kl_weight: float) -> Tensor:
-    """Tucker et al. (2018), eq. 8, sample by sample; the tempered weights' factor by the same derivation."""
+def naive_dreg(vae: VAE, x: Tensor, noise: Tensor, kl_weight: float, alpha: float) -> Tensor:
+    """Tucker et al. (2018), eq. 8, sample by sample; with an alpha Daudel et al. (2023).
+
+    The factor of tempered weights by the same derivation: the score's part, `kl_weight` times as large, is what the
+    second reparameterization turns from v into (1 - alpha) (v^2 - v), in which alpha v + (1 - alpha) v^2 is left of v.
+    """
     samples = len(noise)
     sample = vae.posterior(vae.encoder(x), (samples,), noise)
     leaf = sample.z.detach().requires_grad_()
     log_likelihood, log_prior = vae.log_joint(x, leaf)
     log_q = frozen_log_prob(vae.posterior, sample._replace(z=leaf), vae.encoder(x))
     log_w = log_likelihood + kl_weight * (log_prior - log_q)
-    v = log_w.softmax(0).detach()
+    v = ((1 - alpha) * log_w).softmax(0).detach()
     value = (v * log_w).sum(0).mean()  # the decoder's side
     slopes = torch.stack([torch.autograd.grad(log_w[k].sum(), leaf, retain_graph=True)[0][k] for k in range(samples)])
-    factor = (1 - kl_weight) * v + kl_weight * v**2
+    factor = (1 - kl_weight) * v + kl_weight * (alpha * v + (1 - alpha) * v**2)
     surrogate = (factor.unsqueeze(-1) * slopes * sample.z).sum((0, 2)).mean()  # the posterior's
     return gradients(value, vae) + gradients(surrogate, vae)
 
 
 @pytest.mark.parametrize("name", ["full_covariance", "planar", "iaf"])
 @pytest.mark.parametrize("kl_weight", [1.0, 0.4])
-def test_dreg_is_the_paper_s_formula(name: str, kl_weight: float) -> None:
+@pytest.mark.parametrize("alpha", [0.0, 0.6])
+def test_dreg_is_the_paper_s_formula(name: str, kl_weight: float, alpha: float) -> None:
     vae, x = small_vae(name, dim=3), torch.randn(5, 4, dtype=torch.float64)
     torch.manual_seed(1)
-    found = gradients(objective(vae, x, 7, "dreg", kl_weight).mean(), vae)
+    found = gradients(objective(vae, x, 7, "dreg", kl_weight, alpha).mean(), vae)
     torch.manual_seed(1)
-    expected = naive_dreg(vae, x, torch.randn(7, 5, 3, dtype=torch.float64), kl_weight)
+    expected = naive_dreg(vae, x, torch.randn(7, 5, 3, dtype=torch.float64), kl_weight, alpha)
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
 
@@ -506,6 +674,20 @@ def test_dreg_follows_any_scale_of_the_loss() -> None:
     alone = [found((6,), slice(i, i + 1)) for i in range(3)]
     torch.testing.assert_close(found((6,)), 5.0 * alone[0] - 0.3 * alone[2], rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(found((2, 3)), found((6,)), rtol=1e-9, atol=1e-12)
+
+
+def test_reweighing_under_vmap_and_grad() -> None:
+    """Each example by itself, with a batch axis of one, as all of them together."""
+    loc, noise = torch.randn(4, 2, dtype=torch.float64), torch.randn(6, 4, 2, dtype=torch.float64)
+
+    def bound(loc: Tensor, noise: Tensor) -> Tensor:
+        z, zeros, more_zeros = reweigh(loc + noise, 0.3)
+        log_q = Normal(loc.detach(), 1.0).log_prob(z).sum(-1)
+        return renyi(-(z**4).sum(-1) + zeros, -z.square().sum(-1), log_q + more_zeros, 0.3, kl_weight=0.7).sum()
+
+    expected = torch.func.grad(bound)(loc, noise)
+    found = torch.vmap(torch.func.grad(bound), in_dims=(0, 1))(loc.unsqueeze(1), noise.unsqueeze(2))
+    torch.testing.assert_close(found.squeeze(1), expected)
 
 
 def test_a_term_in_the_sample_itself_is_not_reweighted() -> None:
@@ -545,7 +727,7 @@ class WithNoise(FlowDistribution):
 
 @pytest.mark.full
 def test_a_training_step_compiles_whole() -> None:
-    vae, x, gradient = small_vae("planar", dim=3), torch.randn(5, 4, dtype=torch.float64), "dreg"
+    vae, x = small_vae("planar", dim=3), torch.randn(5, 4, dtype=torch.float64)
     posterior, noise = vae.posterior, torch.randn(6, 5, 3, dtype=torch.float64)
 
     def at(h: Tensor) -> FlowDistribution:
@@ -555,8 +737,11 @@ def test_a_training_step_compiles_whole() -> None:
 
     posterior.at = at  # pyright: ignore[reportAttributeAccessIssue]
     torch.compiler.reset()
-    compiled = torch.compile(lambda x: objective(vae, x, 6, gradient).mean(), fullgraph=True, backend="aot_eager")
-    expected = objective(vae, x, 6, gradient).mean()
+
+    def bound(x: Tensor) -> Tensor:
+        return objective(vae, x, 6, "dreg", alpha=0.3).mean()
+
+    compiled, expected = torch.compile(bound, fullgraph=True, backend="aot_eager"), bound(x)
     torch.testing.assert_close(compiled(x), expected)
     torch.testing.assert_close(gradients(compiled(x), vae), gradients(expected, vae))
     torch.compiler.reset()

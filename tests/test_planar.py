@@ -157,22 +157,46 @@ def test_planar_steps_of_a_chain_see_each_other_s_output(case: Case) -> None:
     torch.testing.assert_close(flow(z, context), (point, total), rtol=1e-10, atol=1e-10)
 
 
+def one_by_one(flow: Chain, direction: str, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    """The steps, each called alone."""
+    total, parts = torch.zeros((), dtype=torch.float64), context.split([step.context_size for step in flow], -1)
+    pairs = [(step, part if step.context_size else None) for step, part in zip(flow, parts, strict=True)]
+    for step, part in pairs if direction == "forward" else reversed(pairs):
+        z, log_det = getattr(step, direction)(z, part)
+        total = total + log_det
+    return z, total
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse", "preimage"])
 @pytest.mark.parametrize("samples", [(), (1,), (3, 2)])
-def test_planar_chain_is_its_steps_one_after_the_other(samples: tuple[int, ...]) -> None:
+def test_planar_chain_is_its_steps_one_after_the_other(samples: tuple[int, ...], direction: str) -> None:
     """Values and gradients, with u far on both sides of the constraint, for one and many samples an example."""
     flow = Chain(Affine(3), *(Planar(3) for _ in range(5)), Reverse(3), Planar(3), Planar(3)).double()
     z = leaf(torch.randn(*samples, 4, 3, dtype=torch.float64))
     context = leaf(3 * torch.randn(4, flow.context_size, dtype=torch.float64))
-    point, total, place = z, torch.zeros((), dtype=torch.float64), 0
-    for step in flow:
-        part = context[:, place : place + step.context_size] if step.context_size else None
-        point, log_det = step(point, part)
-        total, place = total + log_det, place + step.context_size
-    for found, wanted in zip(flow(z, context), (point, total), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
-        weights = torch.linspace(0.5, 1.5, found.numel(), dtype=torch.float64).view_as(found)
-        pairs = [torch.autograd.grad((weights * out).sum(), (z, context), retain_graph=True) for out in (found, wanted)]
-        torch.testing.assert_close(*pairs, rtol=1e-8, atol=1e-8)
+    known = None
+    if direction == "preimage":
+        known, direction = z.detach(), "inverse"
+        z = leaf(flow(z, context)[0])
+    expected = one_by_one(flow, direction, z, context)
+    found = flow(z, context) if direction == "forward" else flow.inverse(z, context, preimage=known)
+    for mine, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-9, atol=1e-9)
+        weights = torch.linspace(0.5, 1.5, mine.numel(), dtype=torch.float64).view_as(mine)
+        pairs = [torch.autograd.grad((weights * out).sum(), (z, context), retain_graph=True) for out in (mine, wanted)]
+        torch.testing.assert_close(*pairs, rtol=1e-7, atol=1e-7)
+
+
+def test_a_run_of_planar_steps_is_undone_with_exact_second_derivatives() -> None:
+    flow = Chain(*(Planar(2) for _ in range(3))).double()
+    z, context = torch.randn(3, 2, dtype=torch.float64), torch.randn(3, flow.context_size, dtype=torch.float64)
+
+    def undone(z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        return flow.inverse(z, context)
+
+    given = z.requires_grad_(), context.requires_grad_()
+    assert torch.autograd.gradcheck(undone, given)
+    assert torch.autograd.gradgradcheck(undone, given)
 
 
 def test_a_planar_step_with_a_map_of_its_own_is_not_joined() -> None:
@@ -180,5 +204,10 @@ def test_a_planar_step_with_a_map_of_its_own_is_not_joined() -> None:
         def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
             return z, z.new_zeros(())
 
-    z = torch.randn(4, 3)
-    assert torch.equal(Chain(Still(3), Still(3))(z, torch.randn(4, 14))[0], z)
+    class Back(Planar):
+        def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
+            return z, z.new_zeros(())
+
+    z, context = torch.randn(4, 3), torch.randn(4, 14)
+    assert torch.equal(Chain(Still(3), Still(3))(z, context)[0], z)
+    assert torch.equal(Chain(Back(3), Back(3)).inverse(z, context)[0], z)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributions import Independent, MultivariateNormal, Normal
 
 import flowpost
@@ -45,8 +45,8 @@ def test_every_use_of_the_prior_finds_it() -> None:
     assert (vae.sample_prior(4000).mean(0) - 3).abs().max() < 0.1
     assert plain.sample_prior(4000).mean(0).abs().max() < 0.1
     noise = torch.randn(3, DIM, dtype=torch.float64)
-    torch.testing.assert_close(vae.sample_prior(3, noise), 3 + noise)
-    assert torch.equal(plain.sample_prior(3, noise), noise)
+    torch.testing.assert_close(vae.sample_prior(3, noise=noise), 3 + noise)
+    assert torch.equal(plain.sample_prior(3, noise=noise), noise)
     half = VAE(nn.Linear(4, 5).bfloat16(), flowpost.planar(5, DIM), nn.Linear(DIM, 4), Bernoulli())
     assert half.sample_prior(3).dtype == torch.float32  # z's, whatever the encoder's
     torch.manual_seed(2)
@@ -60,7 +60,7 @@ def test_estimates_of_log_p_find_it() -> None:
     """A decoder that does not read z: p(x) is the likelihood, whatever the prior."""
     vae = make(at(1.0))
     with torch.no_grad():
-        vae.decoder.weight.zero_()
+        vae.get_parameter("decoder.weight").zero_()
     expected = vae.likelihood.log_prob(vae.decode(torch.zeros(1, DIM, dtype=torch.float64), 4), X)
     torch.manual_seed(0)
     assert (log_marginal(vae, X, 20_000) - expected).abs().max() < 0.1
@@ -134,7 +134,13 @@ def test_samples_and_reconstructions_have_the_shape_of_x() -> None:
 
 
 def test_a_prior_that_does_not_fit_is_refused() -> None:
-    for wrong in (flowpost.diagonal(3, DIM), flowpost.realnvp(0, DIM + 1)):
-        with pytest.raises(ValueError, match=f"^prior: expected a posterior without features of dim={DIM}, got one of"):
-            make(wrong)
-    assert isinstance(make().sample_prior(2), Tensor)
+    with pytest.raises(ValueError, match=f"^prior: expected one of dim={DIM}, the posterior's, got dim={DIM + 1}"):
+        make(flowpost.realnvp(0, DIM + 1))
+    with pytest.raises(TypeError, match="^prior: expected a posterior, such as realnvp.0, dim=2., got Normal"):
+        make(Normal(0.0, 1.0))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", ["iaf", "affine_iaf", "naf"])
+def test_a_prior_that_searches_at_every_z_says_so(name: str) -> None:
+    with pytest.warns(UserWarning, match="^prior: log p.z. takes a sweep over the variables in each of 2 autoregr"):
+        make(flowpost.recipes.RECIPES[name](0, DIM, steps=2, hidden=(8,)))

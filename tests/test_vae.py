@@ -278,7 +278,7 @@ def test_log_marginal_is_the_plain_average_of_weights_whatever_the_chunks(monkey
     for pairs in (5, 10, 35, 1000):
         drawn = 0
 
-        def draw(q: flowpost.FlowDistribution, sample_shape: tuple[int, ...] = ()) -> flowpost.Sample:
+        def draw(q: flowpost.FlowDistribution, sample_shape: tuple[int, ...], fresh: None) -> flowpost.Sample:
             nonlocal drawn
             start, drawn = drawn, drawn + sample_shape[0]
             return real(q, sample_shape, noise[start:drawn])

@@ -40,6 +40,9 @@ class Masked(Ordered, Networked):
             weights' layout: in that order or its reverse the network's zeros are skipped.
         activation: element-wise; with ``F.elu``, ``F.relu`` and ``torch.tanh`` a whole run of steps is one node of the
             autograd graph.
+        rate: a positive constant times which the network's outputs come, so that an optimizer moves them less fast;
+            ``1 / sqrt(hidden[-1])`` in the recipes whose steps are no gates, which would shrink q to a point before its
+            mean has learned to follow x.
 
     Shapes:
         z ``(*batch, dim)``, context ``(*batch, context_size)``.
@@ -67,18 +70,19 @@ class Masked(Ordered, Networked):
         *,
         order: Sequence[int] | None = None,
         activation: Callable[[Tensor], Tensor] = F.elu,
+        rate: float = 1.0,
     ) -> None:
         _check_step(step)
         super().__init__(step.dim, context_size)
         order = None if order is None else check_order(order, step.dim)
-        self.net = MADE(step.dim, step.context_size // step.dim, hidden, context_size, activation, order)
+        self.net = MADE(step.dim, step.context_size // step.dim, hidden, context_size, activation, order, rate)
         self.step = step
         super()._set_order(order)
         self.domain, self.codomain = step.domain, step.codomain
         for parameter in self.net.last_parameters():
             nn.init.zeros_(parameter)
         with torch.no_grad():
-            self.net.stack[-1].bias.copy_(step.initial_context())
+            self.net.stack[-1].bias.copy_(step.initial_context() / self.net.rate)
 
     def causal_order(self) -> Tensor:
         """The order in which the variables are computed."""

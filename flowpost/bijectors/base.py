@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from flowpost.bijectors._interchange import Interchange
 from flowpost.bijectors._within import undo
 from flowpost.checks import active, check_finite, check_inside, check_residual
 from flowpost.masked.run import Column
@@ -29,7 +30,7 @@ Line = tuple[Tensor | float, Tensor | float]
 """A shift and a positive factor, each for all variables alike, or ``(*batch, dim)``."""
 
 
-class Bijector(Placed, ABC):
+class Bijector(Placed, Interchange, ABC):
     """An invertible map of z, one for every context: ``(z, context) -> (z', log|det dz'/dz|)``.
 
     ``forward`` runs from noise to posterior and ``inverse`` back. Both are written here once: they check shapes and

@@ -14,7 +14,7 @@ from flowpost.numerics.arguments import check_int
 from flowpost.numerics.products import by_columns, by_rows, wide_dtype
 from flowpost.numerics.ridge import bounded_gain, cascade, log_slope, ridge
 from flowpost.numerics.roots import correct
-from flowpost.numerics.tanh_roots import tanh_root
+from flowpost.numerics.tanh_roots import solve_ridges, tanh_root
 from flowpost.numerics.watchers import full_precision
 
 
@@ -67,12 +67,46 @@ def planar_chain(z: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Te
     """
     u_hat, wu, room = _invertible(u, w)
     with full_precision(z.device.type):
-        start = by_columns(by_rows, w, z) if z.ndim >= w.ndim else (w * z.unsqueeze(-2)).sum(-1)
-        inner = cascade(start + b, w @ u_hat.mT)
-        value, slope = ridge(inner)
+        value, slope = ridge(cascade(_across(w, z) + b, w @ u_hat.mT))
         image = z + by_columns(by_rows, u_hat.mT, value)
     log_det = log_slope(wu.squeeze(-1), room.squeeze(-1), value, slope)
     return image, log_det.sum(-1, dtype=wide_dtype(z))
+
+
+def planar_chain_inverse(
+    z: Tensor, u: Tensor, w: Tensor, b: Tensor, preimage: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Undo `planar_chain`: K increasing scalar equations, the last of which has one unknown, each before it one more.
+
+    With ``x_k = w_k.z_k + b_k`` they are ``x_k + sum_{j>=k} w_k.u_hat_j tanh(x_j) = w_k.z' + b_k``: no point between z'
+    and z is needed. Cost: O(K (K + dim)), and K scalar roots, one after the other.
+
+    Args:
+        z: the image z', ``(*batch, dim)``.
+        u: ``(*batch, K, dim)``.
+        w: ``(*batch, K, dim)``.
+        b: ``(*batch, K)``.
+        preimage: where it is known, ``(*batch, dim)``: no search is run.
+
+    Returns:
+        The preimage ``(*batch, dim)`` and the log-det of the inverse ``(*batch)``, summed in float64, first and second
+        derivatives exact.
+    """
+    u_hat, wu, room = _invertible(u, w)
+    wu = wu.squeeze(-1)
+    with full_precision(z.device.type):
+        product = w @ u_hat.mT
+        root = None if preimage is None else cascade(_across(w, preimage) + b, product).detach()
+        gain = torch.diagonal_scatter(product.triu(1), wu, dim1=-2, dim2=-1)
+        value, slope = solve_ridges(gain, _across(w, z) + b, root)
+        image = z - by_columns(by_rows, u_hat.mT, value)
+    log_det = log_slope(wu, room.squeeze(-1), value, slope)
+    return image, -log_det.sum(-1, dtype=wide_dtype(z))
+
+
+def _across(w: Tensor, z: Tensor) -> Tensor:
+    """The ``w_k.z`` of all maps, ``(*batch, K)``."""
+    return by_columns(by_rows, w, z) if z.ndim >= w.ndim else (w * z.unsqueeze(-2)).sum(-1)
 
 
 def planar_inverse(z: Tensor, u: Tensor, w: Tensor, b: Tensor, preimage: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -140,12 +174,21 @@ class Planar(Bijector):
         return planar(z, *self._numbers(context))
 
     def _fuses(self, *, shared: bool) -> Hashable | None:
-        return Planar if not shared and type(self)._forward is Planar._forward else None
+        ours = type(self)._forward is Planar._forward and type(self)._inverse is Planar._inverse
+        return Planar if ours and not shared else None
 
     def _forward_run(self, steps: Sequence[Bijector], z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        numbers = cast(Tensor, context).unflatten(-1, (len(steps), self.context_size))
-        u, w, b = self._numbers(numbers)
-        return planar_chain(z, u, w, b.squeeze(-1))
+        return planar_chain(z, *self._numbers_of(steps, context))
+
+    def _inverse_run(
+        self, steps: Sequence[Bijector], z: Tensor, context: Tensor | None, preimage: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return planar_chain_inverse(z, *self._numbers_of(steps, context), preimage)
+
+    def _numbers_of(self, steps: Sequence[Bijector], context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The numbers of a run, an axis of steps before the last: ``(*batch, K, dim)`` twice, and ``(*batch, K)``."""
+        u, w, b = self._numbers(cast(Tensor, context).unflatten(-1, (len(steps), self.context_size)))
+        return u, w, b.squeeze(-1)
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         u, w, b = self._numbers(context)

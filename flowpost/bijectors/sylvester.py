@@ -13,7 +13,7 @@ from flowpost.numerics.arguments import check_int
 from flowpost.numerics.products import by_columns, by_rows
 from flowpost.numerics.reflections import Reflected, free_entries, orthonormal, pivoted
 from flowpost.numerics.ridge import bounded_gain, log_slope, positive, ridge
-from flowpost.numerics.tanh_roots import tanh_roots
+from flowpost.numerics.tanh_roots import solve_ridges
 from flowpost.numerics.watchers import full_precision
 
 _Basis = Tensor | Reflected | None
@@ -70,15 +70,8 @@ def sylvester_inverse(
         The preimage ``(*batch, dim)`` and the log-det of the inverse ``(*batch)``, first and second derivatives exact.
     """
     with full_precision(z.device.type):
-        product, target = r2 @ r1, _inner(z, q, r2, b)
-        y = tanh_roots(product, target) if preimage is None else _inner(preimage, q, r2, b).detach()
-        eye = torch.eye(b.shape[-1], dtype=z.dtype, device=z.device)
-        for _ in range(2):  # Newton steps: the first attaches the implicit gradient, the second makes another exact too
-            value, slope = ridge(y)
-            residual = y + by_columns(by_rows, product, value) - target
-            jacobian = eye + product * slope.unsqueeze(-2)
-            y = y - torch.linalg.solve_triangular(jacobian, residual.unsqueeze(-1), upper=True).squeeze(-1)
-        value, slope = ridge(y)
+        root = None if preimage is None else _inner(preimage, q, r2, b)
+        value, slope = solve_ridges(r2 @ r1, _inner(z, q, r2, b), root)
         return z - _outer(q, r1, value), -_log_det(r1, r2, room, value, slope)
 
 

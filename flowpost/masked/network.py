@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch.nn.functional as F
-from torch import Tensor, empty, nn
+from torch import Tensor, empty, nn, tensor
 
 from flowpost.masked.activations import Activation
 from flowpost.masked.staircase import Staircase
-from flowpost.numerics.arguments import check_int
+from flowpost.numerics.arguments import check_int, check_positive
 
 
 class MaskedLinear(nn.Module):
@@ -74,6 +74,9 @@ class MADE(nn.Module):
         activation: element-wise, between layers.
         order: the order of the variables: each one's outputs depend on those before it. By default as they come. It is
             folded into the weights' layout.
+        rate: a positive constant times which the outputs come. An optimizer such as Adam moves every weight by as much
+            a step, whatever the gradient's size: a layer of n inputs then moves its outputs n times as fast as a single
+            number. ``1 / sqrt(n)`` holds that back.
 
     Shapes:
         z ``(*batch, dim)``, context ``(*batch, context_size)`` or None, result ``(*batch, outputs, dim)``.
@@ -90,8 +93,13 @@ class MADE(nn.Module):
         context_size: int = 0,
         activation: Activation = F.elu,
         order: Sequence[int] | None = None,
+        rate: float = 1.0,
     ) -> None:
         super().__init__()
+        self.rate = check_positive("rate", rate)
+        if rate != 1:
+            # No call reads it: it tells a state of this network from one that was saved when outputs had no rate.
+            self.register_buffer("output_rate", tensor(self.rate))
         widths = [check_int("hidden", width, minimum=1) for width in hidden]
         self.dim, self.outputs, self.activation = dim, outputs, activation
         self.units = [[unit * dim // width for unit in range(width)] for width in widths]
@@ -129,8 +137,24 @@ class MADE(nn.Module):
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Outputs for every variable; see the class."""
+        sums = self.sums(z, context)
+        return sums if self.rate == 1 else self.rate * sums
+
+    def sums(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """The last layer's outputs, before the rate."""
         first, *others = self.layers
         x = first(z) if self.project is None else first(z) + self.project(context)
         for layer in others:
             x = layer(self.activation(x))
         return x.unflatten(-1, (self.outputs, self.dim))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
+        key, last = f"{prefix}output_rate", f"{prefix}layers.{len(self.layers) - 1}."
+        if key in state_dict:
+            if self.rate != 1 and not state_dict[key].is_meta and abs(float(state_dict[key]) / self.rate - 1) > 0.01:
+                self.rate = float(state_dict[key])  # of another; the same may have been rounded to half precision
+        elif self.rate != 1 and any(name.startswith(prefix) for name in state_dict):  # of when outputs had no rate
+            names = [f"{last}weight", f"{last}bias", *([f"{prefix}project.weight"] if len(self.layers) == 1 else [])]
+            state_dict.update({name: state_dict[name] / self.rate for name in names if name in state_dict})
+            state_dict[key] = self.output_rate
+        super()._load_from_state_dict(state_dict, prefix, *args)

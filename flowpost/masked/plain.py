@@ -140,7 +140,18 @@ def _networks(run: Run, parameters: Sequence[Tensor] | None) -> list[Network]:
 def _with(net: MADE, group: Parameters) -> Network:
     """The network with the parameters it had, which ``functional_call`` may have taken back since."""
     given = dict(zip(names(net), [*group.weights, *group.biases, *group.projection], strict=True))
-    return lambda *inputs: functional_call(net, given, inputs)
+    return lambda *inputs: functional_call(_Sums(net), {f"net.{name}": each for name, each in given.items()}, inputs)
+
+
+class _Sums(nn.Module):
+    """A network whose outputs have their rate from its parameters."""
+
+    def __init__(self, net: MADE) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, z: Tensor, context: Tensor | None) -> Tensor:
+        return self.net.sums(z, context)
 
 
 def _step(step: ElementWise, z: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:

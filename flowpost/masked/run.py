@@ -104,12 +104,19 @@ def names(net: MADE) -> list[str]:
 
 
 def flat(run: Run) -> list[Tensor]:
-    """The parameters of a run's networks, one network after the other, each in the order of `Parameters`."""
+    """The parameters of a run's networks, one network after the other, each in the order of `Parameters`.
+
+    Those that add to the outputs come times the network's rate: to whoever reads them the outputs are sums.
+    """
     found: list[Tensor] = []
     for link in run:
-        layers = link.net.stack
-        found += [layer.weight for layer in layers] + [layer.bias for layer in layers]
-        found += [] if link.net.project is None else [link.net.project.weight]
+        net, layers = link.net, link.net.stack
+        own = [layer.weight for layer in layers] + [layer.bias for layer in layers]
+        own += [] if net.project is None else [net.project.weight]
+        if net.rate != 1:
+            last = {id(parameter) for parameter in net.last_parameters()}
+            own = [net.rate * parameter if id(parameter) in last else parameter for parameter in own]
+        found += own
     return found
 
 

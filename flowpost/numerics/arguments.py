@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,24 @@ def check_int(name: str, value: object, minimum: int) -> int:
     if number < minimum:
         raise ValueError(f"{name}: expected an int >= {minimum}, got {number}")
     return number
+
+
+def check_positive(name: str, value: object) -> float:
+    """Return `value`, a positive finite number, or raise."""
+    if not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not 0 < float(value) < math.inf:
+        raise ValueError(f"{name}: expected a positive finite number, got {value}")
+    return float(value)
+
+
+def check_alpha(alpha: float) -> float:
+    """Return the order of a Renyi bound, a Python number in [0, 1), or raise."""
+    if isinstance(alpha, Tensor):
+        raise TypeError("alpha: expected a Python number in [0, 1), got a tensor; call .item() on it once, before")
+    if not 0 <= alpha < 1:
+        raise ValueError(f"alpha: expected a number in [0, 1), got {alpha}; for alpha = 1 use the elbo, for 0 the iwae")
+    return alpha
 
 
 def check_order(order: Sequence[int], dim: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Roots of ``x + gain tanh(x) = target``, alone or in a triangle; they carry no gradient."""
+"""Roots of ``x + gain tanh(x) = target``, alone or in a triangle; the search for them carries no gradient."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowpost.numerics import fusing
+from flowpost.numerics.products import by_columns, by_rows
+from flowpost.numerics.ridge import ridge
 from flowpost.numerics.watchers import unwatched
 
 
@@ -81,6 +83,24 @@ def tanh_roots(gain: Tensor, target: Tensor) -> Tensor:
     # A compiler, which would unroll every row's search, sees an operator; an exported program has torch's own alone.
     run = _roots_operator if torch.compiler.is_dynamo_compiling() or _by_kernel(target) else _tanh_roots
     return run(gain.detach(), target.detach())
+
+
+def solve_ridges(gain: Tensor, target: Tensor, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``tanh(y)`` and its slope at the y of `tanh_roots`, with exact first and second derivatives.
+
+    Args:
+        gain: as in `tanh_roots`.
+        target: as in `tanh_roots`.
+        root: y, where it is known: no search is run.
+    """
+    y = tanh_roots(gain, target) if root is None else root.detach()
+    eye = torch.eye(target.shape[-1], dtype=target.dtype, device=target.device)
+    for _ in range(2):  # Newton steps: the first attaches the implicit gradient, the second makes another exact too
+        value, slope = ridge(y)
+        residual = y + by_columns(by_rows, gain, value) - target
+        jacobian = eye + gain * slope.unsqueeze(-2)
+        y = y - torch.linalg.solve_triangular(jacobian, residual.unsqueeze(-1), upper=True).squeeze(-1)
+    return ridge(y)
 
 
 def _by_kernel(target: Tensor) -> bool:

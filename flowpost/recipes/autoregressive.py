@@ -63,7 +63,12 @@ def iaf(
 
 @recipe
 def affine_iaf(
-    features: int, dim: int, steps: int = 4, hidden: Sequence[int] = (320, 320), context_size: int = 64
+    features: int,
+    dim: int,
+    steps: int = 4,
+    hidden: Sequence[int] = (320, 320),
+    context_size: int = 64,
+    rate: float | None = None,
 ) -> FlowPosterior:
     """Inverse autoregressive flow in its plain form ``z' = mu + sigma z`` (Kingma et al. 2016, eq. 9, 10).
 
@@ -76,6 +81,7 @@ def affine_iaf(
         steps: number of autoregressive steps.
         hidden: widths of each step's hidden layers.
         context_size: size of c, which every step's network reads.
+        rate: times which the networks' outputs come, as in `Masked`; ``1 / sqrt(hidden[-1])`` by default.
 
     Returns:
         A posterior that starts near N(0, I).
@@ -83,13 +89,18 @@ def affine_iaf(
     Example:
         >>> z, log_prob, noise = flowpost.affine_iaf(16, dim=2, hidden=(32, 32))(torch.randn(8, 16), sample_shape=(50,))
     """
-    masked = _masked_steps(exp_affine, dim, steps, hidden, context_size)
+    masked = _masked_steps(exp_affine, dim, steps, hidden, context_size, rate)
     return FlowPosterior(features, Chain(Affine(dim), Shared(*masked)))
 
 
 @recipe
 def maf(
-    features: int, dim: int, steps: int = 4, hidden: Sequence[int] = (320, 320), context_size: int = 64
+    features: int,
+    dim: int,
+    steps: int = 4,
+    hidden: Sequence[int] = (320, 320),
+    context_size: int = 64,
+    rate: float | None = None,
 ) -> FlowPosterior:
     """Masked autoregressive flow (Papamakarios et al. 2017): each variable is ``mu + sigma noise``, of the z before it.
 
@@ -102,6 +113,7 @@ def maf(
         steps: number of autoregressive steps.
         hidden: widths of each step's hidden layers.
         context_size: size of c, which every step's network reads.
+        rate: times which the networks' outputs come, as in `Masked`; ``1 / sqrt(hidden[-1])`` by default.
 
     Returns:
         A posterior that starts near N(0, I).
@@ -109,7 +121,7 @@ def maf(
     Example:
         >>> log_prob = flowpost.maf(16, dim=2, hidden=(32, 32)).log_prob(torch.randn(8, 2), torch.randn(8, 16))
     """
-    masked = _masked_steps(lambda size: Inverse(exp_affine(size)), dim, steps, hidden, context_size)
+    masked = _masked_steps(lambda size: Inverse(exp_affine(size)), dim, steps, hidden, context_size, rate)
     return FlowPosterior(features, Chain(Affine(dim), Shared(*(Inverse(step) for step in masked))))
 
 
@@ -122,6 +134,7 @@ def spline_autoregressive(
     context_size: int = 64,
     bins: int = 8,
     bound: float = 3.0,
+    rate: float | None = None,
 ) -> FlowPosterior:
     """Autoregressive neural spline flow, RQ-NSF (AR) (Durkan et al. 2019): `affine_iaf` with a `Spline` in each step.
 
@@ -135,6 +148,7 @@ def spline_autoregressive(
         steps: number of autoregressive steps.
         hidden: widths of each step's hidden layers.
         context_size: size of c, which every step's network reads.
+        rate: times which the networks' outputs come, as in `Masked`; ``1 / sqrt(hidden[-1])`` by default.
         bins: of each spline, from 2 to 50.
         bound: where the splines end and the identity begins.
 
@@ -146,7 +160,7 @@ def spline_autoregressive(
         >>> z, log_prob, noise = posterior(torch.randn(8, 16), sample_shape=(50,))
     """
     spline = functools.partial(Spline, bins=bins, bound=bound)
-    masked = _masked_steps(spline, dim, steps, hidden, context_size)
+    masked = _masked_steps(spline, dim, steps, hidden, context_size, rate)
     return FlowPosterior(features, Chain(Shared(*masked), Affine(dim)))
 
 
@@ -159,6 +173,7 @@ def naf(
     context_size: int = 64,
     units: int = 8,
     layers: int = 1,
+    rate: float | None = None,
 ) -> FlowPosterior:
     """Neural autoregressive flow in its inverse form (Huang et al. 2018): `affine_iaf` with a `DeepSigmoid` a step.
 
@@ -172,6 +187,7 @@ def naf(
         steps: number of autoregressive steps.
         hidden: widths of each step's hidden layers.
         context_size: size of c, which every step's network reads.
+        rate: times which the networks' outputs come, as in `Masked`; ``1 / sqrt(hidden[-1])`` by default.
         units: sigmoids in a layer.
         layers: deep sigmoids in sequence in each step.
 
@@ -183,7 +199,7 @@ def naf(
         >>> z, log_prob, noise = posterior(torch.randn(8, 16), sample_shape=(50,))
     """
     sigmoids = functools.partial(DeepSigmoid, units=units, layers=layers)
-    masked = _masked_steps(sigmoids, dim, steps, hidden, context_size)
+    masked = _masked_steps(sigmoids, dim, steps, hidden, context_size, rate)
     return FlowPosterior(features, Chain(Affine(dim), Shared(*masked)))
 
 
@@ -193,9 +209,16 @@ def _masked_steps(
     steps: int,
     hidden: Sequence[int],
     context_size: int,
+    rate: float | None,
 ) -> list[Masked]:
-    """`steps` autoregressive steps of what `step` makes of `dim`, every other one in the reverse order."""
-    return [Masked(step(dim), context_size, hidden, order=order) for order in orders(dim, steps)]
+    """`steps` autoregressive steps of what `step` makes of `dim`, every other one in the reverse order.
+
+    Without the rate, Adam moves the scales of 320 units' steps so fast that q(z|x) has shrunk to a point before its
+    mean follows x, and stays in whatever mode it fell into.
+    """
+    if rate is None:
+        rate = 1 / math.sqrt([*hidden][-1]) if len(hidden) else 1.0
+    return [Masked(step(dim), context_size, hidden, order=order, rate=rate) for order in orders(dim, steps)]
 
 
 if not TYPE_CHECKING:  # a type checker reads the functions themselves

@@ -1,0 +1,223 @@
+"""A `torch.distributions.Transform`, or what makes one of a context, as a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Transform, constraints
+from torch.distributions.constraints import Constraint
+from torch.distributions.transforms import _InverseTransform
+
+from flowpost.bijectors.base import LINE, Bijector
+from flowpost.numerics.constants import Constant
+from flowpost.numerics.products import wide_dtype
+from flowpost.numerics.watchers import first_parameter, full_precision
+
+Maker = Callable[..., Transform]
+
+
+class TransformStep(Bijector):
+    """``z' = t(z)``, t a `Transform`; `Bijector.from_transform` makes it.
+
+    Args:
+        transform: a `Transform`, or what makes one of a context.
+        dim: size of z.
+        context_size: how many numbers per example it reads.
+        start: the ``initial_context``.
+    """
+
+    def __init__(
+        self, transform: Transform | Maker, dim: int, context_size: int = 0, start: Tensor | None = None
+    ) -> None:
+        super().__init__(dim, context_size, start)
+        self.transform = _held(transform, self.context_size)
+        if isinstance(transform, nn.Module):
+            like = first_parameter(transform)
+            self._like = self._like if like is None else like.new_empty(0)
+        with torch.no_grad():
+            sample = self._make(None if not context_size else self.initial_context().to(self._like), self._like)
+            self.domain, self.codomain = _interval("domain", sample.domain), _interval("codomain", sample.codomain)
+            self.event_dim = _check_transform(sample, self._like.new_full((dim,), _inside(self.domain)))
+
+    def head_scale(self) -> Tensor:
+        """Ones where a module with parameters reads the context, as features."""
+        return super().head_scale() if first_parameter(self) is None else self._like.new_ones(self.context_size)
+
+    def extra_repr(self) -> str:
+        """The sizes, and the transform where it is no module."""
+        return super().extra_repr() + ("" if isinstance(self.transform, nn.Module) else f", {self.transform}")
+
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        with full_precision(z.device.type):
+            z, transform = self._over(z, context), self._make(context, z)
+            image, log_det = _image_and_log_det(transform, z)
+            return image, self._summed(log_det, image)
+
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
+        with full_precision(z.device.type):
+            z, transform = self._over(z, context), self._make(context, z)
+            found = cast(Tensor, transform.inv(z))
+            if preimage is not None:  # the value that is known, the gradient of the transform's own inverse
+                found = preimage + (found - found.detach())
+            return found, -self._summed(transform.log_abs_det_jacobian(found, z), z)
+
+    def _over(self, z: Tensor, context: Tensor | None) -> Tensor:
+        """Z over the context's batch too: not every transform broadcasts its own numbers."""
+        return z if context is None else z.expand(*torch.broadcast_shapes(z.shape[:-1], context.shape[:-1]), -1)
+
+    def _make(self, context: Tensor | None, like: Tensor) -> Transform:
+        """The transform at a context, on the device and of the dtype of `like`; nobody else has seen it."""
+        if isinstance(self.transform, Transform):
+            return _fresh(self.transform)  # a module that is one
+        if isinstance(self.transform, _Constants):
+            return self.transform.on(like)
+        made = self.transform() if context is None else self.transform(context)
+        if not isinstance(made, Transform):
+            raise TypeError(f"transform: expected what makes a Transform, got one that makes a {type(made).__name__}")
+        return made
+
+    def _summed(self, log_det: Tensor, z: Tensor) -> Tensor:
+        """The log-det of the vectors, of a transform that may act on each variable by itself."""
+        return log_det if self.event_dim else log_det.expand_as(z).sum(-1, dtype=wide_dtype(z))
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> TransformStep:  # noqa: FBT001, FBT002
+        super()._apply(fn, recurse)
+        if isinstance(self.transform, _Constants):
+            self.transform.on(self._like)  # so that no compiled call has to copy it
+        return self
+
+
+class _Constants:
+    """A transform whose tensors are constants: it is given on whatever device it is needed, with an empty cache."""
+
+    def __init__(self, transform: Transform) -> None:
+        self.kept = _walk(transform, _hold)
+
+    def on(self, like: Tensor) -> Transform:
+        return cast(Transform, _walk(self.kept, lambda value: value.on(like)))
+
+    def __repr__(self) -> str:
+        return repr(self.kept)
+
+
+class Inverted(NamedTuple):
+    """The inverse of a transform, as it is kept: torch's own loses what it is of when it is copied or pickled."""
+
+    transform: object
+
+
+def _image_and_log_det(transform: Transform, z: Tensor) -> tuple[Tensor, Tensor]:
+    together = getattr(transform, "call_and_ladj", None)
+    if together is not None:  # zuko's, whose network then runs once
+        return together(z)
+    image = cast(Tensor, transform(z))
+    return image, transform.log_abs_det_jacobian(z, image)
+
+
+def _held(transform: object, context_size: int) -> _Constants | nn.Module | Maker:
+    """What the step keeps of what it was given."""
+    if isinstance(transform, nn.Module):
+        return transform
+    if isinstance(transform, Transform):
+        if context_size:
+            raise ValueError(f"context_size: expected 0 for a Transform, which reads no context, got {context_size}")
+        return _Constants(transform)
+    if isinstance(transform, type) or not callable(transform):
+        raise TypeError(f"transform: expected a Transform or what makes one, got {transform!r}")
+    if not context_size:
+        raise TypeError("transform: expected a Transform or a module that makes one, got a function of no context")
+    return cast(Maker, transform)
+
+
+def _walk(value: object, change: Callable[[Any], object]) -> object:
+    """A copy of a transform, its parts too, caches empty, with another thing in the place of each tensor."""
+    if isinstance(value, (Tensor, Constant)):
+        return change(value)
+    if isinstance(value, _InverseTransform):
+        return Inverted(_walk(value.inv, change))
+    if isinstance(value, Inverted):
+        return cast(Transform, _walk(value.transform, change)).inv
+    if isinstance(value, (list, tuple)):
+        return type(value)(_walk(each, change) for each in value)
+    if _of_module(value):
+        raise ValueError(
+            "transform: expected one without modules in it, whose parameters nobody would find; "
+            "give a module that makes the transform: from_transform(module, dim)"
+        )
+    if not isinstance(value, Transform):
+        return value
+    new = _fresh(value)
+    vars(new).update({name: _walk(each, change) for name, each in vars(new).items()})
+    return new
+
+
+def _of_module(value: object) -> bool:
+    """Whether a value is a module, or a function that is one's, as the method of a network."""
+    if isinstance(value, partial):
+        return any(_of_module(each) for each in (value.func, *value.args, *value.keywords.values()))
+    return isinstance(value, nn.Module) or isinstance(getattr(value, "__self__", None), nn.Module)
+
+
+def _fresh(transform: Transform) -> Transform:
+    """A shallow copy that has seen no tensor yet."""
+    new = object.__new__(type(transform))
+    vars(new).update(vars(transform), _inv=None)
+    if new._cache_size:
+        new._cached_x_y = None, None
+    return new
+
+
+def _hold(value: Tensor) -> Constant:
+    if value.requires_grad:
+        raise ValueError(
+            "transform: expected constants, got a tensor that requires grad; "
+            "give a module that makes the transform: from_transform(module, dim)"
+        )
+    return Constant(value)
+
+
+def _check_transform(transform: Transform, z: Tensor) -> int:
+    """The event dim of a transform that can be a step, which is tried at z; raise if it cannot."""
+    if not transform.bijective:
+        raise ValueError(f"transform: expected a bijective one, got {transform}")
+    events = transform.domain.event_dim, transform.codomain.event_dim
+    if events not in ((0, 0), (1, 1)):
+        raise ValueError(f"transform: expected event dim 0 or 1, got {events[0]} to {events[1]} of {transform}")
+    try:
+        found = tuple(cast(Tensor, transform(z)).shape)
+    except Exception as error:
+        raise ValueError(f"transform: expected one of vectors of dim={len(z)}, and {transform} raised") from error
+    if found != tuple(z.shape):
+        raise ValueError(f"transform: expected one of vectors of dim={len(z)}, got image shape {found} of {transform}")
+    return events[0]
+
+
+def _interval(name: str, constraint: Constraint) -> tuple[float, float]:
+    """The open interval in which a constraint holds every variable."""
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    if constraint is constraints.real:
+        return LINE
+    low = getattr(constraint, "lower_bound", -math.inf)
+    high = getattr(constraint, "upper_bound", math.inf)
+    numbers = all(isinstance(bound, (int, float)) for bound in (low, high))
+    if constraint.is_discrete or (low, high) == LINE or not numbers:
+        raise ValueError(
+            f"transform: expected the real line or one interval of numbers as its {name}, got {constraint}"
+        )
+    return float(low), float(high)
+
+
+def _inside(interval: tuple[float, float]) -> float:
+    """A number in an interval."""
+    low, high = interval
+    if interval == LINE:
+        return 0.5
+    if math.inf in interval:
+        return low + 1
+    return high - 1 if low == -math.inf else (low + high) / 2

@@ -1,0 +1,123 @@
+"""A condition y on its way to the parts of a conditional VAE, and its prior p(z|y)."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from flowpost.bijectors.autoregressive import Masked
+from flowpost.bijectors.base import Bijector
+from flowpost.bijectors.wrappers import Inverse
+from flowpost.distribution import FlowDistribution
+from flowpost.posterior import FlowPosterior
+from flowpost.wrapped import WrappedPosterior
+
+Prior = FlowPosterior | WrappedPosterior
+"""p(z), of a posterior without features; p(z|y), of one that reads y as its features, or of a wrapped encoder of y."""
+
+Data = tuple[Tensor, Tensor | None]
+"""The x, and y where there is a condition."""
+
+
+def check_prior(prior: Prior, dim: int) -> None:
+    """Refuse a prior over another space, and warn of one that takes a search to score any z."""
+    if not isinstance(prior, (FlowPosterior, WrappedPosterior)):
+        raise TypeError(f"prior: expected a posterior, such as realnvp(0, dim={dim}), got {type(prior).__name__}")
+    if prior.dim != dim:
+        raise ValueError(f"prior: expected one of dim={dim}, the posterior's, got dim={prior.dim}")
+    flow = (prior.posterior if isinstance(prior, WrappedPosterior) else prior).flow
+    if count := sweeps(flow, inverse=True):
+        warnings.warn(
+            f"prior: log p(z) takes a sweep over the variables in each of {count} autoregressive steps, whose fast "
+            f"direction is to draw; expected steps that score any z fast, as maf(0, dim={dim}) and realnvp(0, "
+            f"dim={dim}) have",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def reads(prior: Prior | None) -> bool:
+    """Whether it is a p(z|y)."""
+    return isinstance(prior, WrappedPosterior) or (prior is not None and prior.features > 0)
+
+
+def prior_at(prior: Prior, y: Tensor | None) -> FlowDistribution:
+    """The p(z), or p(z|y) of each row of y."""
+    return prior.at(condition(y)) if reads(prior) else cast(FlowPosterior, prior).at()
+
+
+def condition(y: Tensor | None) -> Tensor:
+    """The condition that a prior p(z|y) reads."""
+    if y is None:
+        raise ValueError("y: expected the condition that the prior p(z|y) reads, got None; pass y=")
+    return y
+
+
+def check_rows(y: Tensor, count: int, of: str) -> None:
+    """Refuse a condition that has not one row for each."""
+    if not isinstance(y, Tensor) or not y.ndim or len(y) != count:
+        got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"y: expected a tensor ({count}, ...), a row for each {of}, got {got}")
+
+
+def row_for_each(y: Tensor | None, count: int) -> Tensor | None:
+    """A row of y for each draw; one row serves all of them."""
+    if y is None:
+        return None
+    y = y.expand(count, *y.shape[1:]) if isinstance(y, Tensor) and y.ndim and len(y) == 1 else y
+    check_rows(y, count, "draw")
+    return y
+
+
+def call(name: str, part: nn.Module, given: Tensor, y: Tensor | None) -> Tensor:
+    """What a part makes of its input and of y, each row of which goes to one row of the input."""
+    if y is None:
+        return part(given)
+    if not torch.compiler.is_compiling():
+        _check_takes_two(name, part)
+    return part(given, y)
+
+
+def spread(y: Tensor, batch: tuple[int, ...]) -> Tensor:
+    """The rows of y ``(B, *event)`` for each of z's leading axes ``(*samples, B)``, those in one: ``(N, *event)``."""
+    check_rows(y, batch[-1], "z along its last axis but one")
+    return y.expand(*batch, *y.shape[1:]).flatten(0, len(batch) - 1)
+
+
+def split(x: Tensor, y: Tensor | None, size: int) -> list[Data]:
+    """Both in parts of `size` rows."""
+    parts = x.split(size)
+    if y is None:
+        return [(part, None) for part in parts]
+    check_rows(y, len(x), "x")
+    return list(zip(parts, y.split(size), strict=True))
+
+
+def sweeps(step: nn.Module, *, inverse: bool) -> int:
+    """How many steps within are swept over the variables, in the inverse or in the forward direction."""
+    if isinstance(step, Masked):
+        return int(inverse)
+    if isinstance(step, Inverse):
+        return sweeps(step.step, inverse=not inverse)
+    parts = [part for part in step.children() if isinstance(part, (Bijector, nn.ModuleList))]
+    return sum(sweeps(part, inverse=inverse) for part in parts)
+
+
+def _check_takes_two(name: str, part: nn.Module) -> None:
+    try:
+        signature = inspect.signature(part.forward)
+    except ValueError:  # a scripted module says so itself, when it is called
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        takes = ", ".join(signature.parameters) or "nothing"
+        first = "x" if name == "encoder" else "z"
+        raise TypeError(
+            f"{name}: expected a forward({first}, y), for a condition y is given, got {type(part).__name__}, whose "
+            f"forward takes {takes}; write a module that takes both, and uses y or leaves it"
+        ) from None

@@ -1,0 +1,87 @@
+"""The generative half of a VAE: p(x, z) = p(x|z) p(z), drawn from and scored."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from flowpost.conditions import Prior, call, condition, prior_at, reads, row_for_each, spread
+from flowpost.density import like_of, standard_normal_log_prob
+from flowpost.likelihoods import Likelihood
+from flowpost.posterior import FlowPosterior
+
+
+class Generative(nn.Module):
+    """``p(x, z) = p(x|z) p(z)``, or ``p(x|z, y) p(z|y)``, of a model that has a decoder, a likelihood and a prior."""
+
+    decoder: nn.Module
+    likelihood: Likelihood
+    prior: Prior | None
+    """None is N(0, I)."""
+    posterior: FlowPosterior
+    """It says how many latents there are, on which device and of which dtype."""
+
+    def log_joint(self, x: Tensor, z: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The log p(x|z) and log p(z), each ``(*samples, B)``, for x ``(B, *event)`` and z ``(*samples, B, dim)``."""
+        return self._log_likelihood(x, z, y), self.log_prior(z, y)
+
+    def log_prior(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+        """The log p(z), or log p(z|y), ``(*batch)``, of z ``(*batch, dim)``."""
+        if self.prior is None:
+            return standard_normal_log_prob(z)
+        return self.prior.log_prob(z, condition(y)) if reads(self.prior) else self.prior.log_prob(z)
+
+    def sample_prior(self, count: int, y: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+        """Draw z ~ p(z), ``(count, dim)``, or one of p(z|y) for each row of y, of which a single one serves all.
+
+        `noise`, a standard normal draw of that shape, takes the place of a fresh one.
+        """
+        if self.prior is not None:
+            shape = () if reads(self.prior) else (count,)
+            return prior_at(self.prior, row_for_each(y, count)).draw(shape, noise).z
+        if noise is not None:
+            return noise
+        like = like_of(self.posterior.flow, None)
+        return torch.randn(count, self.posterior.dim, dtype=like.dtype, device=like.device)
+
+    @torch.no_grad()
+    def sample(self, count: int, shape: tuple[int, ...], y: Tensor | None = None) -> Tensor:
+        """Draw x ~ p(x), or p(x|y), ``(count, *shape)``, for the shape of one x; y as in `sample_prior`."""
+        y = row_for_each(y, count)
+        numbers = self.decode(self.sample_prior(count, y), math.prod(shape), y)
+        return self.likelihood.sample(numbers).view(count, *shape)
+
+    def decode(self, z: Tensor, elements: int, y: Tensor | None = None) -> Tensor:
+        """The likelihood's numbers ``(*batch, numbers, elements)`` for z ``(*batch, dim)`` and y ``(B, *event)``."""
+        y = None if y is None else spread(y, z.shape[:-1])
+        outputs = call("decoder", self.decoder, z.flatten(0, -2), y).flatten(1).to(z.dtype)
+        numbers = self.likelihood.numbers
+        if outputs.shape[1] != numbers * elements:
+            name = type(self.likelihood).__name__
+            raise ValueError(
+                f"decoder: expected {numbers} x {elements} outputs per example for {name}, got {outputs.shape[1]}"
+            )
+        return outputs.view(*z.shape[:-1], numbers, elements)
+
+    def _log_likelihood(self, x: Tensor, z: Tensor, y: Tensor | None) -> Tensor:
+        found = self.likelihood.log_prob(self.decode(z, math.prod(x.shape[1:]), y), x.flatten(1))
+        if found.shape != z.shape[:-1]:  # it would broadcast against log p(z)
+            raise ValueError(
+                f"likelihood: expected a log p(x|z) for each z, {tuple(z.shape[:-1])}, got shape {tuple(found.shape)} "
+                f"for x of shape {tuple(x.shape)}; log_prob sums over the elements of x"
+            )
+        return found
+
+
+def check_decoder(decoder: nn.Module, likelihood: Likelihood) -> None:
+    """Refuse one that ends in a sigmoid where the likelihood reads logits."""
+    last = decoder
+    while isinstance(last, nn.Sequential) and len(last):
+        last = last[-1]
+    if getattr(likelihood, "reads_logits", False) and isinstance(last, nn.Sigmoid):
+        raise ValueError(
+            f"decoder: expected logits for {type(likelihood).__name__}, got one that ends in a Sigmoid; leave it out, "
+            f"for likelihood.mean applies it"
+        )

@@ -1,0 +1,73 @@
+"""Draws from q(.|x) for ArviZ: a `DataTree` with the draws and their log q."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from flowpost.distribution import FlowDistribution
+from flowpost.numerics.arguments import check_int
+
+if TYPE_CHECKING:
+    from xarray import DataTree  # pyright: ignore[reportMissingImports]
+
+try:
+    from arviz_base import from_dict  # pyright: ignore[reportMissingImports]
+except ImportError as error:
+    raise ImportError("flowpost.interop.arviz needs ArviZ 1: pip install 'flowpost[arviz]'") from error
+
+
+def to_datatree(
+    q: FlowDistribution,
+    draws: int = 1000,
+    *,
+    chains: int = 1,
+    examples: Sequence[object] | None = None,
+    name: str = "z",
+) -> DataTree:
+    """Draw from q(z|x) of some examples, as ArviZ 1 reads posteriors.
+
+    The group ``posterior`` has the draws, with the axes ``(chain, draw, example, latent)``; ``sample_stats`` has their
+    ``log_q``, as the pass that drew them gives it. The draws are independent, also those of one chain: `chains` is for
+    plots and tables that compare several. Costs ``chains * draws * examples`` samples, held at once.
+
+    Args:
+        q: of batch shape ``(examples,)``, such as ``posterior.at(h[chosen])``, or ``()``.
+        draws: how many for each chain.
+        chains: how many of them.
+        examples: a label for each example, such as its place in the data; by default they are counted from 0.
+        name: the variable's name.
+
+    Returns:
+        An `xarray.DataTree`, whose arrays are numpy's.
+
+    Raises:
+        TypeError: if `q` is no `FlowDistribution`, or a count no int.
+        ValueError: for a count below 1, a q of more batch axes, or another number of labels than of examples.
+
+    Example:
+        >>> posterior, h = flowpost.planar(16, dim=2), torch.randn(100, 16)
+        >>> chosen = [3, 17]
+        >>> tree = to_datatree(posterior.at(h[chosen]), 500, examples=chosen)
+        >>> tree["posterior"]["z"].sel(example=17).shape
+        (1, 500, 2)
+    """
+    if not isinstance(q, FlowDistribution):
+        raise TypeError(f"q: expected a FlowDistribution, as posterior.at(h) gives it, got {type(q).__name__}")
+    if len(q.batch_shape) > 1:
+        raise ValueError(f"q: expected batch shape (examples,) or (), got {tuple(q.batch_shape)}; flatten h first")
+    shape = (check_int("chains", chains, minimum=1), check_int("draws", draws, minimum=1))
+    labels = [*(range(*q.batch_shape) if examples is None and q.batch_shape else examples or [])]
+    if len(labels) != q.batch_shape.numel() and q.batch_shape:
+        raise ValueError(f"examples: expected {q.batch_shape.numel()} labels, one for each, got {len(labels)}")
+    with torch.no_grad():
+        z, log_q, _ = q.draw(shape)
+    axes = ["example"] if q.batch_shape else []
+    return from_dict(
+        {"posterior": {name: z.cpu().numpy()}, "sample_stats": {"log_q": log_q.cpu().numpy()}},
+        coords={"example": labels} if axes else {},
+        dims={name: [*axes, "latent"], "log_q": axes},
+        attrs={"/": {"inference_library": "flowpost"}},
+    )
