@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from flowpost.conditions import Prior, call, condition, prior_at, reads, row_for_each, spread
 from flowpost.density import like_of, standard_normal_log_prob
 from flowpost.likelihoods import Likelihood
+from flowpost.outputs import kind
 from flowpost.posterior import FlowPosterior
 
 
@@ -56,7 +57,13 @@ class Generative(nn.Module):
     def decode(self, z: Tensor, elements: int, y: Tensor | None = None) -> Tensor:
         """The likelihood's numbers ``(*batch, numbers, elements)`` for z ``(*batch, dim)`` and y ``(B, *event)``."""
         y = None if y is None else spread(y, z.shape[:-1])
-        outputs = call("decoder", self.decoder, z.flatten(0, -2), y).flatten(1).to(z.dtype)
+        outputs = call("decoder", self.decoder, z.flatten(0, -2), y)
+        if not isinstance(outputs, Tensor):
+            raise TypeError(
+                f"decoder: expected a tensor of the likelihood's numbers, got {kind(outputs)}; write a module whose "
+                f"forward takes the tensor out of it"
+            )
+        outputs = outputs.flatten(1).to(z.dtype)
         numbers = self.likelihood.numbers
         if outputs.shape[1] != numbers * elements:
             name = type(self.likelihood).__name__

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions import Independent, MultivariateNormal, Normal
 
 import flowpost
@@ -144,3 +144,13 @@ def test_a_prior_that_does_not_fit_is_refused() -> None:
 def test_a_prior_that_searches_at_every_z_says_so(name: str) -> None:
     with pytest.warns(UserWarning, match="^prior: log p.z. takes a sweep over the variables in each of 2 autoregr"):
         make(flowpost.recipes.RECIPES[name](0, DIM, steps=2, hidden=(8,)))
+
+
+def test_a_decoder_that_returns_no_tensor_is_refused() -> None:
+    class Named(nn.Linear):
+        def forward(self, input: Tensor) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return {"reconstruction": super().forward(input)}
+
+    vae = VAE(nn.Linear(4, 5), flowpost.planar(5, DIM), Named(DIM, 4), Bernoulli())
+    with pytest.raises(TypeError, match="^decoder: expected a tensor of the likelihood's numbers, got a dict of recon"):
+        vae(X.float())
