@@ -152,5 +152,5 @@ def test_a_decoder_that_returns_no_tensor_is_refused() -> None:
             return {"reconstruction": super().forward(input)}
 
     vae = VAE(nn.Linear(4, 5), flowpost.planar(5, DIM), Named(DIM, 4), Bernoulli())
-    with pytest.raises(TypeError, match="^decoder: expected a tensor of the likelihood's numbers, got a dict of recon"):
+    with pytest.raises(TypeError, match="^decoder: expected a tensor of the likelihood's numbers, got dict of recon"):
         vae(X.float())
