@@ -92,7 +92,8 @@ def test_a_transformed_distribution_is_the_posterior(name: str, cache_size: int)
     mine = FlowPosterior(FEATURES, step, nn.Identity()) if context is not None else FlowPosterior(0, step)
     q = flowpost.FlowDistribution(mine.flow, context, () if context is None else (BATCH,))
     for base in (Normal(torch.zeros(DIM).double(), 1.0), Independent(Normal(torch.zeros(DIM).double(), 1.0), 1)):
-        p = TransformedDistribution(base, [transform])
+        # Explicitly: a compiler, once used, turns the default off for the whole process.
+        p = TransformedDistribution(base, [transform], validate_args=True)
         assert (p.batch_shape, p.event_shape) == (q.batch_shape, q.event_shape)
         z = p.rsample((5,))
         assert z.shape == (5, *q.batch_shape, DIM)
