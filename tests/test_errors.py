@@ -450,8 +450,8 @@ def test_features_of_several_tokens() -> None:
     vae = VAE(nn.Unflatten(1, (4, 3)), flowpost.diagonal(3, 2), nn.Linear(2, 12), Bernoulli())
     message = (
         "encoder: expected features (4, features), one row for each x, got shape (4, 4, 3); "
-        "sum or average over tokens or pixels in the encoder, or, for latents with axes of their own, write the loss with "
-        "the posterior itself: log q and log p(z) are then summed over these axes"
+        "sum or average over tokens or pixels in the encoder, or, for latents with axes of their own, write "
+        "the loss with the posterior itself: log q and log p(z) are then summed over these axes"
     )
     raises(ValueError, message, lambda: vae(torch.zeros(4, 12)))
     vae = VAE(nn.Flatten(0), flowpost.diagonal(12, 2), nn.Linear(2, 12), Bernoulli())
