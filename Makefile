@@ -120,7 +120,7 @@ $(VENV)/.peers: $(FILES) | $(BIN)/python
 
 $(VENV)/.lint: $(FILES) | $(BIN)/python
 	$(INSTALL) -e '.[bench,files,test,dev]'
-	touch $@
+	touch $@ $(VENV)/.test $(VENV)/.bench
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(ENCODERS) dist .pytest_cache .ruff_cache .hypothesis

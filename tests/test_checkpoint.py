@@ -302,7 +302,7 @@ def kill_in_training(folder: Path, job: subprocess.Popen, delay: float) -> None:
     job.communicate()
 
 
-@pytest.mark.full
+@pytest.mark.long
 def test_a_killed_job_goes_on_to_the_same_results(whole_job: Path, tmp_path: Path) -> None:
     """SIGKILL at random times, in different runs of the job, one after the other; the last right after a checkpoint."""
     draws, killed = random.Random(0), 0

@@ -97,8 +97,8 @@ def _lightest(names: Iterable[str]) -> list:
     return [pytest.param(name, marks=pytest.mark.long if name in HEAVY else ()) for name in names]
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("name", _lightest(OFTEN))
+@pytest.mark.long
+@pytest.mark.parametrize("name", OFTEN)
 @more
 def test_contract_on_more_examples(entry: Entry, name: str) -> None:
     _check(entry, name, dims=(1, 2, 4), examples=9 if DEEP else 4)

@@ -93,7 +93,9 @@ def test_one_dimension_where_a_density_is_steep() -> None:
 
 
 @every
-@pytest.mark.parametrize(("push", "seed"), [(0.0, 0), (0.3, 1), pytest.param(0.3, 2, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("push", "seed"), [(0.3, 1), *(pytest.param(*each, marks=pytest.mark.long) for each in ((0.0, 0), (0.3, 2)))]
+)
 def test_two_dimensions_near_the_start(entry: Entry, push: float, seed: int) -> None:
     step, _, context = draw(entry, Case(dim=2, seed=seed, push=push, context=0.3), batch=())
     mass = mass_2d(step, context)

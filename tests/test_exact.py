@@ -94,7 +94,15 @@ def test_a_value_read_after_it_was_written_over_is_refused() -> None:
         exact.slogdet(function, points(0.3))
 
 
-@pytest.mark.parametrize("name", ["planar", "shared_planar", "autoregressive_2_context", "inverse_autoregressive"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "planar",
+        "shared_planar",
+        "autoregressive_2_context",
+        pytest.param("inverse_autoregressive", marks=pytest.mark.long),
+    ],
+)
 def test_no_wrong_log_det_is_excused(name: str) -> None:
     """The negative control: half the bound passes, twice the bound does not, nor a reflection of some rows."""
     step, z, context = draw(BY_NAME[name], Case())
