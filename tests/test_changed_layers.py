@@ -33,6 +33,8 @@ from flowpost import (
 Effective = Callable[[], tuple[Tensor, Tensor | None]]
 Change = Callable[[nn.Module, str], Effective]
 FAMILIES = ["iaf", "affine_iaf", "maf", "realnvp", "nice"]
+LATER = {"maf", "nice"}
+"""Whose steps are as another's: the slow tests of these are for the long run."""
 
 
 def layers(posterior: FlowPosterior) -> list[str]:
@@ -183,6 +185,9 @@ CHANGES: list[Change] = [
     foreign_buffer,
 ]
 every = pytest.mark.parametrize("family", FAMILIES)
+most = pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.long if name in LATER else ()) for name in FAMILIES]
+)
 changes = pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 
 
@@ -235,7 +240,7 @@ def changed(posterior: FlowPosterior, change: Change, names: list[str]) -> tuple
 
 
 @pytest.mark.full
-@every
+@most
 @changes
 def test_a_changed_layer_counts_both_ways(family: str, change: Change) -> None:
     for names in subsets(make(family)):
@@ -325,7 +330,7 @@ def test_an_evaluation_in_training_mode_changes_no_state(family: str, change: Ch
 
 
 @pytest.mark.full
-@every
+@most
 def test_an_evaluation_in_training_mode_turns_a_spectral_norm_s_vectors_alone(family: str) -> None:
     """As torch's own layers do."""
     other, _ = changed(make(family), spectral_norm, layers(make(family)))

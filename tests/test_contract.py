@@ -136,7 +136,11 @@ def test_contract_compiled(entry: Entry, name: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [*((name, dtype) for name in ("log_det", "round_trip", "cancel") for dtype in DTYPES), ("undone", torch.float64)],
+    [
+        *((name, dtype) for name in ("log_det", "round_trip") for dtype in DTYPES),
+        *(pytest.param("cancel", dtype, marks=pytest.mark.long) for dtype in DTYPES),
+        ("undone", torch.float64),
+    ],
     ids=lambda value: str(value).removeprefix("torch."),
 )
 @more

@@ -535,8 +535,8 @@ def z_scores(vae: VAE, x: Tensor, samples: int, gradient: str, kl_weight: float 
         (2, "standard", 1.0, 0.0),
         (2, "dreg", 1.0, 0.0),
         (2, "dreg", 0.4, 0.0),
-        pytest.param(2, "standard", 1.0, 0.5, marks=pytest.mark.full),
-        pytest.param(2, "dreg", 1.0, 0.5, marks=pytest.mark.full),
+        pytest.param(2, "standard", 1.0, 0.5, marks=pytest.mark.long),
+        pytest.param(2, "dreg", 1.0, 0.5, marks=pytest.mark.long),
         (2, "dreg", 0.4, 0.5),
     ],
 )

@@ -269,7 +269,7 @@ def test_the_whole_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert (tmp_path / "page.png").read_bytes() == (out / "targets.png").read_bytes()
 
 
-@pytest.mark.full
+@pytest.mark.long
 def test_several_processes_come_to_the_same_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = []
     for jobs in ("1", "2"):
