@@ -85,6 +85,9 @@ class MADE(nn.Module):
         Germain et al. (2015), MADE: Masked Autoencoder for Distribution Estimation, eq. 8 to 10.
     """
 
+    _version = 2
+    """1 was when outputs had no rate. What carries no version, such as parameters alone, is loaded as it is."""
+
     def __init__(
         self,
         dim: int,
@@ -153,7 +156,7 @@ class MADE(nn.Module):
         if key in state_dict:
             if self.rate != 1 and not state_dict[key].is_meta and abs(float(state_dict[key]) / self.rate - 1) > 0.01:
                 self.rate = float(state_dict[key])  # of another; the same may have been rounded to half precision
-        elif self.rate != 1 and any(name.startswith(prefix) for name in state_dict):  # of when outputs had no rate
+        elif self.rate != 1 and args[0].get("version", 2) < 2:
             names = [f"{last}weight", f"{last}bias", *([f"{prefix}project.weight"] if len(self.layers) == 1 else [])]
             state_dict.update({name: state_dict[name] / self.rate for name in names if name in state_dict})
             state_dict[key] = self.output_rate
