@@ -11,7 +11,7 @@ from flowpost.checks import active, check_finite
 from flowpost.density import Sample, batch_of, draw, log_density, path_log_density
 from flowpost.distribution import FlowDistribution
 from flowpost.numerics.arguments import check_int, check_untraced, refuse_shards
-from flowpost.numerics.constants import follow
+from flowpost.numerics.constants import follow, keep_constants
 from flowpost.numerics.watchers import first_parameter, full_precision
 
 
@@ -56,6 +56,7 @@ class FlowPosterior(nn.Module):
         if head is None and features and flow.context_size:
             head = linear_head(features, flow)
         self.head = head
+        self.register_load_state_dict_pre_hook(keep_constants)
         self.register_load_state_dict_post_hook(follow)
 
     @property

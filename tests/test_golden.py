@@ -57,6 +57,15 @@ def test_a_state_without_the_network_changes_no_gain() -> None:
     assert posterior.state_dict().keys() == state.keys()
 
 
+def test_parameters_alone_change_no_gain() -> None:
+    """An average of weights, or a copy of them, is no older state."""
+    one, other = flowpost.iaf(3, 4, steps=2, hidden=(8,)), flowpost.iaf(3, 4, steps=2, hidden=(8,))
+    other.load_state_dict(dict(one.named_parameters()), strict=False)
+    h, noise = torch.randn(5, 3), torch.randn(5, 4)
+    assert torch.equal(other(h, noise=noise).z, one(h, noise=noise).z)
+    assert other.state_dict().keys() == one.state_dict().keys()
+
+
 def test_a_wrapped_iaf_of_then_gives_the_numbers_of_then() -> None:
     """Its file has no record, and is not taken for one of the gates of now."""
     with pytest.raises(ValueError, match=r"step.constant_gain': nothing != \(\) torch.float64"):

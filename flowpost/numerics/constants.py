@@ -12,6 +12,8 @@ from flowpost.numerics.arguments import check_order
 from flowpost.numerics.products import wide_dtype
 from flowpost.numerics.watchers import first_parameter, watched
 
+CONSTANT = ".constant_"
+"""In the name of a buffer that no call reads: a state without it is of before the constant was."""
 _Copies = dict[tuple[torch.device, torch.dtype], Tensor]
 
 
@@ -116,6 +118,20 @@ def follow(module: nn.Module, _: object = None) -> None:
     for part in module.modules():
         if isinstance(part, Placed) and (part is module or part._like.is_meta):
             part._like = parameter.new_empty(0)
+
+
+def keep_constants(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """Before a load: parameters alone, ``dict(module.named_parameters())``, say nothing about a module's constants.
+
+    A buffer ``constant_...`` that a state lacks means that the state is older than the constant. Orders, which every
+    whole state has, tell an old state from parameters alone; where the module has no order, nothing does.
+    """
+    with torch.no_grad():
+        own = {prefix + name: value for name, value in module.state_dict().items()}
+    constants = {name for name in own if CONSTANT in name}
+    others = own.keys() - constants - {prefix + name for name, _ in module.named_parameters(remove_duplicate=False)}
+    if others and not others & state.keys():
+        state.update({name: own[name] for name in constants - state.keys()})
 
 
 class Ordered(Placed):
