@@ -32,7 +32,8 @@ ROOMS = [
     {"recipes"},
     {"outputs", "wrapped", "wrap", "files", "_format", "gradients", "kl", "objectives", "schedules", "likelihoods"}
     | {"bounded", "terms", "conditions", "generative", "vae", "_graphs", "training"}
-    | {"importance", "marginals", "decomposition", "evaluation", "gaps", "calibration", "interop"},
+    | {"importance", "marginals", "decomposition", "evaluation", "gaps", "calibration", "interop", "annealing"},
+    {"variational"},
 ]
 """From the ground up: what stands in a room imports from its own and from those below."""
 

@@ -1,0 +1,183 @@
+"""The density that a user's log joint gives the free coordinates of its parameters."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from flowpost.variational.calling import Calls, LogJoint, call, described, find, line, short, trial
+from flowpost.variational.parameters import Parameters
+
+
+class Target:
+    """The log density ``log p(x, g(u)) + log|det dg/du|`` of coordinates u, for many draws at once.
+
+    How the log joint is called is found out once, on a few draws. It is "vectorised" if it takes parameters with a
+    leading axis of draws and gives each draw what it gives that draw alone. Else it is a function of one draw, that
+    returns a scalar: "vmap" if `torch.func.vmap` gives the same values, else "loop", slow, with a warning. Draws of
+    the trial come from a generator of their own. Distributions of torch do not validate their values within the log
+    joint, so that vmap and CUDA graphs can follow it.
+
+    Args:
+        log_joint: of the parameters, a mapping or a tensor, as ``parameters.constrain`` gives them, to ``log p(x,
+            theta)`` up to a constant; ``-inf`` where theta is impossible.
+        parameters: what it is a function of.
+        device: of the draws.
+        dtype: of the draws; `precision` chooses one.
+
+    Attributes:
+        calls: "vectorised", "vmap" or "loop".
+        evaluations: of how many draws a gradient was asked so far, whoever asked; the trial does not count. A replayed
+            CUDA graph is not seen.
+
+    Raises:
+        TypeError: for a value that is no floating tensor, or has no gradient.
+        ValueError: for values of another shape, or that change from call to call, or if no draw of the trial has a
+            finite value and gradient.
+
+    Example:
+        >>> target = Target(lambda theta: -theta.square().sum(-1), Parameters(2), device="cpu", dtype=torch.float32)
+        >>> target.calls
+        'vectorised'
+        >>> value, slope = target.gradient(torch.ones(3, 2))
+        >>> value.tolist(), slope.shape, target.evaluations
+        ([-2.0, -2.0, -2.0], torch.Size([3, 2]), 3)
+    """
+
+    def __init__(
+        self, log_joint: LogJoint, parameters: Parameters, *, device: torch.device | str, dtype: torch.dtype
+    ) -> None:
+        self.log_joint, self.parameters = log_joint, parameters
+        self.evaluations = 0
+        free = trial(parameters, device, dtype)
+        found = find(log_joint, parameters, free)
+        self.calls: Calls = found.calls
+        lost = self._without_gradient(free)
+        self.check(free, *self.gradient(free))
+        self.evaluations = 0
+        if self.calls == "loop":
+            _warn(
+                f"is called in a Python loop over draws, for torch.func.vmap does not run it ({found.reason}); "
+                f"write it for parameters with a leading axis of draws, or without .item() and branches on values"
+            )
+        if lost:
+            _warn(
+                f"has no gradient with respect to {', '.join(lost)} at any of {len(free)} draws; expected one that "
+                f"follows every parameter, without .detach(), .item(), .numpy() and no_grad"
+            )
+
+    def __call__(self, free: Tensor) -> Tensor:
+        """The log density ``(S,)`` of coordinates ``(S, dim)``; differentiable."""
+        if free.requires_grad and torch.is_grad_enabled():
+            self.evaluations += len(free)
+        values, log_det = self.parameters.constrain(free)
+        log_joint = call(self.log_joint, values, self.calls)
+        if log_joint.shape != log_det.shape:
+            raise ValueError(f"log_joint: expected shape {tuple(log_det.shape)}, got {tuple(log_joint.shape)}")
+        return log_joint.to(log_det.dtype) + log_det
+
+    def gradient(self, free: Tensor) -> tuple[Tensor, Tensor]:
+        """The log density ``(S,)`` of coordinates ``(S, dim)``, and its gradient ``(S, dim)``, both detached."""
+        leaf = free.detach().requires_grad_()
+        with torch.enable_grad():
+            value = self(leaf)
+            (slope,) = torch.autograd.grad(value.sum(), leaf)
+        return value.detach(), slope
+
+    def check(self, free: Tensor, value: Tensor, slope: Tensor | None = None) -> None:
+        """Raise if none of the draws has a finite value, and where given a finite gradient; reads them on the host.
+
+        A draw outside the support, where the value is -inf, is no fault, nor is one where it overflows.
+
+        Raises:
+            ValueError: with the parameters of one such draw.
+        """
+        fine = value.isfinite()
+        if not fine.any():
+            worst = int((value != -torch.inf).int().argmax())
+            hint = "; give its parameters constraints that are the support" if value[worst] == -torch.inf else ""
+            raise ValueError(
+                f"log_joint: expected a finite value, got {value[worst].item()} at {self.describe(free[worst])}, and "
+                f"none at any of {len(free)} draws{hint}"
+            )
+        if slope is not None and not (fine & slope.isfinite().all(-1)).any():
+            row = int(fine.int().argmax())
+            raise ValueError(
+                f"log_joint: expected a finite gradient, got {short(slope[row])} at {self.describe(free[row])}"
+            )
+
+    def describe(self, free: Tensor) -> str:
+        """The parameters of one draw's coordinates ``(dim,)``, in short."""
+        with torch.no_grad():
+            return described(self.parameters.constrain(free)[0])
+
+    @torch.enable_grad()
+    @torch.enable_grad()
+    def _without_gradient(self, free: Tensor) -> list[str]:
+        """The parameters that the log joint does not follow; an error where it follows none."""
+        values, _ = self.parameters.constrain(free.detach().requires_grad_())
+        parts = values if isinstance(values, dict) else {"theta": values}
+        try:
+            total = call(self.log_joint, values, self.calls).sum()
+            slopes = torch.autograd.grad(total, list(parts.values()), allow_unused=True)
+        except RuntimeError as error:
+            raise TypeError(
+                f"log_joint: expected a value with a gradient at {self.describe(free[0])}, got none ({line(error)}); "
+                f"write it in operations of torch, without .detach(), .item(), .numpy() and no_grad"
+            ) from error
+        return [name for name, slope in zip(parts, slopes, strict=True) if slope is None or not slope.any()]
+
+
+def _warn(message: str) -> None:
+    """A warning at the line that called who made the target."""
+    warnings.warn(f"log_joint: {message}", UserWarning, stacklevel=4)
+
+
+def precision(log_joint: LogJoint, parameters: Parameters, device: torch.device | str) -> torch.dtype:
+    """The dtype in which a log joint is best called: float64 where it can be, and on a GPU where it has to be.
+
+    On a CPU float64, unless the log joint refuses it or answers in float32, as one with float32 data in a matrix
+    product does. On a GPU, where float64 is slow, float32, unless a value at some random draws is off by over 1e-3
+    nats, or not finite though it is in float64.
+
+    Args:
+        log_joint: as `Target` has it.
+        parameters: what it is a function of.
+        device: where it will be called.
+
+    Returns:
+        ``torch.float64`` or ``torch.float32``.
+
+    Example:
+        >>> data = torch.ones(5, 2)
+        >>> precision(lambda theta: -(data @ theta).square().sum(), Parameters(2), "cpu")
+        torch.float32
+    """
+    wide = _values(log_joint, parameters, device, torch.float64)
+    if wide is None:
+        return torch.float32
+    if not _slow_in_float64(device):
+        return torch.float64
+    narrow = _values(log_joint, parameters, device, torch.float32)
+    if narrow is None:
+        return torch.float64
+    near = (narrow.double() - wide).abs() <= 1e-3
+    return torch.float32 if (near | ~wide.isfinite()).all() else torch.float64
+
+
+def _slow_in_float64(device: torch.device | str) -> bool:
+    return torch.device(device).type != "cpu"
+
+
+def _values(
+    log_joint: LogJoint, parameters: Parameters, device: torch.device | str, dtype: torch.dtype
+) -> Tensor | None:
+    """The log joint of a trial's draws; None where it does not take the dtype, or answers in a narrower one."""
+    try:
+        free = trial(parameters, device, dtype)
+        values = find(log_joint, parameters, free).values
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    return values if values.dtype == dtype else None

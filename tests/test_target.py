@@ -1,0 +1,237 @@
+"""How a log joint is called, the density of free coordinates that is made of it, and what is refused."""
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Dirichlet, Distribution, LKJCholesky, Normal, constraints
+
+from flowpost.variational.parameters import Parameters, Spec
+from flowpost.variational.target import Target, precision
+
+DATA = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0], dtype=torch.float64)
+SCHOOLS = {"mu": (), "tau": constraints.positive, "theta": 8}
+
+
+def schools(p: dict[str, Tensor]) -> Tensor:
+    """Of one draw: eight schools, centred."""
+    prior = Normal(0.0, 5.0).log_prob(p["mu"]) - torch.log1p((p["tau"] / 5) ** 2)
+    return prior + Normal(p["mu"], p["tau"]).log_prob(p["theta"]).sum() + Normal(p["theta"], 10.0).log_prob(DATA).sum()
+
+
+def schools_of_many(p: dict[str, Tensor]) -> Tensor:
+    """The same with a leading axis of draws."""
+    mu, tau = p["mu"].unsqueeze(-1), p["tau"].unsqueeze(-1)
+    prior = Normal(0.0, 5.0).log_prob(p["mu"]) - torch.log1p((p["tau"] / 5) ** 2)
+    return prior + (Normal(mu, tau).log_prob(p["theta"]) + Normal(p["theta"], 10.0).log_prob(DATA)).sum(-1)
+
+
+def schools_by_loop(p: dict[str, Tensor]) -> Tensor:
+    """The same with a branch on a value, which vmap cannot follow."""
+    return schools(p) if p["tau"] > 0 else p["tau"] * math.nan
+
+
+def made(log_joint: Callable[[Any], Any], spec: Spec, dtype: torch.dtype = torch.float64) -> Target:
+    return Target(log_joint, Parameters(spec), device="cpu", dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("log_joint", "calls"), [(schools_of_many, "vectorised"), (schools, "vmap"), (schools_by_loop, "loop")]
+)
+def test_all_three_ways_are_one_density(log_joint: Callable, calls: str, dtype: torch.dtype) -> None:
+    """Against the definition, draw by draw, with autograd's gradient; the evaluations are counted."""
+    state = torch.get_rng_state()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        target = made(log_joint, SCHOOLS, dtype)
+    assert torch.equal(state, torch.get_rng_state())
+    assert [str(each.message)[:47] for each in caught] == ["log_joint: is called in a Python loop over draw"] * (
+        calls == "loop"
+    )
+    assert all(each.filename == __file__ for each in caught)
+    assert (target.calls, target.evaluations) == (calls, 0)
+    free = torch.randn(5, 10, dtype=dtype)
+    value, slope = target.gradient(free)
+    assert target.evaluations == 5
+    assert not value.requires_grad
+    assert value.dtype == slope.dtype == dtype
+    for row, got, gradient in zip(free.double(), value, slope, strict=True):
+        leaf = row.clone().requires_grad_()
+        p = {"mu": leaf[0], "tau": leaf[1].exp(), "theta": leaf[2:]}
+        due = schools(p) + leaf[1]
+        rtol = 1e-12 if dtype == torch.float64 else 1e-4
+        torch.testing.assert_close(got.double(), due.detach(), rtol=rtol, atol=0)
+        torch.testing.assert_close(gradient.double(), torch.autograd.grad(due, leaf)[0], rtol=10 * rtol, atol=10 * rtol)
+    with torch.no_grad():
+        torch.testing.assert_close(target(free), value)
+    assert target.evaluations == 5
+    assert target(free.requires_grad_()).requires_grad
+    assert target.evaluations == 10
+
+
+def test_evidence_is_kept_by_the_map() -> None:
+    """exp of the density, over the coordinates' plane, is the same mass: that of a Dirichlet times an LKJ, 1."""
+    parameters = {"w": (2, constraints.simplex), "L": ((2, 2), constraints.corr_cholesky)}
+    dirichlet, lkj = Dirichlet(torch.tensor([2.0, 3.0]).double()), LKJCholesky(2, torch.tensor(1.5).double())
+    target = made(lambda p: dirichlet.log_prob(p["w"]) + lkj.log_prob(p["L"]), parameters)
+    grid = torch.linspace(-20, 20, 401, dtype=torch.float64)
+    mass = target(torch.cartesian_prod(grid, grid)).exp().sum() * 0.1**2
+    torch.testing.assert_close(mass.item(), 1.0, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("spec", [1, 2, 7, {"a": 1, "b": ()}, {"a": 7, "b": (8, 9)}])
+def test_no_shape_is_taken_for_the_draws(spec: Spec) -> None:
+    """A scalar of one draw, however many numbers it has, is never read as a value for each of many."""
+
+    def total(p: Tensor | dict[str, Tensor]) -> Tensor:
+        return -torch.stack([part.square().sum() for part in (p.values() if isinstance(p, dict) else [p])]).sum()
+
+    def totals(p: dict[str, Tensor]) -> Tensor:
+        return -torch.stack([part.square().reshape(len(part), -1).sum(1) for part in p.values()]).sum(0)
+
+    assert made(total, spec).calls == "vmap"
+    if isinstance(spec, dict):
+        assert made(totals, spec).calls == "vectorised"
+
+
+def test_rows_that_mix_are_not_taken_for_a_batch() -> None:
+    """Each returns (S,), of which a row is not that of its draw: broadcast along the wrong axis, or centred."""
+    target = made(lambda p: Normal(p["mu"], 1.0).log_prob(p["x"]).sum(-1), {"mu": (), "x": 1})
+    assert target.calls == "vmap"
+    free = torch.randn(4, 2, dtype=torch.float64)
+    torch.testing.assert_close(target(free), Normal(free[:, 0], 1.0).log_prob(free[:, 1]))
+    with pytest.raises(ValueError, match=r"^log_joint: expected a tensor \(S,\) of parameters with a leading axis"):
+        made(lambda z: -(z - z.mean(0)).square().sum(1), 2)
+
+
+def short_of(z: Tensor) -> Tensor:
+    return -z.square().sum(-1)
+
+
+WRONG: dict[str, tuple[Callable[[Any], Any], Any, type[Exception], str]] = {
+    "column": (
+        lambda z: -z.square().sum(-1, keepdim=True),
+        2,
+        ValueError,
+        r"got other values in shape \(7, 1\) and other values in shape \(1,\) at theta = \[[^]]*\]; write a sum",
+    ),
+    "entries": (lambda z: -z.square(), 2, ValueError, r"got other values in shape \(7, 2\) and .* \(2,\) at theta"),
+    "float": (lambda z: -float(z.square().sum()), 2, TypeError, "got float and float at theta"),
+    "numpy": (lambda z: np.square(z.numpy()).sum(-1), 2, TypeError, "got ndarray and float64 at theta"),
+    "nothing": (lambda z: None, 2, TypeError, "got NoneType and NoneType at theta"),
+    "error": (lambda p: p["b"], {"a": 2}, ValueError, "got KeyError: 'b' and KeyError: 'b' at a = "),
+    "integers": (lambda z: z.sum(-1).long(), 2, TypeError, "expected a floating dtype, got torch.int64"),
+    "detached": (
+        lambda z: short_of(z.detach()),
+        2,
+        TypeError,
+        "expected a value with a gradient at theta = .*, got none",
+    ),
+    "through numpy": (
+        lambda z: torch.as_tensor(np.square(z.numpy()).sum(-1)),
+        2,
+        TypeError,
+        "expected a value with a gradient at theta = .*numpy",
+    ),
+    "nan": (lambda z: short_of(z) + math.nan, 2, ValueError, r"expected a finite value, got nan at theta = \["),
+    "inf": (
+        lambda p: short_of(p["x"]) + math.inf,
+        {"x": 9, "s": constraints.positive},
+        ValueError,
+        r"expected a finite value, got inf at x = \[[^]]*, \.\.\.\], s = [0-9.]+, and none at any of 7 draws$",
+    ),
+    "outside": (
+        lambda z: torch.where(z.sum(-1) > 100, short_of(z), -math.inf),
+        2,
+        ValueError,
+        r"expected a finite value, got -inf at theta = .* draws; give its parameters constraints that are the support",
+    ),
+    "slope": (
+        lambda z: short_of((z * 0).clamp(min=0).sqrt() + z.detach()),
+        2,
+        ValueError,
+        r"expected a finite gradient, got \[nan, nan\] at theta",
+    ),
+    "random": (
+        lambda z: short_of(z) + torch.randn(()).item(),
+        2,
+        ValueError,
+        "expected one value for one theta, got .* and then .*; draw no random numbers in it",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_log_joint_is_refused(name: str) -> None:
+    log_joint, spec, error, message = WRONG[name]
+    with pytest.raises(error, match=f"^log_joint: .*{message}"):
+        made(log_joint, spec)
+
+
+def test_what_is_detached_in_part_is_named() -> None:
+    with pytest.warns(
+        UserWarning, match="^log_joint: has no gradient with respect to b at any of 7 draws; expected one"
+    ):
+        made(lambda p: short_of(p["a"]) - p["b"].detach().square(), {"a": 2, "b": ()})
+
+
+def test_draws_outside_the_support_are_no_fault() -> None:
+    """-inf for some, and their gradients are theirs alone; all of them outside is said with one of them."""
+    target = made(lambda z: torch.where(z[..., 0] > 0, short_of(z), -math.inf), 2)
+    free = torch.tensor([[1.0, 2.0], [-1.0, 2.0]], dtype=torch.float64)
+    value, slope = target.gradient(free)
+    assert value.tolist() == [-5.0, -math.inf]
+    assert slope[0].tolist() == [-2.0, -4.0]
+    target.check(free, value, slope)
+    with pytest.raises(ValueError, match=r"^log_joint: expected a finite value, got -inf at theta = \[-1, 2\]"):
+        target.check(free[1:], value[1:])
+
+
+def test_a_shape_that_comes_later_is_refused() -> None:
+    target = made(lambda z: short_of(z) if len(z) != 3 else z, 2)
+    with pytest.raises(ValueError, match=r"^log_joint: expected shape \(3,\), got \(3, 2\)$"):
+        target(torch.zeros(3, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("log_joint", [schools, schools_of_many])
+def test_distributions_read_no_values(log_joint: Callable) -> None:
+    """Validation reads them on the host; it is as it was afterwards, also where the log joint raises."""
+    seen = []
+
+    def spied(p: dict[str, Tensor]) -> Tensor:
+        seen.append(Distribution._validate_args)
+        if len(seen) == 25:
+            raise KeyError
+        return log_joint(p)
+
+    assert Distribution._validate_args
+    target = made(spied, SCHOOLS)
+    while len(seen) < 24:
+        target(torch.zeros(3, 10, dtype=torch.float64))
+    with pytest.raises(KeyError):
+        target(torch.zeros(3, 10, dtype=torch.float64))
+    assert not any(seen)
+    assert Distribution._validate_args
+
+
+def test_precision_follows_the_log_joint() -> None:
+    narrow = torch.ones(5, 2)
+    assert precision(lambda z: -(z - narrow.mean(0)).square().sum(-1), Parameters(2), "cpu") == torch.float64
+    assert precision(lambda z: -(narrow @ z).square().sum(), Parameters(2), "cpu") == torch.float32
+    assert precision(lambda z: short_of(z.float()), Parameters(2), "cpu") == torch.float32
+    assert precision(lambda p: schools(p), Parameters(SCHOOLS), "cpu") == torch.float64
+
+
+@pytest.mark.parametrize(("scale", "dtype"), [(1.0, torch.float32), (1e6, torch.float64), (1e60, torch.float64)])
+def test_on_a_gpu_float64_is_taken_where_it_tells(
+    scale: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A difference of large terms loses nats in float32, or overflows in it."""
+    monkeypatch.setattr("flowpost.variational.target._slow_in_float64", lambda device: True)
+    assert precision(lambda z: short_of(z) + (scale + z[..., 0]) ** 2 - scale**2, Parameters(2), "cpu") == dtype
