@@ -106,8 +106,7 @@ def hamiltonian_step(
     proposal, last = leapfrog(state, momentum, gradient, step_size, leapfrogs)
     kinetic = 0.5 * (momentum.square() - last.square()).sum(-1)
     log_ratio = proposal.value - state.value + kinetic
-    finite = log_ratio.isfinite() & proposal.slope.isfinite().all(-1)
-    log_ratio = torch.where(finite, log_ratio, -math.inf)
+    log_ratio = torch.where(log_ratio.isfinite(), log_ratio, -math.inf)  # the momentum is not, where a slope is not
     taken = log_uniform < log_ratio
     kept = State(*(torch.where(_like(taken, old), new, old) for new, old in zip(proposal, state, strict=True)))
     return kept, log_ratio.clamp(max=0).exp()
