@@ -181,6 +181,16 @@ def test_far_out_all_is_finite_and_inside(name: str, dtype: torch.dtype) -> None
             assert (values != torch.as_tensor(bound).to(dtype)).all()
 
 
+@pytest.mark.parametrize(("constraint", "shape"), [(constraints.simplex, (9,)), (constraints.corr_cholesky, (6, 6))])
+def test_no_share_is_ever_zero(constraint: Constraint, shape: tuple[int, ...]) -> None:
+    """Where it underflows: the logarithm that a Dirichlet or an LKJ takes of it stays finite."""
+    parameters = Parameters({"x": (shape, constraint)})
+    values, _ = parameters.constrain(torch.full((parameters.dim,), 60.0))
+    assert isinstance(values, dict)
+    last = values["x"] if constraint is constraints.simplex else values["x"].diagonal()
+    assert last[-1] == torch.finfo(torch.float32).tiny
+
+
 @every
 def test_vmap_and_meta(name: str) -> None:
     parameters, constrain = one(name)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Dirichlet, Distribution, LKJCholesky, Normal, constraints
 
+from flowpost.variational.calling import trial
 from flowpost.variational.parameters import Parameters, Spec
 from flowpost.variational.target import Target, precision
 
@@ -95,6 +96,9 @@ def test_no_shape_is_taken_for_the_draws(spec: Spec) -> None:
     def totals(p: dict[str, Tensor]) -> Tensor:
         return -torch.stack([part.square().reshape(len(part), -1).sum(1) for part in p.values()]).sum(0)
 
+    parameters = Parameters(spec)
+    sizes = {size for shape in parameters.shapes.values() for size in shape}
+    assert len(trial(parameters, "cpu", torch.float64)) not in {parameters.dim, *sizes}
     assert made(total, spec).calls == "vmap"
     if isinstance(spec, dict):
         assert made(totals, spec).calls == "vectorised"
