@@ -1,0 +1,172 @@
+"""The fit itself: the ELBO of a flow, raised by Adam along its path gradient until nothing is to be gained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from flowpost.training import Captured
+
+RATE = 5e-3
+"""Adam's at first, in coordinates where the density is about standard."""
+WARM_UP, BLOCK = 50, 25
+"""Steps in which the rate rises, and steps that make one reading of the ELBO."""
+CLIP = 4.0
+"""A gradient's norm over the usual one, at most: one draw far out in a tail moves nothing far."""
+FALL = 5.0
+"""A reading so many standard deviations of log p/q below the best one means that the fit has diverged."""
+EXACT = 1e-4
+"""Nats: half the variance of log p/q, which is KL(q || p) where that is small. Below it there is nothing to gain."""
+PATIENCE = 12
+"""Readings before and after which the ELBO is compared, at least."""
+
+
+class Reading(NamedTuple):
+    """What one block of steps says."""
+
+    elbo: float
+    """The median over the steps of the mean of log p/q, in nats: one draw far out in a tail does not move it."""
+    variance: float
+    """Of log p/q, the median of the steps too."""
+    lost: float
+    """Share of the draws that were left out, as their value or gradient was not finite."""
+
+
+class Ascent:
+    """Adam on the path gradient of the ELBO.
+
+    The rate rises, stays while the ELBO rises or until half of the steps are made, and falls to 0 as a half cosine over
+    as many steps again. A fit that diverges goes on from the best weights that were seen, at half the rate.
+
+    Args:
+        module: whose parameters are fitted.
+        objective: from noise to the loss, whose gradient is the path gradient, and log p/q of every draw, which is nan
+            where a draw is left out. It reads no value on the host.
+        noise: what the objective takes, anew for every step.
+        steps: how many there can be.
+        device: where all of it is; on CUDA a step is one graph.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        objective: Callable[[Tensor], tuple[Tensor, Tensor]],
+        noise: Callable[[], Tensor],
+        steps: int,
+        device: torch.device,
+    ) -> None:
+        self.objective, self.noise, self.steps = objective, noise, steps
+        self.weights = [weight for weight in module.parameters() if weight.requires_grad]
+        self.peak, self.made, self.fall, self.restarts = RATE, 0, None, 0
+        self.fall: range | None
+        self.readings: list[Reading] = []
+        self.best = self._copy()
+        self.top: Reading | None = None
+        graphs = device.type == "cuda"
+        self.rate = torch.tensor(RATE, device=device)
+        self.usual = torch.zeros((), dtype=torch.float64, device=device)  # a running mean of the gradient's norm
+        self.adam = self._fresh()
+        self._run = Captured(self._step, device) if graphs else self._step
+
+    def run(self) -> Iterator[Reading]:
+        """Make the steps, a block at a time; each block's reading is yielded, and nothing is lost between two."""
+        while self.made < self.steps:
+            count = min(BLOCK, self.steps - self.made)
+            rows = []
+            for _ in range(count):
+                self.rate.fill_(self._rate())
+                rows.append(self._run(self.noise()))
+                self.made += 1
+            elbo, variance, lost = torch.stack(rows).double().cpu().nanmedian(0).values.tolist()
+            reading = Reading(elbo, variance, lost)
+            self._judge(reading)
+            yield reading
+            if reading.variance < 2 * EXACT and not reading.lost or self.fall and self.made >= self.fall.stop:
+                return
+
+    def settle(self) -> None:
+        """Go back to the best weights where the last ones are not about as good."""
+        if self.readings and self.top and self._fell(self.readings[-1]):
+            self._restore()
+
+    @property
+    def rising(self) -> bool:
+        """Whether the ELBO still rose when the last reading was made."""
+        return not self._still()
+
+    def _step(self, noise: Tensor) -> Tensor:
+        self.adam.zero_grad()
+        loss, ratio = self.objective(noise)
+        loss.backward()
+        gradients = [weight.grad for weight in self.weights if weight.grad is not None]
+        norm = torch.stack([gradient.double().square().sum() for gradient in gradients]).sum().sqrt()
+        fine = norm.isfinite()
+        usual = torch.where(self.usual > 0, self.usual, norm)
+        factor = torch.where(fine, (CLIP * usual / norm.clamp_min(1e-300)).clamp_max(1), 0.0)
+        self.usual.copy_(torch.where(fine, usual + 0.05 * (norm.minimum(CLIP * usual) - usual), self.usual))
+        for gradient in gradients:
+            gradient.copy_(torch.where(fine, gradient * factor.to(gradient.dtype), 0.0))
+        self.adam.step()
+        kept = ratio.isfinite()
+        count = kept.sum()
+        mean = torch.where(kept, ratio, 0.0).sum() / count
+        variance = torch.where(kept, ratio - mean, 0.0).square().sum() / (count - 1)
+        return torch.stack([mean, variance, 1 - count / kept.numel()]).double().detach()
+
+    def _rate(self) -> float:
+        if self.fall is None:
+            return self.peak * min(1.0, (self.made + 1) / WARM_UP)
+        return self.peak * 0.5 * (1 + math.cos(math.pi * (self.made - self.fall.start) / len(self.fall)))
+
+    def _judge(self, reading: Reading) -> None:
+        self.readings.append(reading)
+        if self._fell(reading):
+            self._restore()
+            self.peak, self.restarts = 0.5 * self.peak, self.restarts + 1
+            self.readings.pop()
+        elif self.top is None or reading.elbo > self.top.elbo:
+            self.top, self.best = reading, self._copy()
+        if self.fall is None and (2 * self.made >= self.steps or self._still()):
+            self.fall = range(self.made, min(self.steps, 2 * self.made))
+
+    def _fell(self, reading: Reading) -> bool:
+        bad = not math.isfinite(reading.elbo) or reading.lost > 0.5
+        return bad or (self.top is not None and reading.elbo < self.top.elbo - FALL * math.sqrt(self.top.variance))
+
+    def _still(self) -> bool:
+        """Whether the ELBO no longer rises by more than its readings scatter."""
+        elbos = [reading.elbo for reading in self.readings]
+        size = max(PATIENCE, len(elbos) // 4)
+        if len(elbos) < 2 * size:
+            return False
+        before, after = elbos[-2 * size : -size], elbos[-size:]
+        return _mean(after) - _mean(before) < 2 * math.hypot(_error(before), _error(after))
+
+    def _copy(self) -> list[Tensor]:
+        return [weight.detach().clone() for weight in self.weights]
+
+    def _restore(self) -> None:
+        with torch.no_grad():
+            for weight, best in zip(self.weights, self.best, strict=True):
+                weight.copy_(best)
+        for state in self.adam.state.values():
+            for value in state.values():
+                value.zero_()
+
+    def _fresh(self) -> torch.optim.Adam:
+        graphs = self.rate.is_cuda
+        return torch.optim.Adam(self.weights, lr=self.rate, fused=graphs or None, capturable=graphs)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _error(values: Sequence[float]) -> float:
+    """The standard error of their mean."""
+    mean = _mean(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))

@@ -1,0 +1,98 @@
+"""Where a fit starts: the Gaussians nearest to a density's modes, from several first guesses, chosen by their ELBO."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowpost.variational.gaussian import Gaussian, Gradient, elbo, laplace, natural_ascent, standard_gaussian
+
+GUESSES = 8
+"""First guesses: the origin, and points around it, `SPREAD` away in each coordinate."""
+SPREAD = 2.0
+ROUGH, FINE = 32, 256
+"""Draws for each Gaussian and step, of the search and of what follows."""
+BARRIER = 2.0
+"""Nats by which log p must fall on the line between two means if they are to be of two modes."""
+NEGLIGIBLE = 7.0
+"""Nats: a mode whose ELBO is so far below the best one's has less than a thousandth of the mass, and is left out."""
+MOST = 4
+"""Modes that are kept, the best ones."""
+
+
+class Start(NamedTuple):
+    """What the search found."""
+
+    gaussians: list[Gaussian]
+    """One for each mode, the best first."""
+    elbos: list[float]
+    name: str
+    """The first guess that led to the best one: "origin", "random" or "laplace"."""
+
+
+class Steps(NamedTuple):
+    """How many steps a budget of gradient evaluations allows."""
+
+    search: int
+    full: int
+
+    @staticmethod
+    def of(budget: int) -> Steps:
+        """A twentieth of it for the search, a tenth for what follows, within bounds that suffice."""
+        search = min(150, max(10, budget // (20 * GUESSES * ROUGH)))
+        return Steps(search, min(400, max(20, budget // (10 * FINE))))
+
+
+def find_start(gradient: Gradient, origin: Tensor, budget: int, generator: torch.Generator, *, diagonal: bool) -> Start:
+    """Fit factorized Gaussians from all guesses, take those of different modes, and give these a full covariance.
+
+    Guesses are the origin, random points around it, and the Laplace approximation, where the density has a highest
+    point. None is trusted: a mode of a hierarchical model may be far from all of its mass.
+
+    Args:
+        gradient: of log p.
+        origin: zeros, ``(dim,)``.
+        budget: of gradients of the whole fit, of which this takes about a sixth.
+        generator: of all draws.
+        diagonal: whether the Gaussians stay factorized.
+    """
+    steps = Steps.of(budget)
+    random = SPREAD * torch.randn(
+        GUESSES - 1, len(origin), dtype=origin.dtype, device=origin.device, generator=generator
+    )
+    guesses = standard_gaussian(torch.cat([origin.unsqueeze(0), random]))
+    found, _ = natural_ascent(gradient, guesses, steps.search, ROUGH, generator, diagonal=True)
+    names = ["origin"] + ["random"] * (GUESSES - 1)
+    mode = laplace(gradient, origin)
+    if mode is not None:
+        mode = Gaussian(mode.loc, mode.scale_tril.diagonal().diag()) if diagonal else mode
+        found = Gaussian(torch.cat([found.loc, mode.loc[None]]), torch.cat([found.scale_tril, mode.scale_tril[None]]))
+        names.append("laplace")
+    kept = distinct(gradient, found, elbo(gradient, found, FINE, generator))
+    first = kept[0]
+    found = Gaussian(found.loc[kept], found.scale_tril[kept])
+    found, _ = natural_ascent(gradient, found, steps.full, FINE, generator, diagonal=diagonal)
+    elbos = elbo(gradient, found, 4 * FINE, generator)
+    kept = distinct(gradient, found, elbos)
+    return Start([found.at(index) for index in kept], [elbos[index].item() for index in kept], names[first])
+
+
+def distinct(gradient: Gradient, found: Gaussian, elbos: Tensor) -> list[int]:
+    """Which Gaussians are of modes of their own, the best first; those that hold next to nothing are left out."""
+    best = elbos.max().item()
+    kept: list[int] = []
+    for index in elbos.argsort(descending=True).tolist():
+        enough = elbos[index].item() >= best - NEGLIGIBLE or not kept
+        if enough and len(kept) < MOST and all(_barrier(gradient, found.loc[index], found.loc[k]) for k in kept):
+            kept.append(index)
+    return kept
+
+
+def _barrier(gradient: Gradient, one: Tensor, other: Tensor) -> bool:
+    """Whether log p falls between two points, on the line that joins them."""
+    share = torch.linspace(0, 1, 33, dtype=one.dtype, device=one.device).unsqueeze(-1)
+    values = gradient(one + share * (other - one))[0].nan_to_num(nan=-math.inf)
+    return bool(values[1:-1].min() < torch.minimum(values[0], values[-1]) - BARRIER)
