@@ -139,7 +139,7 @@ def test_a_draw_where_another_s_density_overflows_counts() -> None:
     """In float32: the other adds no density there, and no nan to a gradient."""
     mixture = Mixture([FlowPosterior(0, Affine(1)) for _ in range(2)])
     with torch.no_grad():
-        next(mixture.posteriors[1].parameters())[0] = 1e25
+        next(mixture.posteriors[1].parameters())[:] = torch.tensor([1e38, -50.0])
     z, log_q, log_weights = mixture.stratified(5, path=True)
     alone = mixture.posteriors[0].log_prob(z[0]) + log_weights[0]  # pyright: ignore[reportCallIssue]
     assert mixture.posteriors[1].log_prob(z[0]).isnan().all()  # pyright: ignore[reportCallIssue]
