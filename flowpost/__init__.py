@@ -25,6 +25,7 @@ from flowpost.distribution import FlowDistribution as FlowDistribution
 from flowpost.files import CorruptFileError as CorruptFileError
 from flowpost.files import load as load
 from flowpost.files import save as save
+from flowpost.fit import fit as fit
 from flowpost.posterior import FlowPosterior as FlowPosterior
 from flowpost.recipes import *
 from flowpost.wrap import wrap as wrap
@@ -35,6 +36,6 @@ if not TYPE_CHECKING:  # a type checker reads the imports themselves
     _PARTS = ["bijectors", "calibration", "evaluation", "functional", "gaps", "importance", "objectives", "recipes"]
     _PARTS += ["schedules", "testing", "training", "vae"]
     _NAMES = ["CorruptFileError", "DomainError", "FlowDistribution", "FlowPosterior", "IllConditionedWarning"]
-    _NAMES += ["InversionError", "NonFiniteError", "Sample", "checking", "load", "save", "wrap"]
+    _NAMES += ["InversionError", "NonFiniteError", "Sample", "checking", "fit", "load", "save", "wrap"]
     __all__ = [*_PARTS, *_NAMES, *bijectors.__all__, *recipes.__all__]
     __all__.sort(key=lambda name: (name[0].islower(), name))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flowpost.training import Captured
+from flowpost.variational.bound import Bound
 
 RATE = 5e-3
 """Adam's at first, in coordinates where the density is about standard."""
@@ -21,6 +22,8 @@ FALL = 5.0
 """A reading so many standard deviations of log p/q below the best one means that the fit has diverged."""
 EXACT = 1e-4
 """Nats: half the variance of log p/q, which is KL(q || p) where that is small. Below it there is nothing to gain."""
+NEAR = 0.05
+"""Nats: a fit that comes so near is not said to need more."""
 PATIENCE = 12
 """Readings before and after which the ELBO is compared, at least."""
 
@@ -44,30 +47,35 @@ class Ascent:
 
     Args:
         module: whose parameters are fitted.
-        objective: from noise to the loss, whose gradient is the path gradient, and log p/q of every draw, which is nan
-            where a draw is left out. It reads no value on the host.
+        objective: of noise and the weight of log p, as `bound` is; it reads no value on the host.
         noise: what the objective takes, anew for every step.
         steps: how many there can be.
         device: where all of it is; on CUDA a step is one graph.
+        temperature: of the density at first, at least 1; it falls to 1 over the first third of the steps.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        objective: Callable[[Tensor], tuple[Tensor, Tensor]],
+        objective: Callable[[Tensor, Tensor], Bound],
         noise: Callable[[], Tensor],
         steps: int,
         device: torch.device,
+        *,
+        temperature: float = 1.0,
     ) -> None:
         self.objective, self.noise, self.steps = objective, noise, steps
         self.weights = [weight for weight in module.parameters() if weight.requires_grad]
-        self.peak, self.made, self.fall, self.restarts = RATE, 0, None, 0
-        self.fall: range | None
+        self.peak, self.made, self.restarts = RATE, 0, 0
+        self.fall: range | None = None
+        self.hurried = False
         self.readings: list[Reading] = []
         self.best = self._copy()
         self.top: Reading | None = None
         graphs = device.type == "cuda"
-        self.rate = torch.tensor(RATE, device=device)
+        self.cold = steps // 3 if temperature > 1 else 0
+        self.heat = temperature
+        self.rate, self.weight = torch.tensor(RATE, device=device), torch.tensor(1.0, device=device)
         self.usual = torch.zeros((), dtype=torch.float64, device=device)  # a running mean of the gradient's norm
         self.adam = self._fresh()
         self._run = Captured(self._step, device) if graphs else self._step
@@ -79,6 +87,7 @@ class Ascent:
             rows = []
             for _ in range(count):
                 self.rate.fill_(self._rate())
+                self.weight.fill_(self._weight())
                 rows.append(self._run(self.noise()))
                 self.made += 1
             elbo, variance, lost = torch.stack(rows).double().cpu().nanmedian(0).values.tolist()
@@ -94,13 +103,13 @@ class Ascent:
             self._restore()
 
     @property
-    def rising(self) -> bool:
-        """Whether the ELBO still rose when the last reading was made."""
-        return not self._still()
+    def unsettled(self) -> bool:
+        """Whether the rate had to fall while the ELBO still rose, and log p/q is not nearly constant."""
+        return self.hurried and self.readings[-1].variance > 2 * NEAR
 
     def _step(self, noise: Tensor) -> Tensor:
         self.adam.zero_grad()
-        loss, ratio = self.objective(noise)
+        loss, ratio, share = self.objective(noise, self.weight)
         loss.backward()
         gradients = [weight.grad for weight in self.weights if weight.grad is not None]
         norm = torch.stack([gradient.double().square().sum() for gradient in gradients]).sum().sqrt()
@@ -112,15 +121,19 @@ class Ascent:
             gradient.copy_(torch.where(fine, gradient * factor.to(gradient.dtype), 0.0))
         self.adam.step()
         kept = ratio.isfinite()
-        count = kept.sum()
-        mean = torch.where(kept, ratio, 0.0).sum() / count
-        variance = torch.where(kept, ratio - mean, 0.0).square().sum() / (count - 1)
-        return torch.stack([mean, variance, 1 - count / kept.numel()]).double().detach()
+        ratio = torch.where(kept, ratio, 0.0)
+        mean = (share * ratio).sum()
+        variance = (share * torch.where(kept, ratio - mean, 0.0).square()).sum()
+        return torch.stack([mean, variance, 1 - kept.double().mean()]).detach()
 
     def _rate(self) -> float:
         if self.fall is None:
             return self.peak * min(1.0, (self.made + 1) / WARM_UP)
         return self.peak * 0.5 * (1 + math.cos(math.pi * (self.made - self.fall.start) / len(self.fall)))
+
+    def _weight(self) -> float:
+        """Of log p: it rises from 1 / temperature to 1, as a geometric series."""
+        return self.heat ** min(0.0, self.made / self.cold - 1) if self.cold else 1.0
 
     def _judge(self, reading: Reading) -> None:
         self.readings.append(reading)
@@ -130,7 +143,8 @@ class Ascent:
             self.readings.pop()
         elif self.top is None or reading.elbo > self.top.elbo:
             self.top, self.best = reading, self._copy()
-        if self.fall is None and (2 * self.made >= self.steps or self._still()):
+        if self.fall is None and self.made >= self.cold and (2 * self.made >= self.steps or self._still()):
+            self.hurried = not self._still()
             self.fall = range(self.made, min(self.steps, 2 * self.made))
 
     def _fell(self, reading: Reading) -> bool:

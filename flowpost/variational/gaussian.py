@@ -13,6 +13,8 @@ Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From points ``(S, dim)`` to their log density ``(S,)`` and its gradient ``(S, dim)``."""
 RATE = 0.5
 """Of the natural gradient, where nothing limits a step; it falls to 0 over the second half."""
+STRETCH = 50
+"""Steps whose mean ELBO is compared with that of the next ones."""
 REACH = 1.0
 """The longest step, in standard deviations: a start far away is walked from, and not jumped from."""
 
@@ -60,9 +62,9 @@ def natural_ascent(
 
     In the coordinates ``e = L^-1 (z - loc)`` of the present Gaussian, the path gradient at a draw is
     ``r = L' dlog p/dz + e``. The Fisher information is there 1 for loc and for L below its diagonal, and 2 on it, so
-    that a step is ``loc + k L mean(r)`` and ``L (I + k tril(mean(r e')))`` with a halved, exponentiated diagonal. It does
-    not depend on the units of z: the same rate serves every density. Where p is Gaussian r is 0 at the optimum, without
-    noise. Draws come in pairs ``e, -e``; those whose gradient is not finite are left out.
+    that a step is ``loc + k L mean(r)`` and ``L (I + k tril(mean(r e')))`` with a halved, exponentiated diagonal. It
+    does not depend on the units of z: the same rate serves every density. Where p is Gaussian r is 0 at the optimum,
+    without noise. Draws come in pairs ``e, -e``; those whose gradient is not finite are left out.
 
     Costs ``samples`` gradients a step and Gaussian, and O(samples dim^2).
 
@@ -112,6 +114,33 @@ def _moved(now: Gaussian, path: Tensor, noise: Tensor, rate: float, diagonal: bo
     k = (REACH / length).clamp_max(rate).unsqueeze(-1)
     loc = now.loc + k * (now.scale_tril @ shift.unsqueeze(-1)).squeeze(-1)
     return Gaussian(loc, now.scale_tril @ (k.unsqueeze(-1) * below + torch.diag_embed((k * along).exp())))
+
+
+def rise(
+    gradient: Gradient, start: Gaussian, steps: int, samples: int, generator: torch.Generator, *, diagonal: bool
+) -> tuple[Gaussian, Tensor]:
+    """`natural_ascent` for as long as the ELBO rises, at most half of the steps, and then with a falling rate.
+
+    Returns:
+        The Gaussian, and the ELBO before every step, ``(made,)``.
+    """
+    now, elbos, made = start, [], 0
+    while made < steps // 2:
+        count = min(STRETCH, steps // 2 - made)
+        now, found = natural_ascent(gradient, now, count, samples, generator, diagonal=diagonal, falling=False)
+        elbos.append(found)
+        made += count
+        if len(elbos) > 1 and _still(*elbos[-2:]):
+            break
+    now, found = natural_ascent(
+        gradient, now, min(max(made, STRETCH), steps - made), samples, generator, diagonal=diagonal
+    )
+    return now, torch.cat([*elbos, found])
+
+
+def _still(before: Tensor, after: Tensor) -> bool:
+    error = (before.var() / len(before) + after.var() / len(after)).sqrt()
+    return bool(after.mean() - before.mean() < 2 * error)
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ class Target:
     def __init__(
         self, log_joint: LogJoint, parameters: Parameters, *, device: torch.device | str, dtype: torch.dtype
     ) -> None:
-        self.log_joint, self.parameters = log_joint, parameters
+        self.log_joint, self.parameters, self.dtype = log_joint, parameters, dtype
         self.evaluations = 0
         free = trial(parameters, device, dtype)
         found = find(log_joint, parameters, free)

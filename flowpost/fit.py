@@ -1,0 +1,111 @@
+"""A flow posterior of any model, from its log joint alone: draws, an evidence bound, and an honest verdict."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+
+import torch
+
+from flowpost.numerics.arguments import check_int
+from flowpost.variational.calling import LogJoint
+from flowpost.variational.families import GAUSSIANS, Flow, assemble, build_flow, is_mixable
+from flowpost.variational.fitted import FittedPosterior as FittedPosterior
+from flowpost.variational.parameters import Parameters, Spec
+from flowpost.variational.running import Running, left_out
+from flowpost.variational.starts import MOST
+from flowpost.variational.target import Target, precision
+from flowpost.variational.weighing import Progress as Progress
+
+
+def fit(
+    log_joint: LogJoint,
+    dim_or_spec: Spec,
+    flow: Flow = "realnvp",
+    *,
+    budget: int = 1_000_000,
+    samples: int = 512,
+    modes: int = MOST,
+    temperature: float = 1.0,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    progress: Callable[[Progress], object] | None = None,
+    resume: FittedPosterior | None = None,
+    **flow_options: object,
+) -> FittedPosterior:
+    """Fit q to the posterior ``p(theta|x)`` of a model, given ``log p(x, theta)``, by maximizing the ELBO.
+
+    Nothing has to be tuned for it. Gaussians climb from several first guesses by their natural gradient, which has no
+    units; those at different modes are kept. In the coordinates of each mode's Gaussian, where p is about standard, a
+    flow that starts as the identity is trained by sticking the landing, its rate falling when the ELBO no longer rises.
+    Several modes give a mixture of such flows. The fit ends when log p/q is constant, or with the budget.
+
+    Ctrl-C ends it early with the best q so far, once the flow has begun.
+
+    Args:
+        log_joint: from parameters to ``log p(x, theta)``, up to a constant that is then missing in the evidence. It
+            takes S draws at once, ``(S, dim)`` or a mapping of ``(S, *shape)``, and returns ``(S,)``; or it takes one
+            draw and returns a scalar, and is run by `torch.func.vmap`, or where that fails in a loop, with a warning.
+        dim_or_spec: the number of real parameters, or a mapping of each name to a shape, a constraint of
+            `torch.distributions.constraints` (or `ordered`), or a pair ``(shape, constraint)``. The prior is one over
+            the constrained values: the log-det is added here.
+        flow: a recipe's name, a `Bijector`, or a `FlowPosterior` without features, over the free coordinates. For more
+            than one mode its density must be fast: ``"realnvp"``, ``"spline_coupling"``, ``"maf"`` or a Gaussian.
+        budget: gradients of the log joint, one for each draw, at most.
+        samples: draws a step.
+        modes: how many modes q may have; 1 for a single flow.
+        temperature: at which the flow begins to be trained, at least 1: log p counts as ``log p / temperature`` there,
+            and in full after a third of the steps. For densities with modes that a single flow is to hold.
+        seed: of weights and draws; torch's global generator is left as it is.
+        device: where to fit; the log joint's data must be there.
+        dtype: by default float64 where the log joint takes it, on a GPU only where float32 is not enough.
+        progress: is called with each `Progress`; ``progress=print`` prints them.
+        resume: a fit of the same model to go on from; `flow`, `modes` and `dtype` are its own.
+        **flow_options: the recipe's; without them ``steps=8, hidden=(64, 64)`` where it takes them.
+
+    Returns:
+        `FittedPosterior`: ``sample``, ``log_prob``, ``log_evidence``, ``k_hat``, ``summary``, ``verdict`` and more.
+
+    Raises:
+        TypeError: for a log joint, spec or flow of another kind, or one that has no gradient.
+        ValueError: for a log joint of a wrong shape or without a finite value, with the parameters where it is not.
+
+    Reference:
+        Agrawal, Sheldon & Domke (2020), Advances in Black-Box VI; Agrawal & Domke (2024), Disentangling Impact of
+        Capacity, Objective, Batchsize, Estimators, and Step-size on Flow VI, for what to fit and by which gradient.
+
+    Example:
+        >>> from torch.distributions import Normal, constraints
+        >>> x = torch.tensor([1.2, 0.3, 2.2, 1.9], dtype=torch.float64)
+        >>> def log_joint(theta):
+        ...     mu, tau = theta["mu"].unsqueeze(-1), theta["tau"].unsqueeze(-1)
+        ...     return (Normal(0.0, 5.0).log_prob(mu) - tau).squeeze(-1) + Normal(mu, tau).log_prob(x).sum(-1)
+        >>> fitted = flowpost.fit(log_joint, {"mu": (), "tau": constraints.positive}, budget=50_000)
+        >>> fitted.sample(100)["tau"].shape, fitted.k_hat < 0.7
+        (torch.Size([100]), True)
+    """
+    begun, device = time.perf_counter(), torch.device(device)
+    budget, samples = check_int("budget", budget, minimum=1), check_int("samples", samples, minimum=2)
+    modes, parameters = check_int("modes", modes, minimum=1), Parameters(dim_or_spec)
+    if not 1 <= temperature < math.inf:
+        raise ValueError(f"temperature: expected a finite number >= 1, got {temperature}")
+    if resume is not None:
+        dtype = resume.target.dtype
+    target = Target(log_joint, parameters, device=device, dtype=dtype or precision(log_joint, parameters, device))
+    running = Running(target, budget, samples, torch.Generator(device).manual_seed(seed), progress, begun, temperature)
+    if resume is not None:
+        return running.ascend(copy.deepcopy(resume.posterior).to(device), [])
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        built = build_flow(flow, parameters.dim, flow_options)
+    start = running.start(diagonal=flow == "diagonal")
+    most = modes if is_mixable(built) else 1
+    notes = [left_out(start, most, target)] if len(start.gaussians) > most else []
+    gaussians = start.gaussians[:most]
+    if flow in GAUSSIANS and len(gaussians) == 1:
+        best = running.rise(gaussians[0], diagonal=flow == "diagonal")
+        return running.finish(assemble(built, [best], start.elbos[:1]), notes)
+    return running.ascend(assemble(built, gaussians, start.elbos[:most]), notes)

@@ -1,0 +1,81 @@
+"""What is fitted: a flow that starts as the identity, before the map onto the Gaussian of a mode; one for each mode."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias, cast
+
+import torch
+
+from flowpost.bijectors.base import Bijector
+from flowpost.bijectors.chain import Chain
+from flowpost.posterior import FlowPosterior
+from flowpost.recipes import RECIPES
+from flowpost.variational.bound import Fitted
+from flowpost.variational.gaussian import Gaussian
+from flowpost.variational.mixture import Mixture, slow_steps
+from flowpost.variational.standard import Standard
+
+Flow: TypeAlias = str | Bijector | FlowPosterior
+SIZES: Mapping[str, object] = {"steps": 8, "hidden": (64, 64), "context_size": 0}
+"""Of a recipe's flow, where it takes them and nothing else is said: without an encoder there is no c to read."""
+GAUSSIANS = ("diagonal", "full_covariance")
+"""Recipes that the Gaussian of the start is already the best of."""
+
+
+def build_flow(flow: Flow, dim: int, options: Mapping[str, object]) -> Bijector:
+    """The flow, without an encoder, from a recipe's name, a bijector, or a posterior.
+
+    Raises:
+        TypeError: for anything else, or options that it does not take.
+        ValueError: for an unknown name, another dim, or a posterior with features.
+    """
+    if isinstance(flow, str):
+        return _recipe(flow, dim, options)
+    if options:
+        raise TypeError(f"flow_options: expected none with a {type(flow).__name__}, got {', '.join(options)}")
+    if not isinstance(flow, (Bijector, FlowPosterior)):
+        raise TypeError(f"flow: expected a recipe's name, a Bijector or a FlowPosterior, got {type(flow).__name__}")
+    if isinstance(flow, FlowPosterior) and flow.features:
+        raise ValueError(f"flow: expected a posterior of features=0, got features={flow.features}")
+    if flow.dim != dim:
+        raise ValueError(f"flow: expected dim={dim}, the number of free coordinates, got dim={flow.dim}")
+    return copy.deepcopy(flow.flow if isinstance(flow, FlowPosterior) else FlowPosterior(0, flow).flow)
+
+
+def _recipe(name: str, dim: int, options: Mapping[str, object]) -> Bijector:
+    if name not in RECIPES:
+        raise ValueError(f"flow: expected one of {', '.join(RECIPES)}, got {name!r}")
+    taken = [*inspect.signature(RECIPES[name]).parameters][2:]
+    if unknown := [option for option in options if option not in taken]:
+        raise TypeError(f"flow_options: {name} takes {', '.join(taken) or 'none'}; got {', '.join(unknown)}")
+    sizes = {option: value for option, value in SIZES.items() if option in taken}
+    return RECIPES[name](0, dim, **{**sizes, **options}).flow
+
+
+def is_mixable(flow: Bijector) -> bool:
+    """Whether log q of any z takes one pass, as it must in a mixture."""
+    return not slow_steps(flow, inverse=True)
+
+
+def assemble(flow: Bijector, gaussians: Sequence[Gaussian], elbos: Sequence[float]) -> Fitted:
+    """A posterior for one mode, a mixture for several, whose weights start at the modes' evidence."""
+    like = gaussians[0].loc
+    parts = [
+        FlowPosterior(0, Chain(copy.deepcopy(flow).to(like), Standard(*gaussian)))  # each learns for itself
+        for gaussian in gaussians
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    mixture = Mixture(parts)
+    with torch.no_grad():
+        mixture.logits.copy_(torch.tensor(elbos, dtype=torch.float64, device="cpu"))
+        mixture.logits.sub_(mixture.logits.max())
+    return mixture
+
+
+def components(fitted: Fitted) -> list[FlowPosterior]:
+    """The posteriors of a mixture, or the one."""
+    return [cast(FlowPosterior, part) for part in fitted.posteriors] if isinstance(fitted, Mixture) else [fitted]

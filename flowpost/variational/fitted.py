@@ -1,0 +1,172 @@
+"""A fitted posterior: draws of the parameters, their density, the evidence, and an honest verdict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flowpost.annealing import State, adapt, hamiltonian_step, noise_target
+from flowpost.importance import warn_unreliable
+from flowpost.numerics.arguments import check_int
+from flowpost.posterior import FlowPosterior
+from flowpost.variational.bound import Fitted
+from flowpost.variational.families import components
+from flowpost.variational.mixture import Mixture
+from flowpost.variational.parameters import Values
+from flowpost.variational.summary import Summary, summary
+from flowpost.variational.target import Target
+from flowpost.variational.verdict import reasons, verdict
+from flowpost.variational.weighing import Progress, device_of, estimate, mean_and_error, weigh
+
+DRAWS = 10_000
+"""Behind the evidence and the verdict."""
+
+
+class FittedPosterior:
+    """A posterior that `flowpost.fit` made; q is over free coordinates, and all that is read from it over parameters.
+
+    Attributes:
+        posterior: q on the free coordinates: a `FlowPosterior`, or where several modes were found a `Mixture`.
+        parameters: the map from coordinates to parameters.
+        evaluations: gradients of the log joint that the fit took, one for each draw.
+        seconds: that it took.
+        history: a `Progress` for each reading.
+        estimate: of the log evidence, from 10,000 draws.
+    """
+
+    def __init__(
+        self,
+        posterior: Fitted,
+        target: Target,
+        *,
+        evaluations: int,
+        seconds: float,
+        history: Sequence[Progress] = (),
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.posterior, self.target, self.parameters = posterior, target, target.parameters
+        self.evaluations, self.seconds, self.history = evaluations, seconds, list(history)
+        self._weighed = weigh(posterior, target, DRAWS, torch.Generator(device_of(posterior)).manual_seed(0))
+        self.estimate = estimate(self._weighed)
+        self._elbo = mean_and_error(self._weighed)
+        self._said = reasons(
+            self.estimate, self._elbo[0], lost=float(self._weighed.log_ratio.isinf().double().mean()), notes=notes
+        )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.parameters!r}; {self.verdict})"
+
+    @torch.no_grad()
+    def sample(self, n: int = 1000) -> Values:
+        """Independent draws of the parameters: a mapping of ``(n, *shape)``, or ``(n, dim)`` of a bare dim."""
+        z = self.posterior.sample(n) if isinstance(self.posterior, Mixture) else self.posterior(sample_shape=(n,)).z
+        return self.parameters.constrain(z)[0]
+
+    @torch.no_grad()
+    def log_prob(self, values: Values) -> Tensor:
+        """The log density of parameters, with respect to their own volume: ``log q(u) - log|det dtheta/du|``."""
+        like = self._weighed.z
+        free = self.parameters.free(values).to(like)
+        return self.posterior.log_prob(free) - self.parameters.constrain(free)[1]
+
+    def elbo(self, samples: int = DRAWS) -> tuple[float, float]:
+        """The ELBO in nats from fresh draws, and its standard error."""
+        generator = torch.Generator(device_of(self.posterior)).manual_seed(int(torch.randint(2**62, (), device="cpu")))
+        return mean_and_error(weigh(self.posterior, self.target, check_int("samples", samples, 2), generator))
+
+    @property
+    def log_evidence(self) -> float:
+        """The log of the joint's integral, in nats, importance-sampled; ``estimate.standard_error`` is its error."""
+        return self.estimate.log_p.item()
+
+    @property
+    def k_hat(self) -> float:
+        """Pareto k of the importance weights: above 0.7 neither the evidence nor weighted means are to be trusted."""
+        return self.estimate.k_hat.item()
+
+    @property
+    def ess(self) -> float:
+        """Effective number of the 10,000 weighted draws."""
+        return self.estimate.ess.item()
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether nothing speaks against the fit."""
+        return not self._said
+
+    @property
+    def verdict(self) -> str:
+        """In plain words, whether the fit is to be trusted, and if not, why and what helps."""
+        return verdict(self._said, self.estimate, self._elbo[0])
+
+    def summary(self) -> Summary:
+        """Mean, sd, quantiles and Monte Carlo error of every parameter; it prints as a table.
+
+        Draws are weighted by p/q where k-hat allows it, and else plain draws of q.
+        """
+        return summary(self.parameters, self._weighed, weighted=self.k_hat <= 0.7)
+
+    @torch.no_grad()
+    def importance_resample(self, n: int = 1000, *, pool: int | None = None) -> Values:
+        """Draws of q taken again with probabilities in proportion to p/q: nearer to p, and some of them equal.
+
+        Args:
+            n: how many.
+            pool: how many draws of q they are taken from; ten times n by default.
+
+        Warns:
+            UnreliableEstimateWarning: where k-hat is above 0.7, so that a few draws would be most of the result.
+        """
+        return self.parameters.constrain(self._resampled(n, pool))[0]
+
+    def refine(self, n: int = 1000, *, steps: int = 20, leapfrogs: int = 5) -> Values:
+        """Draws that Hamiltonian Monte Carlo has moved from q towards p, in the noise space of the flow.
+
+        They begin as `importance_resample` gives them. There p is nearly N(0, I), so that one step size fits all
+        directions. Use it where the verdict is not good. A chain stays in its mode, whose share is that of the
+        resampling. Costs ``(steps + 100) leapfrogs n`` gradients.
+
+        Args:
+            n: how many draws, each a chain of its own.
+            steps: of every chain.
+            leapfrogs: gradients a step.
+
+        Reference:
+            Hoffman et al. (2019), NeuTra-lizing Bad Geometry in Hamiltonian Monte Carlo Using Neural Transport.
+        """
+        parts, z = components(self.posterior), self._resampled(n, None)
+        with torch.no_grad():
+            owner = torch.stack([part.log_prob(z).nan_to_num(nan=-math.inf) for part in parts]).argmax(0)
+        moved = z.clone()
+        for k, part in enumerate(parts):
+            own = owner == k
+            if own.any():
+                moved[own] = _chains(part, self.target, z[own], steps, leapfrogs)
+        with torch.no_grad():
+            return self.parameters.constrain(moved)[0]
+
+    def _resampled(self, n: int, pool: int | None) -> Tensor:
+        n = check_int("n", n, minimum=1)
+        generator = torch.Generator(device_of(self.posterior)).manual_seed(int(torch.randint(2**62, (), device="cpu")))
+        weighed = weigh(self.posterior, self.target, check_int("pool", pool or 10 * n, minimum=n), generator)
+        warn_unreliable(estimate(weighed), len(weighed.z))
+        chances = (weighed.log_ratio + weighed.share.log()).softmax(0)
+        return weighed.z[torch.multinomial(chances, n, replacement=True, generator=generator)]
+
+
+def _chains(part: FlowPosterior, target: Target, z: Tensor, steps: int, leapfrogs: int) -> Tensor:
+    """Chains from points of one component, in its noise space."""
+    with torch.no_grad():
+        noise, _ = part.flow.inverse(z)
+    gradient = noise_target(part.at(), target)
+    start = State(noise, *gradient(noise))
+    step_size = adapt(start, gradient, noise.new_tensor(0.5), leapfrogs)
+    state = start
+    for _ in range(check_int("steps", steps, minimum=1)):
+        momentum, log_uniform = torch.randn_like(noise), torch.rand_like(start.value).log()
+        state, _ = hamiltonian_step(state, gradient, step_size, leapfrogs, momentum, log_uniform)
+    with torch.no_grad():
+        return part.flow(state.position)[0]

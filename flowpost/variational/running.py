@@ -1,0 +1,115 @@
+"""One fit under way: its budget, its clock, and whoever watches."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flowpost.variational.ascent import BLOCK, Ascent, Reading
+from flowpost.variational.bound import Fitted, bound, noise_for
+from flowpost.variational.fitted import FittedPosterior
+from flowpost.variational.gaussian import Gaussian, rise
+from flowpost.variational.starts import Start, find_start
+from flowpost.variational.target import Target
+from flowpost.variational.weighing import Progress, device_of, estimate, weigh
+
+LOOK, SEEN = 10, 1000
+"""Readings between two of k-hat, and draws behind one."""
+RESTARTS = 8
+"""After so many a fit is given up; q is what it was at its best."""
+
+
+@dataclass
+class Running:
+    """A fit of one target."""
+
+    target: Target
+    budget: int
+    samples: int
+    generator: torch.Generator
+    watch: Callable[[Progress], object] | None
+    begun: float
+    temperature: float = 1.0
+    spent: int = 0
+    history: list[Progress] = field(default_factory=list)
+
+    def start(self, *, diagonal: bool) -> Start:
+        """Look for modes, and fit a Gaussian to each."""
+        origin = torch.zeros(self.target.parameters.dim, dtype=self.target.dtype, device=self.generator.device)
+        found = find_start(self._gradient, origin, self.budget, self.generator, diagonal=diagonal)
+        self._tell(Progress("start", self.spent, self.budget, found.elbos[0], 0.0, math.nan))
+        return found
+
+    def rise(self, gaussian: Gaussian, *, diagonal: bool) -> Gaussian:
+        """Spend the rest of the budget on one Gaussian, as far as that raises its ELBO."""
+        steps = max(2, (self.budget - self.spent) // self.samples)
+        best, elbos = rise(self._gradient, gaussian, steps, self.samples, self.generator, diagonal=diagonal)
+        self._tell(Progress("start", self.spent, self.budget, elbos[-BLOCK:].mean().item(), 0.0, math.nan))
+        return best
+
+    def ascend(self, fitted: Fitted, notes: Sequence[str]) -> FittedPosterior:
+        """Train a flow, or a mixture of them, until nothing is to be gained, the budget is spent, or Ctrl-C."""
+        steps = max(1, (self.budget - self.spent) // self.samples)
+        ascent = Ascent(
+            fitted,
+            lambda noise, weight: bound(fitted, self.target, noise, weight),
+            lambda: noise_for(fitted, self.samples, self.generator),
+            steps,
+            self.generator.device,
+            temperature=self.temperature,
+        )
+        said, before = list(notes), self.spent
+        try:
+            for count, reading in enumerate(ascent.run(), 1):
+                self.spent = before + ascent.made * self.samples
+                self._tell(self._progress(fitted, ascent, reading, look=count % LOOK == 0))
+                if ascent.restarts > RESTARTS:
+                    said.append(f"the fit diverged {ascent.restarts} times and was given up")
+                    break
+        except KeyboardInterrupt:
+            said.append("the fit was interrupted; pass resume= to go on")
+        ascent.settle()
+        if ascent.unsettled:
+            said.append("the ELBO still rose when the budget was spent; a larger budget, or resume=, helps")
+        return self.finish(fitted, said)
+
+    def finish(self, fitted: Fitted, notes: Sequence[str]) -> FittedPosterior:
+        """What the fit came to."""
+        seconds = time.perf_counter() - self.begun
+        fitted.requires_grad_(requires_grad=True)
+        return FittedPosterior(
+            fitted, self.target, evaluations=self.spent, seconds=seconds, history=self.history, notes=notes
+        )
+
+    def _gradient(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        self.spent += len(points)
+        return self.target.gradient(points)
+
+    def _progress(self, fitted: Fitted, ascent: Ascent, reading: Reading, *, look: bool) -> Progress:
+        k_hat = math.nan
+        if look and self.watch is not None:
+            weighed = weigh(fitted, self.target, SEEN, torch.Generator(device_of(fitted)).manual_seed(1))
+            k_hat = estimate(weighed).k_hat.item()
+        return Progress("flow", self.spent, self.budget, reading.elbo, ascent.rate.item(), k_hat)
+
+    def _tell(self, progress: Progress) -> None:
+        self.history.append(progress)
+        if self.watch is not None:
+            self.watch(progress)
+
+
+def left_out(start: Start, most: int, target: Target) -> str:
+    """What to say of modes that were found and are not in q: their share by ELBO, and where the first of them is."""
+    elbos = torch.tensor(start.elbos, dtype=torch.float64, device="cpu")
+    share = elbos.softmax(0)[most:].sum().item()
+    what = "one more mode was" if len(elbos) == most + 1 else f"{len(elbos) - most} more modes were"
+    where = target.describe(start.gaussians[most].loc)
+    return (
+        f"{what} found that q leaves out, of about {share:.0%} of the mass, near {where}; "
+        f"a mixture holds them, of flow='realnvp', 'spline_coupling' or 'maf' and modes={len(elbos)} or more"
+    )

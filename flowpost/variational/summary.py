@@ -1,0 +1,55 @@
+"""A fitted posterior in numbers, a row for each parameter."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowpost.variational.parameters import Parameters
+from flowpost.variational.weighing import Weighed
+
+LEVELS = (0.05, 0.5, 0.95)
+
+
+class Summary(NamedTuple):
+    """Of every column of the parameters; it prints as a table."""
+
+    names: tuple[str, ...]
+    mean: Tensor
+    """``(columns,)``"""
+    sd: Tensor
+    """``(columns,)``"""
+    quantiles: Tensor
+    """At 5, 50 and 95 %, ``(3, columns)``."""
+    error: Tensor
+    """The Monte Carlo standard error of the mean, ``(columns,)``: of q's draws, and not of q."""
+    weighted: bool
+    """Whether the draws were weighted by p/q."""
+
+    def __str__(self) -> str:
+        width = max(9, *map(len, self.names))
+        head = f"{'':<{width}} {'mean':>10} {'sd':>10} {'5%':>10} {'50%':>10} {'95%':>10} {'mc error':>10}"
+        columns = torch.stack([self.mean, self.sd, *self.quantiles, self.error], -1).tolist()
+        rows = [
+            f"{name:<{width}} " + " ".join(f"{value:>10.4g}" for value in row)
+            for name, row in zip(self.names, columns, strict=True)
+        ]
+        return "\n".join([head, *rows, "weighted by p/q" if self.weighted else "draws of q, not weighted"])
+
+
+@torch.no_grad()
+def summary(parameters: Parameters, draws: Weighed, *, weighted: bool) -> Summary:
+    """Moments and quantiles of weighted draws, in float64."""
+    columns = parameters.flat(parameters.constrain(draws.z)[0]).double()
+    log_weight = draws.share.log() + (draws.log_ratio if weighted else 0.0)
+    weight = log_weight.softmax(0).unsqueeze(-1)
+    mean = (weight * columns).sum(0)
+    off = columns - mean
+    order = columns.argsort(0)
+    reached = weight.expand_as(columns).gather(0, order).cumsum(0)
+    places = [(reached < level).sum(0, keepdim=True).clamp_max(len(columns) - 1) for level in LEVELS]
+    quantiles = torch.cat([columns.gather(0, order.gather(0, place)) for place in places])
+    error = (weight * off).square().sum(0).sqrt()
+    return Summary(parameters.names, mean, (weight * off.square()).sum(0).sqrt(), quantiles, error, weighted)

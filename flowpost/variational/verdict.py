@@ -1,0 +1,47 @@
+"""In plain words: whether a fitted posterior is to be trusted, and if not, why and what helps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flowpost.importance import LIMIT, ImportanceEstimate
+
+GAP = 0.5
+"""Nats between log evidence and ELBO: more of it is a fit that misses something."""
+
+
+def reasons(estimate: ImportanceEstimate, elbo: float, *, lost: float, notes: Sequence[str]) -> list[str]:
+    """What speaks against a fit, a sentence each; none where nothing does.
+
+    Args:
+        estimate: of the log evidence, from draws of q.
+        elbo: from the same draws.
+        lost: share of them whose log p/q is not finite.
+        notes: what the fit itself had to say.
+    """
+    said = []
+    k_hat, gap = estimate.k_hat.item(), estimate.log_p.item() - elbo
+    if not k_hat <= LIMIT:
+        said.append(
+            f"Pareto k-hat is {k_hat:.2f}, above {LIMIT}: q's tails are too light somewhere, and means over its draws, "
+            f"importance-sampled ones too, may be wrong there; a richer flow, more steps or budget, or refine() helps"
+        )
+    if gap > GAP:
+        said.append(
+            f"the importance-sampled log evidence is {gap:.2f} nats above the ELBO, so KL(q || p) is at least about "
+            f"that; a richer flow or a larger budget helps"
+        )
+    if lost:
+        said.append(f"log p/q is not finite at {lost:.2%} of q's draws; see where with log_joint(fitted.sample())")
+    return [*said, *notes]
+
+
+def verdict(said: Sequence[str], estimate: ImportanceEstimate, elbo: float) -> str:
+    """One text of all of it."""
+    figures = (
+        f"ELBO {elbo:.3f}, log evidence {estimate.log_p.item():.3f} (standard error "
+        f"{estimate.standard_error.item():.3f}), k-hat {estimate.k_hat.item():.2f}"
+    )
+    if not said:
+        return f"Nothing speaks against this fit: {figures}. Mass that no draw has reached shows in none of these."
+    return "Not to be trusted as it is: " + "; ".join(said) + f". {figures}."

@@ -1,0 +1,82 @@
+"""Draws of q with what p says of them, and how far a fit has come."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowpost.importance import ImportanceEstimate, summarize
+from flowpost.variational.bound import Fitted, draw, noise_for
+from flowpost.variational.families import components
+from flowpost.variational.target import Target
+
+CHUNK = 1000
+"""Draws at once."""
+SAME = 1e-3
+"""Nats: weights that differ by less have no tail to speak of, whatever its shape."""
+
+
+class Progress(NamedTuple):
+    """What a fit has come to."""
+
+    stage: str
+    """"start" or "flow"."""
+    evaluations: int
+    """Gradients of the log joint so far, one for each draw."""
+    budget: int
+    elbo: float
+    rate: float
+    k_hat: float
+    """nan where it was not asked for: it costs a thousand draws."""
+
+    def __str__(self) -> str:
+        tail = "" if math.isnan(self.k_hat) else f"  k-hat {self.k_hat:.2f}"
+        return (
+            f"{self.stage}  {self.evaluations:>9,} of {self.budget:,}  ELBO {self.elbo:.3f}  rate {self.rate:.1e}{tail}"
+        )
+
+
+class Weighed(NamedTuple):
+    """Draws of q and what p says of them."""
+
+    z: Tensor
+    """Free coordinates, ``(S, dim)``."""
+    log_ratio: Tensor
+    """log p/q, ``(S,)``, float64; minus infinity where it is not finite."""
+    share: Tensor
+    """What each stands for, ``(S,)``; together 1."""
+
+
+def device_of(fitted: Fitted) -> torch.device:
+    """Where a posterior is."""
+    return next(components(fitted)[0].flow.buffers()).device
+
+
+@torch.no_grad()
+def weigh(fitted: Fitted, target: Target, samples: int, generator: torch.Generator) -> Weighed:
+    """About so many draws of q with their log p/q, a thousand at a time; no gradient is taken."""
+    rows = []
+    for start in range(0, samples, CHUNK):
+        z, log_q, share = draw(fitted, noise_for(fitted, min(CHUNK, samples - start), generator))
+        ratio = (target(z) - log_q).double().nan_to_num(nan=-math.inf, posinf=-math.inf)
+        rows.append((z, ratio, share.double() * len(z)))
+    z, ratio, share = (torch.cat(column) for column in zip(*rows, strict=True))
+    return Weighed(z, ratio, share / share.sum())
+
+
+def estimate(weighed: Weighed) -> ImportanceEstimate:
+    """Of the log evidence; k-hat is minus infinity where all weights are about equal."""
+    log_w = weighed.log_ratio + (weighed.share * len(weighed.share)).log()
+    found = summarize([log_w.unsqueeze(-1)], len(log_w))
+    k_hat = torch.where(log_w.max() - log_w.min() < SAME, -math.inf, found.k_hat)
+    return ImportanceEstimate(*(value.squeeze(0) for value in found._replace(k_hat=k_hat)))
+
+
+def mean_and_error(weighed: Weighed) -> tuple[float, float]:
+    """The mean of log p/q, and its standard error from draws that are taken as independent."""
+    mean = (weighed.share * weighed.log_ratio).sum()
+    variance = (weighed.share * (weighed.log_ratio - mean)).square().sum()
+    return mean.item(), variance.sqrt().item()
