@@ -11,8 +11,10 @@ from torch.distributions import constraints
 
 from benchmarks.posteriors.densities import cauchy, log_normal, normal, squares
 from benchmarks.posteriors.model import Arrays, Model, Tensors
+from benchmarks.posteriors.models.elimination import concentrations, lengths
+from benchmarks.posteriors.models.orbits import orbit
 
-STEPS = 20  # of Runge and Kutta, from one observation to the next
+LEAST = 1e-6  # of a concentration: none is seen below
 
 
 def _series(data: Arrays) -> Arrays:
@@ -51,59 +53,28 @@ def lotka_volterra(p: Tensors, data: Tensors) -> Tensor:
 
 def populations(theta: Tensor, start: Tensor, years: int) -> Tensor:
     """Log populations ``(S, years + 1, 2)``."""
-    growth = torch.stack([theta[:, 0], -theta[:, 2]])
-    meeting = torch.stack([-theta[:, 1], theta[:, 3]])
-    state, step = start.T, 1 / STEPS
-    states = [state]
-
-    def slope(state: Tensor) -> Tensor:
-        return growth + meeting * state.exp().flip(0)
-
-    for _ in range(years):
-        for _ in range(STEPS):
-            first = slope(state)
-            second = slope(state + 0.5 * step * first)
-            third = slope(state + 0.5 * step * second)
-            fourth = slope(state + step * third)
-            state = state + step / 6 * (first + 2 * (second + third) + fourth)
-        states.append(state)
-    return torch.stack(states).permute(2, 0, 1)
+    first, second, third, fourth = theta.unbind(-1)
+    shift = torch.stack([fourth, second]).log()  # makes both rates of meeting 1
+    states = orbit(torch.stack([first, -third]), start.T + shift, years) - shift
+    return states.permute(2, 0, 1)
 
 
 def _blood(data: Arrays) -> Arrays:
+    steps = np.array(lengths(len(data["times"]), data["times"][0]))
+    ends = np.concatenate([[0.0], np.cumsum(steps)])
+    grid = np.interp(np.arange(2 * len(steps) + 1) / 2, np.arange(len(ends)), ends)  # the middles too
     logs = np.log(data["C_hat"])
-    names = {"dose": "D", "volume": "V", "times": "times"}
-    return {"logs": logs, "jacobian": logs.sum()} | {name: data[there] for name, there in names.items()}
+    constants = {"jacobian": logs.sum(), "dose": data["D"], "volume": data["V"]}
+    return {"logs": logs, "grid": grid[:, None], "steps": steps, **constants}
 
 
 def one_compartment(p: Tensors, data: Tensors) -> Tensor:
     """A drug that is absorbed at a rate of its own and eliminated at one that saturates."""
     prior = sum(cauchy(p[name], 1.0) for name in ("k_a", "K_m", "V_m", "sigma"))
-    logs = concentrations(p["k_a"], p["K_m"], p["V_m"], data).log()
+    inflow = torch.exp(-data["grid"] * p["k_a"]) * (p["k_a"] * data["dose"] / data["volume"])
+    found = concentrations(inflow, p["V_m"] / data["volume"], p["K_m"], data["steps"])
+    logs = found.clamp_min(LEAST).log().T
     return prior + normal(data["logs"], logs, p["sigma"].unsqueeze(-1)).sum(-1) - data["jacobian"]
-
-
-def concentrations(k_a: Tensor, k_m: Tensor, v_m: Tensor, data: Tensors) -> Tensor:
-    """In the blood at the times of the data, ``(S, times)``."""
-    count = len(data["times"])
-    step = data["times"][-1] / (count * STEPS)
-    grid = 0.5 * step * torch.arange(2 * count * STEPS + 1, dtype=k_a.dtype, device=k_a.device)
-    absorbed = torch.exp(-grid.unsqueeze(-1) * k_a) * (k_a * data["dose"] / data["volume"])
-    most = v_m / data["volume"]
-    state, states = torch.zeros_like(k_a), []
-    for index in range(count * STEPS):
-        early, middle, late = absorbed[2 * index : 2 * index + 3]
-        first = early - most * state / (k_m + state)
-        point = state + 0.5 * step * first
-        second = middle - most * point / (k_m + point)
-        point = state + 0.5 * step * second
-        third = middle - most * point / (k_m + point)
-        point = state + step * third
-        fourth = late - most * point / (k_m + point)
-        state = state + step / 6 * (first + 2 * (second + third) + fourth)
-        if (index + 1) % STEPS == 0:
-            states.append(state)
-    return torch.stack(states, -1)
 
 
 POSITIVE = constraints.positive
