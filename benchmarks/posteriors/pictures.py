@@ -17,7 +17,7 @@ from benchmarks.table import grouped
 
 Pair = tuple[str, str]
 SHOWN = 600  # draws of each in a panel
-LOWEST = 1e-3  # nats: the foot of the axis
+LOWEST, HIGHEST = 1e-3, 1e3  # nats: the ends of the axis
 GREYS = ("0.25", "0.5", "0.7")  # of the guides
 
 PAIRS: Mapping[str, tuple[Pair, ...]] = {
@@ -87,17 +87,17 @@ def colour_of(what: str) -> str:
 def traces(fits: Sequence[Fit]) -> Figure:
     """KL against gradient evaluations, a panel for each posterior, a line for each contender and seed."""
     groups = grouped(fits, lambda fit: fit.posterior)
-    figure, (line,) = panels(len(groups), 2.7, 2.4, across=6)
-    seen: dict[str, str] = {}
+    figure, (line,) = panels(len(groups), 2.4, 2.4, across=6, sharey=True)
+    labelled: set[str] = set()
     for panel, (name, own) in zip(line, groups.items(), strict=True):
         for fit in own:
             counts = [count for count, kl in fit.history if math.isfinite(kl)]
             values = [max(kl, LOWEST) for _, kl in fit.history if math.isfinite(kl)]
-            label = None if fit.contender in seen else title(fit.contender)
-            seen[fit.contender] = fit.contender
+            label = None if fit.contender in labelled else title(fit.contender)
+            labelled.add(fit.contender)
             dashed = "--" if fit.contender in GUIDES else "-"
             panel.plot(counts, values, dashed, color=colour_of(fit.contender), linewidth=1, label=label)
-        panel.set(xscale="log", yscale="log")
+        panel.set(xscale="log", yscale="log", ylim=(LOWEST, HIGHEST))
         panel.set_title(f"{name}, {posterior(name).dim}", fontsize="x-small")
         panel.tick_params(labelsize="x-small")
         panel.grid(alpha=0.3)

@@ -89,26 +89,27 @@ def shortfalls(fits: Sequence[Fit]) -> list[str]:
             lines.append(
                 f"{what}: KL {fit.kl:.4f} is negative by more than {FLOOR:.0f} standard errors: log q is wrong"
             )
-    for name, own in grouped(fits, lambda fit: fit.posterior).items():
-        lines += _missed(posterior(name), own)
-    return lines
+    groups = grouped(fits, lambda fit: fit.posterior)
+    missed = [each for name, own in groups.items() for each in _missed(posterior(name), own)]
+    return lines + [line for _, line in sorted(missed, key=lambda each: -each[0])]
 
 
-def _missed(one: Posterior, fits: Sequence[Fit]) -> list[str]:
+def _missed(one: Posterior, fits: Sequence[Fit]) -> list[tuple[float, str]]:
+    """By how many nats, and in words; what is not in nats comes last."""
     lines = []
     gaussian = mean_kl(_by_contender(fits).get("full_covariance", []))
     if gaussian > one.full_rank.gap + NEAR + tolerance(one):
-        lines.append(
-            f"{one.short}: full_covariance leaves {gaussian:.3f}, the best Gaussian known {one.full_rank.gap:.3f}"
-        )
+        words = f"{one.short}: full_covariance leaves {gaussian:.3f}, the best Gaussian known {one.full_rank.gap:.3f}"
+        lines.append((gaussian - one.full_rank.gap, words))
     best = best_flow(fits)
     if best is not None:
         name, own = best
         kl, k_hat = mean_kl(own), max(fit.k_hat for fit in own)
         if kl > goal(one) + tolerance(one):
-            lines.append(f"{one.short}: the best flow, {name}, leaves {kl:.3f}; the goal is {goal(one):.3f}")
+            words = f"{one.short}: the best flow, {name}, leaves {kl:.3f}; the goal is {goal(one):.3f}"
+            lines.append((kl - goal(one), words))
         if k_hat > LIMIT:
-            lines.append(f"{one.short}: the best flow, {name}, has k-hat {k_hat:.2f}, above {LIMIT}")
+            lines.append((0.0, f"{one.short}: the best flow, {name}, has k-hat {k_hat:.2f}, above {LIMIT}"))
     return lines
 
 
