@@ -16,6 +16,7 @@ from benchmarks.data import NAMES, DataError
 from benchmarks.encoders import encoders
 from benchmarks.job import job
 from benchmarks.models import POSTERIORS
+from benchmarks.posteriors.command import posteriors
 from benchmarks.reliability.command import reliability
 from benchmarks.report import Report
 from benchmarks.run import Out
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.command()(compare)
 app.command()(encoders)
+app.command()(posteriors)
 app.command()(reliability)
 app.command()(speed)
 app.command()(targets)
@@ -48,6 +50,7 @@ Examples:
   python -m benchmarks --resume runs/NAME  go on with a job that was stopped
   python -m benchmarks compare runs/*      finished jobs in one table, with differences
   python -m benchmarks encoders            other people's encoders: one line each, and what a flow pays
+  python -m benchmarks posteriors          exact KL to posteriors of data, from flowpost.fit
   python -m benchmarks reliability         hard uses, flowpost beside public libraries
   python -m benchmarks speed               times, beside dense layers and public libraries
   python -m benchmarks targets             exact KL to densities that are known
