@@ -13,7 +13,7 @@ Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From points ``(S, dim)`` to their log density ``(S,)`` and its gradient ``(S, dim)``."""
 RATE = 0.5
 """Of the natural gradient, where nothing limits a step; it falls to 0 over the second half."""
-STRETCH = 50
+STRETCH = 150
 """Steps whose mean ELBO is compared with that of the next ones."""
 REACH = 1.0
 """The longest step, in standard deviations: a start far away is walked from, and not jumped from."""

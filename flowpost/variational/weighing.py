@@ -15,8 +15,8 @@ from flowpost.variational.target import Target
 
 CHUNK = 1000
 """Draws at once."""
-SAME = 1e-3
-"""Nats: weights that differ by less have no tail to speak of, whatever its shape."""
+SAME = 0.1
+"""Nats: where no weight exceeds the mean of all by more, the tail's shape means nothing."""
 
 
 class Progress(NamedTuple):
@@ -68,10 +68,10 @@ def weigh(fitted: Fitted, target: Target, samples: int, generator: torch.Generat
 
 
 def estimate(weighed: Weighed) -> ImportanceEstimate:
-    """Of the log evidence; k-hat is minus infinity where all weights are about equal."""
+    """Of the log evidence; k-hat is minus infinity where no draw weighs much more than others."""
     log_w = weighed.log_ratio + (weighed.share * len(weighed.share)).log()
     found = summarize([log_w.unsqueeze(-1)], len(log_w))
-    k_hat = torch.where(log_w.max() - log_w.min() < SAME, -math.inf, found.k_hat)
+    k_hat = torch.where(log_w.max() - found.log_p < SAME, -math.inf, found.k_hat)
     return ImportanceEstimate(*(value.squeeze(0) for value in found._replace(k_hat=k_hat)))
 
 
