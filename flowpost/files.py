@@ -99,7 +99,7 @@ def load(
     with open(path, "rb") as file:
         header = read_header(file, name)
         module = _rebuild(header) if into is None else into
-        _check_same(header, module, "into")
+        check_same(header, module, "into")
         tensors = read_tensors(file, header)
     if not allow_nonfinite:
         _check_finite(tensors, module)
@@ -146,7 +146,7 @@ def _rebuild(header: Header) -> FlowPosterior:
     try:
         with torch.device("meta"):  # shapes without memory
             blank = _build(header)
-        _check_same(header, blank, "its recipe")
+        check_same(header, blank, "its recipe")
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         recipe = reprlib.repr(header.recipes[""])
         what = f"{header.path!r} is not of its recipe {recipe}, or was altered since (then pass into=)"
@@ -184,7 +184,7 @@ def _check_size(given: Mapping[str, object], header: Header) -> None:
         raise ValueError(f"at least {least} numbers in {steps} steps, and the file has {held}")
 
 
-def _check_same(header: Header, module: nn.Module, argument: str) -> None:
+def check_same(header: Header, module: nn.Module, argument: str) -> None:
     """Refuse a module that is not of the file's architecture: the recipes' arguments first, then the tensors."""
     ours, theirs = _shapes(module.state_dict()), _shapes(header.tensors)
     tensors = [

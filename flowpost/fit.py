@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from numbers import Real
 
 import torch
 
-from flowpost.numerics.arguments import check_int
+from flowpost.numerics.arguments import FLOATS, check_device, check_int
 from flowpost.variational.calling import LogJoint
 from flowpost.variational.families import GAUSSIANS, Flow, assemble, build_flow, is_mixable
 from flowpost.variational.fitted import FittedPosterior as FittedPosterior
@@ -43,7 +44,7 @@ def fit(
     flow that starts as the identity is trained by sticking the landing, its rate falling when the ELBO no longer rises.
     Several modes give a mixture of such flows. The fit ends when log p/q is constant, or with the budget.
 
-    Ctrl-C ends it early with the best q so far, once the flow has begun.
+    Ctrl-C ends it early with the best q so far, once the search for modes has ended.
 
     Args:
         log_joint: from parameters to ``log p(x, theta)``, up to a constant that is then missing in the evidence. It
@@ -54,7 +55,7 @@ def fit(
             the constrained values: the log-det is added here.
         flow: a recipe's name, a `Bijector`, or a `FlowPosterior` without features, over the free coordinates. For more
             than one mode its density must be fast: ``"realnvp"``, ``"spline_coupling"``, ``"maf"`` or a Gaussian.
-        budget: gradients of the log joint, one for each draw, at most.
+        budget: gradients of the log joint, one for each draw, at most; but the start takes some 10,000 in any case.
         samples: draws a step.
         modes: how many modes q may have; 1 for a single flow.
         temperature: at which the flow begins to be trained, at least 1: log p counts as ``log p / temperature`` there,
@@ -63,7 +64,7 @@ def fit(
         device: where to fit; the log joint's data must be there.
         dtype: by default float64 where the log joint takes it, on a GPU only where float32 is not enough.
         progress: is called with each `Progress`; ``progress=print`` prints them.
-        resume: a fit of the same model to go on from; `flow`, `modes` and `dtype` are its own.
+        resume: a fit of the same model to go on from with another `budget`; `flow`, `modes` and `dtype` are its own.
         **flow_options: the recipe's; without them ``steps=8, hidden=(64, 64)`` where it takes them.
 
     Returns:
@@ -87,25 +88,52 @@ def fit(
         >>> fitted.sample(100)["tau"].shape, fitted.k_hat < 0.7
         (torch.Size([100]), True)
     """
-    begun, device = time.perf_counter(), torch.device(device)
+    begun, device = time.perf_counter(), check_device(device)
     budget, samples = check_int("budget", budget, minimum=1), check_int("samples", samples, minimum=2)
-    modes, parameters = check_int("modes", modes, minimum=1), Parameters(dim_or_spec)
-    if not 1 <= temperature < math.inf:
-        raise ValueError(f"temperature: expected a finite number >= 1, got {temperature}")
+    modes, seed = check_int("modes", modes, minimum=1), check_int("seed", seed, minimum=0)
+    _check(log_joint, temperature, dtype, progress)
+    parameters = Parameters(dim_or_spec)
     if resume is not None:
+        _check_resume(resume, parameters, flow_options)
         dtype = resume.target.dtype
-    target = Target(log_joint, parameters, device=device, dtype=dtype or precision(log_joint, parameters, device))
-    running = Running(target, budget, samples, torch.Generator(device).manual_seed(seed), progress, begun, temperature)
-    if resume is not None:
-        return running.ascend(copy.deepcopy(resume.posterior).to(device), [])
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         built = build_flow(flow, parameters.dim, flow_options)
+    target = Target(log_joint, parameters, device=device, dtype=dtype or precision(log_joint, parameters, device))
+    running = Running(target, budget, samples, torch.Generator(device).manual_seed(seed), progress, begun, temperature)
+    if resume is not None:
+        return running.after(resume).ascend(copy.deepcopy(resume.posterior).to(device), resume.left_out)
     start = running.start(diagonal=flow == "diagonal")
     most = modes if is_mixable(built) else 1
-    notes = [left_out(start, most, target)] if len(start.gaussians) > most else []
+    lost = [left_out(start, most, target)] if len(start.gaussians) > most else []
     gaussians = start.gaussians[:most]
     if flow in GAUSSIANS and len(gaussians) == 1:
-        best = running.rise(gaussians[0], diagonal=flow == "diagonal")
-        return running.finish(assemble(built, [best], start.elbos[:1]), notes)
-    return running.ascend(assemble(built, gaussians, start.elbos[:most]), notes)
+        best, said = running.rise(gaussians[0], diagonal=flow == "diagonal")
+        return running.finish(assemble(built, [best], start.elbos[:1]), lost, said)
+    return running.ascend(assemble(built, gaussians, start.elbos[:most]), lost)
+
+
+def _check(log_joint: object, temperature: object, dtype: object, progress: object) -> None:
+    """Refuse what can be seen to be wrong before the log joint is called."""
+    if not callable(log_joint):
+        raise TypeError(f"log_joint: expected a function of the parameters, got {type(log_joint).__name__}")
+    if not isinstance(temperature, Real):
+        raise TypeError(f"temperature: expected a number, got {type(temperature).__name__}")
+    if not 1 <= float(temperature) < math.inf:
+        raise ValueError(f"temperature: expected a finite number >= 1, got {temperature}")
+    if dtype is not None and dtype not in FLOATS:
+        raise ValueError(f"dtype: expected torch.float32, torch.float64 or None, got {dtype!r}")
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress: expected a function of a Progress, got {type(progress).__name__}; write print")
+
+
+def _check_resume(resume: object, parameters: Parameters, options: Mapping[str, object]) -> None:
+    """Refuse to go on from what is no fit of these parameters."""
+    if not isinstance(resume, FittedPosterior):
+        raise TypeError(
+            f"resume: expected a FittedPosterior, got {type(resume).__name__}; for a file write FittedPosterior.load"
+        )
+    if repr(resume.parameters) != repr(parameters):
+        raise ValueError(f"resume: expected a fit of {parameters!r}, got one of {resume.parameters!r}")
+    if options:
+        raise TypeError(f"flow_options: expected none with resume, whose flow goes on, got {', '.join(options)}")

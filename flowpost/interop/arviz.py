@@ -1,11 +1,12 @@
-"""Draws from q(.|x) for ArviZ: a `DataTree` with the draws and their log q."""
+"""Draws for ArviZ, of q(.|x) or of named parameters: a `DataTree` with the draws and their log densities."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from flowpost.distribution import FlowDistribution
 from flowpost.numerics.arguments import check_int
@@ -71,3 +72,33 @@ def to_datatree(
         dims={name: [*axes, "latent"], "log_q": axes},
         attrs={"/": {"inference_library": "flowpost"}},
     )
+
+
+def draws_to_datatree(
+    values: Mapping[str, Tensor],
+    stats: Mapping[str, Tensor],
+    *,
+    chains: int = 1,
+    attrs: Mapping[str, object] | None = None,
+) -> DataTree:
+    """Independent draws of named parameters, as ArviZ 1 reads posteriors; `FittedPosterior.to_arviz` calls it.
+
+    Args:
+        values: ``(chains * draws, *shape)`` of each parameter: the group ``posterior``.
+        stats: ``(chains * draws,)`` of each: the group ``sample_stats``.
+        chains: into how many the draws are split.
+        attrs: of the tree.
+
+    Returns:
+        An `xarray.DataTree`, whose arrays are numpy's.
+
+    Example:
+        >>> tree = draws_to_datatree({"mu": torch.randn(100, 3)}, {"lp": torch.randn(100)}, chains=4)
+        >>> tree["posterior"]["mu"].dims, tree["posterior"]["mu"].shape
+        (('chain', 'draw', 'mu_dim_0'), (4, 25, 3))
+    """
+    groups = {
+        group: {name: part.unflatten(0, (chains, -1)).cpu().numpy() for name, part in parts.items()}
+        for group, parts in (("posterior", values), ("sample_stats", stats))
+    }
+    return from_dict(groups, attrs={"/": {"inference_library": "flowpost", **(attrs or {})}})

@@ -37,6 +37,14 @@ def check_positive(name: str, value: object) -> float:
     return float(value)
 
 
+def check_device(device: torch.device | str) -> torch.device:
+    """Return the device, or raise."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device: expected a torch.device or the name of one, got {device!r}") from error
+
+
 def check_alpha(alpha: float) -> float:
     """Return the order of a Renyi bound, a Python number in [0, 1), or raise."""
     if isinstance(alpha, Tensor):

@@ -105,7 +105,7 @@ class Ascent:
     @property
     def unsettled(self) -> bool:
         """Whether the rate had to fall while the ELBO still rose, and log p/q is not nearly constant."""
-        return self.hurried and self.readings[-1].variance > 2 * NEAR
+        return self.hurried and bool(self.readings) and self.readings[-1].variance > 2 * NEAR
 
     def _step(self, noise: Tensor) -> Tensor:
         self.adam.zero_grad()

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from flowpost.annealing import State, adapt, hamiltonian_step, noise_target
+from flowpost.files import File
 from flowpost.importance import warn_unreliable
-from flowpost.numerics.arguments import check_int
+from flowpost.numerics.arguments import check_device, check_int
 from flowpost.posterior import FlowPosterior
 from flowpost.variational.bound import Fitted
-from flowpost.variational.families import components
+from flowpost.variational.calling import LogJoint
+from flowpost.variational.families import Flow, components
 from flowpost.variational.mixture import Mixture
-from flowpost.variational.parameters import Values
+from flowpost.variational.parameters import Spec, Values
+from flowpost.variational.stored import Course, Stored, read_fitted, write_fitted
 from flowpost.variational.summary import Summary, summary
 from flowpost.variational.target import Target
 from flowpost.variational.verdict import reasons, verdict
-from flowpost.variational.weighing import Progress, device_of, estimate, mean_and_error, weigh
+from flowpost.variational.weighing import Progress, Weighed, device_of, estimate, mean_and_error, weigh, where_lost
+
+if TYPE_CHECKING:
+    from xarray import DataTree  # pyright: ignore[reportMissingImports]
 
 DRAWS = 10_000
 """Behind the evidence and the verdict."""
@@ -34,6 +41,8 @@ class FittedPosterior:
         evaluations: gradients of the log joint that the fit took, one for each draw.
         seconds: that it took.
         history: a `Progress` for each reading.
+        notes: what the last run of the fit had to say.
+        left_out: what is said of modes that q does not hold.
         estimate: of the log evidence, from 10,000 draws.
     """
 
@@ -46,24 +55,25 @@ class FittedPosterior:
         seconds: float,
         history: Sequence[Progress] = (),
         notes: Sequence[str] = (),
+        left_out: Sequence[str] = (),
+        weighed: Weighed | None = None,
     ) -> None:
         self.posterior, self.target, self.parameters = posterior, target, target.parameters
         self.evaluations, self.seconds, self.history = evaluations, seconds, list(history)
-        self._weighed = weigh(posterior, target, DRAWS, torch.Generator(device_of(posterior)).manual_seed(0))
+        self.notes, self.left_out = list(notes), list(left_out)
+        seeded = torch.Generator(device_of(posterior)).manual_seed(0)
+        self._weighed = weigh(posterior, target, DRAWS, seeded) if weighed is None else weighed
         self.estimate = estimate(self._weighed)
         self._elbo = mean_and_error(self._weighed)
-        self._said = reasons(
-            self.estimate, self._elbo[0], lost=float(self._weighed.log_ratio.isinf().double().mean()), notes=notes
-        )
+        lost = where_lost(self._weighed, target)
+        self._said = reasons(self.estimate, self._elbo[0], lost=lost, notes=[*self.left_out, *self.notes])
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.parameters!r}; {self.verdict})"
 
-    @torch.no_grad()
     def sample(self, n: int = 1000) -> Values:
         """Independent draws of the parameters: a mapping of ``(n, *shape)``, or ``(n, dim)`` of a bare dim."""
-        z = self.posterior.sample(n) if isinstance(self.posterior, Mixture) else self.posterior(sample_shape=(n,)).z
-        return self.parameters.constrain(z)[0]
+        return self.parameters.constrain(self._drawn(n)[0])[0]
 
     @torch.no_grad()
     def log_prob(self, values: Values) -> Tensor:
@@ -147,6 +157,68 @@ class FittedPosterior:
                 moved[own] = _chains(part, self.target, z[own], steps, leapfrogs)
         with torch.no_grad():
             return self.parameters.constrain(moved)[0]
+
+    def to_arviz(self, draws: int = 1000, *, chains: int = 1) -> DataTree:
+        """Draws of q as an `xarray.DataTree`, for ArviZ 1: ``pip install 'flowpost[arviz]'``.
+
+        The group ``posterior`` has the parameters by their names and shapes, ``sample_stats`` their log densities:
+        ``log_q`` of q, and ``lp`` of the log joint. The draws are independent, also those of one chain. The evidence,
+        the ELBO, k-hat and the verdict are attributes of the tree.
+        """
+        from flowpost.interop.arviz import draws_to_datatree
+
+        count = check_int("chains", chains, minimum=1) * check_int("draws", draws, minimum=1)
+        z, log_q = self._drawn(count)
+        with torch.no_grad():
+            values, log_det = self.parameters.constrain(z)
+            stats = {"log_q": log_q - log_det, "lp": self.target(z) - log_det}
+        named = values if isinstance(values, dict) else {"theta": values}
+        figures = {"elbo": self._elbo[0], "log_evidence": self.log_evidence, "k_hat": self.k_hat}
+        attrs = {**figures, "evaluations": self.evaluations, "seconds": self.seconds, "verdict": self.verdict}
+        return draws_to_datatree(named, stats, chains=chains, attrs=attrs)
+
+    def save(self, path: File) -> None:
+        """Write q, its draws and how the fit went to one file, whole or not at all, as `flowpost.save` does.
+
+        The log joint is not in it, for no code is: `load` is given it again.
+
+        Raises:
+            ImportError: if safetensors is missing: ``pip install 'flowpost[files]'``.
+            OSError: if the file cannot be written.
+        """
+        course = Course(self.evaluations, self.seconds, self.history, self.notes, self.left_out)
+        write_fitted(path, Stored(self.posterior, self.target, self._weighed, course))
+
+    @classmethod
+    def load(
+        cls,
+        path: File,
+        log_joint: LogJoint,
+        dim_or_spec: Spec,
+        flow: Flow = "realnvp",
+        *,
+        device: torch.device | str = "cpu",
+        **flow_options: object,
+    ) -> FittedPosterior:
+        """Read a file of `save`: with the log joint, spec, flow and options that `flowpost.fit` was called with.
+
+        Raises:
+            CorruptFileError: for a file that is damaged or of another kind; a ValueError.
+            ValueError: for another spec, flow or log joint than the file's, with what differs.
+            OSError: if the file cannot be opened.
+        """
+        read = read_fitted(path, log_joint, dim_or_spec, flow, flow_options, check_device(device))
+        return cls(read.posterior, read.target, weighed=read.weighed, **read.course._asdict())
+
+    @torch.no_grad()
+    def _drawn(self, n: int) -> tuple[Tensor, Tensor]:
+        """Free coordinates and their log q."""
+        n = check_int("n", n, minimum=1)
+        if isinstance(self.posterior, Mixture):
+            z = self.posterior.sample(n)
+            return z, self.posterior.log_prob(z)
+        sample = self.posterior(sample_shape=(n,))
+        return sample.z, sample.log_prob
 
     def _resampled(self, n: int, pool: int | None) -> Tensor:
         n = check_int("n", n, minimum=1)

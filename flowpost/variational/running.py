@@ -22,6 +22,7 @@ LOOK, SEEN = 10, 1000
 """Readings between two of k-hat, and draws behind one."""
 RESTARTS = 8
 """After so many a fit is given up; q is what it was at its best."""
+INTERRUPTED = "the fit was interrupted; pass resume= to go on"
 
 
 @dataclass
@@ -45,14 +46,24 @@ class Running:
         self._tell(Progress("start", self.spent, self.budget, found.elbos[0], 0.0, math.nan))
         return found
 
-    def rise(self, gaussian: Gaussian, *, diagonal: bool) -> Gaussian:
-        """Spend the rest of the budget on one Gaussian, as far as that raises its ELBO."""
-        steps = max(2, (self.budget - self.spent) // self.samples)
-        best, elbos = rise(self._gradient, gaussian, steps, self.samples, self.generator, diagonal=diagonal)
-        self._tell(Progress("start", self.spent, self.budget, elbos[-BLOCK:].mean().item(), 0.0, math.nan))
-        return best
+    def after(self, earlier: FittedPosterior) -> Running:
+        """The same as the continuation of an earlier fit: its counts go on, and its draws do not come again."""
+        self.spent, self.history, self.begun = earlier.evaluations, [*earlier.history], self.begun - earlier.seconds
+        self.budget += self.spent
+        self.generator.manual_seed(self.generator.initial_seed() + self.spent)
+        return self
 
-    def ascend(self, fitted: Fitted, notes: Sequence[str]) -> FittedPosterior:
+    def rise(self, gaussian: Gaussian, *, diagonal: bool) -> tuple[Gaussian, list[str]]:
+        """Spend the rest of the budget on one Gaussian, as far as that raises its ELBO; and what is to be said."""
+        steps, best = max(2, (self.budget - self.spent) // self.samples), gaussian
+        try:
+            best, elbos = rise(self._gradient, gaussian, steps, self.samples, self.generator, diagonal=diagonal)
+            self._tell(Progress("start", self.spent, self.budget, elbos[-BLOCK:].mean().item(), 0.0, math.nan))
+        except KeyboardInterrupt:
+            return best, [INTERRUPTED]
+        return best, []
+
+    def ascend(self, fitted: Fitted, lost: Sequence[str]) -> FittedPosterior:
         """Train a flow, or a mixture of them, until nothing is to be gained, the budget is spent, or Ctrl-C."""
         steps = max(1, (self.budget - self.spent) // self.samples)
         ascent = Ascent(
@@ -63,7 +74,7 @@ class Running:
             self.generator.device,
             temperature=self.temperature,
         )
-        said, before = list(notes), self.spent
+        said, before = [], self.spent
         try:
             for count, reading in enumerate(ascent.run(), 1):
                 self.spent = before + ascent.made * self.samples
@@ -72,18 +83,19 @@ class Running:
                     said.append(f"the fit diverged {ascent.restarts} times and was given up")
                     break
         except KeyboardInterrupt:
-            said.append("the fit was interrupted; pass resume= to go on")
+            said.append(INTERRUPTED)
         ascent.settle()
         if ascent.unsettled:
             said.append("the ELBO still rose when the budget was spent; a larger budget, or resume=, helps")
-        return self.finish(fitted, said)
+        return self.finish(fitted, lost, said)
 
-    def finish(self, fitted: Fitted, notes: Sequence[str]) -> FittedPosterior:
-        """What the fit came to."""
+    def finish(self, fitted: Fitted, lost: Sequence[str], said: Sequence[str]) -> FittedPosterior:
+        """What the fit came to: `lost` is what q leaves out, `said` what became of this run."""
         seconds = time.perf_counter() - self.begun
         fitted.requires_grad_(requires_grad=True)
+        spent, history = self.spent, self.history
         return FittedPosterior(
-            fitted, self.target, evaluations=self.spent, seconds=seconds, history=self.history, notes=notes
+            fitted, self.target, evaluations=spent, seconds=seconds, history=history, notes=said, left_out=lost
         )
 
     def _gradient(self, points: Tensor) -> tuple[Tensor, Tensor]:

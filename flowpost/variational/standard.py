@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flowpost.bijectors.base import Bijector
 from flowpost.numerics.products import wide
+from flowpost.numerics.watchers import full_precision
 
 
 class Standard(Bijector):
@@ -36,7 +37,8 @@ class Standard(Bijector):
 
     def __init__(self, loc: Tensor, scale_tril: Tensor) -> None:
         super().__init__(len(loc))
-        if scale_tril.shape != (self.dim, self.dim) or not bool((scale_tril.diagonal() > 0).all()):
+        positive = scale_tril.is_meta or bool((scale_tril.diagonal() > 0).all())
+        if scale_tril.shape != (self.dim, self.dim) or not positive:
             raise ValueError(
                 f"scale_tril: expected shape ({self.dim}, {self.dim}) and a positive diagonal, got shape "
                 f"{tuple(scale_tril.shape)}"
@@ -46,10 +48,11 @@ class Standard(Bijector):
         self._like = self.loc.new_empty(0)
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self.loc + z @ self.scale_tril.mT, self._log_det()
+        with full_precision(z.device.type):
+            return self.loc + z @ self.scale_tril.mT, self._log_det()
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
-        flat = (z - self.loc).reshape(-1, self.dim).mT
+        flat = (z - self.loc).reshape(-1, self.dim).mT  # autocast leaves a solve alone
         return torch.linalg.solve_triangular(self.scale_tril, flat, upper=False).mT.reshape(z.shape), -self._log_det()
 
     def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -114,7 +114,6 @@ class Target:
             return described(self.parameters.constrain(free)[0])
 
     @torch.enable_grad()
-    @torch.enable_grad()
     def _without_gradient(self, free: Tensor) -> list[str]:
         """The parameters that the log joint does not follow; an error where it follows none."""
         values, _ = self.parameters.constrain(free.detach().requires_grad_())

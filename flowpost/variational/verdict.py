@@ -10,13 +10,13 @@ GAP = 0.5
 """Nats between log evidence and ELBO: more of it is a fit that misses something."""
 
 
-def reasons(estimate: ImportanceEstimate, elbo: float, *, lost: float, notes: Sequence[str]) -> list[str]:
+def reasons(estimate: ImportanceEstimate, elbo: float, *, lost: str, notes: Sequence[str]) -> list[str]:
     """What speaks against a fit, a sentence each; none where nothing does.
 
     Args:
         estimate: of the log evidence, from draws of q.
         elbo: from the same draws.
-        lost: share of them whose log p/q is not finite.
+        lost: how many of them have no finite log p/q, and where; empty where all have.
         notes: what the fit itself had to say.
     """
     said = []
@@ -32,7 +32,7 @@ def reasons(estimate: ImportanceEstimate, elbo: float, *, lost: float, notes: Se
             f"that; a richer flow or a larger budget helps"
         )
     if lost:
-        said.append(f"log p/q is not finite at {lost:.2%} of q's draws; see where with log_joint(fitted.sample())")
+        said.append(f"log p/q is not finite at {lost}")
     return [*said, *notes]
 
 

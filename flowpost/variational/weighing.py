@@ -80,3 +80,14 @@ def mean_and_error(weighed: Weighed) -> tuple[float, float]:
     mean = (weighed.share * weighed.log_ratio).sum()
     variance = (weighed.share * (weighed.log_ratio - mean)).square().sum()
     return mean.item(), variance.sqrt().item()
+
+
+def where_lost(weighed: Weighed, target: Target) -> str:
+    """How many of the draws have no log p/q, and where one of them is; empty if there is none."""
+    lost = weighed.log_ratio.isinf()
+    if not lost.any():
+        return ""
+    first = weighed.z[int(lost.int().argmax())]
+    with torch.no_grad():
+        value = target(first.unsqueeze(0)).item()
+    return f"{lost.double().mean():.2%} of q's draws; log_joint is {value:.4g} at {target.describe(first)}"
