@@ -217,6 +217,15 @@ def test_a_bad_step_moves_no_weight_of_its_fit_alone(monkeypatch: pytest.MonkeyP
     assert math.isfinite(ill.kl) == (times < 10)
 
 
+def test_a_finite_gradient_whose_square_overflows_is_shortened() -> None:
+    """Its direction is as good as any other's: only what is not finite is skipped."""
+    weight = torch.zeros(3, 2, requires_grad=True)
+    weight.grad = torch.tensor([[3e30, -4e30], [0.3, 0.4], [math.inf, 0.0]])
+    finite = fitting.shorten({"weight": weight}, torch.zeros(3))
+    assert finite.tolist() == [True, True, False]
+    torch.testing.assert_close(weight.grad, torch.tensor([[60.0, -80.0], [0.3, 0.4], [0.0, 0.0]]))
+
+
 @pytest.mark.parametrize("name", POSTERIORS)
 def test_every_recipe_can_be_fitted_in_a_batch(name: str) -> None:
     """One step of all energies, and the density that is drawn is that of the samples."""

@@ -174,7 +174,9 @@ def free_energies(z: Tensor, log_q: Tensor, energies: Sequence[Energy], centres:
 def shorten(parameters: Tensors, losses: Tensor) -> Tensor:
     """Shorten every fit's gradient to `CLIP_NORM`, or to 0 where it or the loss is not finite; which are finite."""
     gradients = [each.grad for each in parameters.values() if each.grad is not None]
-    norm = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+    # In float64: the squares of a finite gradient may overflow in float32.
+    norms = [torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=torch.float64) for gradient in gradients]
+    norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
     finite = norm.isfinite() & losses.isfinite()
     for gradient in gradients:
         rows = (-1, *[1] * (gradient.ndim - 1))
