@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal
 
+from benchmarks import __main__ as cli
 from benchmarks.config import ConfigError
 from benchmarks.peers import here
 from benchmarks.targets import _peers
@@ -144,3 +147,42 @@ def test_peers_are_chosen_by_name() -> None:
 
 def test_splines_move_slower() -> None:
     assert rate("spline_coupling") < rate("realnvp") == 0.02
+
+
+# ---- the command -------------------------------------------------------------------------------------------------
+
+
+def test_the_command_has_a_table_for_each_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    peers = ["normflows planar"] if here("normflows") else []
+    out, page = tmp_path / "run", tmp_path / "page.md"
+    page.write_text("<!-- tables -->\n<!-- end of tables -->\n")
+    options = ["--iterations", "2", "--starts", "1", "--quick", "--steps", "1", "--dim", "3,4", "--posterior", "radial"]
+    options += ["--peers", ",".join(peers) or "none", "--out", str(out), "--page", str(page)]
+    assert cli.main(["targets", *options]) == 0
+    capsys.readouterr()
+    content = json.loads((out / "targets.json").read_text())
+    rows = [(one["posterior"], one["dim"], one["energy"]) for one in content["fits"]]
+    names = ("funnel", "student", "banana", "gaussian")
+    assert rows == [(name, dim, energy) for dim in (3, 4) for name in ("radial", *peers) for energy in names]
+    assert all(one["kl"] > 0 and one["rate"] == pytest.approx(0.03) for one in content["fits"])
+    assert [path.name for path in out.glob("*.png")] == []
+    text = page.read_text()
+    assert text.count("| posterior | K | funnel | student | banana | gaussian | rate | params | s |") == 2
+    assert text.index("## 3 variables") < text.index("## 4 variables") < text.index("python -m benchmarks")
+    assert text.count("KL(q || p) = ") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dim", "1"], "dim: expected integers of at least 2 with commas between them, got '1'"),
+        (["--peers", "zuko"], "peers: expected all, none, or some of zuko MAF"),
+    ],
+)
+def test_wrong_use_is_answered_in_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    code = cli.main(["targets", *arguments])
+    out, err = capsys.readouterr()
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err

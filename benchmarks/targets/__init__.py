@@ -175,8 +175,7 @@ def write(run: Run, fits: Sequence[Fit], plan: Plan) -> None:
 
 
 def publish(run: Run) -> None:
-    """Put the picture and the tables on the page."""
-    parts = [(run.folder / "targets.md").read_text(encoding="utf-8")]
-    if (run.folder / "targets.png").exists():
-        parts.insert(0, run.picture("targets.png", "The target and every posterior's density, a row for each energy"))
-    run.publish("\n\n".join(parts))
+    """Put the picture, where there is one, and the tables on the page."""
+    picture = run.picture("targets.png", "The target and every posterior's density, a row for each energy")
+    text = (run.folder / "targets.md").read_text(encoding="utf-8")
+    run.publish(f"{picture}\n\n{text}" if picture else text)
