@@ -143,7 +143,11 @@ ENTRIES = [
         ),
         identity=True,
     ),
-    Entry("coupling_spline", lambda dim: Coupling(dim, Spline(dim - dim // 2, bins=3), 2, (8,)), identity=True),
+    Entry(
+        "coupling_spline",
+        lambda dim: Coupling(dim, Spline(dim - dim // 2, bins=3), 2, (8,), rate=0.3),
+        identity=True,
+    ),
     Entry("reverse", Reverse, identity=False),
     Entry("permute", lambda dim: Permute(_order(dim))),
     Entry("learned_affine", lambda dim: Learned(Affine(dim)), identity=True),

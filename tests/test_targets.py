@@ -18,8 +18,9 @@ from benchmarks.config import BASIC
 from benchmarks.models import POSTERIORS
 from benchmarks.run import fill
 from benchmarks.targets import fitting
+from benchmarks.targets.contestants import build, has_steps
 from benchmarks.targets.energies import ENERGIES, STRIP, Energy
-from benchmarks.targets.fitting import Fit, Plan, build, draw, fit, free_energies, has_steps, kl, place, temperature
+from benchmarks.targets.fitting import Fit, Plan, draw, fit, free_energies, kl, place, temperature
 from benchmarks.targets.pictures import cells, fitted
 from benchmarks.targets.table import is_impossible
 from flowpost import FlowPosterior, diagonal, planar
@@ -131,7 +132,7 @@ def test_a_wrong_density_is_impossible() -> None:
     exact = Energy("normal", lambda z: 0.5 * z.square().sum(-1), math.log(2 * math.pi), bounded=False)
     right = kl(diagonal(0, 2).double(), exact, 1000)
     wrong = kl(diagonal(0, 2).double(), exact._replace(log_normalizer=math.log(2 * math.pi) - 0.25), 1000)
-    rows = [Fit("diagonal", None, "U1", *each, 0, 4, 0.0) for each in ((right[0], 1e-6), (wrong[0], 1e-6))]
+    rows = [Fit("diagonal", None, 2, "U1", *each, 0, 4, 0.0, 0.02) for each in ((right[0], 1e-6), (wrong[0], 1e-6))]
     assert [is_impossible(row) for row in rows] == [False, True]
     assert wrong[0] == pytest.approx(-0.25)
 
@@ -140,7 +141,7 @@ def test_a_wrong_density_is_impossible() -> None:
 
 
 def test_a_gaussian_fits_a_gaussian() -> None:
-    plan = Plan(iterations=500, starts=1, batch=1024, lr=0.1, samples=5000)
+    plan = Plan(iterations=500, starts=1, batch=1024, pace=5.0, samples=5000)
     (posterior,), (row,) = fit("diagonal", None, plan, [BROAD])
     assert abs(row.kl) < 1e-3
     loc, scale_tril = posterior.gaussian()
@@ -215,6 +216,15 @@ def test_a_bad_step_moves_no_weight_of_its_fit_alone(monkeypatch: pytest.MonkeyP
     assert (well.skipped_steps, ill.skipped_steps) == (0, times)
     assert math.isfinite(well.kl)
     assert math.isfinite(ill.kl) == (times < 10)
+
+
+def test_a_finite_gradient_whose_square_overflows_is_shortened() -> None:
+    """Its direction is as good as any other's: only what is not finite is skipped."""
+    weight = torch.zeros(3, 2, requires_grad=True)
+    weight.grad = torch.tensor([[3e30, -4e30], [0.3, 0.4], [math.inf, 0.0]])
+    finite = fitting.shorten({"weight": weight}, torch.zeros(3))
+    assert finite.tolist() == [True, True, False]
+    torch.testing.assert_close(weight.grad, torch.tensor([[60.0, -80.0], [0.3, 0.4], [0.0, 0.0]]))
 
 
 @pytest.mark.parametrize("name", POSTERIORS)

@@ -1,12 +1,12 @@
-"""Two-dimensional targets, `python -m benchmarks targets`: how close each posterior comes to a density that is known.
+"""Targets that are known, `python -m benchmarks targets`: how close each posterior comes to a density, exactly.
 
-The four energies of Rezende & Mohamed (2015), each recipe without an encoder at K = 2, 8 and 32 steps, and the exact
-KL: the energies' normalizers are known.
+The four energies of Rezende & Mohamed (2015), each recipe without an encoder at K = 2, 8 and 32 steps, flows of public
+libraries beside them, and the exact KL: the energies' normalizers are known. Other sizes have the densities of `known`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from multiprocessing import get_context
@@ -16,18 +16,21 @@ import torch
 import typer
 
 from benchmarks.canvas import title
-from benchmarks.config import ConfigError, posterior_names
+from benchmarks.config import ALL, ConfigError, posterior_names
 from benchmarks.run import Out, Page, Run, cpu_threads, terminal
-from benchmarks.targets.fitting import Fit, Plan, fit, has_steps
-from benchmarks.targets.pictures import Densities, fitted, one_recipe, overview
-from benchmarks.targets.table import is_impossible, notes, table
+from benchmarks.targets.contestants import PEERS, has_steps, installed
+from benchmarks.targets.fitting import Fit, Plan, fit
+from benchmarks.targets.known import energies
+from benchmarks.targets.pictures import Densities, drawn, fitted, one_recipe, overview
+from benchmarks.targets.table import is_impossible, notes, tables
 
 FULL, FULL_STEPS = Plan(), (2, 8, 32)
-QUICK, QUICK_STEPS = Plan(iterations=200, starts=2, batch=64, lr=3e-2, samples=20_000, cells=60), (2, 8)
+QUICK, QUICK_STEPS = Plan(iterations=200, starts=2, batch=64, pace=1.5, samples=20_000, cells=60), (2, 8)
 DPI = 110
+NONE = "none"
 
-Task = tuple[str, int | None]
-"""A recipe and K."""
+Task = tuple[str, int | None, int]
+"""A posterior, K and the size."""
 Result = tuple[list[Fit], Densities]
 
 
@@ -37,6 +40,13 @@ def targets(
         list[str] | None,
         typer.Option(help="Posterior to fit; repeat it, or list several with commas.  [default: all]"),
     ] = None,
+    peers: Annotated[
+        str | None,
+        typer.Option(help="Public flows beside them, with commas; all, none.  [default: all installed; quick: none]"),
+    ] = None,
+    dim: Annotated[
+        str, typer.Option(help="Sizes of z, with commas: 2 has the paper's targets, more have others.")
+    ] = "2",
     steps: Annotated[
         str | None, typer.Option(help="K of the flows, with commas.  [default: 2,8,32; quick: 2,8]")
     ] = None,
@@ -55,30 +65,43 @@ def targets(
     out: Out = None,
     page: Page = None,
 ) -> None:
-    """Fit every posterior to the four energies of Rezende & Mohamed (2015), and print the exact KL(q || p).
+    """Fit every posterior to densities that are known, and print the exact KL(q || p).
 
-    No encoder, no data: two variables and a density that is known. A picture for each posterior has its density beside
-    the target for every K, as figure 3 of the paper; targets.png has all of them. targets.json has every figure,
-    targets.md the table.
+    No encoder, no data: the four energies of Rezende & Mohamed (2015) at --dim 2; at other sizes a funnel, a Student, a
+    banana and an ill-conditioned Gaussian. A picture for each recipe has its density beside the target for every K, as
+    figure 3 of the paper; targets.png has all of them. targets.json has every figure, targets.md the tables.
     """
     plan = replace(QUICK if quick else FULL, seed=seed)
     given = {"iterations": iterations, "starts": starts}
     plan = replace(plan, **{name: value for name, value in given.items() if value is not None})
-    ks = _ks(steps) if steps is not None else QUICK_STEPS if quick else FULL_STEPS
-    names = posterior_names(posterior or ["all"])
+    ks = _integers("steps", steps, 1) if steps is not None else QUICK_STEPS if quick else FULL_STEPS
+    names = *posterior_names(posterior or ["all"]), *_peers(peers or (NONE if quick else ALL))
+    sizes = _integers("dim", dim, 2)
     run = Run.begin("targets", out, threads=threads, page=page)
-    tasks = [(name, k) for name in names for k in (ks if has_steps(name) else (None,))]
+    tasks = [(name, k, size) for size in sizes for name in names for k in (ks if has_steps(name) else (None,))]
     with cpu_threads(threads):
         code = hold(run, tasks, plan, jobs)
         publish(run)
     raise typer.Exit(code)
 
 
-def _ks(text: str) -> tuple[int, ...]:
+def _integers(name: str, text: str, minimum: int) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ConfigError(f"steps: expected integers of at least 1 with commas between them, got {text!r}")
+    if not all(part.isdecimal() and int(part) >= minimum for part in parts):
+        raise ConfigError(f"{name}: expected integers of at least {minimum} with commas between them, got {text!r}")
     return tuple(dict.fromkeys(map(int, parts)))
+
+
+def _peers(text: str) -> tuple[str, ...]:
+    if text in (ALL, NONE):
+        return installed() if text == ALL else ()
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    for name in names:
+        if name not in installed():
+            raise ConfigError(
+                f"peers: expected {ALL}, {NONE}, or some of {', '.join(PEERS)} installed here, got {name!r}"
+            )
+    return names
 
 
 def hold(run: Run, tasks: Sequence[Task], plan: Plan, jobs: int) -> int:
@@ -91,17 +114,29 @@ def hold(run: Run, tasks: Sequence[Task], plan: Plan, jobs: int) -> int:
         fits = [one for each in tasks if each in done for one in done[each][0]]
         console.print(_line(result[0]))
         write(run, fits, plan)
-        own = {each: done[each][1] for each in tasks if each[0] == task[0] and each in done}
-        if len(own) == sum(each[0] == task[0] for each in tasks):
-            by_steps = {"q" if k is None else f"K = {k}": densities for (_, k), densities in own.items()}
-            one_recipe(task[0], by_steps).savefig(run.folder / f"{task[0]}.png", dpi=DPI)
-    last = {title(task[0]): done[task][1] for task in tasks}
-    overview(last).savefig(run.folder / "targets.png", dpi=DPI)
-    console.print(table(fits, plan, torch.get_num_threads()))
+        picture(run, task[0], tasks, done)
+    last = {title(name): densities for (name, *_), (_, densities) in sorted_as(tasks, done) if densities}
+    if last:
+        overview(last).savefig(run.folder / "targets.png", dpi=DPI)
+    for each in tables(fits, plan, torch.get_num_threads()):
+        console.print(each)
     for note in notes(fits):
         console.print(note, soft_wrap=True)
     console.print(f"Table, figures and pictures: {run.folder}", soft_wrap=True)
     return int(any(is_impossible(one) or one.kl != one.kl for one in fits))
+
+
+def sorted_as(tasks: Sequence[Task], done: Mapping[Task, Result]) -> list[tuple[Task, Result]]:
+    """What is done, in the order of the tasks."""
+    return [(task, done[task]) for task in tasks if task in done]
+
+
+def picture(run: Run, name: str, tasks: Sequence[Task], done: Mapping[Task, Result]) -> None:
+    """The densities of a posterior, once all that can be drawn of it is done."""
+    own = [task for task in tasks if task[0] == name and drawn(name, task[2])]
+    if own and all(task in done for task in own):
+        by_steps = {"q" if task[1] is None else f"K = {task[1]}": done[task][1] for task in own}
+        one_recipe(name, by_steps).savefig(run.folder / f"{name}.png", dpi=DPI)
 
 
 def results(tasks: Sequence[Task], plan: Plan, jobs: int) -> Iterator[tuple[Task, Result]]:
@@ -111,7 +146,7 @@ def results(tasks: Sequence[Task], plan: Plan, jobs: int) -> Iterator[tuple[Task
         return
     start = torch.set_num_threads, (torch.get_num_threads(),)
     with ProcessPoolExecutor(jobs, get_context("spawn"), *start) as pool:
-        longest_first = sorted(tasks, key=lambda task: -(task[1] or 0))
+        longest_first = sorted(tasks, key=lambda task: -(task[1] or 0) * task[2])
         waiting = {pool.submit(work, *task, plan): task for task in longest_first}
         try:
             for future in as_completed(waiting):
@@ -120,25 +155,27 @@ def results(tasks: Sequence[Task], plan: Plan, jobs: int) -> Iterator[tuple[Task
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def work(name: str, steps: int | None, plan: Plan) -> Result:
-    """The figures and densities of one recipe and K."""
-    posteriors, figures = fit(name, steps, plan)
-    return figures, fitted(posteriors, plan.cells)
+def work(name: str, steps: int | None, dim: int, plan: Plan) -> Result:
+    """The figures of one posterior, K and size, and the densities where they are drawn."""
+    posteriors, figures = fit(name, steps, plan, energies(dim))
+    return figures, fitted(posteriors, plan.cells) if drawn(name, dim) else []
 
 
 def _line(figures: Sequence[Fit]) -> str:
     first = figures[0]
-    what = first.posterior if first.steps is None else f"{first.posterior}, K = {first.steps}"
-    return f"{what}: KL {', '.join(f'{one.energy} {one.kl:.3f}' for one in figures)}, {first.seconds:.0f} s"
+    found = ", ".join(f"{one.energy} {one.kl:.3f}" for one in figures)
+    return f"{first.what}, dim {first.dim}: KL {found}, {first.seconds:.0f} s"
 
 
 def write(run: Run, fits: Sequence[Fit], plan: Plan) -> None:
     """`targets.json` and `targets.md`."""
     run.write("targets.json", {"plan": asdict(plan), "fits": [one.as_json() for one in fits]})
-    run.write("targets.md", f"{table(fits, plan, torch.get_num_threads()).markdown()}\n\n{run.origin()}")
+    parts = [each.markdown() for each in tables(fits, plan, torch.get_num_threads())]
+    run.write("targets.md", "\n\n".join([*parts, run.origin()]))
 
 
 def publish(run: Run) -> None:
-    """Put the picture and the table on the page."""
+    """Put the picture, where there is one, and the tables on the page."""
     picture = run.picture("targets.png", "The target and every posterior's density, a row for each energy")
-    run.publish(f"{picture}\n\n{(run.folder / 'targets.md').read_text(encoding='utf-8')}")
+    text = (run.folder / "targets.md").read_text(encoding="utf-8")
+    run.publish(f"{picture}\n\n{text}" if picture else text)

@@ -21,14 +21,15 @@ class Energy(NamedTuple):
 
     name: str
     potential: Callable[[Tensor], Tensor]
-    """U of points ``(*batch, 2)``, ``(*batch)``."""
+    """U of points ``(*batch, dim)``, ``(*batch)``."""
     log_normalizer: float
     """log Z."""
     bounded: bool = True
     """Whether p is 0 outside ``|z1| < LIMIT``."""
+    dim: int = 2
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """The log p(z) of points ``(*batch, 2)``, ``(*batch)``."""
+        """The log p(z) of points ``(*batch, dim)``, ``(*batch)``."""
         log_prob = -self.potential(z) - self.log_normalizer
         return torch.where(z[..., 0].abs() < LIMIT, log_prob, -math.inf) if self.bounded else log_prob
 

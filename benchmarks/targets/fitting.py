@@ -1,8 +1,7 @@
-"""One recipe fitted to every energy at once, and its exact KL: independent fits, batched over the energies."""
+"""One posterior fitted to every energy at once, and its exact KL: independent fits, batched over the energies."""
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Sequence
@@ -13,16 +12,15 @@ from torch import Tensor
 from torch.func import functional_call, stack_module_state, vmap
 
 from benchmarks.step import CLIP_NORM
+from benchmarks.targets.contestants import batches, build, rate
 from benchmarks.targets.energies import ENERGIES, STRIP, Energy
 from benchmarks.train import BAD_STEPS, seeded
 from flowpost import Chain, FlowPosterior
-from flowpost.recipes import RECIPES
 from flowpost.schedules import linear
 
 START = 0.01  # the temperature's, as in the paper
 ANNEALED = 0.5  # share of the iterations after which it is 1
 REACH = 1.5  # standard deviation of where the starts are
-SIZES = {"hidden": (32, 32), "context_size": 4}  # of the networks, where a recipe has any
 CHUNK = 20_000  # samples evaluated at once
 ROUGH = 5_000  # samples by which the best start is found
 
@@ -36,7 +34,7 @@ class Plan:
     iterations: int = 1000  # Adam's steps
     starts: int = 3  # fits of each posterior, from different densities; the best one is kept
     batch: int = 128  # samples a step
-    lr: float = 2e-2  # Adam's, at the start: it falls to 0 as a half cosine
+    pace: float = 1.0  # times which each posterior's learning rate is taken
     samples: int = 100_000  # fresh ones behind KL
     cells: int = 120  # of the pictures, along each axis
     seed: int = 0
@@ -49,6 +47,7 @@ class Fit:
     posterior: str
     steps: int | None
     """K, where the recipe has `steps`."""
+    dim: int
     energy: str
     kl: float
     """KL(q || p) in nats; nan where a sample was not finite, or where every start was given up."""
@@ -59,28 +58,23 @@ class Fit:
     parameters: int
     seconds: float
     """Of training, all energies and starts together."""
+    rate: float
+    """Adam's learning rate at the start."""
+
+    @property
+    def what(self) -> str:
+        """The posterior, and K where it has one."""
+        return self.posterior if self.steps is None else f"{self.posterior}, K = {self.steps}"
 
     def as_json(self) -> dict[str, object]:
         """The fields, with None in the place of a nan, which JSON does not have."""
         return {name: None if value != value else value for name, value in asdict(self).items()}
 
 
-def has_steps(name: str) -> bool:
-    """Whether a recipe is a flow of K steps."""
-    return "steps" in inspect.signature(RECIPES[name]).parameters
-
-
-def build(name: str, steps: int | None) -> FlowPosterior:
-    """The recipe's posterior without an encoder, on the whole plane."""
-    known = inspect.signature(RECIPES[name]).parameters
-    options: dict[str, object] = {key: value for key, value in SIZES.items() if key in known}
-    return RECIPES[name](0, 2, **options | ({} if steps is None else {"steps": steps}))
-
-
 def fit(
     name: str, steps: int | None, plan: Plan, energies: Sequence[Energy] = ENERGIES
 ) -> tuple[list[FlowPosterior], list[Fit]]:
-    """Fit a recipe to every energy by minimizing ``E_q[log q + U] + log Z``, each from several starts.
+    """Fit a posterior to energies of one size by minimizing ``E_q[log q + U] + log Z``, each from several starts.
 
     Energies and starts have weights, Adam moments and bad steps of their own: they share a batch for speed alone.
 
@@ -88,9 +82,9 @@ def fit(
         For every energy the best posterior, in float64, and its figures.
     """
     with seeded(plan.seed, torch.device("cpu")):
-        plain = [build(name, steps) for _ in range(plan.starts * len(energies))]
-        begun = time.perf_counter()
-        skipped, alive = train(plain, energies, plan)
+        plain = [build(name, steps, energies[0].dim) for _ in range(plan.starts * len(energies))]
+        begun, lr = time.perf_counter(), plan.pace * rate(name)
+        skipped, alive = train(plain, energies, plan, lr, together=batches(name))
         seconds = time.perf_counter() - begun
         posteriors, fits = [], []
         for index, energy in enumerate(energies):
@@ -102,7 +96,8 @@ def fit(
             figures = kl(best, energy, plan.samples) if min(ranks) < math.inf else (math.nan, math.nan)
             parameters = sum(parameter.numel() for parameter in best.parameters())
             posteriors.append(best)
-            fits.append(Fit(name, steps, energy.name, *figures, int(skipped[own].sum()), parameters, seconds))
+            what = name, steps, energy.dim, energy.name
+            fits.append(Fit(*what, *figures, int(skipped[own].sum()), parameters, seconds, lr))
     return posteriors, fits
 
 
@@ -115,24 +110,33 @@ def place(posterior: FlowPosterior, energy: Energy) -> FlowPosterior:
     return FlowPosterior(0, Chain(posterior.flow, STRIP)) if energy.bounded else posterior
 
 
-def train(posteriors: Sequence[FlowPosterior], energies: Sequence[Energy], plan: Plan) -> tuple[Tensor, Tensor]:
+def train(
+    posteriors: Sequence[FlowPosterior], energies: Sequence[Energy], plan: Plan, lr: float, *, together: bool = True
+) -> tuple[Tensor, Tensor]:
     """Fit posteriors of one architecture in place, to the energies in turn.
+
+    Args:
+        posteriors: fresh ones, as many as there are energies, or a multiple.
+        energies: of one size.
+        plan: the fit's.
+        lr: Adam's learning rate at the start; it falls to 0 as a half cosine.
+        together: draw from all of them in one `torch.func.vmap`; else from one after the other.
 
     Returns:
         For each the number of steps skipped, and whether it never had `BAD_STEPS` of them in a row.
     """
     energies = [energies[index % len(energies)] for index in range(len(posteriors))]
     parameters, buffers = stack_module_state(list(posteriors))  # each tensor (posteriors, ...)
-    optimizer = torch.optim.Adam(parameters.values(), lr=plan.lr)
-    centres = REACH * torch.randn(len(posteriors), 1, 2)
+    optimizer, dim = torch.optim.Adam(parameters.values()), energies[0].dim
+    centres = REACH * torch.randn(len(posteriors), 1, dim)
     skipped = torch.zeros(len(posteriors), dtype=torch.long)
     in_a_row, worst = skipped.clone(), skipped.clone()
     for iteration in range(plan.iterations):
         for group in optimizer.param_groups:
-            group["lr"] = 0.5 * plan.lr * (1 + math.cos(math.pi * iteration / plan.iterations))
+            group["lr"] = 0.5 * lr * (1 + math.cos(math.pi * iteration / plan.iterations))
         optimizer.zero_grad()
-        noise = torch.randn(plan.batch, 2)  # common to all of them
-        z, log_q = draw(posteriors[0], parameters, buffers, noise)
+        noise = torch.randn(plan.batch, dim)  # common to all of them
+        z, log_q = draw(posteriors[0], parameters, buffers, noise, together=together)
         losses = free_energies(z, log_q, energies, centres, temperature(iteration, plan))
         losses.sum().backward()
         bad = ~shorten(parameters, losses.detach())
@@ -150,22 +154,29 @@ def temperature(iteration: int, plan: Plan) -> float:
     return START + (1 - START) * linear(iteration, math.ceil(ANNEALED * plan.iterations))
 
 
-def draw(posterior: FlowPosterior, parameters: Tensors, buffers: Tensors, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Where every set of weights puts the same noise ``(samples, 2)``: z ``(sets, samples, 2)`` and its log q."""
+def draw(
+    posterior: FlowPosterior, parameters: Tensors, buffers: Tensors, noise: Tensor, *, together: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Where every set of weights puts the same noise ``(samples, dim)``: z ``(sets, samples, dim)`` and its log q."""
 
     def one(parameters: Tensors, buffers: Tensors) -> tuple[Tensor, Tensor]:
         given = {"sample_shape": tuple(noise.shape[:1]), "noise": noise}
         z, log_q, _ = functional_call(posterior, (parameters, buffers), kwargs=given)
         return z, log_q
 
-    return vmap(one)(parameters, buffers)
+    if together:
+        return vmap(one)(parameters, buffers)
+    sets = len(next(iter(parameters.values())))
+    found = [one(*({name: each[i] for name, each in of.items()} for of in (parameters, buffers))) for i in range(sets)]
+    return torch.stack([z for z, _ in found]), torch.stack([log_q for _, log_q in found])
 
 
 def free_energies(z: Tensor, log_q: Tensor, energies: Sequence[Energy], centres: Tensor, temperature: float) -> Tensor:
     """Each fit's mean of ``log q + t U + (1 - t) |z - centre|^2 / 2``, ``(fits,)``: from a normal density to p."""
-    on_strip, log_det = STRIP(z)
     bounded = torch.tensor([energy.bounded for energy in energies]).unsqueeze(-1)
-    z, log_q = torch.where(bounded.unsqueeze(-1), on_strip, z), torch.where(bounded, log_q - log_det, log_q)
+    if bounded.any():
+        on_strip, log_det = STRIP(z)
+        z, log_q = torch.where(bounded.unsqueeze(-1), on_strip, z), torch.where(bounded, log_q - log_det, log_q)
     potentials = torch.stack([energy.potential(points) for energy, points in zip(energies, z, strict=True)])
     start = 0.5 * (z - centres).square().sum(-1)
     return (log_q + temperature * potentials + (1 - temperature) * start).mean(-1)
@@ -174,7 +185,9 @@ def free_energies(z: Tensor, log_q: Tensor, energies: Sequence[Energy], centres:
 def shorten(parameters: Tensors, losses: Tensor) -> Tensor:
     """Shorten every fit's gradient to `CLIP_NORM`, or to 0 where it or the loss is not finite; which are finite."""
     gradients = [each.grad for each in parameters.values() if each.grad is not None]
-    norm = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+    # In float64: the squares of a finite gradient may overflow in float32.
+    norms = [torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=torch.float64) for gradient in gradients]
+    norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
     finite = norm.isfinite() & losses.isfinite()
     for gradient in gradients:
         rows = (-1, *[1] * (gradient.ndim - 1))

@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.canvas import panels, title
 from benchmarks.targets.energies import ENERGIES, LIMIT
 from flowpost import FlowPosterior
+from flowpost.recipes import RECIPES
 
 CELLS = 120  # of a target, along each axis
 COLUMNS = 9  # of a row of panels, the target's one of them
@@ -26,6 +27,11 @@ def cells(count: int) -> Tensor:
     middles = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     ticks = LIMIT * (2 * middles - 1)
     return torch.stack(torch.meshgrid(ticks, ticks, indexing="ij"), -1)
+
+
+def drawn(name: str, dim: int) -> bool:
+    """Whether a posterior is drawn: the recipes at size 2. A peer may have no inverse."""
+    return name in RECIPES and dim == 2  # noqa: PLR2004
 
 
 def targets() -> Densities:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from benchmarks.table import Table, grouped
 from benchmarks.targets.energies import ENERGIES
@@ -12,14 +13,23 @@ from benchmarks.targets.fitting import Fit, Plan
 FLOOR = -5.0  # standard errors: no KL is smaller, unless log q is not that of the samples
 
 
-def table(fits: Sequence[Fit], plan: Plan, threads: int) -> Table:
+def tables(fits: Sequence[Fit], plan: Plan, threads: int) -> list[Table]:
+    """One for each size; the first one's caption and the last one's notes are for all."""
+    found = [_table(group, dim) for dim, group in grouped(fits, lambda fit: fit.dim).items()]
+    found[0] = replace(found[0], caption=caption(plan, threads))
+    found[-1] = replace(found[-1], notes=notes(fits))
+    return found
+
+
+def _table(fits: Sequence[Fit], dim: int) -> Table:
     """A row for each posterior and number of steps."""
     rows = []
     for (name, steps), group in grouped(fits, lambda fit: (fit.posterior, fit.steps)).items():
         k = "" if steps is None else str(steps)
-        rows.append([name, k, *map(_cell, group), f"{group[0].parameters:,}", f"{group[0].seconds:.0f}"])
-    header = ["posterior", "K", *(energy.name for energy in ENERGIES), "params", "s"]
-    return Table(header, rows, caption=caption(plan, threads), notes=notes(fits))
+        rate = f"{group[0].rate:g}"
+        rows.append([name, k, *map(_cell, group), rate, f"{group[0].parameters:,}", f"{group[0].seconds:.0f}"])
+    header = ["posterior", "K", *(fit.energy for fit in fits[: len(ENERGIES)]), "rate", "params", "s"]
+    return Table(header, rows, title="" if dim == 2 else f"{dim} variables")  # noqa: PLR2004
 
 
 def _cell(fit: Fit) -> str:
@@ -31,8 +41,8 @@ def caption(plan: Plan, threads: int) -> str:
     return (
         f"KL(q || p) = E_q[log q + U] + log Z in nats (standard error), from {plan.samples:,} fresh samples, with the "
         f"exact log Z; the best of {plan.starts} starts, {plan.iterations:,} steps of Adam of {plan.batch} samples "
-        f"each, seed {plan.seed}. params: numbers learned; s: of training all energies and starts, "
-        f"CPU threads: {threads}"
+        f"each, seed {plan.seed}. rate: Adam's at the start; params: numbers learned; s: of training all energies and "
+        f"starts, CPU threads: {threads}"
     )
 
 
@@ -40,7 +50,7 @@ def notes(fits: Sequence[Fit]) -> list[str]:
     """A line for each fit that cannot be trusted, or that skipped steps."""
     lines = []
     for fit in fits:
-        what = f"{fit.posterior}{'' if fit.steps is None else f', K = {fit.steps}'}, {fit.energy}"
+        what = f"{fit.what}, {fit.energy}{'' if fit.dim == 2 else f' of {fit.dim} variables'}"  # noqa: PLR2004
         if is_impossible(fit):
             lines.append(f"{what}: KL {fit.kl:.4f} is negative by more than 5 standard errors: log q is wrong")
         if not math.isfinite(fit.kl):

@@ -16,6 +16,7 @@ from flowpost.bijectors.base import LINE, Bijector
 from flowpost.masked.run import broadcast
 from flowpost.numerics.arguments import check_int, check_order
 from flowpost.numerics.constants import Ordered
+from flowpost.numerics.rates import Rated
 from flowpost.numerics.watchers import untouched
 
 
@@ -37,8 +38,10 @@ class Coupling(Ordered, Networked):
         order: the variables, first those that pass; by default as they come.
         activation: element-wise, between the layers.
         network: from its number of inputs, those that pass and then c's, and its number of outputs to any module
-            ``(*batch, inputs) -> (*batch, outputs)``, in place of `hidden` and `activation`. Its outputs are multiplied
-            by gains that start at 0.
+            ``(*batch, inputs) -> (*batch, outputs)``, in place of `hidden`, `activation` and `rate`. Its outputs are
+            multiplied by gains that start at 0.
+        rate: a positive constant times which the network's outputs come, so that an optimizer moves them less fast, as
+            in `Masked`.
 
     Shapes:
         z ``(*batch, dim)``, context ``(*batch, context_size)``.
@@ -68,6 +71,7 @@ class Coupling(Ordered, Networked):
         order: Sequence[int] | None = None,
         activation: Callable[[Tensor], Tensor] = F.elu,
         network: Callable[[int, int], nn.Module] | None = None,
+        rate: float = 1.0,
     ) -> None:
         super().__init__(dim, context_size)
         _check_step(step, dim)
@@ -76,7 +80,7 @@ class Coupling(Ordered, Networked):
         if not inputs:
             self.net = Constant(start)
         elif network is None:
-            self.net = Perceptron(inputs, hidden, start, activation)
+            self.net = Perceptron(inputs, hidden, start, activation, rate)
         else:
             self.net = Gained(network(inputs, len(start)), start)
         self._set_order(None if order is None else check_order(order, dim))
@@ -117,7 +121,7 @@ class Coupling(Ordered, Networked):
         return z if self._order is None else self._order.put(z)
 
 
-class Perceptron(nn.Module):
+class Perceptron(Rated):
     """A multilayer perceptron of variables and c; its last layer starts at 0, with the bias `start`.
 
     c is projected once however many samples of the variables share it.
@@ -127,19 +131,20 @@ class Perceptron(nn.Module):
         hidden: widths of the hidden layers.
         start: the outputs at the start.
         activation: element-wise.
+        rate: times which the outputs come.
     """
 
     def __init__(
-        self, inputs: int, hidden: Sequence[int], start: Tensor, activation: Callable[[Tensor], Tensor]
+        self, inputs: int, hidden: Sequence[int], start: Tensor, activation: Callable[[Tensor], Tensor], rate: float
     ) -> None:
-        super().__init__()
+        super().__init__(rate)
         widths = [inputs, *(check_int("hidden", width, minimum=1) for width in hidden), len(start)]
         self.layers = nn.ModuleList(nn.Linear(*sizes) for sizes in pairwise(widths))
         self.activation = activation
         last = cast(nn.Linear, self.layers[-1])
         nn.init.zeros_(last.weight)
         with torch.no_grad():
-            last.bias.copy_(start)
+            last.bias.copy_(start / self.rate)
 
     def extra_repr(self) -> str:
         """The activation, for the module's repr."""
@@ -151,7 +156,7 @@ class Perceptron(nn.Module):
         x = first(z) if context is None else _read(first, z, context)
         for layer in others:
             x = layer(self.activation(x))
-        return x
+        return x if self.rate == 1 else self.rate * x
 
 
 def _read(layer: nn.Module, z: Tensor, context: Tensor) -> Tensor:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch.nn.functional as F
-from torch import Tensor, empty, nn, tensor
+from torch import Tensor, empty, nn
 
 from flowpost.masked.activations import Activation
 from flowpost.masked.staircase import Staircase
-from flowpost.numerics.arguments import check_int, check_positive
+from flowpost.numerics.arguments import check_int
+from flowpost.numerics.rates import Rated
 
 
 class MaskedLinear(nn.Module):
@@ -57,7 +58,7 @@ class MaskedLinear(nn.Module):
         return f"{len(self.staircase.inputs)}, {len(self.staircase.units)}"
 
 
-class MADE(nn.Module):
+class MADE(Rated):
     """A network whose outputs for variable i depend on the variables before i and on a context, and on nothing else.
 
     Hidden units have degrees 0..dim-1, sorted; a unit of degree d reads the first d variables, so units of degree 0 see
@@ -74,9 +75,7 @@ class MADE(nn.Module):
         activation: element-wise, between layers.
         order: the order of the variables: each one's outputs depend on those before it. By default as they come. It is
             folded into the weights' layout.
-        rate: a positive constant times which the outputs come. An optimizer such as Adam moves every weight by as much
-            a step, whatever the gradient's size: a layer of n inputs then moves its outputs n times as fast as a single
-            number. ``1 / sqrt(n)`` holds that back.
+        rate: a positive constant times which the outputs come, as in `Rated`.
 
     Shapes:
         z ``(*batch, dim)``, context ``(*batch, context_size)`` or None, result ``(*batch, outputs, dim)``.
@@ -84,9 +83,6 @@ class MADE(nn.Module):
     Reference:
         Germain et al. (2015), MADE: Masked Autoencoder for Distribution Estimation, eq. 8 to 10.
     """
-
-    _version = 2
-    """1 was when outputs had no rate. What carries no version, such as parameters alone, is loaded as it is."""
 
     def __init__(
         self,
@@ -98,11 +94,7 @@ class MADE(nn.Module):
         order: Sequence[int] | None = None,
         rate: float = 1.0,
     ) -> None:
-        super().__init__()
-        self.rate = check_positive("rate", rate)
-        if rate != 1:
-            # No call reads it: it tells a state of this network from one that was saved when outputs had no rate.
-            self.register_buffer("output_rate", tensor(self.rate))
+        super().__init__(rate)
         widths = [check_int("hidden", width, minimum=1) for width in hidden]
         self.dim, self.outputs, self.activation = dim, outputs, activation
         self.units = [[unit * dim // width for unit in range(width)] for width in widths]
@@ -150,14 +142,3 @@ class MADE(nn.Module):
         for layer in others:
             x = layer(self.activation(x))
         return x.unflatten(-1, (self.outputs, self.dim))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
-        key, last = f"{prefix}output_rate", f"{prefix}layers.{len(self.layers) - 1}."
-        if key in state_dict:
-            if self.rate != 1 and not state_dict[key].is_meta and abs(float(state_dict[key]) / self.rate - 1) > 0.01:
-                self.rate = float(state_dict[key])  # of another; the same may have been rounded to half precision
-        elif self.rate != 1 and args[0].get("version", 2) < 2:
-            names = [f"{last}weight", f"{last}bias", *([f"{prefix}project.weight"] if len(self.layers) == 1 else [])]
-            state_dict.update({name: state_dict[name] / self.rate for name in names if name in state_dict})
-            state_dict[key] = self.output_rate
-        super()._load_from_state_dict(state_dict, prefix, *args)

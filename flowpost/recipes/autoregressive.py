@@ -15,7 +15,7 @@ from flowpost.bijectors.deep_sigmoid import DeepSigmoid
 from flowpost.bijectors.spline import Spline
 from flowpost.bijectors.wrappers import Inverse
 from flowpost.posterior import FlowPosterior
-from flowpost.recipes.parts import exp_affine, orders
+from flowpost.recipes.parts import exp_affine, orders, slowed
 from flowpost.recipes.record import names, recipe
 
 _FORGET_BIAS = 2.0
@@ -211,13 +211,8 @@ def _masked_steps(
     context_size: int,
     rate: float | None,
 ) -> list[Masked]:
-    """`steps` autoregressive steps of what `step` makes of `dim`, every other one in the reverse order.
-
-    Without the rate, Adam moves the scales of 320 units' steps so fast that q(z|x) has shrunk to a point before its
-    mean follows x, and stays in whatever mode it fell into.
-    """
-    if rate is None:
-        rate = 1 / math.sqrt([*hidden][-1]) if len(hidden) else 1.0
+    """`steps` autoregressive steps of what `step` makes of `dim`, every other one in the reverse order."""
+    rate = slowed(rate, hidden)
     return [Masked(step(dim), context_size, hidden, order=order, rate=rate) for order in orders(dim, steps)]
 
 

@@ -12,7 +12,7 @@ from flowpost.bijectors.chain import Chain, Shared
 from flowpost.bijectors.coupling import Coupling
 from flowpost.bijectors.spline import Spline
 from flowpost.posterior import FlowPosterior
-from flowpost.recipes.parts import exp_affine, orders
+from flowpost.recipes.parts import exp_affine, orders, slowed
 from flowpost.recipes.record import names, recipe
 
 
@@ -45,7 +45,12 @@ def nice(
 
 @recipe
 def realnvp(
-    features: int, dim: int, steps: int = 4, hidden: Sequence[int] = (320, 320), context_size: int = 64
+    features: int,
+    dim: int,
+    steps: int = 4,
+    hidden: Sequence[int] = (320, 320),
+    context_size: int = 64,
+    rate: float | None = None,
 ) -> FlowPosterior:
     """RealNVP (Dinh et al. 2017): a diagonal Gaussian, then affine couplings ``z' = t + exp(s) z`` sharing c.
 
@@ -58,6 +63,7 @@ def realnvp(
         steps: number of couplings.
         hidden: widths of the hidden layers of each coupling's network.
         context_size: size of c, which every coupling's network reads.
+        rate: times which the networks' outputs come, as in `Coupling`; ``1 / sqrt(hidden[-1])`` by default.
 
     Returns:
         A posterior that starts near N(0, I).
@@ -65,7 +71,7 @@ def realnvp(
     Example:
         >>> z, log_prob, noise = flowpost.realnvp(16, dim=2, hidden=(32, 32))(torch.randn(8, 16), sample_shape=(50,))
     """
-    couplings = _coupling_steps(exp_affine, dim, steps, hidden, context_size)
+    couplings = _coupling_steps(exp_affine, dim, steps, hidden, context_size, slowed(rate, hidden))
     return FlowPosterior(features, Chain(Affine(dim), Shared(*couplings)))
 
 
@@ -78,6 +84,7 @@ def spline_coupling(
     context_size: int = 64,
     bins: int = 8,
     bound: float = 3.0,
+    rate: float | None = None,
 ) -> FlowPosterior:
     """Coupling neural spline flow, RQ-NSF (C) (Durkan et al. 2019): `realnvp` with a `Spline` in each step.
 
@@ -91,6 +98,7 @@ def spline_coupling(
         steps: number of couplings.
         hidden: widths of the hidden layers of each coupling's network.
         context_size: size of c, which every coupling's network reads.
+        rate: times which the networks' outputs come, as in `Coupling`; ``1 / sqrt(hidden[-1])`` by default.
         bins: of each spline, from 2 to 50.
         bound: where the splines end and the identity begins.
 
@@ -102,7 +110,7 @@ def spline_coupling(
         >>> z, log_prob, noise = posterior(torch.randn(8, 16), sample_shape=(50,))
     """
     spline = functools.partial(Spline, bins=bins, bound=bound)
-    couplings = _coupling_steps(spline, dim, steps, hidden, context_size)
+    couplings = _coupling_steps(spline, dim, steps, hidden, context_size, slowed(rate, hidden))
     return FlowPosterior(features, Chain(Shared(*couplings), Affine(dim)))
 
 
@@ -112,11 +120,12 @@ def _coupling_steps(
     steps: int,
     hidden: Sequence[int],
     context_size: int,
+    rate: float = 1.0,
 ) -> list[Coupling]:
     """`steps` couplings of what `step` makes of a number of variables: those that pass in one move in the next."""
     moving = [dim - dim // 2, max(dim // 2, 1)]
     return [
-        Coupling(dim, step(moving[index % 2]), context_size, hidden, order=order)
+        Coupling(dim, step(moving[index % 2]), context_size, hidden, order=order, rate=rate)
         for index, order in enumerate(orders(dim, steps))
     ]
 

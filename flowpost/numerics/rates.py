@@ -1,0 +1,40 @@
+"""Networks whose outputs come times a constant rate, so that an optimizer moves them less fast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn, tensor
+
+from flowpost.numerics.arguments import check_positive
+
+
+class Rated(nn.Module):
+    """A network of `layers` whose outputs come times a positive constant, `rate`.
+
+    Adam moves every weight by as much a step, whatever the gradient's size: a layer of n inputs then moves its outputs
+    n times as fast as a single number. A rate of ``1 / sqrt(n)`` holds that back. A state that was saved when outputs
+    had no rate is loaded as the map that it was.
+    """
+
+    _version = 2
+    """1 was when outputs had no rate. What carries no version, such as parameters alone, is loaded as it is."""
+    layers: nn.ModuleList
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = check_positive("rate", rate)
+        if rate != 1:
+            # No call reads it: it tells a state of this network from one that was saved when outputs had no rate.
+            self.register_buffer("output_rate", tensor(self.rate))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
+        key, last = f"{prefix}output_rate", f"{prefix}layers.{len(self.layers) - 1}."
+        if key in state_dict:
+            if self.rate != 1 and not state_dict[key].is_meta and abs(float(state_dict[key]) / self.rate - 1) > 0.01:
+                self.rate = float(state_dict[key])  # of another; the same may have been rounded to half precision
+        elif self.rate != 1 and args[0].get("version", 2) < 2:
+            names = [f"{last}weight", f"{last}bias", *([f"{prefix}project.weight"] if len(self.layers) == 1 else [])]
+            state_dict.update({name: state_dict[name] / self.rate for name in names if name in state_dict})
+            state_dict[key] = self.output_rate
+        super()._load_from_state_dict(state_dict, prefix, *args)
