@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Protocol
 
@@ -169,13 +171,31 @@ def fit(name: str, what: str, seed: int, plan: Plan) -> tuple[Fit, np.ndarray]:
     head = Fit(one.short, what, seed, plan.budget_of(one))
     begun = time.perf_counter()
     try:
-        fitted = contender(what)(one, head.budget, seed)
-        seconds = time.perf_counter() - begun
-        return _measured(head, one, fitted, plan, seconds)
+        with stopping():
+            fitted = contender(what)(one, head.budget, seed)
+        return _measured(head, one, fitted, plan, time.perf_counter() - begun)
     except (RuntimeError, ValueError, TypeError, ArithmeticError) as error:
         words = " ".join(f"{type(error).__name__}: {error}".split())
         taken = time.perf_counter() - begun
         return replace(head, error=words, seconds=taken), np.zeros((0, one.dim), dtype=np.float32)
+
+
+@contextmanager
+def stopping() -> Iterator[None]:
+    """Ctrl-C inside ends the run: `flowpost.fit` answers it with a q of less than its budget, which is no result."""
+    asked = []
+
+    def handle(number: int, _: object) -> None:
+        asked.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        raise KeyboardInterrupt
 
 
 @torch.no_grad()

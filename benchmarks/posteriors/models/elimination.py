@@ -93,7 +93,7 @@ class _Path(torch.autograd.Function):
         if torch.is_grad_enabled():
             return differentiable(plain_path, (rows, products, half), gradient)
         ops, of_rows = operations(half), torch.empty_like(points)
-        inverse = points.reciprocal().masked_fill_(lost, 0.0)  # or a lost draw's gradient might overflow
+        inverse = torch.maximum(points, half).reciprocal()
         slopes, kept = raw(-products.unsqueeze(1) * inverse.square()), raw(of_rows)
         gradient = gradient.masked_fill(lost, 0.0)
         of_state, seen = torch.zeros_like(half), raw(gradient)
