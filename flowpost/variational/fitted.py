@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from flowpost.annealing import State, adapt, hamiltonian_step, noise_target
 from flowpost.files import File
-from flowpost.importance import warn_unreliable
+from flowpost.importance import LIMIT, UnreliableEstimateWarning
 from flowpost.numerics.arguments import check_device, check_int
-from flowpost.posterior import FlowPosterior
 from flowpost.variational.bound import Fitted
 from flowpost.variational.calling import LogJoint
-from flowpost.variational.families import Flow, components
+from flowpost.variational.families import Flow
 from flowpost.variational.mixture import Mixture
 from flowpost.variational.parameters import Spec, Values
+from flowpost.variational.refining import refined
 from flowpost.variational.stored import Course, Stored, read_fitted, write_fitted
 from flowpost.variational.summary import Summary, summary
 from flowpost.variational.target import Target
@@ -26,7 +25,7 @@ from flowpost.variational.verdict import reasons, verdict
 from flowpost.variational.weighing import Progress, Weighed, device_of, estimate, mean_and_error, weigh, where_lost
 
 if TYPE_CHECKING:
-    from xarray import DataTree  # pyright: ignore[reportMissingImports]
+    from flowpost.interop.arviz import DataTree
 
 DRAWS = 10_000
 """Behind the evidence and the verdict."""
@@ -117,7 +116,7 @@ class FittedPosterior:
 
         Draws are weighted by p/q where k-hat allows it, and else plain draws of q.
         """
-        return summary(self.parameters, self._weighed, weighted=self.k_hat <= 0.7)
+        return summary(self.parameters, self._weighed, weighted=self.k_hat <= LIMIT)
 
     @torch.no_grad()
     def importance_resample(self, n: int = 1000, *, pool: int | None = None) -> Values:
@@ -130,7 +129,13 @@ class FittedPosterior:
         Warns:
             UnreliableEstimateWarning: where k-hat is above 0.7, so that a few draws would be most of the result.
         """
-        return self.parameters.constrain(self._resampled(n, pool))[0]
+        z, k_hat = self._resampled(n, pool)
+        if not k_hat <= LIMIT:
+            message = (
+                f"Pareto k-hat is {k_hat:.2f}, above {LIMIT}: a few draws are most of these; refine() moves them apart"
+            )
+            warnings.warn(f"importance_resample: {message}", UnreliableEstimateWarning, stacklevel=3)
+        return self.parameters.constrain(z)[0]
 
     def refine(self, n: int = 1000, *, steps: int = 20, leapfrogs: int = 5) -> Values:
         """Draws that Hamiltonian Monte Carlo has moved from q towards p, in the noise space of the flow.
@@ -147,14 +152,7 @@ class FittedPosterior:
         Reference:
             Hoffman et al. (2019), NeuTra-lizing Bad Geometry in Hamiltonian Monte Carlo Using Neural Transport.
         """
-        parts, z = components(self.posterior), self._resampled(n, None)
-        with torch.no_grad():
-            owner = torch.stack([part.log_prob(z).nan_to_num(nan=-math.inf) for part in parts]).argmax(0)
-        moved = z.clone()
-        for k, part in enumerate(parts):
-            own = owner == k
-            if own.any():
-                moved[own] = _chains(part, self.target, z[own], steps, leapfrogs)
+        moved = refined(self.posterior, self.target, self._resampled(n, None)[0], steps, leapfrogs)
         with torch.no_grad():
             return self.parameters.constrain(moved)[0]
 
@@ -220,25 +218,11 @@ class FittedPosterior:
         sample = self.posterior(sample_shape=(n,))
         return sample.z, sample.log_prob
 
-    def _resampled(self, n: int, pool: int | None) -> Tensor:
+    def _resampled(self, n: int, pool: int | None) -> tuple[Tensor, float]:
+        """Free coordinates, and k-hat of the weights by which they were taken."""
         n = check_int("n", n, minimum=1)
         generator = torch.Generator(device_of(self.posterior)).manual_seed(int(torch.randint(2**62, (), device="cpu")))
         weighed = weigh(self.posterior, self.target, check_int("pool", pool or 10 * n, minimum=n), generator)
-        warn_unreliable(estimate(weighed), len(weighed.z))
         chances = (weighed.log_ratio + weighed.share.log()).softmax(0)
-        return weighed.z[torch.multinomial(chances, n, replacement=True, generator=generator)]
-
-
-def _chains(part: FlowPosterior, target: Target, z: Tensor, steps: int, leapfrogs: int) -> Tensor:
-    """Chains from points of one component, in its noise space."""
-    with torch.no_grad():
-        noise, _ = part.flow.inverse(z)
-    gradient = noise_target(part.at(), target)
-    start = State(noise, *gradient(noise))
-    step_size = adapt(start, gradient, noise.new_tensor(0.5), leapfrogs)
-    state = start
-    for _ in range(check_int("steps", steps, minimum=1)):
-        momentum, log_uniform = torch.randn_like(noise), torch.rand_like(start.value).log()
-        state, _ = hamiltonian_step(state, gradient, step_size, leapfrogs, momentum, log_uniform)
-    with torch.no_grad():
-        return part.flow(state.position)[0]
+        taken = torch.multinomial(chances, n, replacement=True, generator=generator)
+        return weighed.z[taken], estimate(weighed).k_hat.item()

@@ -151,7 +151,7 @@ def elbo(gradient: Gradient, gaussian: Gaussian, samples: int, generator: torch.
     )
     points = gaussian.draw(noise)
     value = gradient(points.reshape(-1, points.shape[-1]))[0].reshape(points.shape[:-1])
-    return value.mean(0).nan_to_num(nan=-torch.inf) + gaussian.entropy()
+    return value.mean(0).nan_to_num(nan=-torch.inf, neginf=-torch.inf) + gaussian.entropy()
 
 
 def laplace(gradient: Gradient, start: Tensor, steps: int = 200) -> Gaussian | None:

@@ -94,5 +94,5 @@ def distinct(gradient: Gradient, found: Gaussian, elbos: Tensor) -> list[int]:
 def _barrier(gradient: Gradient, one: Tensor, other: Tensor) -> bool:
     """Whether log p falls between two points, on the line that joins them."""
     share = torch.linspace(0, 1, 33, dtype=one.dtype, device=one.device).unsqueeze(-1)
-    values = gradient(one + share * (other - one))[0].nan_to_num(nan=-math.inf)
+    values = gradient(one + share * (other - one))[0].nan_to_num(nan=-math.inf, neginf=-math.inf)
     return bool(values[1:-1].min() < torch.minimum(values[0], values[-1]) - BARRIER)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -29,14 +30,25 @@ class Summary(NamedTuple):
     """Whether the draws were weighted by p/q."""
 
     def __str__(self) -> str:
-        width = max(9, *map(len, self.names))
-        head = f"{'':<{width}} {'mean':>10} {'sd':>10} {'5%':>10} {'50%':>10} {'95%':>10} {'mc error':>10}"
         columns = torch.stack([self.mean, self.sd, *self.quantiles, self.error], -1).tolist()
+        head = ("", "mean", "sd", "5%", "50%", "95%", "mc error")
         rows = [
-            f"{name:<{width}} " + " ".join(f"{value:>10.4g}" for value in row)
-            for name, row in zip(self.names, columns, strict=True)
+            (name, *(_shown(value, row[1]) for value in row)) for name, row in zip(self.names, columns, strict=True)
         ]
-        return "\n".join([head, *rows, "weighted by p/q" if self.weighted else "draws of q, not weighted"])
+        widths = [max(9, *map(len, column)) for column in zip(head, *rows, strict=True)]
+        lines = [
+            f"{row[0]:<{widths[0]}} "
+            + " ".join(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
+            for row in (head, *rows)
+        ]
+        return "\n".join([*lines, "weighted by p/q" if self.weighted else "draws of q, not weighted"])
+
+
+def _shown(value: float, sd: float) -> str:
+    """To four digits, and to more where a sd is smaller than the fourth: a hundredth of it is seen."""
+    ratio = abs(value) / sd if sd > 0 else 0.0
+    digits = math.ceil(math.log10(ratio)) + 2 if 100 < ratio < math.inf else 4
+    return f"{value:.{max(4, digits)}g}"
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ def reasons(estimate: ImportanceEstimate, elbo: float, *, lost: str, notes: Sequ
             f"Pareto k-hat is {k_hat:.2f}, above {LIMIT}: q's tails are too light somewhere, and means over its draws, "
             f"importance-sampled ones too, may be wrong there; a richer flow, more steps or budget, or refine() helps"
         )
-    if gap > GAP:
+    if gap > GAP and not lost:
         said.append(
             f"the importance-sampled log evidence is {gap:.2f} nats above the ELBO, so KL(q || p) is at least about "
             f"that; a richer flow or a larger budget helps"

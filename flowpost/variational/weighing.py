@@ -61,7 +61,7 @@ def weigh(fitted: Fitted, target: Target, samples: int, generator: torch.Generat
     rows = []
     for start in range(0, samples, CHUNK):
         z, log_q, share = draw(fitted, noise_for(fitted, min(CHUNK, samples - start), generator))
-        ratio = (target(z) - log_q).double().nan_to_num(nan=-math.inf, posinf=-math.inf)
+        ratio = (target(z) - log_q).double().nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
         rows.append((z, ratio, share.double() * len(z)))
     z, ratio, share = (torch.cat(column) for column in zip(*rows, strict=True))
     return Weighed(z, ratio, share / share.sum())
@@ -77,7 +77,7 @@ def estimate(weighed: Weighed) -> ImportanceEstimate:
 
 def mean_and_error(weighed: Weighed) -> tuple[float, float]:
     """The mean of log p/q, and its standard error from draws that are taken as independent."""
-    mean = (weighed.share * weighed.log_ratio).sum()
+    mean = (weighed.share * weighed.log_ratio).sum()  # minus infinity where one of them is
     variance = (weighed.share * (weighed.log_ratio - mean)).square().sum()
     return mean.item(), variance.sqrt().item()
 
@@ -90,4 +90,5 @@ def where_lost(weighed: Weighed, target: Target) -> str:
     first = weighed.z[int(lost.int().argmax())]
     with torch.no_grad():
         value = target(first.unsqueeze(0)).item()
-    return f"{lost.double().mean():.2%} of q's draws; log_joint is {value:.4g} at {target.describe(first)}"
+    hint = "; give the parameters constraints that are its support" if value == -math.inf else ""
+    return f"{lost.double().mean():.2%} of q's draws; log_joint is {value:.4g} at {target.describe(first)}{hint}"

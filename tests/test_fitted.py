@@ -1,0 +1,420 @@
+"""A fitted posterior as a statistician reads it, from a q that is known: nothing is fitted here."""
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import LogNormal, Normal, constraints
+
+import flowpost
+from flowpost import CorruptFileError
+from flowpost.fit import FittedPosterior, Progress
+from flowpost.importance import ImportanceEstimate, UnreliableEstimateWarning
+from flowpost.variational.families import Flow, assemble, build_flow
+from flowpost.variational.gaussian import Gaussian
+from flowpost.variational.mixture import Mixture
+from flowpost.variational.parameters import Parameters, Spec
+from flowpost.variational.summary import Summary, summary
+from flowpost.variational.target import Target
+from flowpost.variational.verdict import reasons, verdict
+from flowpost.variational.weighing import Weighed, estimate, mean_and_error, weigh
+
+TINY: dict[str, Any] = {"steps": 2, "hidden": (4,)}
+ROOM = {"mu": (), "tau": (2, constraints.positive)}
+
+
+def made(
+    log_joint: Callable[[Any], Tensor],
+    spec: Spec,
+    *normals: tuple[float, float],
+    flow: Flow = "diagonal",
+    dtype: torch.dtype = torch.float64,
+    options: dict | None = None,
+    **given: Any,  # noqa: ANN401
+) -> FittedPosterior:
+    """Q is N(loc, scale^2) in every free coordinate, or an even mixture of such ones."""
+    target = Target(log_joint, Parameters(spec), device="cpu", dtype=dtype)
+    eye = torch.eye(target.parameters.dim, dtype=dtype)
+    gaussians = [Gaussian(loc * eye.sum(0), scale * eye) for loc, scale in normals]
+    built = build_flow(flow, target.parameters.dim, options or {})
+    return FittedPosterior(
+        assemble(built, gaussians, [0.0] * len(gaussians)), target, **{"evaluations": 5, "seconds": 0.5, **given}
+    )
+
+
+def standard(z: Tensor) -> Tensor:
+    return Normal(0.0, 1.0).log_prob(z).sum(-1)
+
+
+def room(p: dict[str, Tensor]) -> Tensor:
+    """Of many draws: mu is N(1, 1), the logarithms of tau too."""
+    return Normal(1.0, 1.0).log_prob(p["mu"]) + LogNormal(1.0, 1.0).log_prob(p["tau"]).sum(-1)
+
+
+# --------------------------------------------------------------------------------------------------------- weights
+
+
+def test_weights_of_a_normal_by_another_are_the_closed_form() -> None:
+    """Q = N(0.3, 1) for p = 2 N(0, 1): log p/q, the ELBO, the evidence, and the ESS, ``S exp(-0.09)``."""
+    fitted = made(lambda z: standard(z) + math.log(2), 1, (0.3, 1.0))
+    weighed = weigh(fitted.posterior, fitted.target, 10_000, torch.Generator().manual_seed(3))
+    z = weighed.z.squeeze(-1)
+    torch.testing.assert_close(weighed.log_ratio, math.log(2) + 0.5 * (z - 0.3) ** 2 - 0.5 * z**2)
+    torch.testing.assert_close(weighed.share, torch.full((10_000,), 1e-4, dtype=torch.float64))
+    elbo, error = mean_and_error(weighed)
+    assert error == pytest.approx(0.3 / 100, rel=0.05)
+    assert elbo == pytest.approx(math.log(2) - 0.045, abs=4 * error)
+    found = estimate(weighed)
+    assert found.standard_error.item() == pytest.approx(math.sqrt(math.expm1(0.09)) / 100, rel=0.1)
+    assert found.log_p.item() == pytest.approx(math.log(2), abs=4 * found.standard_error.item())
+    assert found.ess.item() == pytest.approx(10_000 * math.exp(-0.09), rel=0.02)
+    assert found.k_hat < 0.5
+    assert (fitted.log_evidence, fitted.k_hat, fitted.ess) == pytest.approx(
+        (fitted.estimate.log_p.item(), fitted.estimate.k_hat.item(), fitted.estimate.ess.item())
+    )
+    elbo, error = fitted.elbo(2000)
+    assert elbo == pytest.approx(math.log(2) - 0.045, abs=4 * error)
+
+
+def test_equal_weights_have_no_tail() -> None:
+    fitted = made(standard, 3, (0.0, 1.0))
+    assert fitted.k_hat == -math.inf
+    assert fitted.log_evidence == pytest.approx(0, abs=1e-12)
+    assert fitted.is_trusted
+
+
+def test_stratified_draws_have_their_components_shares() -> None:
+    """An uneven mixture of far normals: the mean over draws is that of the weights, and not of the counts."""
+    fitted = made(standard, 1, (-9.0, 1.0), (9.0, 1.0))
+    assert isinstance(fitted.posterior, Mixture)
+    with torch.no_grad():
+        fitted.posterior.logits[:] = torch.tensor([0.9, 0.1], dtype=torch.float64).log()
+    weighed = weigh(fitted.posterior, fitted.target, 2001, torch.Generator().manual_seed(0))
+    left = weighed.z.squeeze(-1) < 0
+    assert left.sum() == len(left) / 2
+    assert weighed.share.sum().item() == pytest.approx(1)
+    assert weighed.share[left].sum().item() == pytest.approx(0.9)
+
+
+# --------------------------------------------------------------------------------------------------------- summary
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_the_summary_is_that_of_weighted_draws_by_hand(weighted: bool) -> None:  # noqa: FBT001
+    """Moments by numpy's average; a quantile is the first draw at which the weights reach the level."""
+    z = torch.randn(500, 3, dtype=torch.float64)
+    log_ratio, share = torch.randn(500, dtype=torch.float64), torch.rand(500, dtype=torch.float64)
+    parameters = Parameters({"mu": (), "tau": (2, constraints.positive)})
+    found = summary(parameters, Weighed(z, log_ratio, share / share.sum()), weighted=weighted)
+    weight = (share * log_ratio.exp() if weighted else share).numpy()
+    weight = weight / weight.sum()
+    columns = np.concatenate([z[:, :1].numpy(), np.exp(z[:, 1:].numpy())], 1)
+    mean = np.average(columns, 0, weight)
+    np.testing.assert_allclose(found.mean, mean, rtol=1e-10)
+    np.testing.assert_allclose(found.sd, np.sqrt(np.average((columns - mean) ** 2, 0, weight)), rtol=1e-10)
+    np.testing.assert_allclose(found.error, np.sqrt(((weight[:, None] * (columns - mean)) ** 2).sum(0)), rtol=1e-10)
+    for row, level in zip(found.quantiles.numpy(), (0.05, 0.5, 0.95), strict=True):
+        for j in range(3):
+            order = columns[:, j].argsort()
+            due = columns[order[np.searchsorted(weight[order].cumsum(), level)], j]
+            assert row[j] == due
+    assert found.names == ("mu", "tau[0]", "tau[1]")
+    assert str(found).splitlines()[-1] == ("weighted by p/q" if weighted else "draws of q, not weighted")
+
+
+def test_the_summary_prints_what_a_small_sd_leaves() -> None:
+    """A location of 10,000 with a sd of 1e-4 shows its last digits, and the columns stay columns."""
+    numbers = torch.tensor([10_000.00012, 2.5], dtype=torch.float64)
+    table = Summary(
+        ("far", "near"),
+        numbers,
+        torch.tensor([1e-4, 1.0]),
+        numbers.expand(3, 2),
+        torch.tensor([1e-6, 0.01]),
+        weighted=True,
+    )
+    lines = str(table).splitlines()
+    assert lines[1].split() == ["far", "10000.00012", "0.0001", *["10000.00012"] * 3, "1e-06"]
+    assert lines[2].split() == ["near", "2.5", "1", "2.5", "2.5", "2.5", "0.01"]
+    assert len({len(line) for line in lines[:-1]}) == 1
+
+
+def test_the_summary_is_weighted_where_k_hat_allows_it() -> None:
+    near, far = made(standard, 1, (0.3, 1.0)), made(standard, 1, (0.0, 0.3))
+    assert near.summary().weighted
+    assert near.summary().mean.item() == pytest.approx(0, abs=0.05)  # of q alone it is 0.3
+    assert far.k_hat > 0.7
+    assert not far.summary().weighted
+    assert far.summary().sd.item() == pytest.approx(0.3, rel=0.03)
+
+
+# --------------------------------------------------------------------------------------------------------- verdict
+
+
+def estimated(log_p: float, k_hat: float) -> ImportanceEstimate:
+    return ImportanceEstimate(*(torch.tensor(value, dtype=torch.float64) for value in (log_p, 0.01, 500.0, k_hat)))
+
+
+@pytest.mark.parametrize(
+    ("k_hat", "elbo", "lost", "notes", "said"),
+    [
+        (0.3, -0.4, "", [], []),
+        (0.71, -0.4, "", [], ["Pareto k-hat is 0.71, above 0.7: "]),
+        (math.nan, -0.4, "", [], ["Pareto k-hat is nan, above 0.7: "]),
+        (0.7, -0.6, "", [], ["the importance-sampled log evidence is 0.60 nats above the ELBO, so KL"]),
+        (0.3, -math.inf, "2% of q's draws", [], ["log p/q is not finite at 2% of q's draws"]),
+        (0.3, -0.4, "", ["a mode is lost"], ["a mode is lost"]),
+        (2.0, -9.0, "", ["a", "b"], ["Pareto k-hat is 2.00", "the importance-sampled log evidence is 9.00", "a", "b"]),
+    ],
+)
+def test_what_speaks_against_a_fit(k_hat: float, elbo: float, lost: str, notes: list[str], said: list[str]) -> None:
+    found = reasons(estimated(0.0, k_hat), elbo, lost=lost, notes=notes)
+    assert len(found) == len(said)
+    assert all(one.startswith(other) for one, other in zip(found, said, strict=True))
+    text = verdict(found, estimated(0.0, k_hat), elbo)
+    figures = f"ELBO {elbo:.3f}, log evidence 0.000 (standard error 0.010), k-hat {k_hat:.2f}"
+    assert figures in text
+    if said:
+        assert text == f"Not to be trusted as it is: {'; '.join(found)}. {figures}."
+    else:
+        assert text.startswith("Nothing speaks against this fit: ")
+        assert text.endswith("Mass that no draw has reached shows in none of these.")
+
+
+@pytest.mark.parametrize(("bad", "hint"), [(math.nan, ""), (-math.inf, "; give the parameters constraints that are")])
+def test_draws_without_a_value_are_said_with_their_place(bad: float, hint: str) -> None:
+    """The right tail of q, 2.28 % of it."""
+    fitted = made(lambda z: torch.where(z[:, 0] > 2, bad, standard(z)), 2, (0.0, 1.0))
+    found = re.search(
+        rf"log p/q is not finite at ([\d.]+)% of q's draws; log_joint is {bad} at theta = \[([\d.]+), [\d.-]+\]{hint}",
+        fitted.verdict,
+    )
+    assert found
+    assert float(found[1]) == pytest.approx(2.28, abs=4 * 0.15)
+    assert float(found[2]) > 2
+    assert "ELBO -inf, " in fitted.verdict
+    assert fitted.log_evidence == pytest.approx(math.log1p(-0.02275), abs=0.01)
+    assert not fitted.is_trusted
+
+
+# ---------------------------------------------------------------------------------------------------- draws, density
+
+
+def test_the_density_is_one_over_the_parameters() -> None:
+    """Of log-normal scales in closed form, for any batch; outside the support it is refused."""
+    fitted = made(room, ROOM, (1.0, 0.5))
+    mu, tau = torch.randn(4, 3, dtype=torch.float64), torch.rand(4, 3, 2, dtype=torch.float64) + 0.1
+    due = Normal(1.0, 0.5).log_prob(mu) + LogNormal(1.0, 0.5).log_prob(tau).sum(-1)
+    torch.testing.assert_close(fitted.log_prob({"mu": mu, "tau": tau}), due)
+    with pytest.raises(ValueError, match="^values: 'tau': expected values inside GreaterThan"):
+        fitted.log_prob({"mu": mu, "tau": -tau})
+
+
+@pytest.mark.parametrize("normals", [[(1.0, 0.5)], [(1.0, 0.5), (1.0, 0.5)]])
+def test_draws_have_the_moments_of_q(normals: list[tuple[float, float]]) -> None:
+    fitted = made(room, ROOM, *normals)
+    draws = fitted.sample(4000)
+    assert isinstance(draws, dict)
+    assert draws["tau"].shape == (4000, 2)
+    logs = torch.cat([draws["mu"].unsqueeze(-1), draws["tau"].log()], -1)
+    assert (logs.mean(0) - 1).abs().max() < 4.5 * 0.5 / math.sqrt(4000)
+    torch.testing.assert_close(logs.std(0), torch.full((3,), 0.5, dtype=torch.float64), rtol=0.05, atol=0)
+    assert not draws["mu"].requires_grad
+    with pytest.raises(ValueError, match="^n: expected an int >= 1, got 0$"):
+        fitted.sample(0)
+
+
+def test_resampling_moves_q_to_p() -> None:
+    """Q = N(0, 1.5^2), p = N(1, 1) in log units: moments of p, and draws of the pool alone."""
+    fitted = made(room, ROOM, (0.5, 1.5))
+    draws = fitted.importance_resample(4000, pool=40_000)
+    assert isinstance(draws, dict)
+    logs = torch.cat([draws["mu"].unsqueeze(-1), draws["tau"].log()], -1)
+    assert (logs.mean(0) - 1).abs().max() < 0.1
+    torch.testing.assert_close(logs.std(0), torch.ones(3, dtype=torch.float64), rtol=0.06, atol=0)
+    with pytest.raises(ValueError, match="^pool: expected an int >= 10, got 5$"):
+        fitted.importance_resample(10, pool=5)
+
+
+def test_resampling_warns_where_weights_do_not_allow_it() -> None:
+    fitted = made(standard, 1, (0.0, 0.2))
+    with pytest.warns(
+        UnreliableEstimateWarning,
+        match="^importance_resample: Pareto k-hat is .*, above 0.7: a few draws are most of these",
+    ) as caught:
+        fitted.importance_resample(100, pool=5000)
+    assert [each.filename for each in caught] == [__file__]
+
+
+@pytest.mark.parametrize("normals", [[(0.5, 0.4)], [(-4.0, 0.5), (4.0, 0.5)]])
+def test_refine_moves_a_wrong_q_to_p(normals: list[tuple[float, float]]) -> None:
+    """Too narrow a q, of one mode and of two: the draws get the width of p, and each mode keeps its own."""
+
+    def two(z: Tensor) -> Tensor:
+        return torch.logaddexp(standard(z - 4), standard(z + 4)) - math.log(2)
+
+    fitted = made(two if len(normals) > 1 else standard, 2, *normals)
+    draws = fitted.refine(300, steps=10, leapfrogs=4)
+    assert isinstance(draws, Tensor)
+    if len(normals) > 1:
+        assert 0.3 < (draws[:, 0] < 0).double().mean() < 0.7
+        draws = draws - 4 * draws.sign()
+    assert draws.mean(0).abs().max() < 4.5 / math.sqrt(300)
+    torch.testing.assert_close(draws.std(0), torch.ones(2, dtype=torch.float64), rtol=4.5 / math.sqrt(600), atol=0)
+    with pytest.raises(ValueError, match="^steps: expected an int >= 1, got 0$"):
+        fitted.refine(10, steps=0)
+
+
+def test_it_says_what_it_is_of() -> None:
+    text = repr(made(room, ROOM, (1.0, 0.5)))
+    assert text.startswith(
+        "FittedPosterior(Parameters(mu: () Real(), tau: (2,) GreaterThan(lower_bound=0.0); dim=3); N"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("normals", [[(1.0, 0.5)], [(0.5, 0.5), (1.5, 0.6)]])
+def test_a_file_has_all_of_a_fit(normals: list, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Draws, figures, history and notes to the bit, and a fit goes on from it."""
+    history = [Progress("start", 3, 9, -2.5, 0.0, math.nan), Progress("flow", 5, 9, -math.inf, 1e-3, 0.3)]
+    given = {"history": history, "notes": ["it was short"], "left_out": ["a mode is lost"], "seconds": 1.25}
+    fitted = made(room, ROOM, *normals, flow="realnvp", options=TINY, dtype=dtype, **given)
+    with torch.no_grad():
+        for weight in fitted.posterior.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    fitted = FittedPosterior(fitted.posterior, fitted.target, evaluations=5, **given)
+    path, state = tmp_path / "fit.safetensors", torch.get_rng_state()
+    fitted.save(path)
+    read = FittedPosterior.load(path, room, ROOM, **TINY)
+    assert torch.equal(state, torch.get_rng_state())
+    assert [str(each) for each in read.history] == [str(each) for each in history]
+    assert (read.evaluations, read.seconds, read.notes, read.left_out) == (
+        5,
+        1.25,
+        ["it was short"],
+        ["a mode is lost"],
+    )
+    assert read.verdict == fitted.verdict
+    assert str(read.summary()) == str(fitted.summary())
+    assert read.estimate == fitted.estimate
+    for (name, one), other in zip(
+        fitted.posterior.state_dict().items(), read.posterior.state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, other), name
+        assert one.dtype == other.dtype in (dtype, torch.int64)
+    more = flowpost.fit(room, ROOM, budget=64, samples=32, resume=read)
+    assert more.evaluations == 5 + 64
+    assert [each.stage for each in more.history[:2]] == ["start", "flow"]
+    assert "a mode is lost" in more.verdict
+    assert "it was short" not in more.verdict
+
+
+def test_draws_outside_the_support_are_kept_in_a_file(tmp_path: Path) -> None:
+    fitted = made(lambda z: torch.where(z[:, 0] > 0, standard(z), -math.inf), 2, (0.0, 1.0))
+    fitted.save(tmp_path / "fit")
+    read = FittedPosterior.load(tmp_path / "fit", fitted.target.log_joint, 2, "diagonal")
+    assert read.verdict == fitted.verdict
+    assert "not finite at 4" in read.verdict or "not finite at 5" in read.verdict
+
+
+SPLINE = {"steps": 2, "hidden": (4,), "bins": 4}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"spec": {"mu": (), "tau": 2}},
+            r"dim_or_spec: expected Parameters\(mu: .*GreaterThan.*, of '.*', got .* Real",
+        ),
+        ({"spec": 3}, r"dim_or_spec: expected Parameters\(mu: .*, got Parameters\(theta: \(3,\) Real"),
+        (
+            {"flow": "realnvp", "bins": None},
+            "flow: expected the .* modules of '.*', got .*; from module .* on it has Shared, .*, and flow has Affine",
+        ),
+        (
+            {"steps": 3},
+            "flow: expected the .* modules of '.*', got .*; from .* on it has Affine, Standard, and flow has Coupl",
+        ),
+        (
+            {"hidden": (5,)},
+            r"flow: expected the architecture of '.*, got another .file != flow.: 'posterior.flow.*\(4,\) .* != \(5,\)",
+        ),
+        ({"bound": 7.0}, "flow: expected the map of '.*', got another one of the same sizes; pass its options"),
+        (
+            {"log_joint": lambda p: room(p) + 0.5},
+            "log_joint: expected that of '.*', whose log p/q is .* at mu = .*, got",
+        ),
+    ],
+)
+def test_a_file_of_another_fit_is_refused(change: dict, message: str, tmp_path: Path) -> None:
+    """With what differs."""
+    fitted = made(room, ROOM, (1.0, 0.5), flow="spline_coupling", options=SPLINE)
+    with torch.no_grad():
+        for weight in fitted.posterior.parameters():
+            weight.add_(0.2 * torch.randn_like(weight))
+    fitted.save(tmp_path / "fit")
+    given = {"log_joint": room, "spec": ROOM, "flow": "spline_coupling", **SPLINE, **change}
+    given = {key: value for key, value in given.items() if value is not None}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        FittedPosterior.load(tmp_path / "fit", given.pop("log_joint"), given.pop("spec"), given.pop("flow"), **given)
+
+
+def test_a_file_that_is_no_fit_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "fit"
+    flowpost.save(flowpost.diagonal(0, 3), path)
+    with pytest.raises(
+        ValueError, match="^path: expected a file that FittedPosterior.save wrote, got another: '.*fit'$"
+    ):
+        FittedPosterior.load(path, room, ROOM)
+    made(room, ROOM, (1.0, 0.5)).save(path)
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CorruptFileError, match="^path: '.*fit' is damaged: "):
+        FittedPosterior.load(path, room, ROOM, "diagonal")
+    with pytest.raises(FileNotFoundError):
+        FittedPosterior.load(tmp_path / "none", room, ROOM)
+
+
+# ----------------------------------------------------------------------------------------------------------- ArviZ
+
+
+@pytest.mark.parametrize("normals", [[(1.0, 0.5)], [(0.5, 0.5), (1.5, 0.6)]])
+def test_arviz_gets_named_draws_with_their_densities(normals: list) -> None:
+    pytest.importorskip("arviz_base", reason="ArviZ comes with the extra flowpost[arviz]")
+    fitted = made(room, ROOM, *normals)
+    tree = fitted.to_arviz(50, chains=4)
+    draws, stats = tree["posterior"], tree["sample_stats"]
+    assert draws["mu"].dims == ("chain", "draw")
+    assert draws["tau"].shape == (4, 50, 2)
+    values = {name: torch.as_tensor(draws[name].values) for name in ("mu", "tau")}
+    torch.testing.assert_close(torch.as_tensor(stats["log_q"].values), fitted.log_prob(values))
+    flat = {name: value.flatten(0, 1) for name, value in values.items()}
+    torch.testing.assert_close(torch.as_tensor(stats["lp"].values).flatten(), room(flat))
+    assert abs(draws["mu"].values.mean() - 1) < 4.5 * 0.8 / math.sqrt(200)
+    assert tree.attrs["inference_library"] == "flowpost"
+    assert tree.attrs["verdict"] == fitted.verdict
+    assert tree.attrs["evaluations"] == 5
+    assert tree.attrs["log_evidence"] == fitted.log_evidence
+
+
+def test_arviz_calls_a_bare_dim_theta() -> None:
+    pytest.importorskip("arviz_base", reason="ArviZ comes with the extra flowpost[arviz]")
+    fitted = made(standard, 3, (0.0, 1.0))
+    assert fitted.to_arviz(5)["posterior"]["theta"].shape == (1, 5, 3)
+    for wrong, message in (
+        ({"draws": 0}, "draws: expected an int >= 1"),
+        ({"chains": 0}, "chains: expected an int >="),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            fitted.to_arviz(**wrong)
