@@ -15,6 +15,7 @@ import flowpost
 from flowpost import Chain, Coupling, FlowPosterior, Learned, Reverse
 from flowpost.bijectors import Affine
 from flowpost.fit import FittedPosterior, Progress, fit
+from flowpost.variational import running
 from flowpost.variational.ascent import EXACT
 from flowpost.variational.mixture import Mixture
 
@@ -51,7 +52,7 @@ def near_evidence(fitted: FittedPosterior, due: float, *, gap: float) -> None:
 @pytest.mark.parametrize(("flow", "off"), [("full_covariance", 1e-6), ("realnvp", 10 * EXACT)])
 def test_a_gaussian_is_fitted_exactly(flow: str, off: float) -> None:
     """Evidence to rounding, or to where a flow's ascent ends; moments within what 10,000 draws leave."""
-    fitted = fit(gaussian, 3, flow, budget=30_000, **(TINY if flow == "realnvp" else {}))
+    fitted = fit(gaussian, 3, flow, budget=15_000, **(TINY if flow == "realnvp" else {}))
     assert fitted.log_evidence == pytest.approx(EVIDENCE, abs=off)
     assert fitted.elbo(10_000)[0] == pytest.approx(EVIDENCE, abs=off)
     assert fitted.is_trusted
@@ -66,7 +67,7 @@ def test_a_gaussian_is_fitted_exactly(flow: str, off: float) -> None:
     assert isinstance(draws, Tensor)
     torch.testing.assert_close(draws.mT.corrcoef()[0, 1].item(), 0.9 * 2 / (sd[0] * sd[1]).item(), rtol=0.05, atol=0)
     torch.testing.assert_close(fitted.log_prob(draws), gaussian(draws) - EVIDENCE, rtol=0, atol=0.1)
-    assert fitted.evaluations <= 30_000
+    assert fitted.evaluations <= 15_000
 
 
 def test_the_diagonal_is_the_best_factorized_gaussian() -> None:
@@ -92,14 +93,14 @@ def banana(z: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("log_joint", "budget", "gap"),
     [
-        (banana, 30_000, 0.15),
+        (banana, 22_000, 0.25),
         pytest.param(banana, 200_000, 0.03, marks=full),
         pytest.param(funnel, 200_000, 0.1, marks=full),
     ],
 )
 def test_bent_densities(log_joint: Callable[[Tensor], Tensor], budget: int, gap: float) -> None:
     """Far nearer than the best Gaussian, whose gap to a banana of these widths is 0.49."""
-    fitted = fit(log_joint, 2, budget=budget, samples=128, **SMALL)
+    fitted = fit(log_joint, 2, budget=budget, samples=64, **SMALL)
     near_evidence(fitted, 0.0, gap=gap)
     kept = fit(log_joint, 2, "full_covariance", budget=15_000)
     assert kept.elbo()[0] < fitted.elbo()[0] - 0.2
@@ -161,7 +162,7 @@ def by_loop(p: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("log_joint", "budget", "gap"), [(conjugate, 25_000, 0.05), pytest.param(by_loop, 13_000, 0.1, marks=full)]
+    ("log_joint", "budget", "gap"), [(conjugate, 20_000, 0.05), pytest.param(by_loop, 13_000, 0.1, marks=full)]
 )
 def test_a_conjugate_model_has_its_evidence(
     log_joint: Callable[[dict[str, Tensor]], Tensor], budget: int, gap: float
@@ -266,24 +267,25 @@ def test_a_flow_of_one_s_own(kind: str) -> None:
     }
     flow = made[kind]
     before = {name: value.clone() for name, value in flow.state_dict().items()}
-    fitted = fit(banana, 2, flow, budget=30_000, samples=128)
+    fitted = fit(banana, 2, flow, budget=16_000, samples=64)
     assert all(torch.equal(value, before[name]) for name, value in flow.state_dict().items())
-    near_evidence(fitted, 0.0, gap=0.35)
+    assert -0.45 < fitted.elbo(4000)[0] < 0.02  # that of the best Gaussian is -0.49
 
 
-def test_progress_comes_as_it_goes() -> None:
+def test_progress_comes_as_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "LOOK", 2)
     seen: list[Progress] = []
-    fitted = fit(banana, 2, budget=30_000, samples=64, progress=seen.append, **TINY)
+    fitted = fit(banana, 2, budget=18_000, samples=64, progress=seen.append, **TINY)
     assert fitted.history == seen
     assert seen[0].stage == "start"
     assert {each.stage for each in seen[1:]} == {"flow"}
     spent = [each.evaluations for each in seen]
     assert spent == sorted(spent)
-    assert spent[-1] == fitted.evaluations <= 30_000
+    assert spent[-1] == fitted.evaluations <= 18_000
     assert seen[-1].elbo > seen[0].elbo
     assert any(not math.isnan(each.k_hat) for each in seen)
     assert str(seen[1]).startswith("flow  ")
-    assert f"of 30,000  ELBO {seen[1].elbo:.3f}" in str(seen[1])
+    assert f"of 18,000  ELBO {seen[1].elbo:.3f}" in str(seen[1])
 
 
 @full
@@ -304,9 +306,9 @@ def test_a_fit_goes_on() -> None:
     first = fit(funnel, 2, budget=14_000, samples=64, **TINY)
     before = first.log_prob(torch.zeros(1, 2).double()).item()
     assert "the ELBO still rose when the budget was spent" in first.verdict
-    second = fit(funnel, 2, budget=16_000, samples=64, resume=first)
+    second = fit(funnel, 2, budget=8000, samples=64, resume=first)
     assert first.log_prob(torch.zeros(1, 2).double()).item() == before
-    assert second.evaluations <= first.evaluations + 16_000
+    assert second.evaluations <= first.evaluations + 8000
     assert second.evaluations > first.evaluations
     assert second.seconds > first.seconds
     assert second.history[: len(first.history)] == first.history
@@ -333,16 +335,16 @@ def test_an_interrupted_fit_returns_what_it_has(where: str, flow: str) -> None:
         return banana(z)
 
     def progress(at: Progress) -> None:
-        if where == "progress" and (at.evaluations > last or (flow != "realnvp" and at.evaluations > 25_000)):
+        if where == "progress" and at.evaluations > last:
             raise KeyboardInterrupt
 
     options = TINY if flow == "realnvp" else {}
-    fitted = fit(log_joint, 2, flow, budget=30_000, samples=64, progress=progress, **options)
-    assert fitted.evaluations < 30_000
+    fitted = fit(log_joint, 2, flow, budget=18_000, samples=64, progress=progress, **options)
+    assert fitted.evaluations < 18_000
     assert fitted.notes[0] == "the fit was interrupted; pass resume= to go on"
     assert not fitted.is_trusted
     assert -2 < fitted.elbo()[0] < 0
-    more = fit(banana, 2, budget=4000, samples=64, resume=fitted)
+    more = fit(banana, 2, budget=2000, samples=64, resume=fitted)
     assert more.elbo()[0] > fitted.elbo()[0] - 0.1
     assert "interrupted" not in more.verdict
 
@@ -431,8 +433,9 @@ def test_nan_at_some_draws_is_left_out_and_said() -> None:
 
 
 @pytest.mark.parametrize("flow", ["realnvp", "full_covariance"])
-def test_a_log_joint_that_turns_to_nan_leaves_the_best_q_so_far(flow: str) -> None:
+def test_a_log_joint_that_turns_to_nan_leaves_the_best_q_so_far(flow: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the middle of the fit on, every value is nan: a model that has lost its state."""
+    monkeypatch.setattr(running, "RESTARTS", 1)
     calls = [0]
 
     def log_joint(z: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from flowpost.distribution import FlowDistribution
 from flowpost.numerics.arguments import check_int
 
 if TYPE_CHECKING:
-    from xarray import DataTree as DataTree  # pyright: ignore[reportMissingImports]
+    from xarray import DataTree  # pyright: ignore[reportMissingImports]
 
 try:
     from arviz_base import from_dict  # pyright: ignore[reportMissingImports]

@@ -25,7 +25,7 @@ from flowpost.variational.verdict import reasons, verdict
 from flowpost.variational.weighing import Progress, Weighed, device_of, estimate, mean_and_error, weigh, where_lost
 
 if TYPE_CHECKING:
-    from flowpost.interop.arviz import DataTree
+    from flowpost.interop.arviz import DataTree  # pyright: ignore[reportAttributeAccessIssue]
 
 DRAWS = 10_000
 """Behind the evidence and the verdict."""
