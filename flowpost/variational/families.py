@@ -11,6 +11,7 @@ import torch
 
 from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.chain import Chain
+from flowpost.bijectors.permute import Permute
 from flowpost.posterior import FlowPosterior
 from flowpost.recipes import RECIPES
 from flowpost.variational.bound import Fitted
@@ -19,8 +20,12 @@ from flowpost.variational.mixture import Mixture, slow_steps
 from flowpost.variational.standard import Standard
 
 Flow: TypeAlias = str | Bijector | FlowPosterior
-SIZES: Mapping[str, object] = {"steps": 8, "hidden": (64, 64), "context_size": 0}
+SIZES: Mapping[str, object] = {"hidden": (32, 32), "context_size": 0}
 """Of a recipe's flow, where it takes them and nothing else is said: without an encoder there is no c to read."""
+STEPS, DEEP, MANY = 8, 12, 32
+"""Steps up to so many variables, and above: depth pays more than width there."""
+COUPLINGS = ("nice", "realnvp", "spline_coupling")
+"""Recipes whose two halves of the variables are drawn anew after every second step, so that all pairs meet."""
 GAUSSIANS = ("diagonal", "full_covariance")
 """Recipes that the Gaussian of the start is already the best of."""
 
@@ -51,8 +56,14 @@ def _recipe(name: str, dim: int, options: Mapping[str, object]) -> Bijector:
     taken = [*inspect.signature(RECIPES[name]).parameters][2:]
     if unknown := [option for option in options if option not in taken]:
         raise TypeError(f"flow_options: {name} takes {', '.join(taken) or 'none'}; got {', '.join(unknown)}")
-    sizes = {option: value for option, value in SIZES.items() if option in taken}
-    return RECIPES[name](0, dim, **{**sizes, **options}).flow
+    sizes = {**SIZES, "steps": STEPS if dim <= MANY else DEEP}
+    options = {**{option: value for option, value in sizes.items() if option in taken}, **options}
+    if name not in COUPLINGS:
+        return RECIPES[name](0, dim, **options).flow
+    steps = cast(int, options.pop("steps"))
+    pairs = [RECIPES[name](0, dim, steps=min(2, steps - made), **options).flow for made in range(0, steps, 2)]
+    mixed = [part for pair in pairs for part in (Permute(torch.randperm(dim, device="cpu").tolist()), pair)]
+    return Chain(*mixed)
 
 
 def is_mixable(flow: Bijector) -> bool:
