@@ -94,8 +94,8 @@ def banana(z: Tensor) -> Tensor:
     ("log_joint", "budget", "gap"),
     [
         (banana, 22_000, 0.25),
-        pytest.param(banana, 200_000, 0.03, marks=full),
-        pytest.param(funnel, 200_000, 0.1, marks=full),
+        pytest.param(banana, 100_000, 0.05, marks=pytest.mark.long),
+        pytest.param(funnel, 100_000, 0.12, marks=pytest.mark.long),
     ],
 )
 def test_bent_densities(log_joint: Callable[[Tensor], Tensor], budget: int, gap: float) -> None:
@@ -162,7 +162,8 @@ def by_loop(p: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("log_joint", "budget", "gap"), [(conjugate, 20_000, 0.05), pytest.param(by_loop, 13_000, 0.1, marks=full)]
+    ("log_joint", "budget", "gap"),
+    [(conjugate, 20_000, 0.05), pytest.param(by_loop, 13_000, 0.1, marks=pytest.mark.long)],
 )
 def test_a_conjugate_model_has_its_evidence(
     log_joint: Callable[[dict[str, Tensor]], Tensor], budget: int, gap: float
