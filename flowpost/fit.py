@@ -11,6 +11,7 @@ from numbers import Real
 import torch
 
 from flowpost.numerics.arguments import FLOATS, check_device, check_int
+from flowpost.numerics.watchers import full_precision
 from flowpost.variational.calling import LogJoint
 from flowpost.variational.families import GAUSSIANS, Flow, assemble, build_flow, is_mixable
 from flowpost.variational.fitted import FittedPosterior as FittedPosterior
@@ -99,18 +100,22 @@ def fit(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         built = build_flow(flow, parameters.dim, flow_options)
-    target = Target(log_joint, parameters, device=device, dtype=dtype or precision(log_joint, parameters, device))
-    running = Running(target, budget, samples, torch.Generator(device).manual_seed(seed), progress, begun, temperature)
-    if resume is not None:
-        return running.after(resume).ascend(copy.deepcopy(resume.posterior).to(device), resume.left_out)
-    start = running.start(diagonal=flow == "diagonal")
-    most = modes if is_mixable(built) else 1
-    lost = [left_out(start, most, target)] if len(start.gaussians) > most else []
-    gaussians = start.gaussians[:most]
-    if flow in GAUSSIANS and len(gaussians) == 1:
-        best, said = running.rise(gaussians[0], diagonal=flow == "diagonal")
-        return running.finish(assemble(built, [best], start.elbos[:1]), lost, said)
-    return running.ascend(assemble(built, gaussians, start.elbos[:most]), lost)
+    # Whatever the caller has switched on or off: gradients are taken, and in full precision.
+    with torch.inference_mode(mode=False), torch.enable_grad(), full_precision(device.type):
+        target = Target(log_joint, parameters, device=device, dtype=dtype or precision(log_joint, parameters, device))
+        running = Running(
+            target, budget, samples, torch.Generator(device).manual_seed(seed), progress, begun, temperature
+        )
+        if resume is not None:
+            return running.after(resume).ascend(copy.deepcopy(resume.posterior).to(device), resume.left_out)
+        start = running.start(diagonal=flow == "diagonal")
+        most = modes if is_mixable(built) else 1
+        lost = [left_out(start, most, target)] if len(start.gaussians) > most else []
+        gaussians = start.gaussians[:most]
+        if flow in GAUSSIANS and len(gaussians) == 1:
+            best, said = running.rise(gaussians[0], diagonal=flow == "diagonal")
+            return running.finish(assemble(built, [best], start.elbos[:1]), lost, said)
+        return running.ascend(assemble(built, gaussians, start.elbos[:most]), lost)
 
 
 def _check(log_joint: object, temperature: object, dtype: object, progress: object) -> None:

@@ -255,6 +255,29 @@ def test_the_same_seed_is_the_same_fit_and_no_global_draw_is_used() -> None:
     assert again.log_evidence == runs[0].log_evidence
 
 
+WORLDS = {
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "elsewhere": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_fit_is_the_same_in_every_world(world: str) -> None:
+    """Where gradients are off, products are in half precision, or the default device is another."""
+
+    def bent(z: Tensor) -> Tensor:
+        return -0.5 * z[:, 0].square() - 0.5 * (z[:, 1] - z[:, 0].square()).square()
+
+    alone = fit(bent, 2, budget=13_000, dtype=torch.float32, **TINY)
+    with WORLDS[world]():
+        fitted = fit(bent, 2, budget=13_000, dtype=torch.float32, **TINY)
+    for one, other in zip(fitted.posterior.state_dict().values(), alone.posterior.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    assert fitted.log_evidence == alone.log_evidence
+
+
 @pytest.mark.parametrize(
     "kind", ["posterior", pytest.param("bijector", marks=full), pytest.param("learned", marks=full)]
 )

@@ -52,7 +52,8 @@ def _recipe(name: str, dim: int, options: Mapping[str, object]) -> Bijector:
     if unknown := [option for option in options if option not in taken]:
         raise TypeError(f"flow_options: {name} takes {', '.join(taken) or 'none'}; got {', '.join(unknown)}")
     sizes = {option: value for option, value in SIZES.items() if option in taken}
-    return RECIPES[name](0, dim, **{**sizes, **options}).flow
+    with torch.device("cpu"):  # the weights that a seed gives are the same for every device
+        return RECIPES[name](0, dim, **{**sizes, **options}).flow
 
 
 def is_mixable(flow: Bijector) -> bool:
