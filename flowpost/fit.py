@@ -108,8 +108,8 @@ def fit(
         )
         if resume is not None:
             return running.after(resume).ascend(copy.deepcopy(resume.posterior).to(device), resume.left_out)
-        start = running.start(diagonal=flow == "diagonal")
         most = modes if is_mixable(built) else 1
+        start = running.start(most, diagonal=flow == "diagonal")
         lost = [left_out(start, most, target)] if len(start.gaussians) > most else []
         gaussians = start.gaussians[:most]
         if flow in GAUSSIANS and len(gaussians) == 1:

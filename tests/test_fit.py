@@ -119,6 +119,28 @@ def test_two_modes_keep_their_weights() -> None:
     assert (fitted.log_prob(draws) - two(draws)).abs().mean() < 0.1
 
 
+@pytest.mark.parametrize("modes", [2, 6])
+def test_as_many_modes_as_are_asked_for(modes: int) -> None:
+    """Of six on a ring, with the share of those that are left out."""
+    angles = torch.arange(6, dtype=torch.float64) * math.pi / 3
+    means = 5 * torch.stack([angles.cos(), angles.sin()], -1)
+
+    def ring(z: Tensor) -> Tensor:
+        return Normal(means, 0.5).log_prob(z.unsqueeze(-2)).sum(-1).logsumexp(-1) - math.log(6)
+
+    fitted = fit(ring, 2, "full_covariance", budget=20_000, modes=modes)
+    held = 1 if isinstance(fitted.posterior, FlowPosterior) else len(fitted.posterior.posteriors)
+    assert held <= modes
+    said = re.search(
+        r"(\w+) more modes? (?:was|were) found that q leaves out, of about (\d+)% of the mass", fitted.verdict
+    )
+    found = held + (0 if said is None else 1 if said[1] == "one" else int(said[1]))
+    assert fitted.log_evidence == pytest.approx(math.log(held / 6), abs=0.02)
+    assert found >= 4
+    if said:
+        assert int(said[2]) == pytest.approx(100 * (found - held) / found, abs=5)
+
+
 @pytest.mark.parametrize("options", [{"modes": 1}, {"flow": "iaf"}])
 def test_a_mode_that_q_cannot_hold_is_not_lost_without_a_word(options: dict) -> None:
     fitted = fit(two, 2, budget=12_000, **{"flow": "realnvp", "steps": 2, "hidden": (8,), **options})
