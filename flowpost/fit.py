@@ -11,8 +11,9 @@ from numbers import Real
 import torch
 
 from flowpost.numerics.arguments import FLOATS, check_device, check_int
+from flowpost.numerics.watchers import full_precision
 from flowpost.variational.calling import LogJoint
-from flowpost.variational.families import GAUSSIANS, Flow, assemble, build_flow, is_mixable
+from flowpost.variational.families import GAUSSIANS, Flow, assemble, build_flow, default_flow, is_mixable
 from flowpost.variational.fitted import FittedPosterior as FittedPosterior
 from flowpost.variational.parameters import Parameters, Spec
 from flowpost.variational.running import Running, left_out
@@ -24,7 +25,7 @@ from flowpost.variational.weighing import Progress as Progress
 def fit(
     log_joint: LogJoint,
     dim_or_spec: Spec,
-    flow: Flow = "realnvp",
+    flow: Flow | None = None,
     *,
     budget: int = 1_000_000,
     samples: int = 512,
@@ -53,8 +54,9 @@ def fit(
         dim_or_spec: the number of real parameters, or a mapping of each name to a shape, a constraint of
             `torch.distributions.constraints` (or `ordered`), or a pair ``(shape, constraint)``. The prior is one over
             the constrained values: the log-det is added here.
-        flow: a recipe's name, a `Bijector`, or a `FlowPosterior` without features, over the free coordinates. For more
-            than one mode its density must be fast: ``"realnvp"``, ``"spline_coupling"``, ``"maf"`` or a Gaussian.
+        flow: a recipe's name, a `Bijector`, or a `FlowPosterior` without features, over the free coordinates; by
+            default ``"realnvp"``, of a single coordinate ``"spline_coupling"``. For more than one mode its density must
+            be fast: one of these, ``"maf"`` or a Gaussian.
         budget: gradients of the log joint, one for each draw, at most; but the start takes some 10,000 in any case.
         samples: draws a step.
         modes: how many modes q may have; 1 for a single flow.
@@ -96,21 +98,26 @@ def fit(
     if resume is not None:
         _check_resume(resume, parameters, flow_options)
         dtype = resume.target.dtype
+    flow = default_flow(parameters.dim) if flow is None else flow
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         built = build_flow(flow, parameters.dim, flow_options)
-    target = Target(log_joint, parameters, device=device, dtype=dtype or precision(log_joint, parameters, device))
-    running = Running(target, budget, samples, torch.Generator(device).manual_seed(seed), progress, begun, temperature)
-    if resume is not None:
-        return running.after(resume).ascend(copy.deepcopy(resume.posterior).to(device), resume.left_out)
-    start = running.start(diagonal=flow == "diagonal")
-    most = modes if is_mixable(built) else 1
-    lost = [left_out(start, most, target)] if len(start.gaussians) > most else []
-    gaussians = start.gaussians[:most]
-    if flow in GAUSSIANS and len(gaussians) == 1:
-        best, said = running.rise(gaussians[0], diagonal=flow == "diagonal")
-        return running.finish(assemble(built, [best], start.elbos[:1]), lost, said)
-    return running.ascend(assemble(built, gaussians, start.elbos[:most]), lost)
+    # Whatever the caller has switched on or off: gradients are taken, and in full precision.
+    with torch.inference_mode(mode=False), torch.enable_grad(), full_precision(device.type):
+        target = Target(log_joint, parameters, device=device, dtype=dtype or precision(log_joint, parameters, device))
+        running = Running(
+            target, budget, samples, torch.Generator(device).manual_seed(seed), progress, begun, temperature
+        )
+        if resume is not None:
+            return running.after(resume).ascend(copy.deepcopy(resume.posterior).to(device), resume.left_out)
+        most = modes if is_mixable(built) else 1
+        start = running.start(most, diagonal=flow == "diagonal")
+        lost = [left_out(start, most, target)] if len(start.gaussians) > most else []
+        gaussians = start.gaussians[:most]
+        if flow in GAUSSIANS and len(gaussians) == 1:
+            best, said = running.rise(gaussians[0], diagonal=flow == "diagonal")
+            return running.finish(assemble(built, [best], start.elbos[:1]), lost, said)
+        return running.ascend(assemble(built, gaussians, start.elbos[:most]), lost)
 
 
 def _check(log_joint: object, temperature: object, dtype: object, progress: object) -> None:

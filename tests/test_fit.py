@@ -94,8 +94,8 @@ def banana(z: Tensor) -> Tensor:
     ("log_joint", "budget", "gap"),
     [
         (banana, 22_000, 0.25),
-        pytest.param(banana, 200_000, 0.03, marks=full),
-        pytest.param(funnel, 200_000, 0.1, marks=full),
+        pytest.param(banana, 100_000, 0.05, marks=pytest.mark.long),
+        pytest.param(funnel, 100_000, 0.12, marks=pytest.mark.long),
     ],
 )
 def test_bent_densities(log_joint: Callable[[Tensor], Tensor], budget: int, gap: float) -> None:
@@ -117,6 +117,28 @@ def test_two_modes_keep_their_weights() -> None:
     assert table.mean[0].item() == pytest.approx(-4 * 0.73 + 4 * 0.27, abs=0.1)
     assert fitted.is_trusted
     assert (fitted.log_prob(draws) - two(draws)).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("modes", [2, 6])
+def test_as_many_modes_as_are_asked_for(modes: int) -> None:
+    """Of six on a ring, with the share of those that are left out."""
+    angles = torch.arange(6, dtype=torch.float64) * math.pi / 3
+    means = 5 * torch.stack([angles.cos(), angles.sin()], -1)
+
+    def ring(z: Tensor) -> Tensor:
+        return Normal(means, 0.5).log_prob(z.unsqueeze(-2)).sum(-1).logsumexp(-1) - math.log(6)
+
+    fitted = fit(ring, 2, "full_covariance", budget=20_000, modes=modes)
+    held = 1 if isinstance(fitted.posterior, FlowPosterior) else len(fitted.posterior.posteriors)
+    assert held <= modes
+    said = re.search(
+        r"(\w+) more modes? (?:was|were) found that q leaves out, of about (\d+)% of the mass", fitted.verdict
+    )
+    found = held + (0 if said is None else 1 if said[1] == "one" else int(said[1]))
+    assert fitted.log_evidence == pytest.approx(math.log(held / 6), abs=0.02)
+    assert found >= 4
+    if said:
+        assert int(said[2]) == pytest.approx(100 * (found - held) / found, abs=5)
 
 
 @pytest.mark.parametrize("options", [{"modes": 1}, {"flow": "iaf"}])
@@ -162,7 +184,8 @@ def by_loop(p: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("log_joint", "budget", "gap"), [(conjugate, 20_000, 0.05), pytest.param(by_loop, 13_000, 0.1, marks=full)]
+    ("log_joint", "budget", "gap"),
+    [(conjugate, 20_000, 0.05), pytest.param(by_loop, 13_000, 0.1, marks=pytest.mark.long)],
 )
 def test_a_conjugate_model_has_its_evidence(
     log_joint: Callable[[dict[str, Tensor]], Tensor], budget: int, gap: float
@@ -252,6 +275,29 @@ def test_the_same_seed_is_the_same_fit_and_no_global_draw_is_used() -> None:
     torch.rand(())  # a user's own draws in between change nothing
     again = fit(banana, 2, budget=13_000, **TINY)
     assert again.log_evidence == runs[0].log_evidence
+
+
+WORLDS = {
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "elsewhere": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_fit_is_the_same_in_every_world(world: str) -> None:
+    """Where gradients are off, products are in half precision, or the default device is another."""
+
+    def bent(z: Tensor) -> Tensor:
+        return -0.5 * z[:, 0].square() - 0.5 * (z[:, 1] - z[:, 0].square()).square()
+
+    alone = fit(bent, 2, budget=13_000, dtype=torch.float32, **TINY)
+    with WORLDS[world]():
+        fitted = fit(bent, 2, budget=13_000, dtype=torch.float32, **TINY)
+    for one, other in zip(fitted.posterior.state_dict().values(), alone.posterior.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    assert fitted.log_evidence == alone.log_evidence
 
 
 @pytest.mark.parametrize(

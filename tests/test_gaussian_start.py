@@ -229,6 +229,16 @@ def test_a_mode_of_next_to_nothing_is_dropped() -> None:
     assert len(start(two(1 - math.exp(-NEGLIGIBLE + 2), 5.0)).gaussians) == 2
 
 
+def test_more_modes_than_are_asked_for_are_not_forgotten() -> None:
+    """Three equal ones, of which one is to be fitted: the others are there, as the search left them."""
+    means = torch.tensor([[-4.0, 0.0], [4.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
+    gradient = slopes(lambda z: (-0.5 * (z.unsqueeze(-2) - means).square().sum(-1)).logsumexp(-1))
+    found = find_start(gradient, torch.zeros(2).double(), 100_000, seeded(), diagonal=False, most=1)
+    assert len(found.gaussians) == 3
+    assert found.elbos == sorted(found.elbos, reverse=True)
+    assert max(found.elbos) - min(found.elbos) < 0.3
+
+
 def test_distinct_keeps_one_of_each_mode_the_best_first() -> None:
     """Guesses 0 and 2 are in one mode; a barrier is what two normals have between them, known in closed form."""
     locs = torch.tensor([[-5.0, 0.1], [5.0, 0.0], [-5.0, 0.0]], dtype=torch.float64)

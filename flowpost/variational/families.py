@@ -12,6 +12,7 @@ import torch
 from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.chain import Chain
 from flowpost.bijectors.permute import Permute
+from flowpost.numerics.arguments import check_int
 from flowpost.posterior import FlowPosterior
 from flowpost.recipes import RECIPES
 from flowpost.variational.bound import Fitted
@@ -28,6 +29,11 @@ COUPLINGS = ("nice", "realnvp", "spline_coupling")
 """Recipes whose two halves of the variables are drawn anew after every second step, so that all pairs meet."""
 GAUSSIANS = ("diagonal", "full_covariance")
 """Recipes that the Gaussian of the start is already the best of."""
+
+
+def default_flow(dim: int) -> str:
+    """Couplings; of one variable affine ones would make a Gaussian, and splines do not."""
+    return "realnvp" if dim > 1 else "spline_coupling"
 
 
 def build_flow(flow: Flow, dim: int, options: Mapping[str, object]) -> Bijector:
@@ -58,12 +64,15 @@ def _recipe(name: str, dim: int, options: Mapping[str, object]) -> Bijector:
         raise TypeError(f"flow_options: {name} takes {', '.join(taken) or 'none'}; got {', '.join(unknown)}")
     sizes = {**SIZES, "steps": STEPS if dim <= MANY else DEEP}
     options = {**{option: value for option, value in sizes.items() if option in taken}, **options}
-    if name not in COUPLINGS:
-        return RECIPES[name](0, dim, **options).flow
-    steps = cast(int, options.pop("steps"))
+    with torch.device("cpu"):  # the weights that a seed gives are the same for every device
+        return _coupled(name, dim, options) if name in COUPLINGS else RECIPES[name](0, dim, **options).flow
+
+
+def _coupled(name: str, dim: int, options: dict[str, object]) -> Bijector:
+    """Couplings two by two, each pair with halves of its own."""
+    steps = check_int("steps", options.pop("steps"), minimum=1)
     pairs = [RECIPES[name](0, dim, steps=min(2, steps - made), **options).flow for made in range(0, steps, 2)]
-    mixed = [part for pair in pairs for part in (Permute(torch.randperm(dim, device="cpu").tolist()), pair)]
-    return Chain(*mixed)
+    return Chain(*(part for pair in pairs for part in (Permute(torch.randperm(dim).tolist()), pair)))
 
 
 def is_mixable(flow: Bijector) -> bool:

@@ -14,7 +14,7 @@ from flowpost.variational.ascent import BLOCK, Ascent, Reading
 from flowpost.variational.bound import Fitted, bound, noise_for
 from flowpost.variational.fitted import FittedPosterior
 from flowpost.variational.gaussian import Gaussian, rise
-from flowpost.variational.starts import Start, find_start
+from flowpost.variational.starts import MOST, Start, find_start
 from flowpost.variational.target import Target
 from flowpost.variational.weighing import Progress, device_of, estimate, weigh
 
@@ -39,10 +39,10 @@ class Running:
     spent: int = 0
     history: list[Progress] = field(default_factory=list)
 
-    def start(self, *, diagonal: bool) -> Start:
+    def start(self, most: int, *, diagonal: bool) -> Start:
         """Look for modes, and fit a Gaussian to each."""
         origin = torch.zeros(self.target.parameters.dim, dtype=self.target.dtype, device=self.generator.device)
-        found = find_start(self._gradient, origin, self.budget, self.generator, diagonal=diagonal)
+        found = find_start(self._gradient, origin, self.budget, self.generator, diagonal=diagonal, most=max(most, MOST))
         self._tell(Progress("start", self.spent, self.budget, found.elbos[0], 0.0, math.nan))
         return found
 

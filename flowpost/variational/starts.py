@@ -20,7 +20,7 @@ BARRIER = 2.0
 NEGLIGIBLE = 7.0
 """Nats: a mode whose ELBO is so far below the best one's has less than a thousandth of the mass, and is left out."""
 MOST = 4
-"""Modes that are kept, the best ones."""
+"""Modes that q has, the best ones, where nothing else is said."""
 
 
 class Start(NamedTuple):
@@ -46,7 +46,9 @@ class Steps(NamedTuple):
         return Steps(search, min(400, max(20, budget // (10 * FINE))))
 
 
-def find_start(gradient: Gradient, origin: Tensor, budget: int, generator: torch.Generator, *, diagonal: bool) -> Start:
+def find_start(
+    gradient: Gradient, origin: Tensor, budget: int, generator: torch.Generator, *, diagonal: bool, most: int = MOST
+) -> Start:
     """Fit factorized Gaussians from all guesses, take those of different modes, and give these a full covariance.
 
     Guesses are the origin, random points around it, and the Laplace approximation, where the density has a highest
@@ -58,6 +60,7 @@ def find_start(gradient: Gradient, origin: Tensor, budget: int, generator: torch
         budget: of gradients of the whole fit, of which this takes about a sixth.
         generator: of all draws.
         diagonal: whether the Gaussians stay factorized.
+        most: how many are given a full covariance, the best ones; the others stay as the search left them.
     """
     steps = Steps.of(budget)
     random = SPREAD * torch.randn(
@@ -72,9 +75,9 @@ def find_start(gradient: Gradient, origin: Tensor, budget: int, generator: torch
         found = Gaussian(torch.cat([found.loc, mode.loc[None]]), torch.cat([found.scale_tril, mode.scale_tril[None]]))
         names.append("laplace")
     kept = distinct(gradient, found, elbo(gradient, found, FINE, generator))
-    first = kept[0]
-    found = Gaussian(found.loc[kept], found.scale_tril[kept])
-    found, _ = natural_ascent(gradient, found, steps.full, FINE, generator, diagonal=diagonal)
+    first, best, others = kept[0], _taken(found, kept[:most]), _taken(found, kept[most:])
+    best, _ = natural_ascent(gradient, best, steps.full, FINE, generator, diagonal=diagonal)
+    found = Gaussian(torch.cat([best.loc, others.loc]), torch.cat([best.scale_tril, others.scale_tril]))
     elbos = elbo(gradient, found, 4 * FINE, generator)
     kept = distinct(gradient, found, elbos)
     return Start([found.at(index) for index in kept], [elbos[index].item() for index in kept], names[first])
@@ -86,9 +89,13 @@ def distinct(gradient: Gradient, found: Gaussian, elbos: Tensor) -> list[int]:
     kept: list[int] = []
     for index in elbos.argsort(descending=True).tolist():
         enough = elbos[index].item() >= best - NEGLIGIBLE or not kept
-        if enough and len(kept) < MOST and all(_barrier(gradient, found.loc[index], found.loc[k]) for k in kept):
+        if enough and all(_barrier(gradient, found.loc[index], found.loc[k]) for k in kept):
             kept.append(index)
     return kept
+
+
+def _taken(found: Gaussian, places: list[int]) -> Gaussian:
+    return Gaussian(found.loc[places], found.scale_tril[places])
 
 
 def _barrier(gradient: Gradient, one: Tensor, other: Tensor) -> bool:

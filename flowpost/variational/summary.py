@@ -12,6 +12,8 @@ from flowpost.variational.parameters import Parameters
 from flowpost.variational.weighing import Weighed
 
 LEVELS = (0.05, 0.5, 0.95)
+ROUNDED = 1e12
+"""A number so many sds from 0 is a constant, and its sd rounding."""
 
 
 class Summary(NamedTuple):
@@ -47,7 +49,7 @@ class Summary(NamedTuple):
 def _shown(value: float, sd: float) -> str:
     """To four digits, and to more where a sd is smaller than the fourth: a hundredth of it is seen."""
     ratio = abs(value) / sd if sd > 0 else 0.0
-    digits = math.ceil(math.log10(ratio)) + 2 if 100 < ratio < math.inf else 4
+    digits = math.ceil(math.log10(ratio)) + 2 if 100 < ratio < ROUNDED else 4
     return f"{value:.{max(4, digits)}g}"
 
 
