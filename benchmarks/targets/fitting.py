@@ -209,7 +209,8 @@ def step(optimizer: torch.optim.Optimizer, parameters: Tensors, bad: Tensor) -> 
 def kl(posterior: FlowPosterior, energy: Energy, samples: int) -> tuple[float, float]:
     """KL(q || p) in nats from fresh samples of q, with its standard error; nan where one of them is not finite."""
     ratios = []
-    for count in [CHUNK] * (samples // CHUNK) + [samples % CHUNK]:
+    for begun in range(0, samples, CHUNK):
+        count = min(CHUNK, samples - begun)  # never 0: not every library draws nothing
         z, log_q, _ = posterior(sample_shape=(count,))
         # Not `energy.log_prob`: a sample may round to the very edge of the domain.
         ratios.append(log_q + energy.potential(z) + energy.log_normalizer)
