@@ -13,7 +13,7 @@ import torch
 from flowpost.numerics.arguments import FLOATS, check_device, check_int
 from flowpost.numerics.watchers import full_precision
 from flowpost.variational.calling import LogJoint
-from flowpost.variational.families import GAUSSIANS, Flow, assemble, build_flow, default_flow, is_mixable
+from flowpost.variational.families import GAUSSIANS, Flow, assemble, build_flow, is_mixable
 from flowpost.variational.fitted import FittedPosterior as FittedPosterior
 from flowpost.variational.parameters import Parameters, Spec
 from flowpost.variational.running import Running, left_out
@@ -25,7 +25,7 @@ from flowpost.variational.weighing import Progress as Progress
 def fit(
     log_joint: LogJoint,
     dim_or_spec: Spec,
-    flow: Flow | None = None,
+    flow: Flow = None,
     *,
     budget: int = 1_000_000,
     samples: int = 512,
@@ -98,7 +98,6 @@ def fit(
     if resume is not None:
         _check_resume(resume, parameters, flow_options)
         dtype = resume.target.dtype
-    flow = default_flow(parameters.dim) if flow is None else flow
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         built = build_flow(flow, parameters.dim, flow_options)

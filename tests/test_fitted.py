@@ -343,7 +343,7 @@ SPLINE = {"steps": 2, "hidden": (4,), "bins": 4}
         ),
         (
             {"steps": 3},
-            "flow: expected the .* modules of '.*', got .*; from .* on it has Affine, Standard, and flow has Coupl",
+            "flow: expected the .* modules of '.*', got .*; from module .* on it has Standard, and flow has Permute",
         ),
         (
             {"hidden": (5,)},

@@ -84,7 +84,7 @@ class Ascent:
         """Make the steps, a block at a time; each block's reading is yielded, and nothing is lost between two."""
         while self.made < self.steps:
             count = min(BLOCK, self.steps - self.made)
-            rows = []
+            before, rows = self._copy(), []
             for _ in range(count):
                 self.rate.fill_(self._rate())
                 self.weight.fill_(self._weight())
@@ -92,7 +92,7 @@ class Ascent:
                 self.made += 1
             elbo, variance, lost = torch.stack(rows).double().cpu().nanmedian(0).values.tolist()
             reading = Reading(elbo, variance, lost)
-            self._judge(reading)
+            self._judge(reading, before)
             yield reading
             if reading.variance < 2 * EXACT and not reading.lost or self.fall and self.made >= self.fall.stop:
                 return
@@ -144,14 +144,15 @@ class Ascent:
         """Of log p: it rises from 1 / temperature to 1, as a geometric series."""
         return self.heat ** min(0.0, self.made / self.cold - 1) if self.cold else 1.0
 
-    def _judge(self, reading: Reading) -> None:
+    def _judge(self, reading: Reading, before: list[Tensor]) -> None:
+        """Take a reading, and the weights before its steps: those after them may be on their way down."""
         self.readings.append(reading)
         if self._fell(reading):
             self._restore()
             self.peak, self.restarts = 0.5 * self.peak, self.restarts + 1
             self.readings.pop()
         elif self.top is None or reading.elbo > self.top.elbo:
-            self.top, self.best = reading, self._copy()
+            self.top, self.best = reading, before
         if self.fall is None and self.made >= self.cold and (2 * self.made >= self.steps or self._still()):
             self.hurried = not self._still()
             self.fall = range(self.made, min(self.steps, 2 * self.made))

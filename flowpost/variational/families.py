@@ -20,7 +20,7 @@ from flowpost.variational.gaussian import Gaussian
 from flowpost.variational.mixture import Mixture, slow_steps
 from flowpost.variational.standard import Standard
 
-Flow: TypeAlias = str | Bijector | FlowPosterior
+Flow: TypeAlias = str | Bijector | FlowPosterior | None
 SIZES: Mapping[str, object] = {"hidden": (32, 32), "context_size": 0}
 """Of a recipe's flow, where it takes them and nothing else is said: without an encoder there is no c to read."""
 STEPS, DEEP, MANY = 8, 12, 32
@@ -31,18 +31,17 @@ GAUSSIANS = ("diagonal", "full_covariance")
 """Recipes that the Gaussian of the start is already the best of."""
 
 
-def default_flow(dim: int) -> str:
-    """Couplings; of one variable affine ones would make a Gaussian, and splines do not."""
-    return "realnvp" if dim > 1 else "spline_coupling"
-
-
 def build_flow(flow: Flow, dim: int, options: Mapping[str, object]) -> Bijector:
-    """The flow, without an encoder, from a recipe's name, a bijector, or a posterior.
+    """The flow, without an encoder, from a recipe's name, a bijector, or a posterior; None is couplings.
+
+    Of one variable affine couplings would make a Gaussian, and splines do not.
 
     Raises:
         TypeError: for anything else, or options that it does not take.
         ValueError: for an unknown name, another dim, or a posterior with features.
     """
+    if flow is None:
+        flow = "realnvp" if dim > 1 else "spline_coupling"
     if isinstance(flow, str):
         return _recipe(flow, dim, options)
     if options:

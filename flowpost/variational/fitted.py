@@ -193,7 +193,7 @@ class FittedPosterior:
         path: File,
         log_joint: LogJoint,
         dim_or_spec: Spec,
-        flow: Flow = "realnvp",
+        flow: Flow = None,
         *,
         device: torch.device | str = "cpu",
         **flow_options: object,
