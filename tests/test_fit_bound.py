@@ -81,6 +81,16 @@ def test_the_loss_has_the_gradient_of_minus_the_elbo(name: str, weight: float) -
 
 
 @pytest.mark.parametrize("name", FITTED)
+def test_where_q_is_p_no_draw_moves_it(name: str) -> None:
+    """Sticking the landing: the gradient is 0 for every batch, and not only in the mean."""
+    fitted = normals(*FITTED[name])
+    own = target(normals(*FITTED[name]).log_prob)
+    found = bound(fitted, own, noise_for(fitted, 16, torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(found.ratio, torch.zeros_like(found.ratio))
+    assert max(each.abs().max().item() for each in torch.autograd.grad(found.loss, list(fitted.parameters()))) < 1e-10
+
+
+@pytest.mark.parametrize("name", FITTED)
 def test_draws_whose_value_or_slope_is_not_finite_are_left_out(name: str) -> None:
     """The loss and its gradient are those of the other draws, shared anew."""
     fitted = normals(*FITTED[name])
@@ -244,6 +254,7 @@ def test_a_density_lost_from_some_step_on_restarts(share: float) -> None:
     assert (made.restarts > 0) == bool(share)
     if share:
         assert made.restarts == 200 / BLOCK
+        assert made.peak == RATE / 2**made.restarts
         made.settle()
         assert line.x.item() == pytest.approx(seen[2])
 

@@ -11,6 +11,7 @@ from torch.distributions import MultivariateNormal
 from flowpost import Affine, Bijector, Chain, FlowPosterior
 from flowpost.testing import check_bijector
 from flowpost.variational.gaussian import (
+    RATE,
     Gaussian,
     elbo,
     laplace,
@@ -98,6 +99,16 @@ def test_a_gaussian_is_reached_exactly() -> None:
     torch.testing.assert_close(own, found, rtol=0, atol=1e-6)
     assert elbos.shape == (100,)
     assert elbo(normal(), found, 10, seeded()).item() == pytest.approx(0, abs=3)
+
+
+def test_a_step_is_the_natural_gradient_s() -> None:
+    """From N(m, s^2) to N(0, 1), by hand: ``r = e - s (m + s e)``, and half of mean(r e) in the logarithm of s."""
+    m, s = 0.05, 1.1
+    start = Gaussian(torch.tensor([m]).double(), torch.tensor([[s]]).double())
+    found, _ = natural_ascent(normal(ZERO[:1], torch.eye(1).double()), start, 1, 8, seeded())
+    square = torch.randn(4, 1, 1, dtype=torch.float64, generator=seeded()).square().mean().item()
+    assert found.loc.item() == pytest.approx(m - RATE * s * s * m)
+    assert found.scale_tril.item() == pytest.approx(s * math.exp(RATE * 0.5 * (1 - s * s) * square))
 
 
 def test_a_gaussian_scores_its_own_density() -> None:
