@@ -195,6 +195,23 @@ def test_the_rate_warms_up_stays_and_falls_as_a_half_cosine() -> None:
     assert made.unsettled
 
 
+def test_an_objective_that_makes_no_graph_runs_as_it_is() -> None:
+    """And an error of its own is let through."""
+    made, line, _ = climb(lambda step, x: float(step), BLOCK)
+
+    def refuse(noise: Tensor) -> Tensor:
+        raise RuntimeError("the device was waited for")
+
+    made._run = refuse
+    assert len(list(made.run())) == 1
+    assert line.x.item() != 0
+    made._step = made._run = refuse  # pyright: ignore[reportAttributeAccessIssue]
+    made.steps = 2 * BLOCK
+    made.fall = None
+    with pytest.raises(RuntimeError, match="waited for"):
+        list(made.run())
+
+
 def test_the_rate_falls_early_where_the_elbo_is_still(monkeypatch: pytest.MonkeyPatch) -> None:
     """As long as it stayed; then the ascent ends, whatever the budget. In blocks of 5 steps, to be quick."""
     monkeypatch.setattr(ascent, "BLOCK", 5)

@@ -1,0 +1,44 @@
+"""A fit on a real GPU: the evidence that is known, as one graph, and without where a log joint reads the host."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import flowpost
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+EVIDENCE = math.log(1.5)
+OPTIONS = {"steps": 2, "hidden": (16, 16)}
+
+
+def two_modes(theta: Tensor) -> Tensor:
+    """Of weights 2/3 and 1/3, at +-4."""
+    normal = torch.distributions.Normal(torch.zeros((), device="cuda"), 1.0)
+    left = normal.log_prob(theta + 4).sum(-1) - math.log(2)
+    return torch.logaddexp(normal.log_prob(theta - 4).sum(-1), left)
+
+
+@pytest.mark.parametrize("flow", ["full_covariance", "realnvp", "spline_coupling"])
+def test_a_mixture_has_its_evidence(flow: str) -> None:
+    options = OPTIONS if flow != "full_covariance" else {}
+    fitted = flowpost.fit(two_modes, 2, flow, budget=60_000, device="cuda", **options)
+    assert fitted.log_evidence == pytest.approx(EVIDENCE, abs=0.02)
+    assert fitted.posterior.log_weights.exp().max().item() == pytest.approx(2 / 3, abs=0.05)
+    assert fitted.sample(10).is_cuda
+
+
+def test_a_log_joint_that_reads_the_host_is_fitted_without_a_graph() -> None:
+    def log_joint(theta: Tensor) -> Tensor:
+        return -0.5 * theta.square().sum(-1) * (1.0 if float(theta.detach().abs().max()) >= 0 else 2.0)
+
+    fitted = flowpost.fit(log_joint, 3, "iaf", budget=40_000, device="cuda", **OPTIONS)
+    assert fitted.log_evidence == pytest.approx(1.5 * math.log(2 * math.pi), abs=0.02)
+
+
+def test_draws_are_moved_on_the_device() -> None:
+    fitted = flowpost.fit(two_modes, 2, "full_covariance", budget=20_000, device="cuda")
+    moved = fitted.refine(500, steps=5, leapfrogs=3)
+    assert moved.is_cuda
+    assert (moved[:, 0] > 0).double().mean().item() == pytest.approx(2 / 3, abs=0.1)
