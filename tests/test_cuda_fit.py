@@ -1,12 +1,14 @@
 """A fit on a real GPU: the evidence that is known, as one graph, and without where a log joint reads the host."""
 
 import math
+from typing import cast
 
 import pytest
 import torch
 from torch import Tensor
 
 import flowpost
+from flowpost.variational.mixture import Mixture
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 EVIDENCE = math.log(1.5)
@@ -25,8 +27,9 @@ def test_a_mixture_has_its_evidence(flow: str) -> None:
     options = OPTIONS if flow != "full_covariance" else {}
     fitted = flowpost.fit(two_modes, 2, flow, budget=60_000, device="cuda", **options)
     assert fitted.log_evidence == pytest.approx(EVIDENCE, abs=0.02)
+    assert isinstance(fitted.posterior, Mixture)
     assert fitted.posterior.log_weights.exp().max().item() == pytest.approx(2 / 3, abs=0.05)
-    assert fitted.sample(10).is_cuda
+    assert cast(Tensor, fitted.sample(10)).is_cuda
 
 
 def test_a_log_joint_that_reads_the_host_is_fitted_without_a_graph() -> None:
@@ -40,5 +43,6 @@ def test_a_log_joint_that_reads_the_host_is_fitted_without_a_graph() -> None:
 def test_draws_are_moved_on_the_device() -> None:
     fitted = flowpost.fit(two_modes, 2, "full_covariance", budget=20_000, device="cuda")
     moved = fitted.refine(500, steps=5, leapfrogs=3)
+    assert isinstance(moved, Tensor)
     assert moved.is_cuda
     assert (moved[:, 0] > 0).double().mean().item() == pytest.approx(2 / 3, abs=0.1)

@@ -22,6 +22,8 @@ FALL = 5.0
 """A reading so many standard deviations of log p/q below the best one means that the fit has diverged."""
 EXACT = 1e-4
 """Nats: half the variance of log p/q, which is KL(q || p) where that is small. Below it there is nothing to gain."""
+SMALL = 1e-3
+"""Nats that are not waited for."""
 NEAR = 0.05
 """Nats: a fit that comes so near is not said to need more."""
 PATIENCE = 12
@@ -168,7 +170,7 @@ class Ascent:
         if len(elbos) < 2 * size:
             return False
         before, after = elbos[-2 * size : -size], elbos[-size:]
-        return _mean(after) - _mean(before) < 2 * math.hypot(_error(before), _error(after))
+        return _mean(after) - _mean(before) < max(SMALL, 2 * math.hypot(_error(before), _error(after)))
 
     def _copy(self) -> list[Tensor]:
         return [weight.detach().clone() for weight in self.weights]
