@@ -170,9 +170,12 @@ def climb(
     elbo: Callable[[int, Tensor], float], steps: int, *, spread: float = 1.0, slope: float = 1.0, **options: float
 ) -> tuple[Ascent, Line, list[float]]:
     """An ascent whose ELBO at each step is given, with draws that scatter so much; its rates."""
-    line, rates, count = Line(), [], [0]
+    line, rates, count, looked = Line(), [], [0], []
 
     def objective(noise: Tensor, weight: Tensor) -> Bound:
+        if not looked:  # before the first step, whether there is anything to gain
+            looked.append(True)
+            return Bound(line.x.sum(), torch.tensor([-1.0, 1.0]), torch.tensor([0.5, 0.5]))
         rates.append(made.rate.item())
         value = elbo(count[0], line.x.detach())
         count[0] += 1
@@ -244,6 +247,7 @@ def test_a_gradient_far_above_the_usual_one_is_clipped(size: float) -> None:
 
 def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
     made, line, _ = climb(lambda step, x: 0.0, 10, slope=math.nan)
+    assert not made._is_exact()
     made._step(torch.zeros(()))
     assert line.x.item() == 0
 
@@ -276,6 +280,14 @@ def test_a_density_lost_from_some_step_on_restarts(share: float) -> None:
         assert line.x.item() == pytest.approx(seen[2])
 
 
+def test_nothing_is_moved_where_q_is_exact_to_begin_with() -> None:
+    line = Line()
+    even = Bound(line.x.sum(), torch.full((4,), 2.0), torch.full((4,), 0.25))
+    made = Ascent(line, lambda noise, weight: even, lambda: torch.zeros(()), 100, CPU)
+    assert list(made.run()) == []
+    assert (made.made, line.x.item(), made.unsettled) == (0, Line().x.item(), False)
+
+
 def test_the_ascent_ends_where_log_ratios_are_constant() -> None:
     made, _, _ = climb(lambda step, x: 1.0, 400, spread=math.sqrt(EXACT))
     assert len(list(made.run())) == 1
@@ -293,6 +305,7 @@ def test_a_tempered_density_cools_over_a_third_of_the_steps() -> None:
         return Bound(-line.x.sum(), torch.tensor([-1.0, 1.0]).double(), torch.full((2,), 0.5).double())
 
     list(Ascent(line, objective, lambda: torch.zeros(()), 300, CPU, temperature=16.0).run())
+    _, *weights = weights  # the look before the first step
     assert weights[0] == pytest.approx(1 / 16)
     assert weights[50] == pytest.approx(1 / 4)
     assert weights[100:] == [1.0] * (len(weights) - 100)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flowpost.variational.ascent import BLOCK, Ascent, Reading
+from flowpost.variational.ascent import BLOCK, RATE, Ascent, Reading
 from flowpost.variational.bound import Fitted, bound, noise_for
 from flowpost.variational.fitted import FittedPosterior
 from flowpost.variational.gaussian import Gaussian, rise
@@ -22,6 +22,8 @@ LOOK, SEEN = 10, 1000
 """Readings between two of k-hat, and draws behind one."""
 RESTARTS = 8
 """After so many a fit is given up; q is what it was at its best."""
+AGAIN = 0.25
+"""Of the rate, where a fit goes on."""
 INTERRUPTED = "the fit was interrupted; pass resume= to go on"
 
 
@@ -36,6 +38,7 @@ class Running:
     watch: Callable[[Progress], object] | None
     begun: float
     temperature: float = 1.0
+    peak: float = RATE
     spent: int = 0
     history: list[Progress] = field(default_factory=list)
 
@@ -47,9 +50,13 @@ class Running:
         return found
 
     def after(self, earlier: FittedPosterior) -> Running:
-        """The same as the continuation of an earlier fit: its counts go on, and its draws do not come again."""
+        """The same as the continuation of an earlier fit: its counts go on, and its draws do not come again.
+
+        At a rate as high as the first one, what the earlier fit had gained would be lost at first.
+        """
         self.spent, self.history, self.begun = earlier.evaluations, [*earlier.history], self.begun - earlier.seconds
         self.budget += self.spent
+        self.peak = AGAIN * self.peak
         self.generator.manual_seed(self.generator.initial_seed() + self.spent)
         return self
 
@@ -65,7 +72,8 @@ class Running:
 
     def ascend(self, fitted: Fitted, lost: Sequence[str]) -> FittedPosterior:
         """Train a flow, or a mixture of them, until nothing is to be gained, the budget is spent, or Ctrl-C."""
-        steps = max(1, (self.budget - self.spent) // self.samples)
+        draws = noise_for(fitted, self.samples, self.generator).shape[:-1].numel()  # of a mixture as many for each part
+        steps = max(1, (self.budget - self.spent) // draws - 1)
         ascent = Ascent(
             fitted,
             lambda noise, weight: bound(fitted, self.target, noise, weight),
@@ -73,11 +81,13 @@ class Running:
             steps,
             self.generator.device,
             temperature=self.temperature,
+            peak=self.peak,
         )
         said, before = [], self.spent
+        self.spent += draws
         try:
             for count, reading in enumerate(ascent.run(), 1):
-                self.spent = before + ascent.made * self.samples
+                self.spent = before + (ascent.made + 1) * draws
                 self._tell(self._progress(fitted, ascent, reading, look=count % LOOK == 0))
                 if ascent.restarts > RESTARTS:
                     said.append(f"the fit diverged {ascent.restarts} times and was given up")
