@@ -19,6 +19,8 @@ BARRIER = 2.0
 """Nats by which log p must fall on the line between two means if they are to be of two modes."""
 NEGLIGIBLE = 7.0
 """Nats: a mode whose ELBO is so far below the best one's has less than a thousandth of the mass, and is left out."""
+DOUBTFUL = 30.0
+"""Nats: the same of the search, whose factorized Gaussians may leave more of one mode's mass than of another's."""
 MOST = 4
 """Modes that q has, the best ones, where nothing else is said."""
 
@@ -74,7 +76,7 @@ def find_start(
         mode = Gaussian(mode.loc, mode.scale_tril.diagonal().diag()) if diagonal else mode
         found = Gaussian(torch.cat([found.loc, mode.loc[None]]), torch.cat([found.scale_tril, mode.scale_tril[None]]))
         names.append("laplace")
-    kept = distinct(gradient, found, elbo(gradient, found, FINE, generator))
+    kept = distinct(gradient, found, elbo(gradient, found, FINE, generator), DOUBTFUL)
     first, best, others = kept[0], _taken(found, kept[:most]), _taken(found, kept[most:])
     best, _ = natural_ascent(gradient, best, steps.full, FINE, generator, diagonal=diagonal)
     found = Gaussian(torch.cat([best.loc, others.loc]), torch.cat([best.scale_tril, others.scale_tril]))
@@ -83,12 +85,12 @@ def find_start(
     return Start([found.at(index) for index in kept], [elbos[index].item() for index in kept], names[first])
 
 
-def distinct(gradient: Gradient, found: Gaussian, elbos: Tensor) -> list[int]:
-    """Which Gaussians are of modes of their own, the best first; those that hold next to nothing are left out."""
+def distinct(gradient: Gradient, found: Gaussian, elbos: Tensor, below: float = NEGLIGIBLE) -> list[int]:
+    """Which Gaussians are of modes of their own, the best first; those further below the best are left out."""
     best = elbos.max().item()
     kept: list[int] = []
     for index in elbos.argsort(descending=True).tolist():
-        enough = elbos[index].item() >= best - NEGLIGIBLE or not kept
+        enough = elbos[index].item() >= best - below or not kept
         if enough and all(_barrier(gradient, found.loc[index], found.loc[k]) for k in kept):
             kept.append(index)
     return kept
