@@ -86,8 +86,8 @@ def fit(
         >>> def log_joint(theta):
         ...     mu, tau = theta["mu"].unsqueeze(-1), theta["tau"].unsqueeze(-1)
         ...     return (Normal(0.0, 5.0).log_prob(mu) - tau).squeeze(-1) + Normal(mu, tau).log_prob(x).sum(-1)
-        >>> fitted = flowpost.fit(log_joint, {"mu": (), "tau": constraints.positive}, budget=50_000)
-        >>> fitted.sample(100)["tau"].shape, fitted.k_hat < 0.7
+        >>> fitted = flowpost.fit(log_joint, {"mu": (), "tau": constraints.positive}, budget=20_000)
+        >>> fitted.sample(100)["tau"].shape, abs(fitted.log_evidence + 8.047) < 0.05
         (torch.Size([100]), True)
     """
     begun, device = time.perf_counter(), check_device(device)
