@@ -93,8 +93,8 @@ def test_contract(entry: Entry, name: str) -> None:
 
 
 def _lightest(names: Iterable[str]) -> list:
-    """Heavy properties, which the quick run has at one size, have their other sizes in the long one."""
-    return [pytest.param(name, marks=pytest.mark.long if name in HEAVY else ()) for name in names]
+    """The first properties have their other sizes in the full run, the rest, which it has at one size, in the long."""
+    return [pytest.param(name, marks=() if name in FIRST else pytest.mark.long) for name in names]
 
 
 @pytest.mark.long

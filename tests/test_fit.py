@@ -334,7 +334,7 @@ def test_progress_comes_as_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"of 18,000  ELBO {seen[1].elbo:.3f}" in str(seen[1])
 
 
-@full
+@pytest.mark.long
 def test_a_tempered_start_holds_two_modes_in_one_flow() -> None:
     """Two near modes, which the barrier does not part: the flow of a tempered start covers both."""
 

@@ -531,9 +531,9 @@ def z_scores(vae: VAE, x: Tensor, samples: int, gradient: str, kl_weight: float 
     [
         (1, "standard", 1.0, 0.0),
         (1, "stl", 1.0, 0.0),
-        (1, "stl", 0.4, 0.0),
+        pytest.param(1, "stl", 0.4, 0.0, marks=pytest.mark.long),
         (2, "standard", 1.0, 0.0),
-        (2, "dreg", 1.0, 0.0),
+        pytest.param(2, "dreg", 1.0, 0.0, marks=pytest.mark.long),
         (2, "dreg", 0.4, 0.0),
         pytest.param(2, "standard", 1.0, 0.5, marks=pytest.mark.long),
         pytest.param(2, "dreg", 1.0, 0.5, marks=pytest.mark.long),

@@ -81,7 +81,9 @@ def _kl(name: str) -> float:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("name", "bound"), [("full_covariance", 0.01), ("iaf", 0.02)])
+@pytest.mark.parametrize(
+    ("name", "bound"), [("full_covariance", 0.01), pytest.param("iaf", 0.02, marks=pytest.mark.long)]
+)
 def test_exact_posterior_is_reached(name: str, bound: float) -> None:
     """No false alarm but by failed training: the estimate's standard error is below 1e-3."""
     assert -0.003 < _kl(name) < bound
