@@ -93,7 +93,7 @@ def banana(z: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("log_joint", "budget", "gap"),
     [
-        (banana, 22_000, 0.25),
+        pytest.param(banana, 22_000, 0.25, marks=full),
         pytest.param(banana, 100_000, 0.05, marks=pytest.mark.long),
         pytest.param(funnel, 100_000, 0.12, marks=pytest.mark.long),
     ],
@@ -225,6 +225,7 @@ def test_the_loop_says_so() -> None:
     assert [each.filename for each in caught] == [__file__]
 
 
+@full
 def test_beta_bernoulli() -> None:
     """7 of 10: the posterior is Beta(9, 5), the evidence a ratio of beta functions."""
     y = torch.tensor([1.0] * 7 + [0.0] * 3, dtype=torch.float64)

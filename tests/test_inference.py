@@ -152,6 +152,7 @@ def test_an_exact_posterior_has_no_gap_and_weights_that_are_all_equal() -> None:
     assert figures["mutual_information"] == pytest.approx(information, abs=0.35)
 
 
+@pytest.mark.full
 def test_the_gap_is_split_as_its_closed_form_says() -> None:
     """The best factorized Gaussian, moved by 0.5: the family loses log det, the encoder ``shift' P shift / 2``."""
     vae, data, model = linear(shift=0.5, name="diagonal")

@@ -497,6 +497,7 @@ def test_a_page_without_marks_is_refused(text: str, tmp_path: Path, capsys: pyte
     assert page.read_text() == text
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not here("zuko"), reason="no peer")
 def test_a_peers_import_leaves_torch_as_it_was() -> None:
     code = """

@@ -151,6 +151,7 @@ def test_a_gaussian_fits_a_gaussian() -> None:
     assert (row.skipped_steps, row.parameters) == (0, 4)
 
 
+@pytest.mark.full
 def test_more_steps_come_closer() -> None:
     plan = Plan(iterations=150, starts=1, samples=5000)
     rough, fine = (fit("planar", steps, plan, ENERGIES[1:2])[1][0].kl for steps in (1, 8))
