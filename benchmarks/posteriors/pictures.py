@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from torch.distributions import constraints
 
 from benchmarks.canvas import colour, panels, title
@@ -98,6 +99,7 @@ def traces(fits: Sequence[Fit]) -> Figure:
             dashed = "--" if fit.contender in GUIDES else "-"
             panel.plot(counts, values, dashed, color=colour_of(fit.contender), linewidth=1, label=label)
         panel.set(xscale="log", yscale="log", ylim=(LOWEST, HIGHEST))
+        panel.xaxis.set_minor_formatter(NullFormatter())  # their labels would lie on one another
         panel.set_title(f"{name}, {posterior(name).dim}", fontsize="x-small")
         panel.tick_params(labelsize="x-small")
         panel.grid(alpha=0.3)
