@@ -46,7 +46,7 @@ from flowpost.bijectors.base import LINE
 from flowpost.bijectors.gate import Gate
 from flowpost.functional import exp_scale, log_var_scale
 from flowpost.recipes import householder
-from flowpost.testing.cases import place
+from flowpost.testing.cases import place, reseed
 
 SCALES = (0.03, 1.0, 3.0)
 """Every parameter tensor is moved by a scale of its own: with one common scale some bugs cancel."""
@@ -66,7 +66,7 @@ class Entry(NamedTuple):
     def make(self, dim: int, seed: int) -> Bijector:
         """A fresh step; the same seed gives the same step, and the global random state stays as it was."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            reseed(seed)
             return self.build(dim)
 
 
