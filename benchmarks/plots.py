@@ -142,15 +142,20 @@ def interpolation(models: Models, data: Data, device: torch.device) -> Figure:
 def _gallery(rows: Sequence[tuple[str, Tensor]], data: Data, title: str) -> Figure:
     height, width = data.test.shape[1:]
     figure = blank(9, 0.5 + 0.75 * len(rows) * height / width)
-    grid = figure.subplots(len(rows), COLUMNS, squeeze=False)
-    for line, (name, images) in zip(grid, rows, strict=True):
-        for panel, image in zip(line, images.cpu().numpy(), strict=False):
-            panel.imshow(image, cmap=_ink(data), vmin=0, vmax=data.levels)
-        for panel in line:
-            panel.set(xticks=[], yticks=[])
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    for panel, (name, images) in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows, strict=True):
+        panel.imshow(_strip(images.cpu().numpy()), cmap=_ink(data), vmin=0, vmax=data.levels)
+        panel.set(xticks=[], yticks=[])
+        panel.spines[:].set_visible(False)
+        panel.set_ylabel(name, rotation=0, ha="right", va="center")
     figure.suptitle(title)
     return figure
+
+
+def _strip(images: np.ndarray) -> np.ndarray:
+    """Images side by side as one, with room for `COLUMNS`: a panel for each would take seconds to draw."""
+    count, _, width = images.shape
+    room = ((0, COLUMNS - count), (0, 0), (0, max(1, width // 12)))
+    return np.hstack(list(np.pad(images.astype(float), room, constant_values=np.nan)))
 
 
 def latent(models: Models, data: Data, device: torch.device) -> Figure:
