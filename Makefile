@@ -13,7 +13,7 @@ FILES := pyproject.toml constraints.txt
 INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: bench speed test test-full test-long test-compile test-plain test-peers test-interop test-encoders test-kernels
-.PHONY: test-oldest test-deep mutants mass lint clean
+.PHONY: test-oldest test-deep mutants mass lint peers clean
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -38,7 +38,7 @@ test-long: $(VENV)/.test
 test-compile: $(VENV)/.test
 	$(PYTEST) -m compile $(ARGS)
 
-# The contract once more without the fast engine, for the plain operations that it stands in for. Compilers see these
+# More of the contract without the fast engine, for the plain operations that it stands in for. Compilers see these
 # anyway, and at 64 variables it is the fast engine's blocks that are many.
 test-plain: $(VENV)/.test
 	FLOWPOST_PLAIN=1 $(PYTEST) -m "not long and not compile" tests/test_contract.py \
@@ -52,6 +52,9 @@ test-peers: $(VENV)/.test-peers
 # flowpost within Pyro, ArviZ and Lightning, zuko within flowpost, the page about them; 150 MB, in an extra of its own.
 test-interop: $(VENV)/.test-interop
 	$(PYTEST) tests/test_interop_*.py tests/test_layout.py $(ARGS)
+
+# The public libraries alone; where they are installed, test-full has test-peers in it.
+peers: $(VENV)/.test-peers
 
 # Triton's kernels, interpreted on the CPU and compiled for a GPU; Triton takes 700 MB, so it has an extra of its own.
 test-kernels: $(VENV)/.test-kernels

@@ -9,6 +9,7 @@ from hypothesis import settings
 from peers import Peer, libraries
 
 from flowpost.masked import engine
+from flowpost.testing.cases import reseed
 
 settings.register_profile("flowpost", derandomize=True, deadline=None, database=None, max_examples=20)
 settings.register_profile("deep", derandomize=False, deadline=None, max_examples=500, print_blob=True)
@@ -18,12 +19,12 @@ torch.set_num_threads(1)  # pytest-xdist already fills the cores
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    torch.manual_seed(0)
+    reseed(0)
 
 
 @pytest.fixture(autouse="FLOWPOST_PLAIN" in os.environ)
-def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`make test-plain`: the same contract for the operations that the passes by hand stand in for."""
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No engine, but the operations that the passes by hand stand in for; of every test in `make test-plain`."""
     monkeypatch.setattr(engine, "choose", lambda run, z: None)
 
 

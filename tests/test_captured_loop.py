@@ -73,7 +73,7 @@ OBJECTIVES = {
 
 
 @pytest.mark.parametrize(
-    "objective", [pytest.param(name, marks=[] if name == "elbo" else pytest.mark.full) for name in OBJECTIVES]
+    "objective", [pytest.param(name, marks=[] if name == "elbo" else pytest.mark.long) for name in OBJECTIVES]
 )
 def test_the_captured_loop_trains_to_the_plain_loop_s_numbers(
     data: Data, config: Config, objective: str, tapes: list[Tape], monkeypatch: pytest.MonkeyPatch

@@ -58,7 +58,14 @@ CHAINS = st.lists(st.sampled_from(PARTS), min_size=2, max_size=5).map(Recipe)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["log_det", "orientation", "cancel", "sampling", "mass"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "log_det",
+        "cancel",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("orientation", "sampling", "mass")),
+    ],
+)
 @given(chain=CHAINS, dim=st.integers(1, 6), seed=st.integers(0, 2**20), amount=st.sampled_from([0.0, 0.3, 1.0]))
 def test_random_chains(name: str, chain: Recipe, dim: int, seed: int, amount: float) -> None:
     """Quadrature up to dim 2; above, a right log-det, one orientation and an inverse imply the same."""

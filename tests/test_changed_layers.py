@@ -33,7 +33,7 @@ from flowpost import (
 Effective = Callable[[], tuple[Tensor, Tensor | None]]
 Change = Callable[[nn.Module, str], Effective]
 FAMILIES = ["iaf", "affine_iaf", "maf", "realnvp", "nice"]
-LATER = {"maf", "nice"}
+LATER = {"affine_iaf", "maf", "nice"}
 """Whose steps are as another's: the slow tests of these are for the long run."""
 
 

@@ -111,8 +111,9 @@ def test_a_run_stopped_again_and_again_ends_in_the_same_bits(
     assert not tmp_path.exists()
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    "part", [pytest.param(part, marks=pytest.mark.long if i % 3 else pytest.mark.full) for i, part in enumerate(PARTS)]
+)
 def test_the_bits_differ_if_any_part_is_left_out(
     data: Data, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:

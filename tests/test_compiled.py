@@ -60,9 +60,8 @@ def assert_compiled_agrees(step: nn.Module, function: Callable, *inputs: Tensor 
     )
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.full if name == "plain" else pytest.mark.compile) for name in STEPS]
-)
+@pytest.mark.compile
+@pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_compiled_equals_eager(name: str, direction: str) -> None:
     step, z, context = make(name)

@@ -1,19 +1,20 @@
 """The shipped contract suite over every entry of the registry, and over a broken step that it must catch.
 
-`test_contract` is tried by every run of the tests, at one size. What is marked `full` adds sizes, cases of Hypothesis
-and the judge without rounding; `long` adds the entries that are wrappers of others, `compile` takes seconds an entry.
+`test_contract` is tried by every run of the tests, at one size. What is marked `full` adds cases of Hypothesis, the
+judge without rounding and the plain operations; `long` adds sizes and the entries whose like is in `CORE`, `compile`
+takes seconds an entry.
 """
 
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import exact
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from registry import CORE, ENTRIES, Entry
+from registry import BY_NAME, CORE, ENTRIES, Entry
 
 import flowpost
 from flowpost import Bijector, Householder, Inverse, Learned, Permute, Planar, Reverse
@@ -64,9 +65,7 @@ def _check(entry: Entry, name: str, dims: Sequence[int], examples: int) -> None:
     check_bijector(_maker(entry), dims=dims, dtypes=dtypes, examples=examples, skip=others)
 
 
-HEAVY = {"gradients", "dependent", "transforms", "extremes", "mass", "shapes", "composition", "rows"}
-"""A property of these takes a third of a second, and hangs on what an entry has in common with its family."""
-FIRST = {"log_det", "round_trip", "orientation", "state", "meta"}
+FIRST = {"log_det", "round_trip", "orientation", "state"}
 """What the quick run asks of every entry, of those too whose family has another one there."""
 
 
@@ -74,11 +73,7 @@ def _level(entry: Entry, name: str) -> list[pytest.MarkDecorator]:
     """When an entry's property is tried: in the quick run, but for what has its like there."""
     if entry.name in CORE:
         return []
-    if entry.name.startswith(WRAPPED):
-        return [pytest.mark.long]
-    if name in HEAVY:
-        return [pytest.mark.long]
-    return [] if name in FIRST else [pytest.mark.full]
+    return [] if name in FIRST and not entry.name.startswith(WRAPPED) else [pytest.mark.long]
 
 
 def _quick() -> list:
@@ -92,9 +87,16 @@ def test_contract(entry: Entry, name: str) -> None:
     _check(entry, name, dims=(1,) if name == "mass" else (3,), examples=3)
 
 
-def _lightest(names: Iterable[str]) -> list:
-    """The first properties have their other sizes in the full run, the rest, which it has at one size, in the long."""
-    return [pytest.param(name, marks=() if name in FIRST else pytest.mark.long) for name in names]
+PLAIN = ("autoregressive_2_context", "autoregressive_order", "masked_affine_context", "maf")
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize("name", [*OFTEN, *ONCE])
+@pytest.mark.parametrize("entry", [BY_NAME[name] for name in PLAIN], ids=PLAIN)
+def test_contract_of_plain_operations(entry: Entry, name: str) -> None:
+    """The operations that the passes by hand stand in for, and that transforms and compilers see."""
+    _check(entry, name, dims=(1,) if name == "mass" else (3,), examples=3)
 
 
 @pytest.mark.long
@@ -104,8 +106,8 @@ def test_contract_on_more_examples(entry: Entry, name: str) -> None:
     _check(entry, name, dims=(1, 2, 4), examples=9 if DEEP else 4)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("name", _lightest(ONCE))
+@pytest.mark.long
+@pytest.mark.parametrize("name", ONCE)
 @more
 def test_contract_at_more_sizes(entry: Entry, name: str) -> None:
     _check(entry, name, dims=(1, 4) if DEEP else (1,), examples=1)
@@ -172,8 +174,8 @@ def test_at_64_variables(entry: Entry, names: set[str], examples: int) -> None:
     )
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("dim", [1, *(pytest.param(dim, marks=pytest.mark.long) for dim in (2, 5))])
+@pytest.mark.long
+@pytest.mark.parametrize("dim", [1, 2, 5])
 def test_orientation_is_the_family_s_own(dim: int) -> None:
     """B2: every family keeps orientation, for every context; only a permutation or a reflection may turn it."""
     for entry in ENTRIES:

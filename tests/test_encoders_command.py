@@ -90,7 +90,7 @@ def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert "python -m benchmarks" in text
 
 
-@pytest.mark.full
+@pytest.mark.long
 def test_several_processes_come_to_the_same_figures() -> None:
     tasks = [(GRU, 0), (GRU, 1)]
     alone = [figures(one) for one in encoders.results(tasks, 1)]

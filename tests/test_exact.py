@@ -56,6 +56,7 @@ def test_what_depends_on_the_context_alone_is_not_rounded() -> None:
     assert found.item() == pytest.approx(math.log(1e-20), rel=1e-15)
 
 
+@pytest.mark.long
 @by_level(ENTRIES, pytest.mark.full)
 def test_autodiff_agrees_where_it_is_good(entry: Entry) -> None:
     """Every family in both directions: to the bound by which the judge itself is needed."""

@@ -23,7 +23,7 @@ from flowpost.vae import VAE, Bernoulli
 from flowpost.wrapped import WrappedPosterior
 
 pytestmark = [
-    pytest.mark.full,  # two processes, each of which imports torch
+    pytest.mark.long,  # two processes, each of which imports torch
     pytest.mark.skipif(
         not (hasattr(fsdp, "fully_shard") and dist.is_gloo_available()),
         reason="public from torch 2.6 on, and here by gloo",

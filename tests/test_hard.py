@@ -86,7 +86,7 @@ def _train(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.full
+@pytest.mark.long
 def test_two_processes_stay_bit_equal(tmp_path: Path) -> None:
     """`VAE.forward` returns all that a step needs, so the wrapper sees every parameter's use and syncs it."""
     with socket.socket() as free:

@@ -524,7 +524,8 @@ def z_scores(vae: VAE, x: Tensor, samples: int, gradient: str, kl_weight: float 
 
 
 @pytest.mark.parametrize(
-    "name", ["planar", *(pytest.param(name, marks=pytest.mark.full) for name in ("diagonal", "iaf"))]
+    "name",
+    ["planar", pytest.param("iaf", marks=pytest.mark.full), pytest.param("diagonal", marks=pytest.mark.long)],
 )
 @pytest.mark.parametrize(
     ("samples", "gradient", "kl_weight", "alpha"),
@@ -699,7 +700,7 @@ def test_a_term_in_the_sample_itself_is_not_reweighted() -> None:
     assert torch.equal(*found)
 
 
-@pytest.mark.full
+@pytest.mark.long
 def test_dreg_varies_less_than_plain_iwae_at_64_samples() -> None:
     """The posterior's gradient: its summed variance is under a third; 200 draws put the ratio's error near a tenth.
 
@@ -725,7 +726,7 @@ class WithNoise(FlowDistribution):
         return super().draw(sample_shape, self.fixed)
 
 
-@pytest.mark.full
+@pytest.mark.compile
 def test_a_training_step_compiles_whole() -> None:
     vae, x = small_vae("planar", dim=3), torch.randn(5, 4, dtype=torch.float64)
     posterior, noise = vae.posterior, torch.randn(6, 5, 3, dtype=torch.float64)

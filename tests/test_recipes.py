@@ -309,8 +309,8 @@ KINDS += ["householder_sylvester", "triangular_sylvester"]
 
 
 def _by_level() -> list:
-    """Four kinds in the full run; the others are of a kind with one of them."""
-    marks = [pytest.mark.full if kind in ("full", "diagonal", "iaf", "planar") else pytest.mark.long for kind in KINDS]
+    """Two kinds in the full run; the others are of a kind with one of them."""
+    marks = [pytest.mark.full if kind in ("diagonal", "iaf") else pytest.mark.long for kind in KINDS]
     return [
         pytest.param(*target, marks=mark, id=kind) for target, mark, kind in zip(TARGETS, marks, KINDS, strict=True)
     ]

@@ -61,8 +61,10 @@ def assert_compiles_twice(function: Callable[..., Pair], points: Callable[[int],
         assert counter.frame_count <= 2, f"{counter.frame_count} compilations for {count} sizes"
 
 
-@pytest.mark.full
-@pytest.mark.parametrize(("name", "use"), QUICK)
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [pytest.param(*each, marks=pytest.mark.full if each[0] == "iaf" else pytest.mark.compile) for each in QUICK],
+)
 def test_twelve_sizes_compile_twice(name: str, use: Callable[..., Pair]) -> None:
     posterior = tiny(name)
     assert_compiles_twice(lambda h, z: use(posterior, h, z), inputs)

@@ -226,7 +226,7 @@ def test_steps_take_every_gradient() -> None:
         assert all(leaf.grad is None for leaf in step.leaves)
 
 
-@pytest.mark.full
+@pytest.mark.compile
 @pytest.mark.parametrize("make", [Flowpost, Dense])
 def test_a_compiled_step_has_the_eager_gradients(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = torch.compile

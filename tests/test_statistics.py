@@ -182,7 +182,14 @@ FLOWS: dict[str, Callable[[], Bijector]] = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param("planar", marks=pytest.mark.full), "full_covariance", "iaf", "maf"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("planar", "full_covariance")),
+        "iaf",
+        pytest.param("maf", marks=pytest.mark.full),
+    ],
+)
 def test_kl_to_a_known_density_is_not_negative(name: str) -> None:
     """False-alarm rate 3e-7 each: five standard errors."""
     torch.manual_seed(0)
