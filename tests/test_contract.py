@@ -116,7 +116,7 @@ def test_contract_at_more_sizes(entry: Entry, name: str) -> None:
 COMPILED_EARLIER = {
     ("planar", "compiles"): [],
     ("planar", "batch_sizes"): [],
-    **dict.fromkeys([(name, "compiles") for name in ("iaf", "maf", "coupling_affine_context")], [pytest.mark.full]),
+    **dict.fromkeys([(name, "compiles") for name in ("iaf",)], [pytest.mark.full]),
 }
 """The full run has the batch sizes of the last three's recipes, in `test_shapes_compiled`."""
 

@@ -239,10 +239,10 @@ def test_pair_plots_show_free_coordinates_beside_the_reference() -> None:
     assert high - low < 100
 
 
-def test_traces_leave_out_what_is_not_finite() -> None:
-    figure = traces([replace(GOOD, history=((10, math.inf), (20, 0.5), (30, -0.1)))])
-    (line,) = figure.axes[0].lines
-    assert np.asarray(line.get_xydata()).tolist() == [[20, 0.5], [30, 1e-3]]
+def test_a_trace_leaves_out_what_is_not_finite_and_ends_at_the_table_s_figure() -> None:
+    figure = traces([replace(GOOD, history=((10, math.inf), (20, 0.5), (30, -0.1), (40, 0.2)), evaluations=50, kl=0.3)])
+    way, end = (np.asarray(line.get_xydata()).tolist() for line in figure.axes[0].lines)
+    assert (way, end) == ([[20, 0.5], [30, 1e-3], [40, 0.2]], [[50, 0.3]])
 
 
 # ---- the command -------------------------------------------------------------------------------------------------

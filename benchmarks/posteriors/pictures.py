@@ -18,7 +18,7 @@ from benchmarks.table import grouped
 
 Pair = tuple[str, str]
 SHOWN = 600  # draws of each in a panel
-LOWEST, HIGHEST = 1e-3, 1e3  # nats: the ends of the axis
+LOWEST, HIGHEST = 1e-3, 1e3  # nats: the lowest end of an axis, and its highest
 GREYS = ("0.25", "0.5", "0.7")  # of the guides
 
 PAIRS: Mapping[str, tuple[Pair, ...]] = {
@@ -88,17 +88,14 @@ def colour_of(what: str) -> str:
 def traces(fits: Sequence[Fit]) -> Figure:
     """KL against gradient evaluations, a panel for each posterior, a line for each contender and seed."""
     groups = grouped(fits, lambda fit: fit.posterior)
-    figure, (line,) = panels(len(groups), 2.4, 2.4, across=6, sharey=True)
+    figure, (line,) = panels(len(groups), 2.4, 2.4, across=6)
     labelled: set[str] = set()
+    counts = [count for fit in fits for count, _ in fit.history]
     for panel, (name, own) in zip(line, groups.items(), strict=True):
         for fit in own:
-            counts = [count for count, kl in fit.history if math.isfinite(kl)]
-            values = [max(kl, LOWEST) for _, kl in fit.history if math.isfinite(kl)]
-            label = None if fit.contender in labelled else title(fit.contender)
+            _trace(panel, fit, None if fit.contender in labelled else title(fit.contender))
             labelled.add(fit.contender)
-            dashed = "--" if fit.contender in GUIDES else "-"
-            panel.plot(counts, values, dashed, color=colour_of(fit.contender), linewidth=1, label=label)
-        panel.set(xscale="log", yscale="log", ylim=(LOWEST, HIGHEST))
+        panel.set(xscale="log", yscale="log", xlim=(min(counts), 1.3 * max(counts)), ylim=(LOWEST, _top(own)))
         panel.xaxis.set_minor_formatter(NullFormatter())  # their labels would lie on one another
         panel.set_title(f"{name}, {posterior(name).dim}", fontsize="x-small")
         panel.tick_params(labelsize="x-small")
@@ -108,3 +105,18 @@ def traces(fits: Sequence[Fit]) -> Figure:
     figure.legend(loc="outside lower center", ncols=5, fontsize="small", frameon=False)
     figure.suptitle("KL(q || p) against evaluations of the gradient", fontsize="medium")
     return figure
+
+
+def _trace(panel: Axes, fit: Fit, label: str | None) -> None:
+    """A fit's way, and a dot for what its table says, which has many more draws than a point of the way."""
+    shade, dashed = colour_of(fit.contender), "--" if fit.contender in GUIDES else "-"
+    points = [(count, max(kl, LOWEST)) for count, kl in fit.history if math.isfinite(kl)]
+    if len(points) > 2:  # a Gaussian has two, whose noise would make a slope
+        panel.plot(*zip(*points, strict=True), dashed, color=shade, linewidth=1)
+    panel.plot(fit.evaluations, max(fit.kl, LOWEST), dashed, marker="o", markersize=3, color=shade, label=label)
+
+
+def _top(fits: Sequence[Fit]) -> float:
+    """The decade above the largest KL of some fits."""
+    largest = max((kl for fit in fits for _, kl in fit.history if math.isfinite(kl)), default=LOWEST)
+    return min(max(10.0 ** math.ceil(math.log10(max(largest, LOWEST))), 0.1), HIGHEST)
