@@ -89,6 +89,14 @@ def test_equal_weights_have_no_tail() -> None:
     assert fitted.is_trusted
 
 
+@pytest.mark.parametrize(("size", "k_hat"), [(2e-5, -math.inf), (1e-3, pytest.approx(0.95, abs=0.05))])
+def test_a_tail_counts_where_its_weights_do(size: float, k_hat: float) -> None:
+    """Weights with a Pareto tail of shape 1, which weighs next to nothing at the first size, and not at the other."""
+    log_ratio = (1 + size * 20_000 / torch.arange(1, 20_001, dtype=torch.float64)).log()
+    found = estimate(Weighed(log_ratio.unsqueeze(-1), log_ratio, torch.full((20_000,), 5e-5, dtype=torch.float64)))
+    assert found.k_hat.item() == k_hat
+
+
 def test_stratified_draws_have_their_components_shares() -> None:
     """An uneven mixture of far normals: the mean over draws is that of the weights, and not of the counts."""
     fitted = made(standard, 1, (-9.0, 1.0), (9.0, 1.0))

@@ -15,8 +15,8 @@ from flowpost.variational.target import Target
 
 CHUNK = 1000
 """Draws at once."""
-SAME = 0.1
-"""Nats: where no weight exceeds the mean of all by more, the tail's shape means nothing."""
+SAME = 0.5
+"""Nats: where no weight exceeds the mean of all by more, the tail's shape means nothing, since no weight counts much."""
 
 
 class Progress(NamedTuple):
