@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from benchmarks.compare import compare
-from benchmarks.config import ALL, BASIC, GRADIENTS, OBJECTIVES, Config, ConfigError, configure, posterior_names
+from benchmarks.config import ALL, BASIC, GRADIENTS, OBJECTIVES, PRIORS, Config, ConfigError, configure, posterior_names
 from benchmarks.data import NAMES, DataError
 from benchmarks.encoders import encoders
 from benchmarks.job import job
@@ -106,6 +106,12 @@ def main_job(
     width: Annotated[
         int | None, typer.Option(help="Hidden units a layer of encoder and decoder.  [digits: 256]")
     ] = None,
+    encoder_width: Annotated[
+        int | None, typer.Option(help="Hidden units a layer of the encoder alone.  [default: --width]")
+    ] = None,
+    prior: Annotated[
+        str, typer.Option(help=f"A learned p(z) in place of N(0, I): {', '.join(PRIORS)}, or NAME:STEPS.")
+    ] = "",
     batch: Annotated[int | None, typer.Option(help="Images a training step.  [digits: 128]")] = None,
     lr: Annotated[float | None, typer.Option(help="Adam's learning rate.  [digits: 0.003]")] = None,
     dropout: Annotated[

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from inspect import signature
+from typing import Any
 
 import torch
 
 from benchmarks.data import NAMES
+from benchmarks.errors import ConfigError as ConfigError
 from benchmarks.models import POSTERIORS
 from flowpost.recipes import RECIPES
 
@@ -17,12 +19,9 @@ BASIC = ("diagonal", "full_covariance", "planar", "iaf")  # the posteriors of a 
 ALL = "all"  # stands for every posterior
 OBJECTIVES = ("elbo", "iwae", "renyi")
 GRADIENTS = ("standard", "stl", "dreg")
+PRIORS = ("full_covariance", "nice", "realnvp", "maf", "spline_coupling")  # those that score any z fast
 # What an objective has if nothing is said: samples of z for each image in a training step, and the order alpha.
 USUAL = {"elbo": {}, "iwae": {"train_samples": 5}, "renyi": {"train_samples": 5, "alpha": 0.5}}
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run; one line says which value, what was expected and what came."""
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -63,6 +62,8 @@ class Config:
     kl_warmup: int = 20  # epochs over which the KL's weight rises linearly to 1
     dim: int = 16  # of z
     width: int = 256  # of the two hidden layers of encoder and decoder
+    encoder_width: int = 0  # of the encoder's, where they are not `width`
+    prior: str = ""  # a learned p(z), NAME or NAME:STEPS, one of `PRIORS`; N(0, I) if there is none
     batch: int = 128  # images a step
     lr: float = 3e-3  # Adam's, at the start: it falls linearly towards 0 at the last epoch
     dropout: float = 0.0  # share of hidden units dropped in training
@@ -93,6 +94,8 @@ class Config:
             raise ConfigError(f"lr: expected a positive number, got {self.lr}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout: expected a share in [0, 1), got {self.dropout}")
+        _check_range("encoder-width", self.encoder_width, 0)
+        self._check_prior()
         _check_choice("device", self.device.partition(":")[0], ("cpu", "cuda"))
         self._check_objective()
 
@@ -100,6 +103,28 @@ class Config:
     def captured(self) -> bool:
         """Whether a training step is one CUDA graph."""
         return self.device.startswith("cuda") and not self.eager
+
+    def model(self, posterior: str) -> dict[str, Any]:
+        """What `benchmarks.models.build` is told of a posterior's model, besides its name."""
+        prior, _, steps = self.prior.partition(":")
+        prior_options = dict(self.flows.get(prior, {})) | ({"steps": int(steps)} if steps else {})
+        return {
+            "dim": self.dim,
+            "width": self.width,
+            "dropout": self.dropout,
+            "options": dict(self.flows.get(posterior, {})),
+            "encoder_width": self.encoder_width,
+            "prior": prior,
+            "prior_options": prior_options,
+        }
+
+    def _check_prior(self) -> None:
+        name, colon, steps = self.prior.partition(":")
+        if not self.prior:
+            return
+        _check_choice("prior", name, PRIORS)
+        if colon and (not steps.isdecimal() or not int(steps) or "steps" not in signature(RECIPES[name]).parameters):
+            raise ConfigError(f"prior: expected NAME, or NAME:STEPS of a flow that has steps, got {self.prior!r}")
 
     def _check_objective(self) -> None:
         """Refuse what would be biased or mean nothing, before anything runs."""
@@ -127,7 +152,7 @@ def _flows(steps: int, network_steps: int, **sizes: object) -> dict[str, dict[st
     """Each recipe's options: those of `sizes` that it has, and fewer steps where each has a network of its own."""
     found = {}
     for name, recipe in RECIPES.items():
-        known = inspect.signature(recipe).parameters
+        known = signature(recipe).parameters
         given = sizes | {"steps": network_steps if "hidden" in known else steps}
         found[name] = {option: value for option, value in given.items() if option in known}
     return {name: options for name, options in found.items() if options}

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.download import DataError, Source, fetch, read, wanted
+from benchmarks.split import permuted_parts
 
 __all__ = ["NAMES", "SOURCES", "Data", "DataError", "binarize", "load"]
-
-SPLIT_SEED = 1998  # of every permutation here; another number is another benchmark
 
 MNIST = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")
 LAROCHELLE = ("http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/",)
@@ -91,14 +90,18 @@ class Data:
     """A data set, split.
 
     Args:
-        name: one of `NAMES`.
-        train: float32, (N, H, W): counts, zeros and ones, or, of a dynamic data set, probabilities.
+        name: one of `NAMES`, or the name of a file.
+        train: float32, (N, H, W): counts, zeros and ones, or, of a dynamic data set, probabilities. Of a file of one's
+            own, (N, *event) and any values.
         valid: as `train`, but binary in a dynamic data set.
         test: as `valid`.
         levels: the largest value a pixel of the likelihood takes: n of the binomial, 1 for binary pixels, 255.
-        likelihood: `"binomial"`, `"bernoulli"` or `"categorical"` (over `levels + 1` grey levels).
+        likelihood: `"binomial"`, `"bernoulli"` or `"categorical"` (over `levels + 1` grey levels); of a file of one's
+            own, any of `benchmarks.own.values.KINDS`.
         dynamic: whether `train` holds probabilities, to be drawn afresh at each use by `binarize`.
         labels: int64, the class of each test image, where there are classes.
+        scale: of a `"gaussian"` whose scale is not learned.
+        unit: what one x is called.
     """
 
     name: str
@@ -109,6 +112,8 @@ class Data:
     likelihood: str
     dynamic: bool = False
     labels: Tensor | None = None
+    scale: float | None = None
+    unit: str = "image"
 
 
 def load(name: str, *, seed: int = 0) -> Data:
@@ -144,7 +149,7 @@ def _settle_evaluation(data: Data, generator: torch.Generator) -> Data:
 def _digits() -> Data:
     """1197/300/300 of a fixed permutation."""
     images, labels = (read(Path(__file__).with_name("digits.npz"), s) for s in SOURCES["digits"])
-    parts = _permuted_parts(len(images), (1197, 300, 300))
+    parts = permuted_parts(len(images), (1197, 300, 300))
     train, valid, test = (_tensor(images[part]) for part in parts)
     return Data("digits", train, valid, test, 16, "binomial", labels=_classes(labels[parts[2]]))
 
@@ -169,7 +174,7 @@ def _freyfaces() -> Data:
     is nevertheless the customary one (van den Berg et al. 2018, who also take a 256-way categorical likelihood).
     """
     images = _obtain(SOURCES["freyfaces"][0])
-    train, valid, test = (_tensor(images[part]) for part in _permuted_parts(len(images), (1565, 200, 200)))
+    train, valid, test = (_tensor(images[part]) for part in permuted_parts(len(images), (1565, 200, 200)))
     return Data("freyfaces", train, valid, test, 255, "categorical")
 
 
@@ -181,7 +186,7 @@ def _omniglot() -> Data:
     """
     images = _obtain(SOURCES["omniglot"][0])
     drawn = images[:, :15].reshape(-1, 28, 28)
-    train, valid = (_tensor(drawn[part], 225) for part in _permuted_parts(len(drawn), (len(drawn) - 1345, 1345)))
+    train, valid = (_tensor(drawn[part], 225) for part in permuted_parts(len(drawn), (len(drawn) - 1345, 1345)))
     test = _tensor(images[:, 15:].reshape(-1, 28, 28), 225)
     return Data("omniglot", train, valid, test, 1, "bernoulli", dynamic=True)
 
@@ -202,13 +207,6 @@ _LOADERS: dict[str, Callable[[], Data]] = {
     "caltech": _caltech,
 }
 NAMES: tuple[str, ...] = tuple(_LOADERS)
-
-
-def _permuted_parts(count: int, sizes: tuple[int, ...]) -> list[np.ndarray]:
-    """A fixed permutation of `range(count)`, cut into parts of the given sizes."""
-    # numpy keeps the raw stream of PCG64 across versions, but not what Generator.permutation makes of it.
-    order = np.random.PCG64(SPLIT_SEED).random_raw(count).argsort(kind="stable")
-    return np.split(order, np.cumsum(sizes)[:-1])
 
 
 def _tensor(array: np.ndarray, scale: int = 1) -> Tensor:

@@ -106,8 +106,7 @@ def models(report: Report, data: Data, console: Console) -> dict[str, VAE]:
     config, found = report.config, {}
     for name, (first, *_) in by_posterior(report.finished).items():
         with seeded(0, torch.device(config.device)):  # the weights drawn here are replaced at once
-            options = dict(config.flows.get(name, {}))
-            vae = build(data, name, dim=config.dim, width=config.width, dropout=config.dropout, options=options)
+            vae = build(data, name, **config.model(name))
         try:
             found[name] = flowpost.load(_model_path(report, first), into=vae, device=config.device).eval()
         except (OSError, ValueError) as error:

@@ -3,22 +3,50 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, cast
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.data import Data
+from benchmarks.heads import Standardize, last_layer
+from flowpost.posterior import FlowPosterior
 from flowpost.recipes import RECIPES
-from flowpost.vae import VAE, Bernoulli, Binomial, Categorical, Likelihood
+from flowpost.vae import (
+    VAE,
+    Bernoulli,
+    Binomial,
+    Categorical,
+    ContinuousBernoulli,
+    DiscretizedLogistic,
+    Gaussian,
+    Likelihood,
+)
+from flowpost.wrap import wrap
 
 POSTERIORS = tuple(RECIPES)
-PIXEL_FEATURES = 4  # numbers a pixel that a categorical decoder's softmax reads
 GRID = 121  # points along each axis of a drawn posterior
 ZOOMS = 4  # each looks for the true posterior's mass in a finer window
 
 
-def build(data: Data, posterior: str, *, dim: int, width: int, dropout: float, options: dict[str, object]) -> VAE:
+Networks = Callable[[torch.Size, int, int], tuple[nn.Module, nn.Module]]
+"""From x's shape, z's size and the likelihood's numbers for each element of x to an encoder and a decoder."""
+
+
+def build(
+    data: Data,
+    posterior: str,
+    *,
+    dim: int,
+    width: int,
+    dropout: float,
+    options: dict[str, object],
+    encoder_width: int = 0,
+    prior: str = "",
+    prior_options: dict[str, object] | None = None,
+    networks: Networks | None = None,
+) -> VAE:
     """The VAE for a data set; encoder and decoder are drawn first, so that equal seeds give equal ones.
 
     Args:
@@ -28,13 +56,27 @@ def build(data: Data, posterior: str, *, dim: int, width: int, dropout: float, o
         width: of each hidden layer; the posterior's features are the encoder's last one.
         dropout: share of hidden units dropped in training.
         options: the recipe's options.
+        encoder_width: of the encoder's hidden layers, where it is not `width`.
+        prior: the recipe of a learned p(z); N(0, I) if there is none.
+        prior_options: that recipe's options.
+        networks: makes another encoder and decoder; of what such an encoder returns, `wrap` makes the posterior.
 
     Returns:
         The model, in training mode, on the CPU.
     """
     likelihood = likelihood_of(data)
-    encoder, decoder = _encoder(data, width, dropout), _decoder(data, likelihood, dim, width, dropout)
-    return VAE(encoder, RECIPES[posterior](width, dim, **options), decoder, likelihood)
+    if networks is not None:
+        encoder, decoder = networks(data.train.shape[1:], dim, likelihood.numbers)
+        encoder = wrap(encoder, dim, example=data.train[:2], flow=posterior, **options)
+        return VAE(encoder, decoder, likelihood, prior=_prior(prior, dim, prior_options))
+    features = encoder_width or width
+    encoder, decoder = _encoder(data, features, dropout), _decoder(data, likelihood, dim, width, dropout)
+    q = RECIPES[posterior](features, dim, **options)
+    return VAE(encoder, q, decoder, likelihood, prior=_prior(prior, dim, prior_options))
+
+
+def _prior(name: str, dim: int, options: dict[str, object] | None) -> FlowPosterior | None:
+    return RECIPES[name](0, dim, **(options or {})) if name else None
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -54,9 +96,15 @@ def mean_images(vae: VAE, z: Tensor, shape: torch.Size) -> Tensor:
 
 def likelihood_of(data: Data) -> Likelihood:
     """The likelihood of a data set's pixels."""
-    if data.likelihood == "categorical":
-        return Categorical(data.levels + 1)
-    return Bernoulli() if data.likelihood == "bernoulli" else Binomial(data.levels)
+    made: dict[str, Callable[[], Likelihood]] = {
+        "bernoulli": Bernoulli,
+        "binomial": lambda: Binomial(data.levels),
+        "categorical": lambda: Categorical(data.levels + 1),
+        "continuous-bernoulli": ContinuousBernoulli,
+        "discretized-logistic": lambda: DiscretizedLogistic(data.levels + 1),
+        "gaussian": lambda: Gaussian(data.scale),
+    }
+    return made[data.likelihood]()
 
 
 def _encoder(data: Data, width: int, dropout: float) -> nn.Module:
@@ -64,69 +112,12 @@ def _encoder(data: Data, width: int, dropout: float) -> nn.Module:
 
 
 def _decoder(data: Data, likelihood: Likelihood, dim: int, width: int, dropout: float) -> nn.Module:
-    layers = _layers(dim, width, dropout)
-    last = PixelSoftmax(width, data, likelihood.numbers) if likelihood.numbers > 1 else PixelLogit(width, data)
-    return nn.Sequential(*layers, last)
+    return nn.Sequential(*_layers(dim, width, dropout), last_layer(data, likelihood, width))
 
 
 def _layers(inputs: int, width: int, dropout: float) -> list[nn.Module]:
     block = [nn.Linear(inputs, width), nn.ELU(), nn.Dropout(dropout), nn.Linear(width, width), nn.ELU()]
     return [*block, nn.Dropout(dropout)]
-
-
-class Standardize(nn.Module):
-    """From the pixels' values to a vector of about unit variance: ``(B, *event) -> (B, elements)``."""
-
-    mean: Tensor
-    scale: Tensor
-
-    def __init__(self, data: Data) -> None:
-        super().__init__()
-        self.register_buffer("mean", data.train.flatten(1).mean(0))
-        self.register_buffer("scale", _spread(data))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The standardized vector."""
-        return (x.flatten(1) - self.mean) / self.scale
-
-
-def _spread(data: Data) -> Tensor:
-    """One number for all pixels: a scale of its own would blow up the pixels that are nearly always blank."""
-    mean = data.train.mean(0)
-    variance = (mean * (1 - mean)).mean() if data.dynamic else (data.train - mean).square().mean()
-    return variance.sqrt()
-
-
-class PixelLogit(nn.Linear):
-    """One logit a pixel; the bias starts at the logit of the pixel's mean, so training starts at the mean image."""
-
-    def __init__(self, width: int, data: Data) -> None:
-        mean = data.train.flatten(1).mean(0) / data.levels
-        super().__init__(width, mean.numel())
-        with torch.no_grad():
-            self.bias.copy_(torch.logit(mean, eps=1e-3))
-
-
-class PixelSoftmax(nn.Module):
-    """A few features a pixel, then one linear map for all pixels to the levels: ``(B, width) -> (B, levels, *event)``.
-
-    A full layer to every level of every pixel would be most of the model's parameters. The bias starts at the log of
-    the levels' frequencies, so training starts at the histogram of all pixels.
-    """
-
-    def __init__(self, width: int, data: Data, levels: int) -> None:
-        super().__init__()
-        self.shape = tuple(data.train.shape[1:])
-        self.features = nn.Linear(width, PIXEL_FEATURES * math.prod(self.shape))
-        self.levels = nn.Conv2d(PIXEL_FEATURES, levels, kernel_size=1)
-        counts = torch.bincount(data.train.long().flatten(), minlength=levels) + 1
-        with torch.no_grad():
-            cast(Tensor, self.levels.bias).copy_(torch.log(counts / counts.sum()))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """The logits of every level."""
-        features = nn.functional.elu(self.features(hidden)).view(-1, PIXEL_FEATURES, *self.shape)
-        return self.levels(features)
 
 
 class PosteriorGrid(NamedTuple):
@@ -149,7 +140,7 @@ def posterior_grid(vae: VAE, x: Tensor) -> PosteriorGrid:
     joint = _log_joint(vae, x, z).double()
     area = float((high - low).prod()) / (GRID - 1) ** 2
     log_true = joint - joint.logsumexp(0) - math.log(area)
-    log_fitted = vae.posterior.log_prob(z, vae.encoder(x)).double().nan_to_num(nan=-math.inf)
+    log_fitted = vae.encode(x).log_prob(z).double().nan_to_num(nan=-math.inf)
     share = log_fitted.exp() * area
     kl = torch.where(share > 0, share * (log_fitted - log_true), 0.0).sum().item()
     box = (low[0].item(), high[0].item(), low[1].item(), high[1].item())

@@ -125,8 +125,7 @@ def train_one(
     """
     device = torch.device(config.device)
     with seeded(seed, device):
-        options = dict(config.flows.get(posterior, {}))
-        vae = build(data, posterior, dim=config.dim, width=config.width, dropout=config.dropout, options=options)
+        vae = build(data, posterior, **config.model(posterior))
         torch.manual_seed(seed)  # again: the recipes draw differently many initial weights
         return vae, fit(vae.to(device), data, config, seed, on_epoch)
 

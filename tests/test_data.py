@@ -25,6 +25,7 @@ import torch
 from benchmarks import data, download
 from benchmarks.data import NAMES, SOURCES, DataError, binarize, load
 from benchmarks.download import Source, digest, fetch, read
+from benchmarks.split import permuted_parts
 
 ROOT = Path(__file__).parents[1]
 REAL = Path(os.environ.get("FLOWPOST_DATA") or ROOT / ".." / "shared" / "data")
@@ -124,7 +125,7 @@ def test_splits_neither_read_nor_change_global_random_state() -> None:
 
 
 def test_the_permutation_never_changes() -> None:
-    first, second = data._permuted_parts(1797, (1197, 600))
+    first, second = permuted_parts(1797, (1197, 600))
     assert first[:5].tolist() == [62, 1128, 457, 1325, 207]
     assert sorted([*first, *second]) == list(range(1797))
 

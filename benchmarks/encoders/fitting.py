@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from benchmarks.data import Data
 from benchmarks.encoders import libraries as lib
-from benchmarks.models import PixelLogit, likelihood_of
+from benchmarks.heads import PixelLogit
+from benchmarks.models import likelihood_of
 from benchmarks.step import CLIP_NORM
 from benchmarks.train import EVALUATION_SEED, seeded
 from flowpost import wrap
