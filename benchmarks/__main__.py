@@ -11,15 +11,28 @@ from typing import Annotated
 import typer
 
 from benchmarks.compare import compare
-from benchmarks.config import ALL, BASIC, GRADIENTS, OBJECTIVES, PRIORS, Config, ConfigError, configure, posterior_names
+from benchmarks.config import (
+    ALL,
+    BASIC,
+    GRADIENTS,
+    OBJECTIVES,
+    Config,
+    ConfigError,
+    configure,
+    is_file,
+    posterior_names,
+)
 from benchmarks.data import NAMES, DataError
 from benchmarks.encoders import encoders
+from benchmarks.flows import PRIORS
 from benchmarks.job import job
 from benchmarks.models import POSTERIORS
+from benchmarks.own.setup import configure_own
+from benchmarks.own.values import forms
 from benchmarks.posteriors.command import posteriors
 from benchmarks.reliability.command import reliability
 from benchmarks.report import Report
-from benchmarks.run import Out
+from benchmarks.run import Out, terminal
 from benchmarks.speed import speed
 from benchmarks.targets import targets
 
@@ -46,6 +59,7 @@ Examples:
   python -m benchmarks --quick --dim 2     true posteriors beside the fitted ones
   python -m benchmarks --posterior all     every posterior there is
   python -m benchmarks --data mnist-static --posterior diagonal,iaf --seeds 1
+  python -m benchmarks --data mine.npz     your own data; its values say which likelihood
   python -m benchmarks --objective iwae --gradient dreg --train-samples 50
   python -m benchmarks --resume runs/NAME  go on with a job that was stopped
   python -m benchmarks compare runs/*      finished jobs in one table, with differences
@@ -61,7 +75,16 @@ Examples:
 def main_job(
     context: typer.Context,
     *,
-    data: Annotated[str, typer.Option(help=f"Data set: {', '.join(NAMES)}.")] = "digits",
+    data: Annotated[
+        str, typer.Option(help=f"Data set: {', '.join(NAMES)}, or a file FILE.npz of your own (docs/own-data.md).")
+    ] = "digits",
+    likelihood: Annotated[
+        str | None, typer.Option(help=f"p(x|z) of a file: {forms()}.  [default: guessed from its values]")
+    ] = None,
+    networks: Annotated[
+        str | None,
+        typer.Option(help="Your encoder and decoder, module:function of networks(shape, dim, numbers)."),
+    ] = None,
     posterior: Annotated[
         list[str] | None,
         typer.Option(
@@ -154,7 +177,11 @@ def main_job(
         "seeds": _seeds(seeds, first_seed, quick=quick),
     }
     known = {item.name for item in fields(Config)}
-    config = configure(**{name: value for name, value in options.items() if name in known | {"quick"}})
+    given = {name: value for name, value in options.items() if name in known}
+    if not is_file(data):
+        raise typer.Exit(job(configure(**given, quick=quick), out))
+    config, lines = configure_own(data, given, quick=quick)
+    terminal().print("\n".join(lines), soft_wrap=True)
     raise typer.Exit(job(config, out))
 
 

@@ -17,7 +17,7 @@ from benchmarks.run import terminal
 from benchmarks.table import Table
 
 # Jobs whose figures of a run mean the same.
-SHARED = ("data", "samples", "gap_images")
+SHARED = ("data", "data_hash", "likelihood", "samples", "gap_images")
 
 Row = tuple[Config, str, list[Result]]
 
@@ -56,10 +56,19 @@ def table(rows: Sequence[Row]) -> Table:
     body = []
     for config, name, runs in rows:
         figures = [mean_error([run[key] for run in runs]) for key in keys]
-        trained = bound_name(config)[1:] + (f" {config.gradient}" if config.gradient != "standard" else "")
         figures += [mean_error(differences(runs, rows[0][2], key), signed=True) for key in decisive]
-        body.append([name, trained, str(config.dim), str(len(runs)), *figures])
+        body.append([name, _trained(config), str(config.dim), str(len(runs)), *figures])
     return Table(header, body)
+
+
+def _trained(config: Config) -> str:
+    """The objective, and what of the model is not as usual."""
+    words = [bound_name(config)[1:]]
+    words += [config.gradient] if config.gradient != "standard" else []
+    words += [f"prior {config.prior}"] if config.prior else []
+    words += [f"encoder {config.encoder_width}"] if config.encoder_width else []
+    words += [config.networks] if config.networks else []
+    return " ".join(words)
 
 
 def differences(runs: Sequence[Result], others: Sequence[Result], key: str) -> list[float]:

@@ -5,28 +5,34 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from inspect import signature
+from pathlib import PurePath
 from typing import Any
 
 import torch
 
 from benchmarks.data import NAMES
 from benchmarks.errors import ConfigError as ConfigError
+from benchmarks.flows import LARGE_FLOWS, SMALL_FLOWS, parse_prior
 from benchmarks.models import POSTERIORS
-from flowpost.recipes import RECIPES
+from benchmarks.own.networks import find, source_hash
+from benchmarks.own.values import parse
 
 BASIC = ("diagonal", "full_covariance", "planar", "iaf")  # the posteriors of a job, if nothing is said
 ALL = "all"  # stands for every posterior
 OBJECTIVES = ("elbo", "iwae", "renyi")
 GRADIENTS = ("standard", "stl", "dreg")
-PRIORS = ("full_covariance", "nice", "realnvp", "maf", "spline_coupling")  # those that score any z fast
 # What an objective has if nothing is said: samples of z for each image in a training step, and the order alpha.
 USUAL = {"elbo": {}, "iwae": {"train_samples": 5}, "renyi": {"train_samples": 5, "alpha": 0.5}}
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def is_file(data: str) -> bool:
+    """Whether a data set's name is that of a file of one's own."""
+    return data.endswith(".npz")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...], cure: str = "") -> None:
     if value not in choices:
-        raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+        raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {value!r}{cure}")
 
 
 def posterior_names(given: Iterable[str]) -> tuple[str, ...]:
@@ -63,6 +69,7 @@ class Config:
     dim: int = 16  # of z
     width: int = 256  # of the two hidden layers of encoder and decoder
     encoder_width: int = 0  # of the encoder's, where they are not `width`
+    networks: str = ""  # module:function that makes other ones
     prior: str = ""  # a learned p(z), NAME or NAME:STEPS, one of `PRIORS`; N(0, I) if there is none
     batch: int = 128  # images a step
     lr: float = 3e-3  # Adam's, at the start: it falls linearly towards 0 at the last epoch
@@ -81,9 +88,12 @@ class Config:
     device: str = "cpu"
     eager: bool = False  # on a GPU: operation by operation, every step read, and not as one CUDA graph
     flows: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # the recipes' options
+    likelihood: str = ""  # of the values of a file; a data set of `NAMES` has its own
+    data_hash: str = ""  # SHA-256 of a file of one's own
+    networks_hash: str = ""  # and of the file that the networks stand in
 
     def __post_init__(self) -> None:
-        _check_choice("data", self.data, NAMES)
+        self._check_data()
         for name in self.posteriors:
             _check_choice("posterior", name, POSTERIORS)
         for name in ("epochs", "patience", "dim", "width", "batch", "samples", "pairs", "threads", "train_samples"):
@@ -95,9 +105,19 @@ class Config:
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout: expected a share in [0, 1), got {self.dropout}")
         _check_range("encoder-width", self.encoder_width, 0)
-        self._check_prior()
+        parse_prior(self.prior)
         _check_choice("device", self.device.partition(":")[0], ("cpu", "cuda"))
         self._check_objective()
+
+    @property
+    def name(self) -> str:
+        """The data set's name, without the folder of a file."""
+        return PurePath(self.data).name
+
+    @property
+    def unit(self) -> str:
+        """What one x is called."""
+        return "example" if is_file(self.data) else "image"
 
     @property
     def captured(self) -> bool:
@@ -106,8 +126,7 @@ class Config:
 
     def model(self, posterior: str) -> dict[str, Any]:
         """What `benchmarks.models.build` is told of a posterior's model, besides its name."""
-        prior, _, steps = self.prior.partition(":")
-        prior_options = dict(self.flows.get(prior, {})) | ({"steps": int(steps)} if steps else {})
+        prior, options = parse_prior(self.prior)
         return {
             "dim": self.dim,
             "width": self.width,
@@ -115,16 +134,18 @@ class Config:
             "options": dict(self.flows.get(posterior, {})),
             "encoder_width": self.encoder_width,
             "prior": prior,
-            "prior_options": prior_options,
+            "prior_options": {**self.flows.get(prior, {}), **options},
+            "networks": find(self.networks) if self.networks else None,
         }
 
-    def _check_prior(self) -> None:
-        name, colon, steps = self.prior.partition(":")
-        if not self.prior:
-            return
-        _check_choice("prior", name, PRIORS)
-        if colon and (not steps.isdecimal() or not int(steps) or "steps" not in signature(RECIPES[name]).parameters):
-            raise ConfigError(f"prior: expected NAME, or NAME:STEPS of a flow that has steps, got {self.prior!r}")
+    def _check_data(self) -> None:
+        if not is_file(self.data):
+            _check_choice("data", self.data, NAMES, "; a file of your own ends in .npz")
+            if self.likelihood:
+                got = f"got {self.likelihood!r}"
+                raise ConfigError(f"likelihood: expected none for {self.data}, which has one of its own, {got}")
+        elif self.likelihood:
+            parse(self.likelihood)
 
     def _check_objective(self) -> None:
         """Refuse what would be biased or mean nothing, before anything runs."""
@@ -148,20 +169,7 @@ class Config:
             raise ConfigError(f"free-bits: expected 0 for {self.objective}, which has no KL to spare, {got}")
 
 
-def _flows(steps: int, network_steps: int, **sizes: object) -> dict[str, dict[str, object]]:
-    """Each recipe's options: those of `sizes` that it has, and fewer steps where each has a network of its own."""
-    found = {}
-    for name, recipe in RECIPES.items():
-        known = signature(recipe).parameters
-        given = sizes | {"steps": network_steps if "hidden" in known else steps}
-        found[name] = {option: value for option, value in given.items() if option in known}
-    return {name: options for name, options in found.items() if options}
-
-
-# Flows are sized like the net they sit in. Chosen on validation data, for all posteriors at once.
-_SMALL_FLOWS = _flows(steps=4, network_steps=2, hidden=(64, 64), context_size=32)
-_LARGE_FLOWS = _flows(steps=8, network_steps=2, hidden=(320, 320), context_size=64)
-_DIGITS = Config(flows=_SMALL_FLOWS)
+_DIGITS = Config(flows=SMALL_FLOWS)
 _LARGE = Config(
     epochs=100,
     patience=10,
@@ -171,7 +179,7 @@ _LARGE = Config(
     lr=1e-3,
     samples=500,
     threads=2,
-    flows=_LARGE_FLOWS,
+    flows=LARGE_FLOWS,
 )
 _FREY = replace(_LARGE, epochs=300, patience=30, kl_warmup=20, width=256, batch=64, pairs=400)
 DEFAULTS: dict[str, Config] = {name: replace(_LARGE, data=name) for name in NAMES}
@@ -193,10 +201,20 @@ def configure(data: str = "digits", *, quick: bool = False, **given: object) -> 
     Raises:
         ConfigError: a value is out of range, said in one line.
     """
-    _check_choice("data", data, NAMES)
+    _check_choice("data", data, NAMES, "; a file of your own ends in .npz")
+    return settle(DEFAULTS[data], QUICK if quick else {}, given)
+
+
+def settle(base: Config, quick: Mapping[str, object], given: Mapping[str, object]) -> Config:
+    """A data set's defaults, then those of a first look, then what was given and is not None."""
     values = {name: value for name, value in given.items() if value is not None}
-    changes = USUAL.get(str(values.get("objective")), {}) | (QUICK if quick else {}) | values
-    return check_device(replace(DEFAULTS[data], **changes))  # pyright: ignore[reportArgumentType]
+    changes = {**USUAL.get(str(values.get("objective")), {}), **quick, **values}
+    if networks := values.get("networks"):
+        for name in values.keys() & {"width", "encoder_width", "dropout"}:
+            option = name.replace("_", "-")
+            raise ConfigError(f"{option}: expected none beside networks of your own, got {values[name]}")
+        changes["networks_hash"] = source_hash(str(networks))
+    return check_device(replace(base, **changes))  # pyright: ignore[reportArgumentType]
 
 
 def check_device(config: Config) -> Config:

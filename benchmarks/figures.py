@@ -19,6 +19,7 @@ from flowpost.vae import VAE
 
 TEST_SAMPLES = 64  # samples of z for each test image behind -ELBO and the active units
 ACTIVE = 0.01  # a unit is active where Var_x(E_q[z]) exceeds this (Burda et al. 2016)
+LEVELS = ("categorical", "discretized-logistic")  # likelihoods of levels: their figures are told in bits too
 INFORMATION_IMAGES = 1000  # at most, of the test part: mutual information takes the square of them
 
 Figures = dict[str, float]
@@ -30,7 +31,7 @@ def evaluate(vae: VAE, data: Data, config: Config) -> Figures:
     with seeded(EVALUATION_SEED, x.device), warnings.catch_warnings():
         warnings.simplefilter("ignore", UnreliableEstimateWarning)  # the table has the share of such images
         figures = _bounds(vae, x, config) | _codes(vae, x, config) | (_gaps(vae, x, config) if config.gaps else {})
-    if data.likelihood == "categorical":
+    if data.likelihood in LEVELS:
         bits = 1 / (x[0].numel() * math.log(2))
         figures |= {f"{key}_bits": figures[key] * bits for key in ("neg_elbo", "nll")}
     return figures

@@ -34,7 +34,8 @@ def gaps(report: Report) -> Figure:
     panel.bar(0, 0, color="0.4", alpha=0.35, label="amortization: what the encoder's q falls short of that")
     name_bars(panel, groups)
     config = report.config
-    panel.set(ylabel="nats per image", title=f"Inference gap, {config.gap_images} test images of {config.data}")
+    title = f"Inference gap, {config.gap_images} test {config.unit}s of {config.name}"
+    panel.set(ylabel=f"nats per {config.unit}", title=title)
     panel.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside lower center", fontsize="small", frameon=False)
     return figure
@@ -66,7 +67,7 @@ def calibration(models: Mapping[str, VAE], data: Data, device: torch.device) -> 
         below.set_ylabel("ECDF - uniform")
     pairs[0, 0].legend(fontsize="small", loc="upper center")
     figure.suptitle(
-        f"Rank of z among {RANKED} samples of q(z|x), for images drawn from each model; grey: if q is right"
+        f"Rank of z among {RANKED} samples of q(z|x), for {data.unit}s drawn from each model; grey: if q is right"
     )
     return figure
 

@@ -11,12 +11,13 @@ from rich.console import Console
 
 import flowpost
 from benchmarks.checkpoint import Keeper, clear
-from benchmarks.config import Config
+from benchmarks.config import Config, is_file
 from benchmarks.data import Data, load
 from benchmarks.display import Display
 from benchmarks.figures import evaluate
 from benchmarks.models import build, count_parameters
 from benchmarks.objective import bound_name, objective_name
+from benchmarks.own.setup import check_networks, load_own
 from benchmarks.plots import draw
 from benchmarks.report import Report, Result, by_posterior
 from benchmarks.run import Run, cpu_threads, terminal
@@ -30,7 +31,9 @@ CHECKPOINTS = "checkpoints"  # a job's folder of them; gone when it is finished
 def job(begun: Config | Report, out: Path | None = None) -> int:
     """Train, evaluate, write and draw, from the beginning or from where a report stopped; the exit code."""
     config = begun.config if isinstance(begun, Report) else begun
-    console, data = terminal(), load(config.data)
+    console, data = terminal(), load_own(config) if is_file(config.data) else load(config.data)
+    if config.networks:
+        check_networks(config, data)
     report = begun if isinstance(begun, Report) else begin(config, out)
     with cpu_threads(config.threads):
         code = train(report, data, console)
@@ -43,11 +46,15 @@ def job(begun: Config | Report, out: Path | None = None) -> int:
 
 def begin(config: Config, out: Path | None) -> Report:
     """A new job's report; checkpoints of another job in its folder are none of its own."""
-    what = "-".join(filter(None, (config.data, objective_name(config))))
+    what = "-".join(filter(None, (config.name.removesuffix(".npz"), objective_name(config), _prior_name(config))))
     report = Report(Run.begin(what, out, device=config.device, threads=config.threads), config)
     clear(report.run.folder / CHECKPOINTS)
     report.write()
     return report
+
+
+def _prior_name(config: Config) -> str:
+    return f"prior-{config.prior.replace(':', '-')}" if config.prior else ""
 
 
 def train(report: Report, data: Data, console: Console) -> int:

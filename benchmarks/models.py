@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ def build(
     dim: int,
     width: int,
     dropout: float,
-    options: dict[str, object],
+    options: dict[str, Any],
     encoder_width: int = 0,
     prior: str = "",
     prior_options: dict[str, object] | None = None,

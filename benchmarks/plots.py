@@ -19,6 +19,7 @@ from benchmarks.models import codes, mean_images, posterior_grid
 from benchmarks.objective import bound_name
 from benchmarks.report import Report, by_posterior
 from benchmarks.train import EVALUATION_SEED, seeded
+from benchmarks.views import aspect, show
 from flowpost.vae import VAE
 
 DPI = 130
@@ -48,11 +49,6 @@ def draw(report: Report, data: Data, models: Models) -> None:
         figure.savefig(report.run.folder / f"{name}.png", dpi=DPI)
 
 
-def _ink(data: Data) -> str:
-    """Strokes are dark on white; photographs' levels are light."""
-    return "gray" if data.likelihood == "categorical" else "gray_r"
-
-
 def curves(report: Report) -> Figure:
     """The negative bound against epochs, a panel for each posterior, a line for each seed."""
     groups = by_posterior(report.finished)
@@ -66,9 +62,12 @@ def curves(report: Report) -> Figure:
     low, high = min(values), np.quantile(values, 0.95)
     bound = bound_name(report.config)
     for panel in line[::ACROSS]:
-        panel.set(ylabel=f"{bound} (nats per image)", ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)))
+        panel.set(
+            ylabel=f"{bound} (nats per {report.config.unit})",
+            ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)),
+        )
     line[0].legend(loc="upper right", fontsize="small")
-    figure.suptitle(f"Training on {report.config.data}: {bound} at KL weight 1, a line for each seed")
+    figure.suptitle(f"Training on {report.config.name}: {bound} at KL weight 1, a line for each seed")
     return figure
 
 
@@ -100,7 +99,8 @@ def bounds(report: Report) -> Figure:
     panel.plot([], [], "ko", label=f"NLL, {report.config.samples} importance samples")
     panel.plot([], [], "k^", label="-ELBO")
     name_bars(panel, groups)
-    panel.set(ylabel="nats per image (lower is better; axis not from 0)", title=f"Test part of {report.config.data}")
+    config = report.config
+    panel.set(ylabel=f"nats per {config.unit} (lower is better; axis not from 0)", title=f"Test part of {config.name}")
     panel.use_sticky_edges = False
     panel.margins(y=0.12)
     panel.grid(axis="y", alpha=0.3)
@@ -111,7 +111,7 @@ def bounds(report: Report) -> Figure:
 def reconstructions(models: Models, data: Data, device: torch.device) -> Figure:
     """Test images, and below each what every model makes of its code."""
     x = data.test[:COLUMNS].to(device)
-    rows = [("test image", x)]
+    rows = [(f"test {data.unit}", x)]
     rows += [(title(name), mean_images(vae, codes(vae, x)[0], x.shape[1:])) for name, vae in models.items()]
     return _gallery(rows, data, "Reconstructions: E[x|z] at one z drawn from q(z|x)")
 
@@ -136,26 +136,20 @@ def interpolation(models: Models, data: Data, device: torch.device) -> Figure:
     for name, vae in models.items():
         start, end = codes(vae, x, 64).mean(0)
         rows.append((title(name), mean_images(vae, torch.lerp(start, end, share), x.shape[1:])))
-    return _gallery(rows, data, "Between two test images: E[x|z] in equal steps from one mean of q(z|x) to the other")
+    return _gallery(
+        rows, data, f"Between two test {data.unit}s: E[x|z] in equal steps from one mean of q(z|x) to the other"
+    )
 
 
 def _gallery(rows: Sequence[tuple[str, Tensor]], data: Data, title: str) -> Figure:
-    height, width = data.test.shape[1:]
-    figure = blank(9, 0.5 + 0.75 * len(rows) * height / width)
-    for panel, (name, images) in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows, strict=True):
-        panel.imshow(_strip(images.cpu().numpy()), cmap=_ink(data), vmin=0, vmax=data.levels)
+    figure = blank(9, 0.5 + 0.75 * len(rows) * aspect(data))
+    for panel, (name, x) in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows, strict=True):
+        show(panel, x, data, COLUMNS)
         panel.set(xticks=[], yticks=[])
         panel.spines[:].set_visible(False)
         panel.set_ylabel(name, rotation=0, ha="right", va="center")
     figure.suptitle(title)
     return figure
-
-
-def _strip(images: np.ndarray) -> np.ndarray:
-    """Images side by side as one, with room for `COLUMNS`: a panel for each would take seconds to draw."""
-    count, _, width = images.shape
-    room = ((0, COLUMNS - count), (0, 0), (0, max(1, width // 12)))
-    return np.hstack(list(np.pad(images.astype(float), room, constant_values=np.nan)))
 
 
 def latent(models: Models, data: Data, device: torch.device) -> Figure:
@@ -165,14 +159,14 @@ def latent(models: Models, data: Data, device: torch.device) -> Figure:
     for (scatter, histogram), (name, vae) in zip(pairs.T, models.items(), strict=True):
         z = codes(vae, x, 16).cpu()
         _pca(scatter, z[0], data.labels)
-        _marginals(histogram, z.flatten(0, 1), colour(name))
+        _marginals(histogram, z.flatten(0, 1), colour(name), "prior" if vae.prior is None else "N(0, 1)")
         scatter.set_title(title(name))
     for above, below in pairs.T[::ACROSS]:
         above.set_ylabel("second principal axis")
         below.set_ylabel("density")
     pairs[1, 0].legend(fontsize="small", loc="upper right")
     what = ", coloured by class" if data.labels is not None else ""
-    figure.suptitle(f"Codes z ~ q(z|x) of {len(x)} test images{what}; below, each unit's histogram")
+    figure.suptitle(f"Codes z ~ q(z|x) of {len(x)} test {data.unit}s{what}; below, each unit's histogram")
     return figure
 
 
@@ -194,13 +188,13 @@ def _pca(panel: Axes, z: Tensor, labels: Tensor | None) -> None:
     panel.set(xlabel="first principal axis", aspect="equal", adjustable="datalim")
 
 
-def _marginals(panel: Axes, z: Tensor, colour: str) -> None:
+def _marginals(panel: Axes, z: Tensor, colour: str, normal: str) -> None:
     edges = np.linspace(-4.5, 4.5, 37).tolist()
     for i, unit in enumerate(z.T):
         label = "a unit of z" if i == 0 else None
         panel.hist(unit.numpy(), edges, density=True, histtype="step", color=colour, alpha=0.5, label=label)
     grid = np.linspace(-4.5, 4.5, 200)
-    panel.plot(grid, np.exp(-0.5 * grid**2) / math.sqrt(2 * math.pi), "k--", linewidth=1.5, label="prior")
+    panel.plot(grid, np.exp(-0.5 * grid**2) / math.sqrt(2 * math.pi), "k--", linewidth=1.5, label=normal)
     panel.set(xlabel="value of the unit")
 
 
@@ -214,8 +208,8 @@ def true_posteriors(models: Models, data: Data, device: torch.device) -> Figure:
         panel.axis("off")
     for i, image in enumerate(x):
         rows = grid[2 * blocks * i : 2 * blocks * (i + 1)]
-        rows[0, 0].imshow(image.cpu().numpy(), cmap=_ink(data), vmin=0, vmax=data.levels)
-        rows[0, 0].set_title(f"test image {i + 1}", fontsize="small")
+        show(rows[0, 0], image.unsqueeze(0), data, 1)
+        rows[0, 0].set_title(f"test {data.unit} {i + 1}", fontsize="small")
         for j, (name, vae) in enumerate(models.items()):
             above, below = rows[2 * (j // across) : 2 * (j // across) + 2, 1 + j % across]
             _true_and_fitted(above, below, title(name), vae, image.unsqueeze(0))

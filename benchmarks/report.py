@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.config import Config, ConfigError, check_device, from_json
 from benchmarks.environment import versions
-from benchmarks.figures import ACTIVE, INFORMATION_IMAGES, TEST_SAMPLES
+from benchmarks.figures import ACTIVE, INFORMATION_IMAGES, LEVELS, TEST_SAMPLES
 from benchmarks.objective import objective_words
 from benchmarks.run import Run
 from benchmarks.table import Table, grouped
@@ -115,17 +115,17 @@ class Report:
 
     def caption(self) -> str:
         """What the table's numbers are."""
-        config = self.config
+        config, unit = self.config, self.config.unit
         counts = [len(results) for results in by_posterior(self.finished).values()] or [0]
         seeds = "/".join(map(str, counts if len(set(counts)) > 1 else counts[:1]))
         return (
-            f"{config.data}, test part; trained on {objective_words(config)}; "
-            f"nats per image, mean (sd) over seeds ({seeds} runs); "
-            f"-ELBO: {TEST_SAMPLES} samples per image; NLL: {config.samples} importance samples per image; "
+            f"{config.name}, test part; {_model_words(config)}trained on {objective_words(config)}; "
+            f"nats per {unit}, mean (sd) over seeds ({seeds} runs); "
+            f"-ELBO: {TEST_SAMPLES} samples per {unit}; NLL: {config.samples} importance samples per {unit}; "
             f"gap: -ELBO - NLL; {_gap_words(config)}"
-            f"ESS: effective ones of NLL's samples; k>0.7: share of images whose NLL is not to be trusted; "
+            f"ESS: effective ones of NLL's samples; k>0.7: share of {unit}s whose NLL is not to be trusted; "
             f"active: units of z's {config.dim} with Var_x(E_q[z]) > {ACTIVE}; "
-            f"MI: of z and the image's index, at most log of {INFORMATION_IMAGES} images or of all there are; "
+            f"MI: of z and the {unit}'s index, at most log of {INFORMATION_IMAGES} {unit}s or of all there are; "
             f"ms/step: median, {self.run.environment['device']}, CPU threads: {config.threads}"
         )
 
@@ -153,11 +153,24 @@ def _mean_sd(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else None}
 
 
+def _model_words(config: Config) -> str:
+    """What of the model is not as usual."""
+    words = {
+        "p(x|z)": config.likelihood,
+        "prior": config.prior,
+        "encoder's width": config.encoder_width,
+        "networks": config.networks,
+    }
+    return "".join(f"{name}: {value}; " for name, value in words.items() if value)
+
+
 def _gap_words(config: Config) -> str:
     if not config.gaps:
         return ""
-    what = f"approx and amort: of {config.gap_images} images, the gap split into its family's and the encoder's by a q "
-    what += f"fitted to each for {config.gap_steps} steps; local: NLL by that q; k local: k>0.7 of it; "
+    what = (
+        f"approx and amort: of {config.gap_images} {config.unit}s, the gap split into its family's and the encoder's "
+    )
+    what += f"by a q fitted to each for {config.gap_steps} steps; local: NLL by that q; k local: k>0.7 of it; "
     return what
 
 
@@ -170,8 +183,13 @@ def _columns(config: Config) -> list[tuple[str, str, int]]:
     trust = [("ess", "ESS", 0), ("heavy_tails", "k>0.7", 2)]
     rest = [("active_units", "active", 1), ("mutual_information", "MI", 2)]
     cost = [("parameters", "params", 0), ("step_ms", "ms/step", 1)]
-    optional = (split if config.gaps else []) + (bits if config.data == "freyfaces" else [])
+    optional = (split if config.gaps else []) + (bits if _has_bits(config) else [])
     return [*nats, *optional, *trust, *rest, *cost]
+
+
+def _has_bits(config: Config) -> bool:
+    """Whether an element is one of many levels, of which people count the bits."""
+    return config.data == "freyfaces" or config.likelihood.startswith(LEVELS)
 
 
 def _cell(figure: Mapping[str, float | None], digits: int, *, spread: bool) -> str:

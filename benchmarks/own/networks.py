@@ -1,0 +1,77 @@
+"""Networks of one's own, `--networks module:function`: found, and tried on two examples before anything is trained."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from inspect import getsourcefile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.errors import ConfigError
+from benchmarks.models import Networks
+from benchmarks.own.archive import sha256
+
+SIGNATURE = "networks(shape, dim, numbers) -> (encoder, decoder)"
+
+
+def find(name: str) -> Networks:
+    """The function that `module:function` names; the working directory is looked into first.
+
+    Raises:
+        ConfigError: there is none, or its module cannot be imported.
+    """
+    module, _, function = name.partition(":")
+    if not module or not function.isidentifier():
+        raise ConfigError(f"networks: expected module:function, got {name!r}; write nets:networks for nets.py")
+    with answered(f"import of {module}"), _working_directory():
+        found = getattr(importlib.import_module(module), function, None)
+    if not callable(found):
+        raise ConfigError(f"networks: expected a function {SIGNATURE} in {module}, got no {function}")
+
+    def networks(shape: torch.Size, dim: int, numbers: int) -> tuple[nn.Module, nn.Module]:
+        made: Any = found(tuple(shape), dim, numbers)
+        if not isinstance(made, tuple) or [isinstance(part, nn.Module) for part in made] != [True, True]:
+            raise ConfigError(f"networks: expected {SIGNATURE}, two modules, got {_kinds(made)} from {name}")
+        return made
+
+    return networks
+
+
+def source_hash(name: str) -> str:
+    """SHA-256 of the file that the function stands in; another one would train other networks."""
+    with answered(f"import of {name}"), _working_directory():
+        file = getsourcefile(importlib.import_module(name.partition(":")[0]))
+    return sha256(Path(file)) if file else ""
+
+
+@contextmanager
+def answered(what: str) -> Iterator[None]:
+    """Whatever somebody's code raises is one line, with the place in that code."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise ConfigError(f"networks: {what}: {said} ({Path(last.filename).name}, line {last.lineno})") from error
+
+
+@contextmanager
+def _working_directory() -> Iterator[None]:
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(Path.cwd()))
+
+
+def _kinds(made: object) -> str:
+    return f"({', '.join(type(part).__name__ for part in made)})" if isinstance(made, tuple) else type(made).__name__
