@@ -213,6 +213,7 @@ def settle(base: Config, quick: Mapping[str, object], given: Mapping[str, object
         for name in values.keys() & {"width", "encoder_width", "dropout"}:
             option = name.replace("_", "-")
             raise ConfigError(f"{option}: expected none beside networks of your own, got {values[name]}")
+        find(str(networks))
         changes["networks_hash"] = source_hash(str(networks))
     return check_device(replace(base, **changes))  # pyright: ignore[reportArgumentType]
 

@@ -12,6 +12,7 @@ from benchmarks.data import Data
 from flowpost.vae import Likelihood
 
 PIXEL_FEATURES = 4  # numbers a pixel that a categorical decoder's softmax reads
+LOGISTIC = math.sqrt(3) / math.pi  # scale of a logistic distribution of deviation 1
 
 
 class Standardize(nn.Module):
@@ -43,9 +44,9 @@ def _spread(data: Data) -> Tensor:
 
 
 def deviation(data: Data) -> Tensor:
-    """The standard deviation of each element ``(elements,)``, at least a thousandth of the largest."""
+    """The standard deviation of each element ``(elements,)``; of levels it is half of one at least."""
     each = data.train.flatten(1).std(0)
-    return each.clamp(min=1e-3 * each.max())
+    return each.clamp(min=0.5 if data.likelihood == "discretized-logistic" else 1e-6 * each.max())
 
 
 def last_layer(data: Data, likelihood: Likelihood, width: int) -> nn.Module:
@@ -105,7 +106,7 @@ class PixelLocation(nn.Module):
         super().__init__()
         mean, scale = data.train.flatten(1).mean(0), deviation(data)
         if data.likelihood == "discretized-logistic":  # its levels run from -1 to 1
-            mean, scale = 2 * mean / data.levels - 1, 2 * scale / data.levels
+            mean, scale = 2 * mean / data.levels - 1, 2 * scale / data.levels * LOGISTIC
         self.register_buffer("start", torch.stack([mean, scale.log()])[:numbers])
         self.register_buffer("unit", torch.stack([scale, torch.ones_like(scale)])[:numbers])
         self.linear = nn.Linear(width, self.start.numel())

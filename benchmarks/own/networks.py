@@ -59,9 +59,15 @@ def answered(what: str) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        raise ConfigError(f"networks: {what}: {said} ({Path(last.filename).name}, line {last.lineno})") from error
+        said = "".join(traceback.format_exception_only(error)).splitlines()[0]
+        raise ConfigError(f"networks: {what}: {said}{_place(error)}") from error
+
+
+def _place(error: Exception) -> str:
+    """The last line of the working directory's code that an error went through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(frame.filename).is_relative_to(Path.cwd())]
+    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
 
 
 @contextmanager

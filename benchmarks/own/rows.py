@@ -51,13 +51,12 @@ def divide(arrays: Arrays) -> Rows:
         rows = len(given["train"])
         sizes = [rows - len(missing) * (rows // SHARE), *[rows // SHARE] * len(missing)]
         chosen = dict(zip(["train", *missing], permuted_parts(rows, sizes), strict=True))
-        parts |= {name: given["train"][rows] for name, rows in chosen.items()}
+        parts |= {name: given["train"][index] for name, index in chosen.items()}
         labels = labels[chosen["test"]] if labels is not None and "test" in chosen else labels
-        origin = f"{' and '.join(missing)}: a tenth of train's rows each, drawn with seed {SPLIT_SEED}"
+        origin = f"{' and '.join(missing)}: a tenth of {rows} rows each, drawn with seed {SPLIT_SEED}"
     for name, fewest in FEWEST.items():
         if len(parts[name]) < fewest:
-            got = f"got {len(parts[name])}"
-            raise DataError(f"{name}: expected at least {fewest} rows, {got}; {origin}, from {len(given['train'])}")
+            raise DataError(f"{name}: expected at least {fewest} rows, got {len(parts[name])}; {origin}")
     return Rows(parts["train"], parts["valid"], parts["test"], labels, origin)
 
 

@@ -119,7 +119,7 @@ def check(parts: Parts, spec: Spec) -> None:
         if bad.any():
             wanted = f"{'whole ' if kind.whole else ''}numbers from 0 to {largest:.0f} for {spec.kind}"
             row = int(bad.reshape(len(part), -1).any(1).argmax())
-            got = f"got {float(part[bad][0]):g} in row {row}, one of {int(bad.sum())} others"
+            got = f"got {int(bad.sum())} others (the first is {float(part[bad][0]):g} in row {row})"
             raise DataError(f"{name}: expected {wanted}, {got}; choose a --likelihood that has them")
     _check_spread(parts["train"].reshape(len(parts["train"]), -1), spec)
 
@@ -135,7 +135,7 @@ def _check_spread(train: np.ndarray, spec: Spec) -> None:
     out = (deviations < low) | (deviations > high)
     if out.any():
         first = int(out.argmax())
-        got = f"got {int(out.sum())} of {len(out)} others (the first is element {first}, {deviations[first]:g})"
+        got = f"got {int(out.sum())} of {len(out)} others (the first is {deviations[first]:g} of element {first})"
         raise DataError(
             f"train: expected elements of a deviation from {low:g} to {high:g}, for gaussian learns their scales, "
             f"{got}; drop or rescale these, or fix the scale: --likelihood gaussian:{0.1 * deviations.max():.2g}"
