@@ -206,8 +206,9 @@ OTHERS = {"pyro": "pyro", "arviz": "arviz_base", "lightning": "lightning"}
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
-def test_docs_run_as_pasted(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_docs_run_as_pasted(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """All blocks but those whose library is not installed; where there are such, the test says so by a skip."""
+    monkeypatch.chdir(tmp_path)  # where a page writes its files
     module = types.ModuleType(f"page_{page.stem}")  # where pickle finds the classes that a page defines
     monkeypatch.setitem(sys.modules, module.__name__, module)
     missing = set()

@@ -70,7 +70,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     code = cli.main(arguments)
-    return code, *capsys.readouterr()
+    out, err = capsys.readouterr()
+    return code, out, err
 
 
 # ------------------------------------------------------------------------------------------- what a file is taken for
@@ -187,7 +188,7 @@ def promise(shape: tuple[int, ...]) -> Callable[[], None]:
     return write
 
 
-def with_at(index: tuple[int, ...], value: float) -> np.ndarray:
+def with_at(index: Any, value: float) -> np.ndarray:  # noqa: ANN401 - whatever numpy takes
     x = WAVES.copy()
     x[index] = value
     return x
