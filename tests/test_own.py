@@ -17,6 +17,7 @@ from benchmarks import __main__ as cli
 from benchmarks import job, plots
 from benchmarks.config import ConfigError, configure, from_json
 from benchmarks.data import Data, DataError, load
+from benchmarks.figures import evaluate
 from benchmarks.models import build, count_parameters
 from benchmarks.own import archive, rows, values
 from benchmarks.own.setup import configure_own, load_own, sizes
@@ -356,6 +357,20 @@ def test_levels_start_near_their_histogram(here: Path) -> None:
     vae = model(data)
     per_level = -vae(data.test).log_likelihood.mean().item() / 48
     assert per_level == pytest.approx(np.log(20 * np.sqrt(2 * np.pi * np.e)), abs=0.1)
+
+
+def test_levels_without_order_start_at_their_histogram(here: Path) -> None:
+    """Where the features count nothing, every element of any shape has the histogram of all; its bits are told."""
+    data = own(np.array([0, 0, 0, 1, 2, 2, 2, 2])[DRAWS.integers(0, 8, (100, 7))], "categorical:3")
+    vae = model(data)
+    vae.decoder.get_submodule("6.levels").get_parameter("weight").data.zero_()
+    counts = torch.bincount(data.train.long().flatten()) + 1
+    logits = vae.decode(torch.zeros(1, 2), 7)[0]
+    torch.testing.assert_close(logits.softmax(0), (counts / counts.sum()).unsqueeze(-1).expand(-1, 7))
+    config = configure(posteriors=("diagonal",), samples=20)
+    found = evaluate(vae.eval(), data, config)
+    assert found["nll_bits"] == pytest.approx(found["nll"] / (7 * np.log(2)))
+    assert found["neg_elbo_bits"] == pytest.approx(found["neg_elbo"] / (7 * np.log(2)))
 
 
 @pytest.mark.parametrize(("shape", "picture"), [((6, 7), (6, 7)), ((1, 6, 7), (6, 7)), ((3, 6, 7), (6, 7, 3))])
