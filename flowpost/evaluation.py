@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import reduce
 from typing import NamedTuple
 
@@ -18,8 +17,7 @@ from flowpost.kl import latent_kl
 from flowpost.marginals import gaussian_marginals
 from flowpost.numerics.arguments import check_int
 from flowpost.vae import VAE
-
-_EXAMPLES = 100
+from flowpost.weights import EXAMPLES, log_weights
 
 
 def log_marginal(vae: VAE, x: Tensor, samples: int = 1000, *, pairs: int = 1000, y: Tensor | None = None) -> Tensor:
@@ -45,7 +43,7 @@ def log_marginal(vae: VAE, x: Tensor, samples: int = 1000, *, pairs: int = 1000,
     Reference:
         Kingma & Welling (2019), section 2.6; Rezende et al. (2014), appendix E.
     """
-    parts = _log_weights(vae, x, y, samples, pairs)
+    parts = log_weights(vae, x, y, samples, pairs)
     sums = [reduce(torch.logaddexp, (chunk.logsumexp(0) for chunk in chunks)) for chunks in parts]
     return torch.cat(sums) - math.log(samples)
 
@@ -81,7 +79,7 @@ def importance_estimate(
         >>> k_hat.shape
         torch.Size([5])
     """
-    parts = [summarize(chunks, samples) for chunks in _log_weights(vae, x, y, samples, pairs)]
+    parts = [summarize(chunks, samples) for chunks in log_weights(vae, x, y, samples, pairs)]
     estimate = ImportanceEstimate(*(torch.cat(column) for column in zip(*parts, strict=True)))
     warn_unreliable(estimate, samples)
     return estimate
@@ -112,7 +110,7 @@ def kl_per_latent(vae: VAE, x: Tensor, *, y: Tensor | None = None) -> Tensor:
     if vae.prior is not None:
         raise ValueError("prior: expected N(0, I), whose latents are independent, got a prior of the model's own")
     with torch.no_grad():
-        parts = [latent_kl(*gaussian_marginals(vae.encode(*part))) for part in split(x, y, _EXAMPLES)]
+        parts = [latent_kl(*gaussian_marginals(vae.encode(*part))) for part in split(x, y, EXAMPLES)]
         return torch.cat(parts)
 
 
@@ -178,20 +176,3 @@ def _means(vae: VAE, x: Tensor, y: Tensor | None, samples: int) -> tuple[Tensor,
         return mean, torch.zeros_like(mean)
     z = q.draw((samples,)).z.double()
     return z.mean(0), z.var(0) / samples
-
-
-def _log_weights(vae: VAE, x: Tensor, y: Tensor | None, samples: int, pairs: int) -> Iterator[Iterator[Tensor]]:
-    """For each part of x its log-weights in chunks ``(n, B)``, to be read before the next part."""
-    samples, pairs = check_int("samples", samples, minimum=1), check_int("pairs", pairs, minimum=1)
-    for part in split(x, y, min(_EXAMPLES, pairs)):
-        yield _chunks(vae, *part, samples, max(1, pairs // max(1, len(part[0]))))
-
-
-def _chunks(vae: VAE, x: Tensor, y: Tensor | None, samples: int, size: int) -> Iterator[Tensor]:
-    with torch.no_grad():
-        q = vae.encode(x, y)
-    for start in range(0, samples, size):
-        with torch.no_grad():  # not around `yield`: the reader would run without gradient too
-            out = vae.evaluate(x, q, (min(size, samples - start),), y=y)
-            log_w = out.log_likelihood.double() + out.log_prior.double() - out.log_q.double()
-        yield log_w
