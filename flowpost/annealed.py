@@ -55,7 +55,7 @@ def schedule(temperatures: int, kind: str = "sigmoidal") -> Tensor:
         tensor([0.0000, 0.2500, 0.5000, 0.7500, 1.0000], dtype=torch.float64)
     """
     if kind not in SCHEDULES:
-        raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {kind!r}")
+        raise ValueError(f"path: expected one of {', '.join(SCHEDULES)}, got {kind!r}")
     line = torch.linspace(0, 1, check_int("temperatures", temperatures, minimum=1) + 1, dtype=torch.float64)
     if kind == "linear":
         return line
@@ -100,7 +100,8 @@ def anneal(
         >>> p = lambda e: (-0.5 * (e / 2).square().sum(-1), -e / 4)  # its integral is 2 sqrt(2 pi)
         >>> betas, start = schedule(50), torch.randn(500, 1)
         >>> walk = anneal(p, start, betas, torch.full((49,), 0.8), leapfrogs=2)
-        >>> round((walk.log_weight.logsumexp(0) - math.log(500)).item(), 1), round(math.log(2 * math.sqrt(2 * math.pi)), 1)
+        >>> log_z = walk.log_weight.logsumexp(0) - math.log(500)
+        >>> round(log_z.item(), 1), round(math.log(2 * math.sqrt(2 * math.pi)), 1)
         (1.6, 1.6)
     """
     check_int("leapfrogs", leapfrogs, minimum=1)
@@ -114,7 +115,7 @@ def anneal(
     ) -> tuple[Tensor, ...]:
         beta, size, gain = now
         state = State(position, value, slope)
-        state, share = _step(state, gradient, size, leapfrogs, beta)
+        state, share = vary(state, gradient, size, leapfrogs, beta)
         return *state, log_weight + gain * _ratio(state), shares + share.mean(0)
 
     state = State(start, *gradient(start))
@@ -133,10 +134,10 @@ def pilot(
 ) -> Tensor:
     """Step sizes for `anneal`, one for each temperature and example, from chains that are thrown away.
 
-    The pilot anneals in fewer temperatures. At each, ``log step += 0.3 (accepted - 0.8)``, the share being the mean over
-    an example's chains, and the next temperature begins with that. The steps are then smoothed over the temperatures.
-    A run with what was found here has fixed step sizes: adapted within it, they would depend on its own chains, and the
-    weights would have another mean.
+    The pilot anneals in fewer temperatures. At each, ``log step += 0.3 (accepted - 0.8)``, accepted being the mean over
+    an example's chains, and the next temperature begins with that. The step sizes are then smoothed over the
+    temperatures. A run with what was found here has fixed step sizes; adapted within it, they would depend on its own
+    chains, and the mean of the weights would be another.
 
     Args:
         gradient: as in `anneal`.
@@ -159,7 +160,7 @@ def pilot(
 
     def advance(position: Tensor, value: Tensor, slope: Tensor, log_size: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
         state = State(position, value, slope)
-        state, share = _step(state, gradient, log_size.exp(), leapfrogs, beta)
+        state, share = vary(state, gradient, log_size.exp(), leapfrogs, beta)
         return *state, log_size + GAIN * (share.mean(0) - ACCEPTANCE)
 
     value, slope = gradient(start)
@@ -178,10 +179,10 @@ def pilot_temperatures(temperatures: int) -> int:
     return max(PILOT_LEAST, temperatures // PILOT_SHARE)
 
 
-def _step(
-    state: State, gradient: Gradient, size: Tensor, leapfrogs: int, beta: Tensor
+def vary(
+    state: State, gradient: Gradient, size: Tensor, leapfrogs: int, beta: Tensor | None = None
 ) -> tuple[State, Tensor]:
-    """One with a step size of half to all of the given one: at one size, paths through half a period lead to -e."""
+    """A `hamiltonian_step` of half to all of the size: at one size, all paths may run half a period, and end at -e."""
     size = size * (1 - 0.5 * torch.rand_like(state.value))
     return hamiltonian_step(state, gradient, size, leapfrogs, *draws(state), beta)
 
@@ -193,7 +194,7 @@ def _ratio(state: State) -> Tensor:
 
 def _stretched(logs: Tensor, count: int) -> Tensor:
     """The mean of neighbours among ``(n, *batch)``, at `count` equal distances."""
-    lines, reach = logs.flatten(1).mT.unsqueeze(0), max(1, len(logs) // 20)  # (1, N, n)
+    lines, reach = logs.reshape(len(logs), -1).mT.unsqueeze(0), max(1, len(logs) // 20)  # (1, N, n)
     means = F.avg_pool1d(F.pad(lines, (reach, reach), mode="replicate"), 2 * reach + 1, 1)
     if not count:
         return logs[:0]

@@ -1,4 +1,4 @@
-"""What to report: log p(x) by importance sampling and whether to trust it, KL per latent, active units, ELBO terms."""
+"""What to report: log p(x), its bounds and whether to trust it, KL per latent, active units, ELBO terms."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ from flowpost.importance import ImportanceEstimate, summarize, warn_unreliable
 from flowpost.kl import latent_kl
 from flowpost.marginals import gaussian_marginals
 from flowpost.numerics.arguments import check_int
+from flowpost.refining import refine as refine
+from flowpost.sandwich import AnnealedEstimate as AnnealedEstimate
+from flowpost.sandwich import Sandwich as Sandwich
+from flowpost.sandwich import annealed_estimate as annealed_estimate
+from flowpost.sandwich import sandwich as sandwich
 from flowpost.vae import VAE
 from flowpost.weights import EXAMPLES, log_weights
 
@@ -49,7 +54,7 @@ def log_marginal(vae: VAE, x: Tensor, samples: int = 1000, *, pairs: int = 1000,
 
 
 def importance_estimate(
-    vae: VAE, x: Tensor, samples: int = 1000, *, pairs: int = 1000, y: Tensor | None = None
+    vae: VAE, x: Tensor, samples: int = 1000, *, refine: int = 0, pairs: int = 1000, y: Tensor | None = None
 ) -> ImportanceEstimate:
     """`log_marginal` with its standard error, effective sample size and Pareto k-hat, for each x.
 
@@ -57,10 +62,16 @@ def importance_estimate(
     0.7 for any of them it says so in an `UnreliableEstimateWarning`. Posterior mass that no sample has reached shows
     in none of these numbers.
 
+    The cheap cure of a large k-hat is ``refine=25``: 32 short Hamiltonian chains an example, in the noise space of
+    q(z|x), to which a Student's t is fitted; the samples are then fresh draws of that, one in ten of q, so that the
+    estimate is a lower bound in expectation as before. It takes `refine` times 200 gradients of log p(x|z) for each x.
+    The model must be in eval mode for it. The dear cure is `annealed_estimate`.
+
     Args:
         vae: the model.
         x: ``(B, *event)``.
         samples: number of samples for each example; k-hat needs 21.
+        refine: steps of the chains behind a proposal fitted to each x; 0 takes q(z|x) itself.
         pairs: how many (sample, example) pairs are decoded at once.
         y: as in `log_marginal`.
 
@@ -68,7 +79,7 @@ def importance_estimate(
         ``ImportanceEstimate(log_p, standard_error, ess, k_hat)``.
 
     Raises:
-        ValueError: if `samples` or `pairs` is below 1.
+        ValueError: if `samples` or `pairs` is below 1, or `refine` is below 0.
 
     Reference:
         Vehtari et al. (2024), Pareto Smoothed Importance Sampling; Yao et al. (2018), Yes, but Did It Work?
@@ -79,7 +90,7 @@ def importance_estimate(
         >>> k_hat.shape
         torch.Size([5])
     """
-    parts = [summarize(chunks, samples) for chunks in log_weights(vae, x, y, samples, pairs)]
+    parts = [summarize(chunks, samples) for chunks in log_weights(vae, x, y, samples, pairs, refine)]
     estimate = ImportanceEstimate(*(torch.cat(column) for column in zip(*parts, strict=True)))
     warn_unreliable(estimate, samples)
     return estimate

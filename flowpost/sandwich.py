@@ -11,10 +11,10 @@ from torch import Tensor
 
 from flowpost.chains import AnnealedEstimate, Chains, Part, Progress
 from flowpost.conditions import Data, row_for_each, split
-from flowpost.density import like_of
 from flowpost.distribution import FlowDistribution
 from flowpost.importance import LIMIT, ImportanceEstimate, summarize
 from flowpost.numerics.arguments import check_int
+from flowpost.refining import noise_like
 from flowpost.vae import VAE
 from flowpost.weights import frozen, joint_target, log_weights
 
@@ -40,20 +40,27 @@ class Sandwich(NamedTuple):
         return self.upper.log_p - self.lower.log_p
 
     def __str__(self) -> str:
-        names = ("annealed, lower bound", "annealed, upper bound", "gap of the two", f"{self.samples:,} importance samples")
-        values = (self.lower.log_p, self.upper.log_p, self.gap, self.importance.log_p)
-        rows = [f"  {name:<28}{_mean_error(value)}" for name, value in zip(names, values, strict=True)]
-        heavy = int((~(self.importance.k_hat <= LIMIT)).sum())
-        rows[-1] += f", k-hat above {LIMIT} for {heavy} of {len(self.gap)}"
+        count = len(self.gap)
+        heavy = f", k-hat above {LIMIT} for {int((~(self.importance.k_hat <= LIMIT)).sum())} of {count}"
+        rows = {
+            "annealed, lower bound": (self.lower.log_p, ""),
+            "annealed, upper bound": (self.upper.log_p, ""),
+            "upper less lower": (self.gap, f", largest {self.gap.max():.2f}"),
+            f"{self.samples:,} importance samples": (
+                self.importance.log_p,
+                f", k-hat above {LIMIT} for {heavy} of {count}",
+            ),
+        }
         return "\n".join(
             [
-                f"log p(x) of {len(self.gap)} x simulated from the model, mean ± standard error, in nats:",
-                *rows,
+                f"log p(x) of {count} x simulated from the model, mean ± standard error, in nats",
+                *(f"  {name:<25}{_mean_error(values, 11)}{more}" for name, (values, more) in rows.items()),
                 f"  accepted {self.lower.acceptance.mean():.2f}, back {self.upper.acceptance.mean():.2f}; "
-                f"largest gap {self.gap.max():.2f}; residual of the inverse {self.residual.max():.1e}",
-                f"Annealing with these settings falls short of log p(x) by {self.gap.mean():.2f} nats on average at most, "
-                "for x of the model's own. For real x there is no upper bound: the lower one is about as tight where "
-                "q(z|x) is about as good, and less where it is worse.",
+                f"residual of the inverse at most {self.residual.max():.1e}",
+                f"So with these settings the lower bound misses {_mean_error(self.gap)} nats at most, on average, for x "
+                "of the model's own.",
+                "For real x there is no upper bound: the lower one misses about as much where q(z|x) is about as good, "
+                "and more where it is worse.",
             ]
         )
 
@@ -202,9 +209,7 @@ def _both(vae: VAE, data: Data, z: Tensor, runs: Chains) -> tuple[AnnealedEstima
 def _part(vae: VAE, data: Data) -> tuple[Part, FlowDistribution]:
     with torch.no_grad():
         q = vae.encode(*data)
-    like = like_of(q.flow, q.context)
-    empty = torch.empty(*q.batch_shape, *q.event_shape, dtype=like.dtype, device=like.device)
-    return Part(joint_target(vae, q, data), empty), q
+    return Part(joint_target(vae, q, data), noise_like(q)), q
 
 
 @torch.no_grad()
@@ -222,5 +227,6 @@ def _together(parts: Iterable[Row]) -> Row:
     return type(found[0])(*(torch.cat(column) for column in zip(*found, strict=True)))
 
 
-def _mean_error(values: Tensor) -> str:
-    return f"{values.mean():10.3f} ± {values.std() / math.sqrt(len(values)):.3f}"
+def _mean_error(values: Tensor, width: int = 0) -> str:
+    """The mean ± its standard error over examples."""
+    return f"{values.mean():{width}.3f} ± {values.std() / math.sqrt(len(values)):.3f}"
