@@ -19,7 +19,7 @@ from flowpost.training import Captured
 ACCEPTANCE = 0.8  # of the pilot's proposals
 GAIN = 0.3  # of a pilot's log step size, for each temperature: what it follows, and how much it wavers
 PILOT_CHAINS = 4  # for each example, which share a step size
-PILOT_SHARE, PILOT_LEAST = 4, 50  # a pilot has a quarter of the temperatures, but as many as it takes to settle
+PILOT_SHARE, PILOT_LEAST = 4, 30  # a pilot has a quarter of the temperatures, but as many as it takes to settle
 SCHEDULES = ("sigmoidal", "linear")
 STEEPNESS = 4.0  # Wu et al.'s
 

@@ -57,8 +57,8 @@ class Sandwich(NamedTuple):
                 *(f"  {name:<25}{_mean_error(values, 11)}{more}" for name, (values, more) in rows.items()),
                 f"  accepted {self.lower.acceptance.mean():.2f}, back {self.upper.acceptance.mean():.2f}; "
                 f"residual of the inverse at most {self.residual.max():.1e}",
-                f"So with these settings the lower bound misses {_mean_error(self.gap)} nats at most, on average, for x "
-                "of the model's own.",
+                f"So with these settings the lower bound misses {_mean_error(self.gap)} nats at most, on average over "
+                "x of the model's own.",
                 "For real x there is no upper bound: the lower one misses about as much where q(z|x) is about as good, "
                 "and more where it is worse.",
             ]

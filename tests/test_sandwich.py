@@ -94,7 +94,7 @@ def test_step_sizes_that_follow_the_chain_are_found(monkeypatch: pytest.MonkeyPa
     x, right = model.draw(3)[1], annealed.vary
 
     def follows(state: annealed.State, gradient: Gradient, size: Tensor, *rest: object) -> object:
-        here = (state.value - state.value.mean(0)).clamp(-3, 3).exp()
+        here = torch.where(state.value > state.value.mean(0), 0.3, 2.0)
         return right(state, gradient, size * here, *rest)  # pyright: ignore[reportArgumentType]
 
     monkeypatch.setattr(annealed, "vary", follows)
@@ -105,9 +105,9 @@ def test_step_sizes_that_follow_the_chain_are_found(monkeypatch: pytest.MonkeyPa
 def test_the_evidence_lies_in_between(name: str) -> None:
     """200 simulated x: means within 4 standard errors of their side, intervals of 2 errors cover about as they say."""
     vae, model = known(name)
-    found = sandwich(vae, 200, (5,), chains=16, temperatures=15, leapfrogs=2, samples=100)
+    found = sandwich(vae, 200, (5,), chains=16, temperatures=10, leapfrogs=2, samples=100)
     z, x = model.draw(200)
-    lower = annealed_estimate(vae, x, chains=16, temperatures=15, leapfrogs=2)
+    lower = annealed_estimate(vae, x, chains=16, temperatures=10, leapfrogs=2)
     missed = (lower.log_p - model.evidence(x)).double()
     assert missed.mean() < 4 * missed.std() / math.sqrt(200)
     assert ((missed.abs() < 2 * lower.standard_error).double().mean() - 0.92).abs() < 0.08
@@ -136,7 +136,7 @@ def test_more_temperatures_are_tighter() -> None:
     vae, model = known("realnvp")
     x = model.draw(100)[1]
     missed = [
-        (model.evidence(x) - annealed_estimate(vae, x, 2, temperatures, 2).log_p).mean() for temperatures in (1, 6, 60)
+        (model.evidence(x) - annealed_estimate(vae, x, 2, temperatures, 2).log_p).mean() for temperatures in (1, 5, 25)
     ]
     assert missed[0] > 2 * missed[1] > 4 * missed[2]
 
@@ -223,17 +223,17 @@ def test_simulated_x_of_a_nonlinear_model(conditional: bool) -> None:  # noqa: F
 
 
 def test_parts_do_not_matter_and_progress_counts() -> None:
-    """Seven parts of three chunks of chains each; the model's parameters want gradients as before."""
+    """Three parts of three chunks of chains each; the model's parameters want gradients as before."""
     vae, model = known("diagonal")
     vae.decoder.register_parameter("frozen", nn.Parameter(torch.zeros(1), requires_grad=False))
-    x = model.draw(7)[1]
+    x = model.draw(3)[1]
     before = [parameter.requires_grad for parameter in vae.parameters()]
     told: list[tuple[int, int]] = []
-    found = annealed_estimate(vae, x, 20, 30, 2, pairs=7, progress=lambda *now: told.append(now))
+    found = annealed_estimate(vae, x, 20, 12, 2, pairs=7, progress=lambda *now: told.append(now))
     torch.testing.assert_close(found.log_p, model.evidence(x), rtol=0, atol=0.2)
     assert found.log_p.dtype == found.standard_error.dtype == found.ess.dtype == torch.float64
     assert (found.acceptance > 0.6).all()
-    total = 7 * (50 + 3 * 29)
+    total = 3 * (30 + 3 * 11)
     assert told == [(done, total) for done in range(1, total + 1)]
     assert before == [parameter.requires_grad for parameter in vae.parameters()]
     assert all(parameter.grad is None for parameter in vae.parameters())
