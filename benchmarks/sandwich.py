@@ -181,7 +181,7 @@ def _table(rows: Sequence[Row], plan: Plan) -> Table:
         "standard error over images; worst: of the annealed one, the worst image; annealed: "
         f"{plan.chains} chains of {plan.temperatures:,} temperatures of {plan.leapfrogs} leapfrogs; importance: "
         f"{plan.samples:,} samples of q(z|x); refined: as many of a proposal fitted to chains of {REFINE} steps; "
-        "k>0.7: share of images where k-hat says not to trust it; residual: of the inverse that the way back starts with; "
+        "k>0.7: share of images whose k-hat is above; residual: of the inverse that the way back starts with; "
         "seconds: of the annealing and importance sampling, both ways on images of the model's own"
     )
     return Table([*COLUMNS], [[cell(row) for cell in COLUMNS.values()] for row in rows], caption=caption)
