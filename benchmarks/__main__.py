@@ -33,6 +33,7 @@ from benchmarks.posteriors.command import posteriors
 from benchmarks.reliability.command import reliability
 from benchmarks.report import Report
 from benchmarks.run import Out, terminal
+from benchmarks.sandwich import sandwich_command
 from benchmarks.speed import speed
 from benchmarks.targets import targets
 
@@ -46,6 +47,7 @@ app.command()(compare)
 app.command()(encoders)
 app.command()(posteriors)
 app.command()(reliability)
+app.command("sandwich")(sandwich_command)
 app.command()(speed)
 app.command()(targets)
 # Newer typers bring a click of their own, and none exports the base class of its errors: it is reached through one.
@@ -66,6 +68,7 @@ Examples:
   python -m benchmarks encoders            other people's encoders: one line each, and what a flow pays
   python -m benchmarks posteriors          exact KL to posteriors of data, from flowpost.fit
   python -m benchmarks reliability         hard uses, flowpost beside public libraries
+  python -m benchmarks sandwich runs/*     log p(x) of finished jobs' models between two bounds
   python -m benchmarks speed               times, beside dense layers and public libraries
   python -m benchmarks targets             exact KL to densities that are known
 """
@@ -142,6 +145,12 @@ def main_job(
     ] = None,
     samples: Annotated[
         int | None, typer.Option(help="Importance samples a test image behind NLL.  [digits: 5000, others: 500]")
+    ] = None,
+    trusted_images: Annotated[
+        int | None,
+        typer.Option(
+            help="Test images, from the first, whose NLL is annealed too, for the first seed.  [default: 50; quick: 0]"
+        ),
     ] = None,
     pairs: Annotated[
         int | None, typer.Option(help="(Sample, image) pairs evaluated at once; lower it if memory runs out.")

@@ -82,6 +82,7 @@ class Config:
     gaps: bool = False  # whether posteriors are fitted to single test images, to split the gap
     gap_images: int = 100  # of the test part, from its start
     gap_steps: int = 500  # of each of these fits
+    trusted_images: int = 50  # of the test part, from its start, whose NLL is annealed too, for the first seed
     samples: int = 5000  # importance samples for each test image behind NLL
     pairs: int = 4000  # (sample, image) pairs evaluated at once: memory
     threads: int = 1  # of PyTorch on the CPU; these nets are too small to gain from more
@@ -100,6 +101,7 @@ class Config:
             _check_range(name.replace("_", "-"), getattr(self, name), 1)
         _check_range("seeds", len(self.seeds), 1)
         _check_range("kl-warmup", self.kl_warmup, 0)
+        _check_range("trusted-images", self.trusted_images, 0)
         if not 0 < self.lr < math.inf:
             raise ConfigError(f"lr: expected a positive number, got {self.lr}")
         if not 0 <= self.dropout < 1:
@@ -189,6 +191,7 @@ QUICK = {
     "patience": 20,
     "kl_warmup": 5,
     "samples": 500,
+    "trusted_images": 0,
     "seeds": (0,),
     "gap_images": 50,
     "gap_steps": 200,

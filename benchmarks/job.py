@@ -86,7 +86,7 @@ def run_one(data: Data, name: str, seed: int, report: Report, display: Display) 
     keeper = Keeper(display.watch(name, seed), report.run.folder / CHECKPOINTS, name, seed, config, display.say)
     try:
         vae, history = train_one(data, name, seed, config, keeper)
-        figures = evaluate(vae, data, config)
+        figures = evaluate(vae, data, config, seed)
     except TrainingError as error:
         report.add(result | {"error": str(error)})
         line = f"{name}, seed {seed} failed: {error}"

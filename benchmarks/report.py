@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.config import Config, ConfigError, check_device, from_json
 from benchmarks.environment import versions
-from benchmarks.figures import ACTIVE, INFORMATION_IMAGES, LEVELS, TEST_SAMPLES
+from benchmarks.figures import ACTIVE, ANNEALED, INFORMATION_IMAGES, LEVELS, TEST_SAMPLES
 from benchmarks.objective import objective_words
 from benchmarks.run import Run
 from benchmarks.table import Table, grouped
@@ -109,7 +109,7 @@ class Report:
         rows = []
         for name, results in by_posterior(self.finished).items():
             summary = summarize(results)
-            rows.append([name, *(_cell(summary[key], digits, spread=key in SPREAD) for key, _, digits in columns)])
+            rows.append([name, *(_cell(summary.get(key), digits, spread=key in SPREAD) for key, _, digits in columns)])
         notes = [_note(one, self.config) for one in self.results if one["error"] or one["skipped_steps"]]
         return Table(["posterior", *(title for _, title, _ in columns)], rows, caption=self.caption(), notes=notes)
 
@@ -122,7 +122,7 @@ class Report:
             f"{config.name}, test part; {_model_words(config)}trained on {objective_words(config)}; "
             f"nats per {unit}, mean (sd) over seeds ({seeds} runs); "
             f"-ELBO: {TEST_SAMPLES} samples per {unit}; NLL: {config.samples} importance samples per {unit}; "
-            f"gap: -ELBO - NLL; {_gap_words(config)}"
+            f"gap: -ELBO - NLL; {_gap_words(config)}{_trusted_words(config)}"
             f"ESS: effective ones of NLL's samples; k>0.7: share of {unit}s whose NLL is not to be trusted; "
             f"active: units of z's {config.dim} with Var_x(E_q[z]) > {ACTIVE}; "
             f"MI: of z and the {unit}'s index, at most log of {INFORMATION_IMAGES} {unit}s or of all there are; "
@@ -145,8 +145,9 @@ def by_posterior(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 def summarize(results: Sequence[Result]) -> dict[str, dict[str, float | None]]:
     """Mean and standard deviation over seeds of every figure; no deviation where there is one seed."""
-    keys = [key for key, value in results[0].items() if isinstance(value, (int, float)) and key != "seed"]
-    return {key: _mean_sd([one[key] for one in results]) for key in keys}
+    numbers = [{key: value for key, value in one.items() if isinstance(value, (int, float))} for one in results]
+    keys = [key for key in dict.fromkeys(key for one in numbers for key in one) if key != "seed"]
+    return {key: _mean_sd([one[key] for one in numbers if key in one]) for key in keys}
 
 
 def _mean_sd(values: Sequence[float]) -> dict[str, float | None]:
@@ -174,6 +175,16 @@ def _gap_words(config: Config) -> str:
     return what
 
 
+def _trusted_words(config: Config) -> str:
+    if not config.trusted_images:
+        return ""
+    chains, temperatures, leapfrogs = ANNEALED
+    return (
+        f"trusted: NLL of {config.trusted_images} {config.unit}s, the first seed alone, by annealed importance sampling, "
+        f"{chains} chains of {temperatures} temperatures of {leapfrogs} leapfrogs; NLL of them: by importance samples; "
+    )
+
+
 def _columns(config: Config) -> list[tuple[str, str, int]]:
     """Key, title and decimals of the table's figures."""
     nats = [("neg_elbo", "-ELBO", 2), ("nll", "NLL", 2), ("gap", "gap", 2)]
@@ -183,7 +194,9 @@ def _columns(config: Config) -> list[tuple[str, str, int]]:
     trust = [("ess", "ESS", 0), ("heavy_tails", "k>0.7", 2)]
     rest = [("active_units", "active", 1), ("mutual_information", "MI", 2)]
     cost = [("parameters", "params", 0), ("step_ms", "ms/step", 1)]
-    optional = (split if config.gaps else []) + (bits if _has_bits(config) else [])
+    trusted = [("trusted_nll", "trusted", 2), ("trusted_images_nll", "NLL of them", 2)]
+    optional = trusted if config.trusted_images else []
+    optional = optional + (split if config.gaps else []) + (bits if _has_bits(config) else [])
     return [*nats, *optional, *trust, *rest, *cost]
 
 
@@ -192,6 +205,8 @@ def _has_bits(config: Config) -> bool:
     return config.data == "freyfaces" or config.likelihood.startswith(LEVELS)
 
 
-def _cell(figure: Mapping[str, float | None], digits: int, *, spread: bool) -> str:
+def _cell(figure: Mapping[str, float | None] | None, digits: int, *, spread: bool) -> str:
+    if figure is None:
+        return "-"  # the first seed failed
     mean, sd = figure["mean"], figure["sd"]
     return f"{mean:,.{digits}f}" + (f" ({sd:.{digits}f})" if spread and sd is not None else "")

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from flowpost.density import push
+from flowpost.density import push, standard_normal_log_prob
 from flowpost.distribution import FlowDistribution
 from flowpost.numerics.arguments import check_int
 
@@ -30,7 +30,7 @@ class State(NamedTuple):
 
 
 def leapfrog(
-    state: State, momentum: Tensor, gradient: Gradient, step_size: Tensor, leapfrogs: int
+    state: State, momentum: Tensor, gradient: Gradient, step_size: Tensor, leapfrogs: int, beta: Tensor | None = None
 ) -> tuple[State, Tensor]:
     """A path of ``H = -log p(position) + |momentum|^2 / 2``: each leapfrog is a half, a whole and a half step.
 
@@ -43,6 +43,7 @@ def leapfrog(
         gradient: of the log density.
         step_size: ``(*batch)``, or fewer axes that broadcast with it.
         leapfrogs: how many, at least 1.
+        beta: where it is given, the density is `tempered`; the states stay those of p itself.
 
     Returns:
         The state and the momentum at the end.
@@ -59,16 +60,22 @@ def leapfrog(
         (True, -1.0)
     """
     (position, value, slope), size = state, step_size.unsqueeze(-1)
-    momentum = momentum + 0.5 * size * slope
+    momentum = momentum + 0.5 * size * _tempered(-position, slope, beta)
     for left in reversed(range(check_int("leapfrogs", leapfrogs, minimum=1))):
         position = position + size * momentum
         value, slope = gradient(position)
-        momentum = momentum + (size if left else 0.5 * size) * slope
+        momentum = momentum + (size if left else 0.5 * size) * _tempered(-position, slope, beta)
     return State(position, value, slope), momentum
 
 
 def hamiltonian_step(
-    state: State, gradient: Gradient, step_size: Tensor, leapfrogs: int, momentum: Tensor, log_uniform: Tensor
+    state: State,
+    gradient: Gradient,
+    step_size: Tensor,
+    leapfrogs: int,
+    momentum: Tensor,
+    log_uniform: Tensor,
+    beta: Tensor | None = None,
 ) -> tuple[State, Tensor]:
     """One step of Hamiltonian Monte Carlo that leaves ``exp(log p)`` as it is, for every row by itself.
 
@@ -84,6 +91,8 @@ def hamiltonian_step(
         leapfrogs: length of the path, as many gradients.
         momentum: a fresh draw of N(0, I), ``(*batch, dim)``.
         log_uniform: the logarithm of a uniform draw from (0, 1), ``(*batch)``.
+        beta: where it is given, the density that stays is `tempered`; the states stay those of p itself, so that the
+            next step may have another beta without one gradient more.
 
     Returns:
         The next state, and the probability ``(*batch)`` with which each proposal was to be accepted.
@@ -103,13 +112,25 @@ def hamiltonian_step(
         >>> bool(acceptance.mean() > 0.9)
         True
     """
-    proposal, last = leapfrog(state, momentum, gradient, step_size, leapfrogs)
+    proposal, last = leapfrog(state, momentum, gradient, step_size, leapfrogs, beta)
     kinetic = 0.5 * (momentum.square() - last.square()).sum(-1)
-    log_ratio = proposal.value - state.value + kinetic
+    log_ratio = tempered(proposal, beta) - tempered(state, beta) + kinetic
     log_ratio = torch.where(log_ratio.isfinite(), log_ratio, -math.inf)  # the momentum is not, where a slope is not
     taken = log_uniform < log_ratio
     kept = State(*(torch.where(_like(taken, old), new, old) for new, old in zip(proposal, state, strict=True)))
     return kept, log_ratio.clamp(max=0).exp()
+
+
+def tempered(state: State, beta: Tensor | None) -> Tensor:
+    """The log of ``N(position; 0, I)^(1 - beta) p(position)^beta``, ``(*batch)``; p itself where beta is None.
+
+    In a flow's noise space it leads from q at beta = 0 to the target at beta = 1.
+    """
+    return state.value if beta is None else _tempered(standard_normal_log_prob(state.position), state.value, beta)
+
+
+def _tempered(normal: Tensor, own: Tensor, beta: Tensor | None) -> Tensor:
+    return own if beta is None else torch.lerp(normal, own, beta)
 
 
 def adapt(
@@ -162,8 +183,7 @@ def adapt(
     log_step, steps = step_size.detach().log(), check_int("steps", steps, minimum=1)
     total, first = torch.zeros_like(log_step), steps // 2 + 1
     for t in range(1, steps + 1):
-        momentum = _drawn(torch.randn, state.position, generator)
-        log_uniform = _drawn(torch.rand, state.value, generator).log()
+        momentum, log_uniform = draws(state, generator)
         state, accepted = hamiltonian_step(state, gradient, log_step.exp(), leapfrogs, momentum, log_uniform)
         log_step = log_step + 2 * t**-0.6 * (_mean_to(accepted, log_step.shape) - acceptance)
         total = total + log_step if t >= first else total
@@ -214,8 +234,13 @@ def _like(row: Tensor, tensor: Tensor) -> Tensor:
     return row if row.ndim == tensor.ndim else row.unsqueeze(-1)
 
 
-def _drawn(draw: Callable[..., Tensor], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    return draw(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+def draws(state: State, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """What `hamiltonian_step` takes from chance: a momentum, and the logarithm of a uniform draw."""
+    momentum, uniform = (
+        draw(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+        for draw, like in ((torch.randn, state.position), (torch.rand, state.value))
+    )
+    return momentum, uniform.log()
 
 
 def _mean_to(values: Tensor, shape: torch.Size) -> Tensor:

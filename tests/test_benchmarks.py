@@ -25,7 +25,20 @@ Tell = Callable[[History], None]
 PICTURES = {"curves", "nll", "reconstructions", "samples", "interpolation", "latent", "calibration"}
 FIGURES = ["neg_elbo", "nll", "gap", "ess", "heavy_tails", "active_units", "mutual_information"]
 FIGURES += ["parameters", "step_ms", "seconds"]
-TINY = ["--epochs", "2", "--width", "16", "--samples", "50", "--seeds", "1", "--kl-warmup", "1"]
+TINY = [
+    "--epochs",
+    "2",
+    "--width",
+    "16",
+    "--samples",
+    "50",
+    "--seeds",
+    "1",
+    "--kl-warmup",
+    "1",
+    "--trusted-images",
+    "0",
+]
 
 
 def run_cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -123,7 +136,9 @@ def test_missing_data_is_said_plainly(
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     folder = tmp_path_factory.mktemp("run")
-    code = cli.main([*TINY, "--posterior", "diagonal,iaf", "--posterior", "planar", "--dim", "2", "--out", str(folder)])
+    trusted = ["--trusted-images", "2"]
+    posteriors = ["--posterior", "diagonal,iaf", "--posterior", "planar"]
+    code = cli.main([*TINY, *trusted, *posteriors, "--dim", "2", "--out", str(folder)])
     return code, folder
 
 
@@ -138,9 +153,20 @@ def test_a_run_writes_finite_figures_and_its_configuration(tiny_run: tuple[int, 
         assert run["gap"] == pytest.approx(run["neg_elbo"] - run["nll"])
         assert -0.2 < run["gap"] < 20
         assert (run["error"], run["skipped_steps"], len(run["valid"])) == (None, 0, 2)
+        assert (run["trusted_nll"], run["trusted_acceptance"]) == (
+            pytest.approx(run["trusted_images_nll"], abs=20),
+            pytest.approx(0.8, abs=0.15),
+        )
     config = from_json(content["configuration"])
     assert config == configure(
-        posteriors=("diagonal", "iaf", "planar"), seeds=(0,), epochs=2, width=16, samples=50, kl_warmup=1, dim=2
+        posteriors=("diagonal", "iaf", "planar"),
+        seeds=(0,),
+        epochs=2,
+        width=16,
+        samples=50,
+        kl_warmup=1,
+        dim=2,
+        trusted_images=2,
     )
     assert {"python", "torch", "numpy", "flowpost", "cpu", "device", "commit"} <= content["environment"].keys()
 

@@ -134,13 +134,19 @@ def linear(*, shift: float = 0.0, name: str = "full_covariance") -> tuple[VAE, D
     return vae, Data("linear", x, x, x, 1, "gaussian"), model
 
 
-SETTINGS = Config(samples=400, gaps=True, gap_images=200, gap_steps=400, threads=1)
+SETTINGS = Config(samples=400, gaps=True, gap_images=200, gap_steps=400, threads=1, trusted_images=0)
 
 
 def test_an_exact_posterior_has_no_gap_and_weights_that_are_all_equal() -> None:
     vae, data, model = linear()
-    figures = evaluate(vae, data, replace(SETTINGS, gap_steps=20))
-    evidence = model.evidence(data.test.flatten(1)).mean().item()
+    settings = replace(SETTINGS, gap_steps=20, trusted_images=20, seeds=(3, 4))
+    figures = evaluate(vae, data, settings, seed=3)
+    each = model.evidence(data.test.flatten(1))
+    for key in ("trusted_nll", "trusted_images_nll"):
+        assert figures[key] == pytest.approx(-each[:20].mean().item(), abs=1e-6)
+    assert figures["trusted_error"] == pytest.approx(0, abs=1e-6)
+    assert "trusted_nll" not in evaluate(vae, data, replace(settings, gaps=False), seed=4)
+    evidence = each.mean().item()
     assert figures["nll"] == pytest.approx(-evidence, abs=1e-6)
     assert figures["local_nll"] == pytest.approx(-evidence, abs=0.01)  # the fits stray a little from where they start
     assert figures["neg_elbo"] == pytest.approx(-evidence, abs=0.1)  # the closed-form KL leaves the likelihood's noise

@@ -32,7 +32,8 @@ ROOMS = [
     {"recipes"},
     {"outputs", "wrapped", "wrap", "files", "_format", "gradients", "kl", "objectives", "schedules", "likelihoods"}
     | {"bounded", "terms", "conditions", "generative", "vae", "_graphs", "training"}
-    | {"importance", "marginals", "decomposition", "evaluation", "gaps", "calibration", "interop", "annealing"},
+    | {"importance", "marginals", "decomposition", "evaluation", "gaps", "calibration", "interop"}
+    | {"annealing", "annealed", "chains", "weights", "refining", "sandwich"},
     {"variational"},
 ]
 """From the ground up: what stands in a room imports from its own and from those below."""

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from flowpost.annealing import State, adapt, hamiltonian_step, noise_target
+from flowpost.annealing import State, adapt, draws, hamiltonian_step, noise_target
 from flowpost.numerics.arguments import check_int
 from flowpost.posterior import FlowPosterior
 from flowpost.variational.bound import Fitted
@@ -36,7 +36,6 @@ def _chains(part: FlowPosterior, target: Target, z: Tensor, steps: int, leapfrog
     state = State(noise, *gradient(noise))
     step_size = adapt(state, gradient, noise.new_tensor(0.5), leapfrogs)
     for _ in range(steps):
-        momentum, log_uniform = torch.randn_like(noise), torch.rand_like(state.value).log()
-        state, _ = hamiltonian_step(state, gradient, step_size, leapfrogs, momentum, log_uniform)
+        state, _ = hamiltonian_step(state, gradient, step_size, leapfrogs, *draws(state))
     with torch.no_grad():
         return part.flow(state.position)[0]

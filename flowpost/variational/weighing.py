@@ -16,7 +16,7 @@ from flowpost.variational.target import Target
 CHUNK = 1000
 """Draws at once."""
 SAME = 0.5
-"""Nats: where no weight exceeds the mean of all by more, the tail's shape means nothing, since no weight counts much."""
+"""Nats: where no weight exceeds the mean of all by more, no weight counts much, and the tail's shape means nothing."""
 
 
 class Progress(NamedTuple):

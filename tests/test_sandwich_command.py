@@ -1,0 +1,70 @@
+"""`python -m benchmarks sandwich`, on a job of moments, and the integral that it holds two latents against."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from linear_gaussian import LinearGaussian, fitted
+from test_benchmarks import TINY, run_cli
+
+from benchmarks import __main__ as cli
+from benchmarks import sandwich
+from benchmarks.quadrature import quadrature
+from benchmarks.report import summarize
+from benchmarks.run import MARKS
+
+FEW = ["--count", "3", "--chains", "2", "--temperatures", "4", "--leapfrogs", "1", "--samples", "30"]
+
+
+def test_the_integral_is_the_evidence() -> None:
+    model = LinearGaussian(2)
+    x = model.draw(20)[1]
+    vae = fitted(model).float()
+    found = quadrature(vae, x.float(), points=300)
+    torch.testing.assert_close(found, model.evidence(x), rtol=0, atol=1e-4)
+
+
+def test_a_figure_of_some_seeds_is_their_mean() -> None:
+    found = summarize([{"seed": 0, "nll": 1.0, "trusted_nll": 5.0}, {"seed": 1, "nll": 2.0}])
+    assert found == {"nll": {"mean": 1.5, "sd": pytest.approx(0.5**0.5)}, "trusted_nll": {"mean": 5.0, "sd": None}}
+
+
+def test_a_page_of_a_job(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    job, out, page = tmp_path / "job", tmp_path / "out", tmp_path / "page.md"
+    page.write_text(f"# A page\n\n{MARKS[0]}\n\n{MARKS[1]}\n\nthe end\n")
+    assert cli.main([*TINY, "--posterior", "diagonal", "--dim", "2", "--out", str(job)]) == 0
+    code, text, _ = run_cli(capsys, "sandwich", str(job), *FEW, "--out", str(out), "--page", str(page))
+    assert code == 0
+    assert "diagonal, 2 latents, its own: gap " in text
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert [(row["posterior"], row["images"], row["count"]) for row in rows] == [
+        ("diagonal", "its own", 3),
+        ("diagonal", "test", 3),
+    ]
+    assert all(abs(row[key]) < 10 for row in rows for key in ("gap", "sampled", "refined"))
+    assert rows[1]["residual"] is None
+    written = page.read_text()
+    assert (out / "table.md").read_text().strip() in written
+    assert "![How far each estimate" in written
+    assert "Measured on " in written
+    assert written.endswith("the end\n")
+    assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_without_a_job_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, _, error = run_cli(capsys, "sandwich", str(tmp_path), "--out", str(tmp_path / "out"))
+    assert code == 2
+    assert error.startswith("folder: expected that of a job")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_images_are_drawn_again() -> None:
+    """What the refined proposal is tried on is what the bounds are of."""
+    vae = fitted(LinearGaussian(2))
+    seen = []
+    original = vae.encode
+    vae.encode = lambda x, y=None: (seen.append(x), original(x, y))[1]  # pyright: ignore[reportAttributeAccessIssue]
+    with sandwich.seeded(sandwich.EVALUATION_SEED, torch.device("cpu")):
+        sandwich.sandwich(vae, 3, (5,), 2, 2, 1, samples=30)
+    assert torch.equal(seen[0], sandwich._drawn_again(vae, 3, (5,)))
