@@ -180,8 +180,9 @@ def _trusted_words(config: Config) -> str:
         return ""
     chains, temperatures, leapfrogs = ANNEALED
     return (
-        f"trusted: NLL of {config.trusted_images} {config.unit}s, the first seed alone, by annealed importance sampling, "
-        f"{chains} chains of {temperatures} temperatures of {leapfrogs} leapfrogs; NLL of them: by importance samples; "
+        f"trusted: NLL of {config.trusted_images} {config.unit}s, the first seed alone, by annealed importance "
+        f"sampling, {chains} chains of {temperatures} temperatures of {leapfrogs} leapfrogs; NLL of them: by importance "
+        "samples; "
     )
 
 
