@@ -1,4 +1,4 @@
-"""A Sphinx extension: what the blocks of a page print and draw stands below them, and a block that fails ends the build.
+"""A Sphinx extension: what a page's blocks print and draw stands below them, and a block that fails ends the build.
 
 A page whose blocks need a library that is not installed shows the outputs that `make docs-full` committed for it; where
 its code has changed since, the build fails and says so.
@@ -6,7 +6,6 @@ its code has changed since, the build fails and says so.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import subprocess
@@ -14,7 +13,7 @@ from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
-from runner import BLOCK, SMOKE, Output, blocks, missing, needs, run, smoked
+from runner import BLOCK, SMOKE, Output, blocks, digest, missing, needs, run, smoked
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
 
@@ -23,11 +22,6 @@ PICTURES = HERE / "_pictures"
 COMMITTED = HERE / "_outputs"
 OUTSIDE = re.compile(r"\[[^\]]*\]\(\.\./((?:benchmarks|flowpost|tests)/[^)#]*)\)")
 FOLDED = {"picture", "table"}
-
-
-def digest(*texts: str) -> str:
-    """A short name of what texts say."""
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
 def library() -> str:
@@ -89,8 +83,9 @@ def _committed(name: str, text: str) -> tuple[list[Output], str]:
     record = json.loads(_file(name).read_text()) if _file(name).exists() else {}
     if record.get("code") != digest(*blocks(text)):
         lacking = ", ".join(sorted(missing(text)))
-        raise ExtensionError(f"{name}.md has changed since its outputs were committed, and needs {lacking}: run `make docs-full`")
-    note = f"The outputs on this page are of commit {record['commit']}, {record['date']}, and were made by `make docs-full`."
+        changed = f"{name}.md has changed since its outputs were committed, and needs {lacking}"
+        raise ExtensionError(f"{changed}: run `make docs-full`")
+    note = f"The outputs on this page are of {record['date']}, commit {record['commit']}, by `make docs-full`."
     return [Output(text, []) for text in record["texts"]], note
 
 

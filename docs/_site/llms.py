@@ -23,7 +23,7 @@ def described(page: str) -> tuple[str, str]:
     """A page's title, and its first paragraph of prose on one line."""
     title = re.findall(r"^# (.+)$", page, re.MULTILINE)[0]
     prose = [part for part in page.split("\n\n")[1:] if re.match(r"[A-Za-z*`\[(]", part)]
-    return title, re.sub(r"\]\([^)]*\)", "]", " ".join(prose[0].split())).replace("[", "").replace("]", "") if prose else ""
+    return title, re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(prose[0].split()) if prose else "")
 
 
 def written(source: Path) -> str:

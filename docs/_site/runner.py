@@ -10,6 +10,7 @@ A page is plain Markdown, so that it also reads well where nothing runs it. What
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import io
 import os
@@ -54,6 +55,11 @@ def smoked(text: str, *, smoke: bool = SMOKE) -> str:
     if smoke:
         text = re.sub(r"=( ?)[^=\n#]+?\s*# smoke: (.+)$", r"=\1\2", text, flags=re.MULTILINE)
     return re.sub(r"\s*# smoke: .+$", "", text, flags=re.MULTILINE)
+
+
+def digest(*texts: str) -> str:
+    """A short name of what texts say."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
 def blocks(text: str) -> list[str]:

@@ -31,7 +31,7 @@ SAMPLES = 200  # of z for each image, for log p(x)
 
 # ------------------------------------------------------------------------------------------------------ the model
 def build(levels: int) -> VAE:
-    """x (B, 8, 8) with grey values 0..levels; the decoder returns a logit for each pixel."""
+    """A VAE of x (B, 8, 8) with grey values 0..levels; the decoder returns a logit for each pixel."""
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU())
     decoder = nn.Sequential(nn.Linear(DIM, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 64))
     posterior = flowpost.recipes.RECIPES[POSTERIOR](WIDTH, DIM)  # features h (B, WIDTH) in, z (B, DIM) out
