@@ -55,7 +55,7 @@ def _outputs(app: Sphinx, name: str, text: str) -> tuple[list[Output], str]:
 
 
 def _cached(app: Sphinx, name: str, text: str) -> list[Output]:
-    store = Path(app.doctreedir) / "executed" / f"{digest(name, text, app.config.executed_library, str(SMOKE))}.json"
+    store = Path(app.doctreedir) / "executed" / f"{digest(name, text, app.config.executed_state)}.json"
     if store.exists():
         return [Output(text, [bytes.fromhex(p) for p in pictures]) for text, pictures in json.loads(store.read_text())]
     try:
@@ -129,6 +129,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
 
     torch.set_num_threads(1)  # pages are read in several processes
     app.add_config_value("executed_commit", default=False, rebuild="")
-    app.add_config_value("executed_library", default=library(), rebuild="")
+    app.add_config_value("executed_state", default=digest(library(), str(SMOKE)), rebuild="env")
     app.connect("source-read", read)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -18,7 +18,7 @@ import re
 import sys
 import types
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 SMOKE = "FLOWPOST_DOCS_SMOKE" in os.environ
 BLOCK = re.compile(r"^```python[ ]?(?P<info>[^\n]*)\n(?P<code>.*?)^```[ ]*\n", re.MULTILINE | re.DOTALL)
@@ -31,7 +31,7 @@ OTHERS = {
     "normflows": "normflows",
 }
 """What a block may import, itself or by `flowpost.interop`, beyond the documentation's own needs; and its package."""
-STYLE = {
+STYLE: Any = {
     "figure.dpi": 100,
     "savefig.dpi": 160,
     "figure.facecolor": "white",  # so that a picture reads in the dark, too
