@@ -12,8 +12,10 @@ FILES := pyproject.toml constraints.txt
 # An environment variable, unlike `-c`, also holds for the isolated environment the package is built in.
 INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
+SITE = OMP_NUM_THREADS=1 $(if $(SMOKE),FLOWPOST_DOCS_SMOKE=1) $(BIN)/python -m sphinx -j 2 -W --keep-going -q
+
 .PHONY: bench speed test test-full test-long test-compile test-plain test-peers test-interop test-encoders test-kernels
-.PHONY: test-oldest test-deep mutants mass lint peers clean
+.PHONY: test-oldest test-deep mutants mass lint peers docs docs-full clean
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -78,6 +80,14 @@ mutants: $(VENV)/.test
 mass: $(VENV)/.test
 	$(BIN)/python -m tests.mass
 
+# The site, in docs/_build/html; every page's code runs. `make docs SMOKE=1` takes fewer steps: a check, not for reading.
+docs: $(VENV)/.docs
+	$(SITE) docs docs/_build/html
+
+# The same with every library that a page compares with; what their pages print goes to docs/_outputs, to be committed.
+docs-full: $(VENV)/.docs-full
+	$(SITE) -D executed_commit=1 docs docs/_build/html
+
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -117,6 +127,14 @@ $(VENV)/.test-kernels: $(FILES) | $(BIN)/python
 	$(INSTALL) -e '.[bench,files,test,triton]'
 	touch $@
 
+$(VENV)/.docs: $(FILES) | $(BIN)/python
+	$(INSTALL) -e '.[bench,files,docs]'
+	touch $@
+
+$(VENV)/.docs-full: $(FILES) | $(BIN)/python
+	$(INSTALL) -e '.[bench,files,docs,interop,peers]'
+	touch $@
+
 $(VENV)/.peers: $(FILES) | $(BIN)/python
 	$(INSTALL) -e '.[bench,files,peers]'
 	touch $@
@@ -126,4 +144,4 @@ $(VENV)/.lint: $(FILES) | $(BIN)/python
 	touch $@ $(VENV)/.test $(VENV)/.bench
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(ENCODERS) dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(ENCODERS) dist docs/_build docs/_pictures .pytest_cache .ruff_cache .hypothesis
