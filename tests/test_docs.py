@@ -169,14 +169,6 @@ def rows(path: Path) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def test_the_summary_of_reliability_is_that_of_the_page() -> None:
-    text = (DOCS / "reliability.md").read_text()
-    survived = [row for row in rows(ROOT / "README.md") if re.match(r"\d+ / \d+", row[1])]
-    assert len(survived) == 5
-    for library, share, _ in survived:
-        assert share.partition(" (")[0] in text, f"{library}: README.md and docs/reliability.md disagree"
-
-
 def test_the_page_of_known_evidence_has_the_gaussians_of_the_collection() -> None:
     """The best ones known, whose gaps stand in `figures.json`; that file may not change without the page."""
     figures = json.loads((ROOT / "benchmarks" / "posteriors" / "data" / "figures.json").read_text())
