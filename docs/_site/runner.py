@@ -16,8 +16,11 @@ import io
 import os
 import re
 import sys
+import tempfile
 import types
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 SMOKE = "FLOWPOST_DOCS_SMOKE" in os.environ
@@ -106,7 +109,21 @@ def run(name: str, text: str) -> list[Output]:
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
         warnings.filterwarnings("ignore", message="__array(_wrap)?__ ")  # a tensor handed to matplotlib
         torch.manual_seed(0)
-        return [_output(name, smoked(block), module) for block in blocks(text)]
+        with _workplace():
+            return [_output(name, smoked(block), module) for block in blocks(text)]
+
+
+@contextlib.contextmanager
+def _workplace() -> Iterator[None]:
+    """A folder of its own for what a page writes, from which it sees the documentation as from the repository."""
+    home = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "docs").symlink_to(Path(__file__).resolve().parents[1])
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.chdir(home)
 
 
 def _output(name: str, block: str, module: types.ModuleType) -> Output:
