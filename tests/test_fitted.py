@@ -409,7 +409,7 @@ def test_arviz_gets_named_draws_with_their_densities(normals: list) -> None:
     torch.testing.assert_close(torch.as_tensor(stats["log_q"].values), fitted.log_prob(values))
     flat = {name: value.flatten(0, 1) for name, value in values.items()}
     torch.testing.assert_close(torch.as_tensor(stats["lp"].values).flatten(), room(flat))
-    assert abs(draws["mu"].values.mean() - 1) < 4.5 * 0.8 / math.sqrt(200)
+    assert abs(values["mu"].mean() - 1) < 4.5 * 0.8 / math.sqrt(200)
     assert tree.attrs["inference_library"] == "flowpost"
     assert tree.attrs["verdict"] == fitted.verdict
     assert tree.attrs["evaluations"] == 5
