@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ def to_datatree(
     if len(q.batch_shape) > 1:
         raise ValueError(f"q: expected batch shape (examples,) or (), got {tuple(q.batch_shape)}; flatten h first")
     shape = (check_int("chains", chains, minimum=1), check_int("draws", draws, minimum=1))
-    labels = [*(range(*q.batch_shape) if examples is None and q.batch_shape else examples or [])]
+    labels: list[Any] = [*(range(*q.batch_shape) if examples is None and q.batch_shape else examples or [])]
     if len(labels) != q.batch_shape.numel() and q.batch_shape:
         raise ValueError(f"examples: expected {q.batch_shape.numel()} labels, one for each, got {len(labels)}")
     with torch.no_grad():
