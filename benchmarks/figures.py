@@ -84,7 +84,7 @@ def _trusted(vae: VAE, x: Tensor, config: Config) -> Figures:
 def _codes(vae: VAE, x: Tensor, config: Config) -> Figures:
     """How many units are active, and how much they tell about which image it is."""
     units = active_units(vae, x, TEST_SAMPLES, threshold=ACTIVE, pairs=config.pairs)
-    figures = {"active_units": int(units.active.sum())}
+    figures: Figures = {"active_units": int(units.active.sum())}
     if not config.information:
         return figures
     terms = decompose_elbo(vae, x[: config.information], pairs=10 * config.pairs)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from benchmarks import __main__ as cli
 from benchmarks import checkpoint, job
 from benchmarks.config import Config, from_json
 from benchmarks.data import Data, load
-from benchmarks.images import presets
+from benchmarks.images import presets, toys
 from benchmarks.images.page import table
 from benchmarks.images.presets import NAMES, adapt
 from benchmarks.models import build, count_parameters
@@ -250,3 +251,12 @@ def test_a_run_that_diverges_is_named(
     said = "diagonal, seed 0 failed: no finite loss and gradient in 10 steps in a row (epoch 5; not finite: encoder."
     assert said in " ".join(capsys.readouterr().out.split())
     assert "lower --lr" in json.loads((tmp_path / "results.json").read_text())["runs"][0]["error"]
+
+
+def test_the_toy_s_bound_rises_and_stays_below_the_entropy(tmp_path: Path, digits: Data) -> None:
+    """Four equally likely points: no model's mean log p(x) exceeds -log 4."""
+    few, more = (toys.toy("diagonal", steps, 0)[1] for steps in (2, 60))
+    assert few < more < -math.log(4)
+    small = replace(digits, test=digits.test[:50], labels=None)
+    assert toys.draw(small, tmp_path, 2).keys() == toys.TOY.keys()
+    assert {path.name for path in tmp_path.glob("*.png")} == {"tiling.png", "autoencoder.png"}

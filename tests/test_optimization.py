@@ -117,8 +117,10 @@ def test_low_precision_is_for_the_pass_alone(data: Data, config: Config) -> None
     for each in (config, low):
         vae = made(data, config)
         optimizer = each.optimization.build(vae, 1e-3)
-        seen = []
-        [*vae.encoder.children()][1].register_forward_hook(lambda _, __, out, seen=seen: seen.append(out.dtype))
+        seen: list[torch.dtype] = []
+        [*vae.encoder.children()][1].register_forward_hook(
+            lambda _, __, out, seen=seen: seen.append(out.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+        )
         torch.manual_seed(1)
         found.append(step(vae, optimizer, data.train[:32].round(), torch.tensor(1.0), each).item())
         assert seen == [torch.bfloat16 if each is low else torch.float32]

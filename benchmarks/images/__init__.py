@@ -9,12 +9,16 @@ import typer
 
 from benchmarks.config import LOGS, ConfigError, check_device, posterior_names
 from benchmarks.data import NAMES as DATA
+from benchmarks.data import load as load_data
 from benchmarks.images.page import publish
 from benchmarks.images.presets import NAMES, adapt, load
+from benchmarks.images.toys import draw
 from benchmarks.job import job
 from benchmarks.optimizers import PRECISIONS
 from benchmarks.report import Report
-from benchmarks.run import Out
+from benchmarks.run import Out, terminal
+
+TOY_STEPS = 1500
 
 
 def images(
@@ -50,6 +54,9 @@ def images(
     log: Annotated[str, typer.Option(help=f"Of each epoch: {', '.join(LOGS[1:])}.")] = "csv",
     pictures: Annotated[bool, typer.Option(help="Draw the pictures of a job.")] = True,
     out: Out = None,
+    toys: Annotated[
+        bool, typer.Option("--toys", help="Train no preset: draw posteriors that tile the prior, and an autoencoder.")
+    ] = False,
     resume: Annotated[
         Path | None, typer.Option(help="Folder of a stopped run to go on with, to the same figures.", file_okay=False)
     ] = None,
@@ -63,6 +70,10 @@ def images(
     """
     if resume is not None:
         raise typer.Exit(job(Report.resume(resume), pictures=pictures))
+    if toys:
+        found = draw(load_data(data or "digits"), folder := out or Path("runs/toys"), TOY_STEPS)
+        terminal().print(f"ELBO of the toy: {found}\nPictures: {folder}", soft_wrap=True)
+        return
     if folders:
         publish([Report.read(folder) for folder in folders], page)
         return
