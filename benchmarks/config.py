@@ -243,8 +243,7 @@ def check_device(config: Config) -> Config:
 
 
 def from_json(values: Mapping[str, object]) -> Config:
-    """The configuration that `dataclasses.asdict` and JSON made of one."""
+    """The configuration that `dataclasses.asdict` and JSON made of one, or of an earlier version's."""
     names = {item.name for item in fields(Config)} - {"optimization"}
     given: dict = {name: tuples(value) for name, value in values.items() if name in names}
-    # Jobs of earlier versions have none.
     return Config(**given, optimization=Optimization(**tuples(values.get("optimization", {}))))

@@ -229,7 +229,7 @@ def test_the_page_has_ours_theirs_and_what_was_changed(whole: Path, tmp_path: Pa
     page.write_text(f"{MARKS[0]}\n{MARKS[1]}\n")
     assert cli.main(["images", str(whole), "--page", str(page)]) == 0
     text = page.read_text()
-    assert "epochs 3 (256), trusted images 0 (50), samples 25 (1000), images 20 (0)" in text
+    assert "epochs 3 (256), samples 25 (1000), images 20 (0)" in text
     assert report.run.origin() in text
 
 

@@ -19,7 +19,7 @@ FOLDER = Path(__file__).with_name("presets")
 NAMES = tuple(sorted(path.stem for path in FOLDER.glob("[!_]*.toml")))
 OPTIMIZATION = tuple(asdict(Optimization()))
 # How a run is stopped or evaluated, or where: a run that differs here alone is of the preset's model.
-FREE = ("posteriors", "seeds", "threads", "device", "eager", "pairs", "log", "flows", "data")
+FREE = ("posteriors", "seeds", "threads", "device", "eager", "pairs", "log", "flows", "data", "trusted_images")
 
 
 @dataclass(frozen=True)
