@@ -25,6 +25,7 @@ from benchmarks.config import (
 from benchmarks.data import NAMES, DataError
 from benchmarks.encoders import encoders
 from benchmarks.flows import PRIORS
+from benchmarks.images import images
 from benchmarks.job import job
 from benchmarks.models import POSTERIORS
 from benchmarks.own.setup import configure_own
@@ -45,6 +46,7 @@ app = typer.Typer(
 )
 app.command()(compare)
 app.command()(encoders)
+app.command()(images)
 app.command()(posteriors)
 app.command()(reliability)
 app.command("sandwich")(sandwich_command)
@@ -66,6 +68,7 @@ Examples:
   python -m benchmarks --resume runs/NAME  go on with a job that was stopped
   python -m benchmarks compare runs/*      finished jobs in one table, with differences
   python -m benchmarks encoders            other people's encoders: one line each, and what a flow pays
+  python -m benchmarks images --preset small-iaf   a published model, beside the published numbers
   python -m benchmarks posteriors          exact KL to posteriors of data, from flowpost.fit
   python -m benchmarks reliability         hard uses, flowpost beside public libraries
   python -m benchmarks sandwich runs/*     log p(x) of finished jobs' models between two bounds

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import flowpost
 from benchmarks.config import Config, ConfigError
 from benchmarks.environment import versions
+from benchmarks.team import Team
 from benchmarks.train import NAMED, SKIPS, History, Loop, Watcher
 from flowpost.files import CorruptFileError
 
@@ -46,19 +47,33 @@ def _double(figures: object) -> Tensor:
     return torch.tensor(figures, dtype=torch.float64)  # Python's floats, to the bit
 
 
-def _pack_optimizer(loop: Loop, _: Config) -> Tensors:
-    """Adam's moments; before a parameter's first step they are the zeros that Adam itself would begin with."""
+def _pack_model(loop: Loop, _: Config) -> Tensors:
+    average = {} if loop.average is None else loop.average.state_dict(prefix="average.")
+    return {**loop.vae.state_dict(), **average}
+
+
+def _unpack_model(loop: Loop, tensors: Tensors) -> None:
+    averages = {name: tensors.pop(name) for name in list(tensors) if name.startswith("average.")}
+    loop.vae.load_state_dict(tensors)
+    if loop.average is not None:
+        loop.average.load_state_dict({name.partition(".")[2]: tensor for name, tensor in averages.items()})
+
+
+def _pack_optimizer(loop: Loop, config: Config) -> Tensors:
+    """The optimizer's state; before a parameter's first step it is the zeros that the optimizer would begin with."""
     tensors = {}
     for i, parameter in enumerate(loop.vae.parameters()):
-        zeros = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter)}
-        state = zeros | {"exp_avg_sq": zeros["exp_avg"]} | loop.optimizer.state.get(parameter, {})
+        zeros = dict.fromkeys(config.optimization.kind.state, torch.zeros_like(parameter)) | {"step": torch.zeros(())}
+        state = {key: loop.optimizer.state.get(parameter, {}).get(key, zero) for key, zero in zeros.items()}
         tensors |= {f"{i}.{key}": value for key, value in state.items()}
     return tensors
 
 
 def _unpack_optimizer(loop: Loop, tensors: Tensors) -> None:
-    keys = ("step", "exp_avg", "exp_avg_sq")
-    state = {i: {key: tensors[f"{i}.{key}"] for key in keys} for i in range(len(tensors) // len(keys))}
+    state: dict[int, Tensors] = {}
+    for name, tensor in tensors.items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = tensor
     loop.optimizer.load_state_dict({"state": state, "param_groups": loop.optimizer.state_dict()["param_groups"]})
 
 
@@ -85,13 +100,13 @@ def _pack_history(loop: Loop, config: Config) -> Tensors:
         row = [skip["epoch"], skip["step"], *map(names.index, skip["tensors"])]
         skips[i, : len(row)] = torch.tensor(row)
     numbers = torch.tensor([loop.epoch, loop.steps, loop.bad, history.best_epoch, history.skipped_steps])
-    return {"curves": curves, "skips": skips, "numbers": numbers}
+    return {"curves": curves, "skips": skips, "numbers": numbers, "seconds": _double(loop.seconds)}
 
 
 def _unpack_history(loop: Loop, tensors: Tensors) -> None:
     history, names = loop.history, [name for name, _ in loop.vae.named_parameters()]
     loop.epoch, loop.steps, loop.bad, history.best_epoch, history.skipped_steps = tensors["numbers"].tolist()
-    history.resumed_after = loop.epoch
+    loop.seconds, history.resumed_after = tensors["seconds"].item(), loop.epoch
     train, history.valid = tensors["curves"][:, : loop.epoch].tolist()
     history.train = [None if math.isnan(figure) else figure for figure in train]
     rows = [[number for number in row if number >= 0] for row in tensors["skips"].tolist()]
@@ -99,7 +114,7 @@ def _unpack_history(loop: Loop, tensors: Tensors) -> None:
 
 
 PARTS: dict[str, Part] = {
-    "model": Part(lambda loop, _: loop.vae.state_dict(), lambda loop, t: loop.vae.load_state_dict(t)),
+    "model": Part(_pack_model, _unpack_model),
     "best": Part(lambda loop, _: loop.best_state | {"score": _double(loop.best)}, _unpack_best),
     "optimizer": Part(_pack_optimizer, _unpack_optimizer),
     "order": Part(lambda loop, _: {"": loop.order.get_state()}, lambda loop, t: loop.order.set_state(t[""])),
@@ -145,11 +160,11 @@ class Keeper(Watcher):
     ) -> None:
         super().__init__(tell)
         self.folder, self.run, self.config, self.say = folder, f"{posterior}-{seed}", config, say
-        # The lists of posteriors and seeds change no run; all else of the configuration may.
-        decisive = {key: value for key, value in asdict(config).items() if key not in ("posteriors", "seeds")}
+        # The lists of posteriors and seeds, and the log, change no run; all else of the configuration may.
+        decisive = {key: value for key, value in asdict(config).items() if key not in ("posteriors", "seeds", "log")}
         identity = {"posterior": posterior, "seed": seed, **versions(), **decisive}
         self.identity: dict[str, object] = json.loads(json.dumps(identity))  # lists for tuples, as in the file
-        self.saved_at = time.monotonic()
+        self.saved_at, self.team = time.monotonic(), Team.on(config.device)
 
     def files(self) -> list[Path]:
         """The run's checkpoints, the oldest first."""
@@ -161,6 +176,10 @@ class Keeper(Watcher):
         Raises:
             ConfigError: a checkpoint is of another configuration or version.
         """
+        with self.team.in_turn():  # the first process puts damaged ones away
+            self._take_up(loop)
+
+    def _take_up(self, loop: Loop) -> None:
         for path in reversed(self.files()):
             try:
                 self._read(path, loop)
@@ -173,7 +192,7 @@ class Keeper(Watcher):
 
     def end_epoch(self, loop: Loop) -> None:
         """Write a checkpoint if it is time, then tell."""
-        if time.monotonic() - self.saved_at >= CHECKPOINT_SECONDS:
+        if self.team.leads and time.monotonic() - self.saved_at >= CHECKPOINT_SECONDS:
             self.save(loop)
         super().end_epoch(loop)
 

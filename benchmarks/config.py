@@ -12,14 +12,17 @@ import torch
 
 from benchmarks.data import NAMES
 from benchmarks.errors import ConfigError as ConfigError
+from benchmarks.errors import check_choice, check_limit, check_range, tuples
 from benchmarks.flows import LARGE_FLOWS, SMALL_FLOWS, parse_prior
 from benchmarks.models import POSTERIORS
+from benchmarks.optimizers import RATES, Optimization
 from benchmarks.own.networks import find, source_hash
 from benchmarks.own.values import parse
 
 BASIC = ("diagonal", "full_covariance", "planar", "iaf")  # the posteriors of a job, if nothing is said
 ALL = "all"  # stands for every posterior
 OBJECTIVES = ("elbo", "iwae", "renyi")
+LOGS = ("", "csv", "tensorboard")
 GRADIENTS = ("standard", "stl", "dreg")
 # What an objective has if nothing is said: samples of z for each image in a training step, and the order alpha.
 USUAL = {"elbo": {}, "iwae": {"train_samples": 5}, "renyi": {"train_samples": 5, "alpha": 0.5}}
@@ -30,11 +33,6 @@ def is_file(data: str) -> bool:
     return data.endswith(".npz")
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...], cure: str = "") -> None:
-    if value not in choices:
-        raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {value!r}{cure}")
-
-
 def posterior_names(given: Iterable[str]) -> tuple[str, ...]:
     """The posteriors asked for, once each: an element is a name, several with commas between them, or `ALL`.
 
@@ -43,13 +41,8 @@ def posterior_names(given: Iterable[str]) -> tuple[str, ...]:
     """
     names = [name.strip() for part in given for name in part.split(",")]
     for name in names:
-        _check_choice("posterior", name, (*POSTERIORS, ALL))
+        check_choice("posterior", name, (*POSTERIORS, ALL))
     return tuple(dict.fromkeys(each for name in names for each in (POSTERIORS if name == ALL else (name,))))
-
-
-def _check_range(name: str, value: int, minimum: int) -> None:
-    if value < minimum:
-        raise ConfigError(f"{name}: expected an integer of at least {minimum}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -92,23 +85,36 @@ class Config:
     likelihood: str = ""  # of the values of a file; a data set of `NAMES` has its own
     data_hash: str = ""  # SHA-256 of a file of one's own
     networks_hash: str = ""  # and of the file that the networks stand in
+    optimization: Optimization = field(default_factory=Optimization)  # its learning rate aside
+    preset: str = ""  # of `benchmarks images`
+    encoder: Mapping[str, object] = field(default_factory=dict)  # a preset's: kind and sizes
+    decoder: Mapping[str, object] = field(default_factory=dict)
+    minutes: float = 0.0  # of training, after which the epoch in hand is the last one; 0 for no limit
+    valid_draws: int = 4  # of z for each validation image, the same noise in every epoch; iwae and renyi have their K
+    valid_samples: int = 0  # importance samples for each validation image, behind its NLL; 0 for none
+    information: int = 1000  # test images of the mutual information, which takes the square of them; 0 for none
+    log: str = ""  # of each epoch: csv or tensorboard, or nothing
+    images: int = 0  # the first ones of the test part, and of validation's NLL, that are evaluated; 0 for all
 
     def __post_init__(self) -> None:
         self._check_data()
         for name in self.posteriors:
-            _check_choice("posterior", name, POSTERIORS)
-        for name in ("epochs", "patience", "dim", "width", "batch", "samples", "pairs", "threads", "train_samples"):
-            _check_range(name.replace("_", "-"), getattr(self, name), 1)
-        _check_range("seeds", len(self.seeds), 1)
-        _check_range("kl-warmup", self.kl_warmup, 0)
-        _check_range("trusted-images", self.trusted_images, 0)
+            check_choice("posterior", name, POSTERIORS)
+        positive = ("epochs", "patience", "dim", "width", "batch", "samples", "pairs", "threads", "train_samples")
+        for name in (*positive, "valid_draws"):
+            check_range(name.replace("_", "-"), getattr(self, name), 1)
+        check_range("seeds", len(self.seeds), 1)
+        for name in ("kl_warmup", "trusted_images", "valid_samples", "images", "information"):
+            check_range(name.replace("_", "-"), getattr(self, name), 0)
+        check_limit("minutes", self.minutes)
         if not 0 < self.lr < math.inf:
             raise ConfigError(f"lr: expected a positive number, got {self.lr}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout: expected a share in [0, 1), got {self.dropout}")
-        _check_range("encoder-width", self.encoder_width, 0)
+        check_range("encoder-width", self.encoder_width, 0)
         parse_prior(self.prior)
-        _check_choice("device", self.device.partition(":")[0], ("cpu", "cuda"))
+        check_choice("log", self.log, LOGS)
+        check_choice("device", self.device.partition(":")[0], ("cpu", "cuda"))
         self._check_objective()
 
     @property
@@ -126,6 +132,10 @@ class Config:
         """Whether a training step is one CUDA graph."""
         return self.device.startswith("cuda") and not self.eager
 
+    def rate(self, epoch: int) -> float:
+        """The learning rate after so many epochs."""
+        return self.lr * RATES[self.optimization.decay](epoch, self.epochs)
+
     def model(self, posterior: str) -> dict[str, Any]:
         """What `benchmarks.models.build` is told of a posterior's model, besides its name."""
         prior, options = parse_prior(self.prior)
@@ -142,7 +152,7 @@ class Config:
 
     def _check_data(self) -> None:
         if not is_file(self.data):
-            _check_choice("data", self.data, NAMES, "; a file of your own ends in .npz")
+            check_choice("data", self.data, NAMES, "; a file of your own ends in .npz")
             if self.likelihood:
                 got = f"got {self.likelihood!r}"
                 raise ConfigError(f"likelihood: expected none for {self.data}, which has one of its own, {got}")
@@ -151,8 +161,8 @@ class Config:
 
     def _check_objective(self) -> None:
         """Refuse what would be biased or mean nothing, before anything runs."""
-        _check_choice("objective", self.objective, OBJECTIVES)
-        _check_choice("gradient", self.gradient, GRADIENTS)
+        check_choice("objective", self.objective, OBJECTIVES)
+        check_choice("gradient", self.gradient, GRADIENTS)
         if not 0 <= self.alpha < 1:
             raise ConfigError(f"alpha: expected a number in [0, 1), got {self.alpha}; at 1 it is the elbo")
         if self.alpha and self.objective != "renyi":
@@ -204,7 +214,7 @@ def configure(data: str = "digits", *, quick: bool = False, **given: object) -> 
     Raises:
         ConfigError: a value is out of range, said in one line.
     """
-    _check_choice("data", data, NAMES, "; a file of your own ends in .npz")
+    check_choice("data", data, NAMES, "; a file of your own ends in .npz")
     return settle(DEFAULTS[data], QUICK if quick else {}, given)
 
 
@@ -233,13 +243,7 @@ def check_device(config: Config) -> Config:
 
 
 def from_json(values: Mapping[str, object]) -> Config:
-    """The configuration that `dataclasses.asdict` and JSON made of one."""
-    names = {item.name for item in fields(Config)}
-    return Config(**{name: _tuples(value) for name, value in values.items() if name in names})  # pyright: ignore[reportArgumentType]
-
-
-def _tuples(value: object) -> object:
-    """JSON knows lists alone; every sequence of a configuration is a tuple."""
-    if isinstance(value, Mapping):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(value) if isinstance(value, list) else value
+    """The configuration that `dataclasses.asdict` and JSON made of one, or of an earlier version's."""
+    names = {item.name for item in fields(Config)} - {"optimization"}
+    given: dict = {name: tuples(value) for name, value in values.items() if name in names}
+    return Config(**given, optimization=Optimization(**tuples(values.get("optimization", {}))))

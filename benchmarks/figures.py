@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from benchmarks.config import Config
 from benchmarks.data import Data
 from benchmarks.objective import negative_elbo
+from benchmarks.team import Team
 from benchmarks.train import EVALUATION_SEED, seeded
 from flowpost.evaluation import active_units, annealed_estimate, decompose_elbo, importance_estimate
 from flowpost.gaps import inference_gaps
@@ -21,35 +23,53 @@ TEST_SAMPLES = 64  # samples of z for each test image behind -ELBO and the activ
 ACTIVE = 0.01  # a unit is active where Var_x(E_q[z]) exceeds this (Burda et al. 2016)
 LEVELS = ("categorical", "discretized-logistic")  # likelihoods of levels: their figures are told in bits too
 ANNEALED = 8, 100, 5  # chains, temperatures and leapfrogs behind the trusted NLL
-INFORMATION_IMAGES = 1000  # at most, of the test part: mutual information takes the square of them
 
 Figures = dict[str, float]
 
 
 def evaluate(vae: VAE, data: Data, config: Config, seed: int = 0) -> Figures:
     """What the table says of the model trained from a seed, in nats per image."""
-    x = data.test.to(config.device)
+    x = _first(data.test, config)
     with seeded(EVALUATION_SEED, x.device), warnings.catch_warnings():
         warnings.simplefilter("ignore", UnreliableEstimateWarning)  # the table has the share of such images
         figures = _bounds(vae, x, config) | _codes(vae, x, config) | (_gaps(vae, x, config) if config.gaps else {})
         if config.trusted_images and seed == config.seeds[0]:
             figures |= _trusted(vae, x[: config.trusted_images], config)
+        figures |= _valid(vae, data, config) if config.valid_samples else {}
     if data.likelihood in LEVELS:
         bits = 1 / (x[0].numel() * math.log(2))
         figures |= {f"{key}_bits": figures[key] * bits for key in ("neg_elbo", "nll")}
     return figures
 
 
+def _first(x: Tensor, config: Config) -> Tensor:
+    """The images that are evaluated."""
+    return x[: config.images or None].to(config.device)
+
+
 def _bounds(vae: VAE, x: Tensor, config: Config) -> Figures:
-    """-ELBO, NLL, and how far the importance samples behind NLL can be trusted."""
-    parts = x.split(max(1, config.pairs // TEST_SAMPLES))
+    """-ELBO, NLL, and how far the importance samples behind NLL can be trusted; processes share the images."""
+    own = x[Team.on(config.device).rows(len(x))]
+    parts = own.split(max(1, config.pairs // TEST_SAMPLES))
     with torch.no_grad():
-        neg_elbo = torch.cat([negative_elbo(vae(part, (TEST_SAMPLES,))) for part in parts]).double().mean().item()
-    estimate = importance_estimate(vae, x, config.samples, pairs=config.pairs)
-    nll = -estimate.log_p.mean().item()
+        neg_elbo = _mean(torch.cat([negative_elbo(vae(part, (TEST_SAMPLES,))) for part in parts]), x, config)
+    estimate = importance_estimate(vae, own, config.samples, pairs=config.pairs)
+    nll = -_mean(estimate.log_p, x, config)
     heavy = ~(estimate.k_hat <= LIMIT)  # nan counts as heavy
     figures = {"neg_elbo": neg_elbo, "nll": nll, "gap": neg_elbo - nll}
-    return figures | {"ess": estimate.ess.mean().item(), "heavy_tails": heavy.double().mean().item()}
+    return figures | {"ess": _mean(estimate.ess, x, config), "heavy_tails": _mean(heavy, x, config)}
+
+
+def _mean(values: Tensor, x: Tensor, config: Config) -> float:
+    """Over all images, of which this process may have a share."""
+    return Team.on(config.device).mean(values.double(), len(x)).item()
+
+
+def _valid(vae: VAE, data: Data, config: Config) -> Figures:
+    """The same two bounds of the validation part, as some tables have them."""
+    config = replace(config, samples=config.valid_samples)
+    figures = _bounds(vae, _first(data.valid, config), config)
+    return {f"valid_{name}": figures[name] for name in ("neg_elbo", "nll")}
 
 
 def _trusted(vae: VAE, x: Tensor, config: Config) -> Figures:
@@ -64,9 +84,11 @@ def _trusted(vae: VAE, x: Tensor, config: Config) -> Figures:
 def _codes(vae: VAE, x: Tensor, config: Config) -> Figures:
     """How many units are active, and how much they tell about which image it is."""
     units = active_units(vae, x, TEST_SAMPLES, threshold=ACTIVE, pairs=config.pairs)
-    terms = decompose_elbo(vae, x[:INFORMATION_IMAGES], pairs=10 * config.pairs)
-    information = terms.mutual_information.mean().item()
-    return {"active_units": int(units.active.sum()), "mutual_information": information}
+    figures: Figures = {"active_units": int(units.active.sum())}
+    if not config.information:
+        return figures
+    terms = decompose_elbo(vae, x[: config.information], pairs=10 * config.pairs)
+    return figures | {"mutual_information": terms.mutual_information.mean().item()}
 
 
 def _gaps(vae: VAE, x: Tensor, config: Config) -> Figures:

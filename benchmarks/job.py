@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -11,45 +11,73 @@ from rich.console import Console
 
 import flowpost
 from benchmarks.checkpoint import Keeper, clear
-from benchmarks.config import Config, is_file
+from benchmarks.config import Config, ConfigError, is_file
 from benchmarks.data import Data, load
 from benchmarks.display import Display
 from benchmarks.figures import evaluate
 from benchmarks.models import build, count_parameters
+from benchmarks.networks import model_of
 from benchmarks.objective import bound_name, objective_name
 from benchmarks.own.setup import check_networks, load_own
 from benchmarks.plots import draw
 from benchmarks.report import Report, Result, by_posterior
 from benchmarks.run import Run, cpu_threads, terminal
+from benchmarks.team import Team
 from benchmarks.train import History, TrainingError, seeded, train_one
+from benchmarks.watchers import clear_album, watchers
 from flowpost.vae import VAE
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
 CHECKPOINTS = "checkpoints"  # a job's folder of them; gone when it is finished
 
 
-def job(begun: Config | Report, out: Path | None = None) -> int:
+def job(begun: Config | Report, out: Path | None = None, *, pictures: bool = True) -> int:
     """Train, evaluate, write and draw, from the beginning or from where a report stopped; the exit code."""
     config = begun.config if isinstance(begun, Report) else begun
-    console, data = terminal(), load_own(config) if is_file(config.data) else load(config.data)
+    team = Team.on(config.device)
+    console, data = terminal(quiet=not team.leads), load_own(config) if is_file(config.data) else load(config.data)
     if config.networks:
         check_networks(config, data)
-    report = begun if isinstance(begun, Report) else begin(config, out)
+    report = begun if isinstance(begun, Report) else begin(shared(config, team), out)
+    report.run.silent = not team.leads
     with cpu_threads(config.threads):
         code = train(report, data, console)
-        if report.finished:
+        if report.finished and team.leads:
             console.print(report.table())
-            draw(report, data, models(report, data, console))
+            if pictures:
+                draw(report, data, models(report, data, console))
     console.print(f"Table, figures and pictures: {report.run.folder}", soft_wrap=True)
     return code or int(len(report.finished) < len(report.results))
 
 
+def shared(config: Config, team: Team) -> Config:
+    """The configuration of several processes: their steps run operation by operation.
+
+    Raises:
+        ConfigError: it has what only one process can do.
+    """
+    if team.count == 1:
+        return config
+    if config.dropout or config.free_bits:
+        what = "dropout" if config.dropout else "free-bits"
+        raise ConfigError(f"{what}: expected 0 with several processes, each of which sees its rows alone")
+    if config.batch < team.count:
+        raise ConfigError(f"batch: expected at least an image for each of {team.count} processes, got {config.batch}")
+    return replace(config, eager=True)
+
+
 def begin(config: Config, out: Path | None) -> Report:
     """A new job's report; checkpoints of another job in its folder are none of its own."""
-    what = "-".join(filter(None, (config.name.removesuffix(".npz"), objective_name(config), _prior_name(config))))
-    report = Report(Run.begin(what, out, device=config.device, threads=config.threads), config)
-    clear(report.run.folder / CHECKPOINTS)
+    team = Team.on(config.device)
+    parts = (config.preset, config.name.removesuffix(".npz"), objective_name(config), _prior_name(config))
+    run = Run.begin("-".join(filter(None, parts)), out, device=config.device, threads=config.threads)
+    run.silent = not team.leads
+    report = Report(run, config)
+    if team.leads:
+        clear(run.folder / CHECKPOINTS)
+        clear_album(run.folder)
     report.write()
+    team.wait()
     return report
 
 
@@ -70,7 +98,8 @@ def train(report: Report, data: Data, console: Console) -> int:
                 for name in config.posteriors:
                     if not report.has(name, seed):
                         run_one(data, name, seed, report, display)
-        clear(folder / CHECKPOINTS)
+        if Team.on(config.device).leads:
+            clear(folder / CHECKPOINTS)
     except KeyboardInterrupt:
         finished = f"{len(report.results)} of {total} runs are finished"
         console.print(f"Interrupted: {finished}; theirs is what {folder} holds.")
@@ -85,7 +114,7 @@ def run_one(data: Data, name: str, seed: int, report: Report, display: Display) 
     result: Result = {"posterior": name, "seed": seed, "error": None}
     keeper = Keeper(display.watch(name, seed), report.run.folder / CHECKPOINTS, name, seed, config, display.say)
     try:
-        vae, history = train_one(data, name, seed, config, keeper)
+        vae, history = train_one(data, name, seed, config, watchers(keeper, data, report, f"{name}-{seed}"))
         figures = evaluate(vae, data, config, seed)
     except TrainingError as error:
         report.add(result | {"error": str(error)})
@@ -97,12 +126,15 @@ def run_one(data: Data, name: str, seed: int, report: Report, display: Display) 
         report.add(result)
         line = f"{name}, seed {seed}: -ELBO {result['neg_elbo']:.2f}, NLL {result['nll']:.2f}, best of "
         line += f"{len(history.valid)} epochs: {history.best_epoch}, {result['seconds']:.0f} s{_skipped(history)}"
-    clear(keeper.folder, keeper.run)
+    if keeper.team.leads:
+        clear(keeper.folder, keeper.run)
     display.finish(line)
 
 
 def keep_model(vae: VAE, report: Report, result: Result) -> None:
     """Write a trained model before its figures are reported: a finished run always has its model."""
+    if report.run.silent:
+        return
     path = _model_path(report, result)
     path.parent.mkdir(exist_ok=True)
     flowpost.save(vae, path)
@@ -113,7 +145,7 @@ def models(report: Report, data: Data, console: Console) -> dict[str, VAE]:
     config, found = report.config, {}
     for name, (first, *_) in by_posterior(report.finished).items():
         with seeded(0, torch.device(config.device)):  # the weights drawn here are replaced at once
-            vae = build(data, name, **config.model(name))
+            vae = build(data, name, **model_of(config, data, name))
         try:
             found[name] = flowpost.load(_model_path(report, first), into=vae, device=config.device).eval()
         except (OSError, ValueError) as error:

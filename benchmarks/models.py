@@ -67,7 +67,8 @@ def build(
     likelihood = likelihood_of(data)
     if networks is not None:
         encoder, decoder = networks(data.train.shape[1:], dim, likelihood.numbers)
-        encoder = wrap(encoder, dim, example=data.train[:2], flow=posterior, **options)
+        given = {**options, "features": getattr(encoder, "features", None)}
+        encoder = wrap(encoder, dim, example=data.train[:2], flow=posterior, **given)
         return VAE(encoder, decoder, likelihood, prior=_prior(prior, dim, prior_options))
     features = encoder_width or width
     encoder, decoder = _encoder(data, features, dropout), _decoder(data, likelihood, dim, width, dropout)

@@ -9,10 +9,14 @@ from flowpost.objectives import elbo, elbo_terms, free_bits, renyi
 from flowpost.vae import VAE, VAEOutput
 
 
-def objective_pass(vae: VAE, x: Tensor, config: Config) -> VAEOutput:
-    """The training pass: as many samples of z as the objective takes, with the gradient asked for."""
+def objective_pass(vae: VAE, x: Tensor, config: Config, noise: Tensor | None = None) -> VAEOutput:
+    """The training pass: as many samples of z as the objective takes, with the gradient asked for.
+
+    `noise` is the draw ``(train_samples, B, dim)`` to map to z, instead of a fresh one.
+    """
     samples = (config.train_samples,) if config.train_samples > 1 else ()
-    return vae(x, samples, config.gradient, alpha=config.alpha if config.gradient == "dreg" else 0.0)
+    noise = noise if noise is None or samples else noise[0]
+    return vae(x, samples, config.gradient, alpha=config.alpha if config.gradient == "dreg" else 0.0, noise=noise)
 
 
 def objective_loss(out: VAEOutput, kl_weight: float | Tensor, config: Config) -> Tensor:

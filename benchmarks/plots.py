@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks import inference
 from benchmarks.canvas import ACROSS, bar_chart, blank, colour, name_bars, panels, title
 from benchmarks.data import Data
+from benchmarks.galleries import is_flat, latent_grid, over_epochs
 from benchmarks.models import codes, mean_images, posterior_grid
 from benchmarks.objective import bound_name
 from benchmarks.report import Report, by_posterior
@@ -45,6 +46,9 @@ def draw(report: Report, data: Data, models: Models) -> None:
         }
         if report.config.dim == 2:
             figures["true_posterior"] = true_posteriors(models, data, device)
+            figures |= {"grid": latent_grid(models, data, device)} if is_flat(data) else {}
+    epochs = over_epochs(report, data)
+    figures |= {} if epochs is None else {"epochs": epochs}
     for name, figure in figures.items():
         figure.savefig(report.run.folder / f"{name}.png", dpi=DPI)
 

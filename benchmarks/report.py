@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.config import Config, ConfigError, check_device, from_json
 from benchmarks.environment import versions
-from benchmarks.figures import ACTIVE, ANNEALED, INFORMATION_IMAGES, LEVELS, TEST_SAMPLES
+from benchmarks.figures import ACTIVE, ANNEALED, LEVELS, TEST_SAMPLES
 from benchmarks.objective import objective_words
 from benchmarks.run import Run
 from benchmarks.table import Table, grouped
@@ -125,7 +125,7 @@ class Report:
             f"gap: -ELBO - NLL; {_gap_words(config)}{_trusted_words(config)}"
             f"ESS: effective ones of NLL's samples; k>0.7: share of {unit}s whose NLL is not to be trusted; "
             f"active: units of z's {config.dim} with Var_x(E_q[z]) > {ACTIVE}; "
-            f"MI: of z and the {unit}'s index, at most log of {INFORMATION_IMAGES} {unit}s or of all there are; "
+            f"{_information_words(config, unit)}"
             f"ms/step: median, {self.run.environment['device']}, CPU threads: {config.threads}"
         )
 
@@ -186,6 +186,11 @@ def _trusted_words(config: Config) -> str:
     )
 
 
+def _information_words(config: Config, unit: str) -> str:
+    what = f"MI: of z and the {unit}'s index, at most log of {config.information} {unit}s or of all there are; "
+    return what if config.information else ""
+
+
 def _columns(config: Config) -> list[tuple[str, str, int]]:
     """Key, title and decimals of the table's figures."""
     nats = [("neg_elbo", "-ELBO", 2), ("nll", "NLL", 2), ("gap", "gap", 2)]
@@ -193,7 +198,7 @@ def _columns(config: Config) -> list[tuple[str, str, int]]:
     split += [("local_nll", "local", 2), ("local_heavy_tails", "k local", 2)]
     bits = [("neg_elbo_bits", "-ELBO bits/dim", 3), ("nll_bits", "NLL bits/dim", 3)]
     trust = [("ess", "ESS", 0), ("heavy_tails", "k>0.7", 2)]
-    rest = [("active_units", "active", 1), ("mutual_information", "MI", 2)]
+    rest = [("active_units", "active", 1)] + ([("mutual_information", "MI", 2)] if config.information else [])
     cost = [("parameters", "params", 0), ("step_ms", "ms/step", 1)]
     trusted = [("trusted_nll", "trusted", 2), ("trusted_images_nll", "NLL of them", 2)]
     optional = trusted if config.trusted_images else []

@@ -46,6 +46,7 @@ class Run:
         marks: between which of the page's they go.
         started: when the first process of the run began.
         seconds_before: of the processes that went before this one.
+        silent: whether this process writes nothing, because another one does.
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class Run:
     marks: tuple[str, str] = MARKS
     started: datetime = field(default_factory=_now)
     seconds_before: float = 0.0
+    silent: bool = False
     _begun: datetime = field(default_factory=_now)
 
     @classmethod
@@ -90,6 +92,8 @@ class Run:
 
     def write(self, name: str, content: str | Mapping[str, Any]) -> None:
         """A file of the folder, replaced in one go: a text, or as JSON a mapping after what the run says of itself."""
+        if self.silent:
+            return
         if not isinstance(content, str):
             head = {
                 "started": self.started.isoformat(timespec="seconds"),
@@ -168,9 +172,9 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def terminal() -> Console:
+def terminal(*, quiet: bool = False) -> Console:
     """Where a command prints: what it says is text, not markup."""
-    return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else WIDTH, quiet=quiet)
 
 
 @contextmanager

@@ -11,21 +11,12 @@ from torch import Tensor
 from benchmarks.config import Config
 from benchmarks.data import binarize
 from benchmarks.objective import negative_bound, objective_loss, objective_pass
+from benchmarks.team import Team
 from flowpost.training import Captured, step_if_finite
 from flowpost.vae import VAE
 
-CLIP_NORM = 100.0  # a longer gradient is shortened to this: rare, it tames a step gone wild
-
 Advance = Callable[[Tensor, Tensor], Tensor]
 """From the batch's indices ``(batch,)`` and the KL's weight to the step's outcome, a scalar on the device."""
-
-
-def adam(vae: VAE, config: Config) -> torch.optim.Adam:
-    """The optimizer. In a graph it looks by itself whether a step is finite, and its learning rate is a tensor."""
-    if not config.captured:
-        return torch.optim.Adam(vae.parameters(), lr=config.lr)
-    lr = torch.tensor(config.lr, device=config.device)
-    return torch.optim.Adam(vae.parameters(), lr=lr, fused=True, capturable=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -38,7 +29,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def whole_step(
-    vae: VAE, optimizer: torch.optim.Optimizer, train: Tensor, pixels: torch.Generator | None, config: Config
+    vae: VAE,
+    optimizer: torch.optim.Optimizer,
+    train: Tensor,
+    pixels: torch.Generator | None,
+    config: Config,
+    average: VAE | None = None,
 ) -> Advance:
     """From the images' indices on; on a GPU one CUDA graph, which draws on from the generators as they are then.
 
@@ -50,25 +46,37 @@ def whole_step(
         train: all training images, on the device.
         pixels: what binary pixels are drawn from, afresh in every step; None for images as they are.
         config: of the job.
+        average: whose weights follow the model's, if there is one.
     """
 
     def advance(index: Tensor, kl_weight: Tensor) -> Tensor:
         x = train[index]  # (batch, H, W)
         x = x if pixels is None else binarize(x, pixels)  # the same draw for encoder and likelihood
-        return step(vae, optimizer, x, kl_weight, config)
+        outcome = step(vae, optimizer, x, kl_weight, config)
+        if average is not None:
+            config.optimization.follow(average, vae)
+        return outcome
 
     return Captured(advance, config.device, generators=[pixels] if pixels else []) if config.captured else advance
 
 
 def step(vae: VAE, optimizer: torch.optim.Optimizer, x: Tensor, kl_weight: Tensor, config: Config) -> Tensor:
-    """One optimizer step; the negative bound at KL weight 1, or nan where it was skipped: nothing finite to follow."""
+    """One optimizer step; the negative bound at KL weight 1, or nan where it was skipped: nothing finite to follow.
+
+    Of several processes each has the whole batch x and takes its rows; the outcome is that of the batch.
+    """
     optimizer.zero_grad()
-    out = objective_pass(vae, x, config)
+    team, count = Team.on(config.device), len(x)
+    noise = team.noise(config.train_samples, count, config.dim, device=x.device)
+    x = x[team.rows(count)]
+    with config.optimization.autocast(x.device):
+        out = objective_pass(vae, x, config, noise)
     loss = objective_loss(out, kl_weight, config)
-    loss.backward()
-    taken = step_if_finite(optimizer, loss, max_norm=CLIP_NORM)
+    team.part(loss, len(x), count).backward()
     with torch.no_grad():
-        return torch.where(taken, negative_bound(out, config).mean(), torch.nan)
+        bound = team.mean(negative_bound(out, config), count)
+    taken = step_if_finite(optimizer, loss if team.count == 1 else bound, max_norm=config.optimization.clip)
+    return torch.where(taken, bound, torch.nan)
 
 
 def outcomes(

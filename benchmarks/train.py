@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,8 +18,10 @@ from torch import Tensor
 from benchmarks.config import Config
 from benchmarks.data import Data
 from benchmarks.models import build
+from benchmarks.networks import model_of
 from benchmarks.objective import negative_bound
-from benchmarks.step import adam, outcomes, set_learning_rate, whole_step
+from benchmarks.step import outcomes, set_learning_rate, whole_step
+from benchmarks.team import Team
 from flowpost import schedules
 from flowpost.vae import VAE
 
@@ -26,9 +29,6 @@ BAD_STEPS = 10  # steps in a row without a finite loss and gradient after which 
 NAMED = 3  # tensors named of each skipped step: the first whose gradient was not finite; none of a captured one
 SKIPS = 100  # skipped steps told one by one; the others are only counted
 WARM_STEPS = 5  # steps left out of the timing: the first ones also allocate
-VALID_SAMPLES = (
-    4  # samples of z for each validation image, of the same noise in every epoch; iwae and renyi have their K
-)
 EVALUATION_SEED = 2019  # of the noise of validation and test: the same for every model
 
 
@@ -54,20 +54,35 @@ class Loop:
     """All that one epoch hands to the next: what a checkpoint has to hold."""
 
     vae: VAE
-    optimizer: torch.optim.Adam  # its lr is set anew in every epoch
+    optimizer: torch.optim.Optimizer  # its lr is set anew in every epoch
     order: torch.Generator  # of the data
     pixels: torch.Generator  # of dynamic binarization
     best_state: dict[str, Tensor]
+    average: VAE | None = None  # of the weights, where they are averaged: what is validated and kept
     best: float = math.inf
     epoch: int = 0  # finished ones
     steps: int = 0  # finished ones, skipped ones among them
     bad: int = 0  # steps skipped in a row
+    seconds: float = 0.0  # of training
     history: History = field(default_factory=History)
 
+    @property
+    def judged(self) -> VAE:
+        """The model that is validated and kept."""
+        return self.vae if self.average is None else self.average
+
     def is_over(self, config: Config) -> bool:
-        """Whether the epochs are used up, or validation has not improved for `patience` of them."""
+        """Whether epochs or minutes are used up, or validation has not improved for `patience` epochs."""
         stale = self.epoch - max(self.history.best_epoch, config.kl_warmup)
-        return self.epoch >= config.epochs or stale >= config.patience
+        late = 0 < 60 * config.minutes <= self.seconds
+        return self.epoch >= config.epochs or stale >= config.patience or late
+
+    def validate(self, valid: Tensor, config: Config) -> None:
+        """Note how good the model is after an epoch, and keep the best one's weights."""
+        self.history.valid.append(validate(self.judged, valid, config))
+        if self.history.valid[-1] < self.best:
+            self.best, self.history.best_epoch = self.history.valid[-1], self.epoch
+            self.best_state = copy.deepcopy(self.judged.state_dict())
 
     def skip(self, config: Config) -> None:
         """Take down a step that was not finite; the names are only worked out here, on the rare bad step.
@@ -125,7 +140,7 @@ def train_one(
     """
     device = torch.device(config.device)
     with seeded(seed, device):
-        vae = build(data, posterior, **config.model(posterior))
+        vae = build(data, posterior, **model_of(config, data, posterior))
         torch.manual_seed(seed)  # again: the recipes draw differently many initial weights
         return vae, fit(vae.to(device), data, config, seed, on_epoch)
 
@@ -136,21 +151,20 @@ def fit(vae: VAE, data: Data, config: Config, seed: int, on_epoch: Callable[[His
     A `Watcher` given as `on_epoch` may also set the loop to where another process left it, bit for bit.
     """
     watcher = on_epoch if isinstance(on_epoch, Watcher) else Watcher(on_epoch)
-    device = torch.device(config.device)
+    device, team = torch.device(config.device), Team.on(config.device)
     train, valid = data.train.to(device), data.valid.to(device)
-    optimizer = adam(vae, config)
-    order = torch.Generator().manual_seed(seed)
-    pixels = torch.Generator(device).manual_seed(seed)
-    loop = Loop(vae, optimizer, order, pixels, copy.deepcopy(vae.state_dict()))
+    loop = begin(vae, config, seed)
     history, times = loop.history, []
     watcher.start(loop)
-    advance = whole_step(vae, optimizer, train, pixels if data.dynamic else None, config)
+    before, start = loop.seconds, time.perf_counter()
+    model = team.prepare(vae)
+    advance = whole_step(model, loop.optimizer, train, loop.pixels if data.dynamic else None, config, loop.average)
     while not loop.is_over(config):
         kl_weight = torch.tensor(schedules.linear(loop.epoch + 1, config.kl_warmup), device=device)
-        set_learning_rate(optimizer, config.lr * (1 - loop.epoch / config.epochs))
+        set_learning_rate(loop.optimizer, config.rate(loop.epoch))
         losses = []
         vae.train()
-        batches = torch.randperm(len(train), generator=order).to(device).split(config.batch)
+        batches = torch.randperm(len(train), generator=loop.order).to(device).split(config.batch)
         for loss, seconds in outcomes(advance, batches, kl_weight, once=config.captured):
             times.append(seconds)
             loop.steps += 1
@@ -161,15 +175,21 @@ def fit(vae: VAE, data: Data, config: Config, seed: int, on_epoch: Callable[[His
                 losses.append(loss)
         loop.epoch += 1
         history.train.append(statistics.fmean(losses) if losses else None)
-        history.valid.append(validate(vae, valid, config))
-        if history.valid[-1] < loop.best:
-            loop.best, history.best_epoch = history.valid[-1], loop.epoch
-            loop.best_state = copy.deepcopy(vae.state_dict())
+        loop.validate(valid, config)
+        loop.seconds = team.agreed(before + time.perf_counter() - start, device)
         watcher.end_epoch(loop)
     vae.load_state_dict(loop.best_state)
     vae.eval()
     history.step_ms = 1e3 * statistics.median(times[WARM_STEPS:] or times or [0.0])
     return history
+
+
+def begin(vae: VAE, config: Config, seed: int) -> Loop:
+    """The loop before the first epoch."""
+    optimizer = config.optimization.build(vae, config.lr, config.device if config.captured else "")
+    order, pixels = torch.Generator().manual_seed(seed), torch.Generator(config.device).manual_seed(seed)
+    average = copy.deepcopy(vae) if config.optimization.averaging else None
+    return Loop(vae, optimizer, order, pixels, copy.deepcopy(vae.state_dict()), average)
 
 
 def nonfinite_gradients(vae: VAE) -> list[str]:
@@ -187,7 +207,14 @@ def tensor_words(tensors: Sequence[str], config: Config) -> str:
 def validate(vae: VAE, x: Tensor, config: Config) -> float:
     """Mean negative bound at KL weight 1, in eval mode, always with the same noise."""
     vae.eval()
-    samples = VALID_SAMPLES if config.objective == "elbo" else config.train_samples
+    samples = config.valid_draws if config.objective == "elbo" else config.train_samples
     with torch.no_grad(), seeded(EVALUATION_SEED, x.device):
-        outs = [vae(part, (samples,)) for part in x.split(max(1, config.pairs // samples))]
-        return torch.cat([negative_bound(out, config) for out in outs]).double().mean().item()
+        bounds = [_bound(vae, part, samples, config) for part in x.split(max(1, config.pairs // samples))]
+    return Team.on(config.device).mean(torch.cat(bounds).double(), len(x)).item()
+
+
+def _bound(vae: VAE, x: Tensor, samples: int, config: Config) -> Tensor:
+    """The negative bound of each of this process's images."""
+    team = Team.on(config.device)
+    noise = team.noise(samples, len(x), config.dim, device=x.device)
+    return negative_bound(vae(x[team.rows(len(x))], (samples,), noise=noise), config)

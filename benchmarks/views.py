@@ -32,7 +32,7 @@ def aspect(data: Data) -> float:
 
 def show(panel: Axes, x: Tensor, data: Data, room: int) -> None:
     """Draw x ``(N, *event)`` side by side, with room for so many, on the scale that all of the data set share."""
-    low, high = _limits(data)
+    low, high = limits(data)
     images = [image for image in map(as_image, x.cpu()) if image is not None]
     if not images:
         panel.plot(_lines(x.cpu(), room), linewidth=0.8)
@@ -40,10 +40,10 @@ def show(panel: Axes, x: Tensor, data: Data, room: int) -> None:
     elif images[0].ndim == 3:
         panel.imshow(_strip((torch.stack(images) - low).div(high - low).clamp(0, 1), room, blank=1.0))
     else:
-        panel.imshow(_strip(torch.stack(images), room, blank=np.nan), cmap=_ink(data), vmin=low, vmax=high)
+        panel.imshow(_strip(torch.stack(images), room, blank=np.nan), cmap=ink(data), vmin=low, vmax=high)
 
 
-def _limits(data: Data) -> tuple[float, float]:
+def limits(data: Data) -> tuple[float, float]:
     """The smallest and the largest value."""
     if data.likelihood == "gaussian":
         return data.train.min().item(), data.train.max().item()
@@ -66,6 +66,6 @@ def _lines(x: Tensor, room: int) -> np.ndarray:
     return np.concatenate(list(np.pad(x.double().numpy(), edges, constant_values=np.nan)))
 
 
-def _ink(data: Data) -> str:
+def ink(data: Data) -> str:
     """Strokes are dark on white; photographs' levels are light."""
     return "gray_r" if data.likelihood in ("bernoulli", "binomial") else "gray"

@@ -156,12 +156,15 @@ def step_if_finite(optimizer: torch.optim.Optimizer, loss: Tensor, *, max_norm: 
 
     A step that is left out changes no weight and none of the optimizer's state. An optimizer with ``fused=True`` finds
     that out on the device, so nothing waits and the step can be captured; the gradients of a step left out are then
-    spoilt by the clipping. For any other optimizer the flag is read on the host before anything else: the gradients
-    of a step left out stay as they are, to see which of them was not finite.
+    spoilt by the clipping. One with ``capturable=True`` that is not fused, such as Adamax and RMSprop, steps, and
+    weights and state are put back on the device; its state is one that starts as zeros. For any other optimizer the
+    flag is read on the host before anything else: the gradients of a step left out stay as they are, to see which of
+    them was not finite.
 
     When to use: after ``loss.backward()``, in the place of ``clip_grad_norm_`` and ``optimizer.step()``.
 
-    Cost: one pass over the gradients for the norm, and one more to clip them.
+    Cost: one pass over the gradients for the norm, and one more to clip them; to put back, a copy of weights and state
+    and two launches for each of their tensors.
 
     Args:
         optimizer: its parameters stand on one device; those without a gradient are passed over.
@@ -190,11 +193,12 @@ def step_if_finite(optimizer: torch.optim.Optimizer, loss: Tensor, *, max_norm: 
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))  # pyright: ignore[reportPrivateImportUsage]
     finite = (norm + loss.detach()).abs() < math.inf  # three launches, where two calls of isfinite are nine
     fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-    if fused or finite:
+    capturable = not fused and all(group.get("capturable", False) for group in optimizer.param_groups)
+    if fused or capturable or finite:
         if max_norm is not None:
             factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
-        with _told(optimizer, finite) if fused else nullcontext():
+        with _told(optimizer, finite) if fused else _undone(optimizer, ~finite) if capturable else nullcontext():
             optimizer.step()
     return finite
 
@@ -208,3 +212,24 @@ def _told(optimizer: torch.optim.Optimizer, finite: Tensor) -> Iterator[None]:
         yield
     finally:
         del told.found_inf
+
+
+@contextmanager
+def _undone(optimizer: torch.optim.Optimizer, spoilt: Tensor) -> Iterator[None]:
+    """Put weights and state back where a step was spoilt, without asking on the host whether it was."""
+    before = {key: value.detach().clone() for key, value in _tensors(optimizer).items()}
+    yield
+    with torch.no_grad():
+        for key, value in _tensors(optimizer).items():
+            value.copy_(torch.where(spoilt, before.get(key, 0), value))
+
+
+def _tensors(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], Tensor]:
+    """The weights of an optimizer and its state, as far as it has been made."""
+    weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        (i, key): value for i, weight in enumerate(weights) for key, value in optimizer.state.get(weight, {}).items()
+    }
+    return {(i, "weight"): weight for i, weight in enumerate(weights)} | {
+        key: value for key, value in state.items() if isinstance(value, Tensor)
+    }

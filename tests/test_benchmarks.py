@@ -184,7 +184,7 @@ def test_the_table_has_a_row_for_each_posterior_and_says_how_it_was_measured(tin
 
 def test_every_picture_is_drawn(tiny_run: tuple[int, Path]) -> None:
     _, folder = tiny_run
-    assert pictures(folder) == PICTURES | {"true_posterior"}
+    assert pictures(folder) == PICTURES | {"true_posterior", "grid"}
     assert not list(folder.glob("*.part"))
 
 

@@ -16,7 +16,7 @@ from benchmarks import checkpoint, report, train
 from benchmarks.config import Config, configure
 from benchmarks.data import Data, load
 from benchmarks.models import build
-from benchmarks.step import Advance, adam, outcomes, set_learning_rate, step
+from benchmarks.step import Advance, outcomes, set_learning_rate, step
 from benchmarks.train import BAD_STEPS, History, TrainingError, train_one
 from flowpost import training
 from flowpost.masked import device, engine
@@ -184,7 +184,7 @@ def test_a_step_stays_on_the_device(data: Data, config: Config, objective: str) 
 def test_the_learning_rate_is_a_tensor_only_where_a_graph_reads_it(data: Data, config: Config) -> None:
     vae = build(data, "diagonal", dim=2, width=16, dropout=0.0, options={})
     for eager in (False, True):
-        optimizer = adam(vae, replace(config, eager=eager))
+        optimizer = config.optimization.build(vae, config.lr, "" if eager else config.device)
         before = optimizer.param_groups[0]["lr"]
         set_learning_rate(optimizer, 0.25)
         after = optimizer.param_groups[0]["lr"]

@@ -15,7 +15,7 @@ from benchmarks.data import Data
 from benchmarks.encoders import libraries as lib
 from benchmarks.heads import PixelLogit
 from benchmarks.models import likelihood_of
-from benchmarks.step import CLIP_NORM
+from benchmarks.optimizers import CLIP_NORM
 from benchmarks.train import EVALUATION_SEED, seeded
 from flowpost import wrap
 from flowpost.outputs import Read

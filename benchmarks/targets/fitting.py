@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, stack_module_state, vmap
 
-from benchmarks.step import CLIP_NORM
+from benchmarks.optimizers import CLIP_NORM
 from benchmarks.targets.contestants import batches, build, rate
 from benchmarks.targets.energies import ENERGIES, STRIP, Energy
 from benchmarks.train import BAD_STEPS, seeded

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# The Sylvester paper's models on static MNIST as far as 8 minutes of a GPU go, and the page of it. From any folder:
+#
+#   benchmarks/gpu_images.sh [page]      by default docs/images-gpu.md
+#
+# Every model gets the same minutes of training with captured steps, a shorter KL warm-up than the paper's, and fewer
+# importance samples: the page says so. One that fails does not keep the next from running; a second call goes on where
+# the first one was stopped. Settings by the environment: PYTHON, PRESETS, MINUTES (of each training), OPTIONS (of
+# every run), RUNS (a folder). Without a GPU, to try it out:
+#
+#   OPTIONS="--device cpu --data digits --epochs 1 --samples 25 --images 20" benchmarks/gpu_images.sh /tmp/page.md
+set -uo pipefail
+page=$(realpath -m "${1:-$(dirname "$0")/../docs/images-gpu.md}")
+cd "$(dirname "$0")/.." || exit 1
+python=${PYTHON:-python}
+presets=${PRESETS:-sylvester-vae sylvester-planar sylvester-iaf sylvester-osnf}
+runs=$(realpath -m "${RUNS:-runs/gpu-images}")
+options=${OPTIONS:---device cuda --kl-warmup 10 --samples 200 --pairs 20000}
+seconds=${SECONDS_EACH:-150} # of each run, with what is not training
+failed=()
+
+train() {
+    local name=$1 folder="$runs/$1" status
+    printf '\n== %s\n' "$name"
+    if [ -e "$folder/results.json" ]; then
+        timeout -s INT -k 20 "$seconds" "$python" -m benchmarks images --resume "$folder" --no-pictures
+    else
+        # shellcheck disable=SC2086  # several options
+        timeout -s INT -k 20 "$seconds" "$python" -m benchmarks images --preset "$name" \
+            --minutes "${MINUTES:-1.3}" $options --no-pictures --out "$folder"
+    fi
+    status=$?
+    [ $status -eq 0 ] || failed+=("$name")
+    printf '== %s: %d s so far, status %d\n' "$name" "$SECONDS" "$status"
+}
+
+[[ $options != *cuda* ]] || "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || {
+    echo "gpu_images: expected a Python whose PyTorch finds a CUDA device ($python); PYTHON=... names another" >&2
+    exit 2
+}
+"$python" -c 'import matplotlib, pooch, rich, safetensors, typer' 2>/dev/null ||
+    "$python" -m pip install --quiet -e '.[bench]' || exit 1
+for preset in $presets; do
+    train "$preset"
+done
+[ -e "$page" ] || printf '# Models of published tables on a GPU\n\nBy `benchmarks/gpu_images.sh`.\n\n%s\n%s\n' \
+    '<!-- tables -->' '<!-- end of tables -->' >"$page"
+"$python" -m benchmarks images "$runs"/*/ --page "$page" || failed+=("page")
+printf '\n== all: %d s; failed: %s\n' "$SECONDS" "${failed[*]:-none}"
+exit $((${#failed[@]} > 0))

@@ -1,0 +1,101 @@
+"""The models of published tables, `python -m benchmarks images --preset NAME`, and our numbers beside theirs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.config import LOGS, ConfigError, check_device, posterior_names
+from benchmarks.data import NAMES as DATA
+from benchmarks.data import load as load_data
+from benchmarks.images.page import publish
+from benchmarks.images.presets import NAMES, adapt, load
+from benchmarks.images.toys import draw
+from benchmarks.job import job
+from benchmarks.optimizers import PRECISIONS
+from benchmarks.report import Report
+from benchmarks.run import Out, terminal
+
+TOY_STEPS = 1500
+
+
+def images(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Folders of runs: trains nothing, and prints their numbers beside the published ones."),
+    ] = None,
+    *,
+    preset: Annotated[str | None, typer.Option(help=f"What to train: {', '.join(NAMES)}.")] = None,
+    data: Annotated[str | None, typer.Option(help=f"Another data set: {', '.join(DATA)}.")] = None,
+    posterior: Annotated[
+        list[str] | None, typer.Option(help="Other posteriors on the preset's networks; repeat it, or use commas.")
+    ] = None,
+    depth: Annotated[int | None, typer.Option(help="Steps of the posterior; iaf-mnist: 2 to 8.")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Of weights, data and noise; repeat it for several runs.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="At most.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Of each training; the epoch then in hand is the last.")] = None,
+    kl_warmup: Annotated[int | None, typer.Option("--kl-warmup", help="Epochs of it.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Importance samples an image behind NLL.")] = None,
+    count: Annotated[int | None, typer.Option("--images", help="Test images that are evaluated; 0 for all.")] = None,
+    trusted_images: Annotated[
+        int | None, typer.Option(help="Test images whose NLL is annealed too; 0 for none.")
+    ] = None,
+    pairs: Annotated[int | None, typer.Option(help="(Sample, image) pairs evaluated at once: memory.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help=f"Of the networks in training: {', '.join(PRECISIONS)}.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
+    eager: Annotated[bool | None, typer.Option("--eager", help="On a GPU: no CUDA graph.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    log: Annotated[str, typer.Option(help=f"Of each epoch: {', '.join(LOGS[1:])}.")] = "csv",
+    pictures: Annotated[bool, typer.Option(help="Draw the pictures of a job.")] = True,
+    out: Out = None,
+    toys: Annotated[
+        bool, typer.Option("--toys", help="Train no preset: draw posteriors that tile the prior, and an autoencoder.")
+    ] = False,
+    resume: Annotated[
+        Path | None, typer.Option(help="Folder of a stopped run to go on with, to the same figures.", file_okay=False)
+    ] = None,
+    page: Annotated[Path | None, typer.Option(help="Put the table of FOLDERS on this page, between its marks.")] = None,
+) -> None:
+    """Train a model of a published table as its authors did, and print our numbers.
+
+    A preset is a file in benchmarks/images/presets. Options shorten its protocol or change a part; what differs from
+    the file is named wherever the run's numbers are shown. A run is resumed to the same figures, on the CPU to the same
+    bits. For several GPUs: accelerate launch -m benchmarks images --preset NAME --device cuda.
+    """
+    if resume is not None:
+        raise typer.Exit(job(Report.resume(resume), pictures=pictures))
+    if toys:
+        found = draw(load_data(data or "digits"), folder := out or Path("runs/toys"), TOY_STEPS)
+        terminal().print(f"ELBO of the toy: {found}\nPictures: {folder}", soft_wrap=True)
+        return
+    if folders:
+        publish([Report.read(folder) for folder in folders], page)
+        return
+    if preset is None:
+        raise ConfigError(f"preset: expected one of {', '.join(NAMES)}, or folders of runs, got neither")
+    config = adapt(
+        load(preset),
+        depth,
+        data=data,
+        posteriors=posterior_names(posterior) if posterior else None,
+        seeds=tuple(seed) if seed else None,
+        epochs=epochs,
+        minutes=minutes,
+        kl_warmup=kl_warmup,
+        samples=samples,
+        images=count,
+        trusted_images=trusted_images,
+        pairs=pairs,
+        precision=precision,
+        device=device,
+        eager=eager,
+        threads=threads,
+        log=log,
+    )
+    raise typer.Exit(job(check_device(config), out, pictures=pictures))

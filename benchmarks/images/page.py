@@ -1,0 +1,91 @@
+"""Runs of presets beside what was published of them: one table, and under it what each run is of."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.canvas import title
+from benchmarks.config import ConfigError
+from benchmarks.images.presets import Preset, load
+from benchmarks.report import Report, Result, by_posterior
+from benchmarks.run import MARKS, fill, replace_text, terminal
+from benchmarks.table import Table
+
+HEADER = ("preset", "data", "posterior", "seeds", "-ELBO", "published", "apart", "NLL", "published", "apart", "k>0.7")
+
+
+def publish(reports: Sequence[Report], page: Path | None = None) -> None:
+    """Print the table, and put it on a page.
+
+    Raises:
+        ConfigError: a folder is not a preset's, or the page has no marks.
+    """
+    found = table(reports)
+    terminal().print(found)
+    if page is not None:
+        replace_text(page, fill(page, f"{found.markdown()}\n\n{protocols(reports)}", MARKS))
+
+
+def table(reports: Sequence[Report]) -> Table:
+    """A row for each posterior of each run."""
+    rows = [_row(report, name, runs) for report in reports for name, runs in by_posterior(report.finished).items()]
+    caption = (
+        "Test part, nats an image (Frey faces: bits a pixel), mean (sd) over seeds; apart: ours less the published; "
+        "k>0.7: share of images whose importance-sampled NLL is not to be trusted; ~: remembered, not read in the paper"
+    )
+    return Table(HEADER, rows, caption=caption)
+
+
+def _preset(report: Report) -> Preset:
+    if not report.config.preset:
+        raise ConfigError(f"folders: expected runs of presets, got {report.run.folder}")
+    return load(report.config.preset)
+
+
+def _row(report: Report, posterior: str, runs: Sequence[Result]) -> list[str]:
+    preset, config = _preset(report), report.config
+    published = preset.row(config, posterior)
+    depth = config.flows.get(posterior, {}).get("steps", "")
+    what = [config.preset, config.data, f"{title(posterior)} {depth}".strip(), str(len(runs))]
+    bits = "_bits" if config.data == "freyfaces" else ""
+    bounds = [cell for key in ("neg_elbo", "nll") for cell in _beside(runs, f"{key}{bits}", published)]
+    return [*what, *bounds, f"{statistics.fmean(run['heavy_tails'] for run in runs):.2f}"]
+
+
+def _beside(runs: Sequence[Result], key: str, published: Mapping[str, Any]) -> list[str]:
+    """Ours with its spread, theirs, and how far apart."""
+    values = [run[key] for run in runs]
+    mean = statistics.fmean(values)
+    ours = f"{mean:.2f}" + (f" ({statistics.stdev(values):.2f})" if len(values) > 1 else "")
+    if key not in published:
+        return [ours, "-", "-"]
+    mark = "~" if key in published.get("remembered", ()) else ""
+    return [ours, f"{mark}{published[key]:.2f}", f"{mean - published[key]:+.2f}"]
+
+
+def protocols(reports: Sequence[Report]) -> str:
+    """Of each run: where its protocol is from, what of it was changed, how long it took and where, and the command."""
+    return "\n\n".join(protocol(report) for report in reports)
+
+
+def protocol(report: Report) -> str:
+    """One run's paragraph."""
+    preset, config = _preset(report), report.config
+    changes = preset.changes(config) + _cut(report)
+    kept = (
+        f"Changed, with the preset's in brackets: {', '.join(changes)}." if changes else "The preset's whole protocol."
+    )
+    best = ", ".join(f"{run['posterior']} {run['best_epoch']} of {len(run['valid'])}" for run in report.finished)
+    return f"**{preset.name}**: {preset.source}. {kept} Best epoch: {best}. {report.run.origin()}"
+
+
+def _cut(report: Report) -> list[str]:
+    """That minutes ended trainings before their epochs did."""
+    config = report.config
+    if not config.minutes:
+        return []
+    epochs = sorted({len(run["valid"]) for run in report.finished})
+    return [f"trained for {'-'.join(map(str, epochs))} epochs of {config.epochs}"]

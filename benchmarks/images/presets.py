@@ -1,0 +1,133 @@
+"""A preset: a small file that says what is trained and how, and what was published of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from benchmarks.config import DEFAULTS, Config, ConfigError
+from benchmarks.optimizers import Optimization
+
+# The same reader: Python has it from 3.11 on.
+toml: Any = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+
+FOLDER = Path(__file__).with_name("presets")
+NAMES = tuple(sorted(path.stem for path in FOLDER.glob("[!_]*.toml")))
+OPTIMIZATION = tuple(asdict(Optimization()))
+# How a run is stopped or evaluated, or where: a run that differs here alone is of the preset's model.
+FREE = ("posteriors", "seeds", "threads", "device", "eager", "pairs", "log", "flows", "data", "trusted_images")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a file says."""
+
+    name: str
+    source: str
+    config: Config
+    published: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    """By data set, and by posterior, with its steps where there are several depths: what was published."""
+
+    def row(self, config: Config, posterior: str) -> Mapping[str, Any]:
+        """What was published of a posterior on a configuration's data; nothing where nothing was."""
+        rows = self.published.get(config.data, {})
+        depth = config.flows.get(posterior, {}).get("steps")
+        return rows.get(f"{posterior}-{depth}", rows.get(posterior, {}))
+
+    def changes(self, config: Config) -> list[str]:
+        """In what a run's protocol differs from the file's, in words."""
+        mine, theirs = _flat(self.config), _flat(config)
+        return [
+            f"{key.replace('_', ' ')} {theirs[key]:g} ({mine[key]:g})"
+            if isinstance(mine[key], (int, float))
+            else f"{key} {theirs[key]} ({mine[key]})"
+            for key in mine
+            if theirs[key] != mine[key]
+        ]
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    values = asdict(config)
+    values |= values.pop("optimization")
+    return {key: value for key, value in values.items() if key not in FREE}
+
+
+def load(name: str) -> Preset:
+    """The preset of this name.
+
+    Raises:
+        ConfigError: there is none, or its file is wrong.
+    """
+    if name not in NAMES:
+        raise ConfigError(f"preset: expected one of {', '.join(NAMES)}, got {name!r}")
+    content = _read(name)
+    try:
+        return Preset(name, content.pop("source"), _config(name, content), content.pop("published", {}))
+    except (TypeError, KeyError, ConfigError) as error:
+        raise ConfigError(f"preset {name}: {error}") from error
+
+
+def _read(name: str) -> dict[str, Any]:
+    """A file, on top of the one that it extends."""
+    content = toml.loads((FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
+    base = content.pop("extends", None)
+    return content if base is None else _merged(_read(base), content)
+
+
+def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    both = {key: _merged(base[key], top[key]) for key in base.keys() & top.keys() if isinstance(top[key], dict)}
+    return {**base, **top, **both}
+
+
+def _config(name: str, content: Mapping[str, Any]) -> Config:
+    posterior, optimizer = dict(content["posterior"]), dict(content["optimizer"])
+    recipe, dim = posterior.pop("name"), posterior.pop("dim")
+    optimization = Optimization(**{key: optimizer.pop(key) for key in OPTIMIZATION if key in optimizer})
+    sections = content.get("objective", {}) | optimizer | content["schedule"] | content["evaluation"]
+    flows = {**DEFAULTS["mnist-static"].flows, recipe: _tuples(posterior)}
+    return Config(
+        data=content["data"],
+        posteriors=(recipe,),
+        seeds=(0,),
+        dim=dim,
+        flows=flows,
+        optimization=optimization,
+        preset=name,
+        encoder=_tuples(content["encoder"]),
+        decoder=_tuples(content["decoder"]),
+        **sections,
+    )
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Sequences as a configuration has them."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def adapt(preset: Preset, depth: int | None, **given: object) -> Config:
+    """The preset's configuration with what was given on the command line and is not None.
+
+    Raises:
+        ConfigError: a value is out of range, or the posterior has no steps.
+    """
+    known = {item for item in asdict(preset.config)}
+    values = {key: value for key, value in given.items() if value is not None}
+    optimization = {key: values.pop(key) for key in OPTIMIZATION if key in values}
+    config = replace(preset.config, **{key: value for key, value in values.items() if key in known})  # pyright: ignore
+    config = replace(config, optimization=replace(config.optimization, **optimization))
+    return config if depth is None else _deep(config, depth)
+
+
+def _deep(config: Config, depth: int) -> Config:
+    """With so many steps in the posterior."""
+    if depth < 1:
+        raise ConfigError(f"depth: expected at least 1 step, got {depth}")
+    for name in config.posteriors:
+        if "steps" not in config.flows.get(name, {}):
+            raise ConfigError(f"depth: expected a posterior of several steps, got {name}")
+    deep = {name: {**config.flows[name], "steps": depth} for name in config.posteriors}
+    return replace(config, flows={**config.flows, **deep})
