@@ -30,7 +30,7 @@ from flowpost.posterior import FlowPosterior as FlowPosterior
 from flowpost.recipes import *
 from flowpost.wrap import wrap as wrap
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if not TYPE_CHECKING:  # a type checker reads the imports themselves
     _PARTS = ["bijectors", "calibration", "evaluation", "functional", "gaps", "importance", "objectives", "recipes"]

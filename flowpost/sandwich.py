@@ -41,15 +41,12 @@ class Sandwich(NamedTuple):
 
     def __str__(self) -> str:
         count = len(self.gap)
-        heavy = f", k-hat above {LIMIT} for {int((~(self.importance.k_hat <= LIMIT)).sum())} of {count}"
+        heavy = int((~(self.importance.k_hat <= LIMIT)).sum())
         rows = {
             "annealed, lower bound": (self.lower.log_p, ""),
             "annealed, upper bound": (self.upper.log_p, ""),
             "upper less lower": (self.gap, f", largest {self.gap.max():.2f}"),
-            f"{self.samples:,} importance samples": (
-                self.importance.log_p,
-                f", k-hat above {LIMIT} for {heavy} of {count}",
-            ),
+            f"{self.samples:,} importance samples": (self.importance.log_p, f", k-hat above {LIMIT} for {heavy}"),
         }
         return "\n".join(
             [
@@ -178,7 +175,7 @@ def sandwich(
         >>> vae = VAE(nn.Linear(9, 16), flowpost.diagonal(16, dim=2), nn.Linear(2, 9), Bernoulli())
         >>> found = sandwich(vae, 20, (9,), chains=4, temperatures=20)
         >>> print(found)
-        log p(x) of 20 x simulated from the model, mean ± standard error, in nats:
+        log p(x) of 20 x simulated from the model, mean ± standard error, in nats
           annealed, lower bound ...
     """
     runs, samples = Chains(chains, temperatures, leapfrogs, path, pairs, progress), check_int("samples", samples, 1)
