@@ -256,7 +256,7 @@ def test_the_summary_says_what_was_found() -> None:
     assert f"{found.lower.log_p.mean():.3f} ± " in lines[1]
     assert f"{found.gap.mean():.3f} ± {found.gap.std() / math.sqrt(20):.3f}, largest {found.gap.max():.2f}" in lines[3]
     assert "100 importance samples" in lines[4]
-    assert "k-hat above 0.7 for" in lines[4]
+    assert lines[4].endswith(f", k-hat above 0.7 for {int((found.importance.k_hat > 0.7).sum())}")
     assert "residual of the inverse at most" in lines[5]
 
 
