@@ -206,6 +206,7 @@ OTHERS = {"pyro": "pyro", "arviz": "arviz_base", "lightning": "lightning"}
 """What a block of a page may import, itself or by `flowpost.interop`, and the package that it then needs."""
 
 
+@pytest.mark.long  # `make docs` runs them, and all other pages
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
 def test_docs_run_as_pasted(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """All blocks but those whose library is not installed; where there are such, the test says so by a skip."""
