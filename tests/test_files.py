@@ -652,6 +652,7 @@ class Bomb:
         return os.system, ("touch /tmp/flowpost-was-here",)
 
 
+@pytest.mark.full
 def test_nothing_is_executed(saved: Path, tmp_path: Path) -> None:
     data, made = saved.read_bytes(), 0
     for edit in [*LIES.values(), *BAD_RECIPES.values()]:

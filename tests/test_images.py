@@ -188,6 +188,7 @@ def whole(few: Data, tmp_path: Path) -> Path:
     return tmp_path / "whole"
 
 
+@pytest.mark.full
 def test_a_stopped_job_is_resumed_to_the_same_bits_past_a_damaged_checkpoint(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,6 +206,7 @@ def test_a_stopped_job_is_resumed_to_the_same_bits_past_a_damaged_checkpoint(
     assert not (stopped / "checkpoints").exists()
 
 
+@pytest.mark.full
 def test_the_log_has_a_line_for_each_epoch(whole: Path) -> None:
     (run,) = figures(whole)
     lines = list(csv.DictReader((whole / "logs" / "diagonal-0.csv").read_text().splitlines()))
@@ -215,6 +217,7 @@ def test_the_log_has_a_line_for_each_epoch(whole: Path) -> None:
     ]
 
 
+@pytest.mark.full
 def test_the_page_has_ours_theirs_and_what_was_changed(whole: Path, tmp_path: Path) -> None:
     report = Report.read(whole)
     (run,) = report.results

@@ -40,6 +40,7 @@ def made(data: Data, config: Config) -> VAE:
     return build(data, "diagonal", dim=2, width=config.width, dropout=0.0, options={})
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("optimizer", ["rmsprop", "adamax"])
 def test_every_optimizer_s_run_is_resumed_to_the_same_bits(
     data: Data, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str

@@ -417,6 +417,7 @@ def test_a_wider_encoder_and_a_prior_leave_the_rest_alone() -> None:
 # ---------------------------------------------------------------------------------------------------------- the job
 
 
+@pytest.mark.full
 def test_a_job_on_a_file_with_networks_goes_on_as_it_began(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The networks give the pair (loc, log_var), which `diagonal` keeps; then the file changes, then the module."""
     arguments = ["--data", "waves.npz", "--networks", "own_nets:pair", *TINY, "--posterior", "diagonal,iaf"]
@@ -452,6 +453,7 @@ def test_networks_of_features_get_every_posterior(here: Path) -> None:
     assert isinstance(vae.likelihood, Gaussian)
 
 
+@pytest.mark.full
 def test_jobs_on_other_files_are_not_compared(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, shift in (("first", 0), ("second", 1)):
         np.savez("waves.npz", x=WAVES + shift)

@@ -71,7 +71,7 @@ def points(step: Bijector) -> tuple[Tensor, Tensor | None]:
     return z, z.new_zeros(5, step.context_size) if step.context_size else None
 
 
-@every
+@core_first
 def test_a_step_that_is_moved_works_where_it_is(entry: Entry) -> None:
     """Without a call before: the move brings every constant along."""
     step = entry.make(3, 0).to("meta")

@@ -49,6 +49,7 @@ def test_flowpost_survives(name: str) -> None:
     assert sum(verdict.outcome == SURVIVED for verdict in verdicts.values()) > 30
 
 
+@pytest.mark.full
 def test_one_model_compiles() -> None:
     for use in set(USES) - {use.name for use in uses(quick=True)}:
         assert judge(USES[use], MODELS["Autoregressive ×2, amortized"]).outcome == SURVIVED

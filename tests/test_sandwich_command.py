@@ -30,6 +30,7 @@ def test_a_figure_of_some_seeds_is_their_mean() -> None:
     assert found == {"nll": {"mean": 1.5, "sd": pytest.approx(0.5**0.5)}, "trusted_nll": {"mean": 5.0, "sd": None}}
 
 
+@pytest.mark.full
 def test_a_page_of_a_job(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     job, out, page = tmp_path / "job", tmp_path / "out", tmp_path / "page.md"
     page.write_text(f"# A page\n\n{MARKS[0]}\n\n{MARKS[1]}\n\nthe end\n")

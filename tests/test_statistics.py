@@ -89,6 +89,7 @@ def test_exact_posterior_is_reached(name: str, bound: float) -> None:
     assert -0.003 < _kl(name) < bound
 
 
+@pytest.mark.full
 def test_a_diagonal_gaussian_does_not_reach_it() -> None:
     assert _kl("diagonal") > 0.2
 
@@ -208,6 +209,7 @@ def test_a_trained_density_integrates_to_one(name: str) -> None:
     assert abs(total_mass(flow.double()) - 1) < 1e-2
 
 
+@pytest.mark.full
 def test_a_wrong_log_det_claims_a_negative_kl() -> None:
     torch.manual_seed(0)
     steps = [flowpost.testing.push(TransposedSylvester(4, reach=0.95), 1.0, seed) for seed in range(6)]
