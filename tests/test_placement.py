@@ -9,7 +9,7 @@ from itertools import chain
 
 import pytest
 import torch
-from registry import BY_NAME, ENTRIES, Case, Entry, draw
+from registry import BY_NAME, ENTRIES, Case, Entry, core_first, draw
 from small import DIM, FEATURES, small
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
