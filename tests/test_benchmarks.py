@@ -326,6 +326,7 @@ def test_validation_repeats_itself_and_leaves_the_noise_alone(tiny_model: tuple[
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", POSTERIORS)
 def test_the_grid_holds_both_posteriors_mass(tiny_model: tuple[VAE, Data, Config], name: str) -> None:
     _, data, _ = tiny_model

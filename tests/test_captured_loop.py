@@ -97,6 +97,7 @@ def test_the_captured_loop_trains_to_the_plain_loop_s_numbers(
     assert history.valid == pytest.approx(other.valid, rel=1e-4)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("stop", [1, 4])
 def test_a_resumed_captured_run_ends_in_the_same_numbers(
     data: Data, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int

@@ -113,18 +113,13 @@ def test_contract_at_more_sizes(entry: Entry, name: str) -> None:
     _check(entry, name, dims=(1, 4) if DEEP else (1,), examples=1)
 
 
-COMPILED_EARLIER = {
-    ("planar", "compiles"): [],
-    ("planar", "batch_sizes"): [],
-    **dict.fromkeys([(name, "compiles") for name in ("iaf",)], [pytest.mark.full]),
-}
-"""The full run has the batch sizes of the last three's recipes, in `test_shapes_compiled`."""
+COMPILED_EARLIER = {("planar", "compiles"), ("planar", "batch_sizes"), ("iaf", "compiles")}
+"""In the full run, which has the batch sizes of iaf's recipe in `test_shapes_compiled`."""
 
 
 def _compiled() -> list:
-    late = [pytest.mark.compile]
     pairs = [(entry, name) for entry in ENTRIES if DEEP or entry.name in CORE for name in COMPILED]
-    marks = [COMPILED_EARLIER.get((entry.name, name), late) for entry, name in pairs]
+    marks = [pytest.mark.full if (e.name, name) in COMPILED_EARLIER else pytest.mark.compile for e, name in pairs]
     return [
         pytest.param(*pair, marks=mark, id=f"{pair[0].name}-{pair[1]}") for pair, mark in zip(pairs, marks, strict=True)
     ]

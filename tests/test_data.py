@@ -580,6 +580,7 @@ def test_the_default_cache_is_pooch_s(monkeypatch: pytest.MonkeyPatch) -> None:
     assert download._cache_folder() == Path(pooch.os_cache("flowpost"))
 
 
+@pytest.mark.full
 def test_import_leaves_global_state_alone() -> None:
     code = (
         "import torch, numpy as np; torch.manual_seed(0); np.random.seed(0)\n"

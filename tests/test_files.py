@@ -866,6 +866,7 @@ def test_a_read_only_folder(saved: Path) -> None:
     assert saved.read_bytes() == before
 
 
+@pytest.mark.full
 def test_a_full_disk(path: Path) -> None:
     old = build()
     flowpost.save(old, path)

@@ -134,6 +134,7 @@ def test_every_recipe_built_on_meta_runs_there(name: str) -> None:
 FAKE = [*((name, sample) for name in RECIPES), ("householder", log_prob), ("iaf", log_prob), ("maf", path_log_prob)]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("name", "use"), FAKE)
 def test_a_recipe_is_built_and_runs_of_fake_tensors(name: str, use: Callable[[FlowPosterior, Tensor], Tensor]) -> None:
     with FakeTensorMode():

@@ -155,6 +155,7 @@ def float32(name: str) -> FlowPosterior:
     return small(name, **({"steps": 1} if name == "naf" else {})).float()
 
 
+@pytest.mark.full
 @recipes
 def test_a_posterior_that_is_moved_works_where_it_is(name: str) -> None:
     posterior = float32(name).to("meta")

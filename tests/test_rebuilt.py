@@ -85,6 +85,7 @@ LOADS = [emptied, emptied_then_assigned, assigned, emptied_twice, emptied_one_by
 loads = pytest.mark.parametrize("load", LOADS, ids=lambda load: load.__name__)
 
 
+@pytest.mark.full
 @poison
 @recipes
 @loads
@@ -228,6 +229,7 @@ def averaged(module: M, kind: str) -> M:
 averages = pytest.mark.parametrize("kind", AVERAGES)
 
 
+@pytest.mark.full
 @recipes
 @averages
 def test_an_average_of_equal_posteriors_is_that_posterior(name: str, kind: str) -> None:

@@ -59,6 +59,7 @@ def test_importing_flowpost_changes_nothing() -> None:
     assert judge(USES["import leaves torch as it was"], load("flowpost")[0]).outcome == SURVIVED
 
 
+@pytest.mark.full
 def test_what_importing_flowpost_does_is_watched() -> None:
     """It is imported when its models are asked for, and not before: else nobody would see what that changes."""
     code = "import sys, benchmarks.reliability.worker; sys.exit('flowpost' in sys.modules)"

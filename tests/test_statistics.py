@@ -198,6 +198,7 @@ def test_kl_to_a_known_density_is_not_negative(name: str) -> None:
     assert -5 * error < kl < 1.5
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", FLOWS)
 def test_a_trained_density_integrates_to_one(name: str) -> None:
     """B15 after 100 steps: by then the parameters are where training takes them, not where a test puts them."""
