@@ -5,6 +5,9 @@ Each function launches one. Everything is computed in float32 but log-dets, whic
 gives and gets back may be in half precision.
 """
 
+# Where Triton is installed, its annotations are of what a kernel sees, and not of what is handed to it.
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportReturnType=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence

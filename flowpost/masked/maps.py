@@ -5,6 +5,9 @@ All are ``z' = a z + b`` with numbers' a > 0 and b. Of two numbers p and q: the 
 maps' loc and raw scale.
 """
 
+# Where Triton is installed, its annotations are of what a kernel sees, and not of what is handed to it.
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import triton  # pyright: ignore[reportMissingImports]

@@ -5,6 +5,9 @@ A program owns ROWS rows. It finds one variable after the other, and reads each 
 its threads write they read again after a barrier. Hidden layers' units of degree k are those from ``k width / dim`` on.
 """
 
+# Where Triton is installed, its annotations are of what a kernel sees, and not of what is handed to it.
+# pyright: reportReturnType=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -1,6 +1,9 @@
 # ruff: noqa: ANN001, ANN002, ANN003, ANN201, ANN202 (Triton reads annotations as types)
 """The searches of `tanh_roots` as Triton's kernels, one launch each, in float64 within."""
 
+# Where Triton is installed, its annotations are of what a kernel sees, and not of what is handed to it.
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import torch
