@@ -8,7 +8,7 @@
 # the first one was stopped. Settings by the environment: PYTHON, PRESETS, MINUTES (of each training), OPTIONS (of
 # every run), RUNS (a folder). Without a GPU, to try it out:
 #
-#   OPTIONS="--device cpu --data digits --epochs 1 --samples 25 --images 20" benchmarks/gpu_images.sh /tmp/page.md
+#   OPTIONS="--device cpu --data digits --epochs 1 --samples 25 --images 20" benchmarks/gpu_images.sh page.md
 set -uo pipefail
 page=$(realpath -m "${1:-$(dirname "$0")/../docs/images-gpu.md}")
 cd "$(dirname "$0")/.." || exit 1
