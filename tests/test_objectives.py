@@ -35,7 +35,7 @@ RECIPES: dict[str, Callable[[int, int], FlowPosterior]] = {
 }
 every = pytest.mark.parametrize("name", RECIPES)
 compiled = pytest.mark.parametrize("name", [
-    "full_covariance", pytest.param("planar", marks=pytest.mark.compile), pytest.param("iaf", marks=pytest.mark.compile)
+    "full_covariance", pytest.param("planar", marks=pytest.mark.compile), pytest.param("iaf", marks=pytest.mark.full)
 ])  # fmt: skip
 
 

@@ -8,12 +8,11 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from flowpost.masked.engine import untouched
 from flowpost.masked.layouts import ranked
 from flowpost.masked.network import MADE
-from flowpost.masked.run import ElementWise, Link, Parameters, Run, broadcast, flat, grouped, names
+from flowpost.masked.run import ElementWise, Link, Parameters, Run, broadcast, flat, grouped
 from flowpost.numerics.products import plus
 from flowpost.numerics.watchers import hooked
 
@@ -138,20 +137,24 @@ def _networks(run: Run, parameters: Sequence[Tensor] | None) -> list[Network]:
 
 
 def _with(net: MADE, group: Parameters) -> Network:
-    """The network with the parameters it had, which ``functional_call`` may have taken back since."""
-    given = dict(zip(names(net), [*group.weights, *group.biases, *group.projection], strict=True))
-    return lambda *inputs: functional_call(_Sums(net), {f"net.{name}": each for name, each in given.items()}, inputs)
+    """The network with the parameters it had, whose last ones have the rate in them.
 
+    They may be another call's by now, as those of a ``functional_call`` that is over; and a compiler traces no module
+    that is made for a call.
+    """
 
-class _Sums(nn.Module):
-    """A network whose outputs have their rate from its parameters."""
+    def sums(z: Tensor, context: Tensor | None) -> Tensor:
+        masked = [
+            weight * layer.staircase.mask.on(weight) for layer, weight in zip(net.stack, group.weights, strict=True)
+        ]
+        x = F.linear(z, masked[0], group.biases[0])
+        if group.projection:
+            x = x + F.linear(cast(Tensor, context), group.projection[0])
+        for weight, bias in zip(masked[1:], group.biases[1:], strict=True):
+            x = F.linear(net.activation(x), weight, bias)
+        return x.unflatten(-1, (net.outputs, net.dim))
 
-    def __init__(self, net: MADE) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, z: Tensor, context: Tensor | None) -> Tensor:
-        return self.net.sums(z, context)
+    return sums
 
 
 def _step(step: ElementWise, z: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:

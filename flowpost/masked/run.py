@@ -95,14 +95,6 @@ class Saved(NamedTuple):
         return zip(self.run, *groups, strict=True)
 
 
-def names(net: MADE) -> list[str]:
-    """The names of a network's parameters, in the order of `Parameters`."""
-    layers = range(len(net.layers))
-    return [f"layers.{i}.{kind}" for kind in ("weight", "bias") for i in layers] + ["project.weight"] * bool(
-        net.project
-    )
-
-
 def flat(run: Run) -> list[Tensor]:
     """The parameters of a run's networks, one network after the other, each in the order of `Parameters`.
 
