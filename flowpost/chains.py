@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,12 +31,13 @@ class AnnealedEstimate(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Some examples, in the noise space of their q(z|x)."""
+    """Some examples, in the noise space of their q(z|x) or of p(z), and how many of the chains walk there."""
 
     gradient: Gradient
     """Of log p(x, f(e)) + log|det df/de|."""
     like: Tensor
     """One e for each example, ``(B, dim)``, whose values mean nothing."""
+    chains: int
 
 
 class Chains:
@@ -44,6 +45,7 @@ class Chains:
 
     Args:
         chains: for each example.
+        from_prior: how many of them walk in the noise space of p(z); by default an eighth.
         temperatures: of each chain.
         leapfrogs: of each step.
         path: of the betas.
@@ -52,41 +54,62 @@ class Chains:
     """
 
     def __init__(
-        self, chains: int, temperatures: int, leapfrogs: int, path: str, pairs: int, progress: Progress | None = None
+        self,
+        chains: int,
+        from_prior: int | None,
+        temperatures: int,
+        leapfrogs: int,
+        path: str,
+        pairs: int,
+        progress: Progress | None = None,
     ) -> None:
         self.chains, self.pairs = check_int("chains", chains, minimum=1), check_int("pairs", pairs, minimum=1)
+        self.from_prior = chains // 8 if from_prior is None else check_int("from_prior", from_prior, minimum=0)
+        if self.from_prior > chains:
+            raise ValueError(f"from_prior: expected at most the {chains} chains, got {from_prior}")
         self.temperatures = check_int("temperatures", temperatures, minimum=1)
         self.leapfrogs = check_int("leapfrogs", leapfrogs, minimum=1)
         self.path, self.betas, self.progress = path, schedule(temperatures, path), progress
         self.examples, self.done, self.total = max(1, pairs // chains), 0, 0
 
+    @property
+    def shares(self) -> tuple[int, int]:
+        """How many chains walk in the noise space of q(z|x), and in that of p(z)."""
+        return self.chains - self.from_prior, self.from_prior
+
     def expect(self, parts: int, ways: int = 1) -> None:
-        """So many parts, and ways for each, are to come."""
-        groups = -(-self.chains // self.pairs)
-        self.total = parts * (pilot_temperatures(self.temperatures) + ways * groups * (self.temperatures - 1))
+        """So many parts of the examples, and ways for each, are to come."""
+        pilots = pilot_temperatures(self.temperatures)
+        walks = sum(
+            pilots + ways * len(self._groups(share)) * (self.temperatures - 1) for share in self.shares if share
+        )
+        self.total = parts * walks
 
     def step_sizes(self, part: Part) -> Tensor:
         """Found by a pilot run, whose draws are not those of any way."""
         start = torch.randn_like(part.like.expand(PILOT_CHAINS, *part.like.shape))
         return pilot(part.gradient, start, self.temperatures, self.path, self.leapfrogs, tell=self._tell)
 
-    def lower(self, part: Part, step_sizes: Tensor) -> AnnealedEstimate:
-        """From draws of N(0, I)."""
+    def lower(self, parts: Sequence[tuple[Part, Tensor]]) -> AnnealedEstimate:
+        """From draws of N(0, I), in each noise space with its step sizes."""
         return self._estimate(
-            self._walk(part, torch.randn_like(part.like.expand(count, *part.like.shape)), step_sizes, backwards=False)
-            for count in self._groups()
+            self._walk(part, torch.randn_like(part.like.expand(count, *part.like.shape)), sizes, backwards=False)
+            for part, sizes in parts
+            for count in self._groups(part.chains)
         )
 
-    def upper(self, part: Part, step_sizes: Tensor, start: Tensor) -> AnnealedEstimate:
-        """Back from one exact draw for each example, ``(B, dim)``, which all of its chains share."""
+    def upper(self, parts: Sequence[tuple[Part, Tensor, Tensor]]) -> AnnealedEstimate:
+        """Back from one exact draw for each example, ``(B, dim)``, which all of its chains in a noise space share."""
         found = self._estimate(
-            self._walk(part, start.expand(count, *start.shape), step_sizes, backwards=True) for count in self._groups()
+            self._walk(part, start.expand(count, *start.shape), sizes, backwards=True)
+            for part, sizes, start in parts
+            for count in self._groups(part.chains)
         )
         return found._replace(log_p=-found.log_p)
 
-    def _groups(self) -> list[int]:
-        """How many chains of an example move at once."""
-        return [min(self.pairs, self.chains - done) for done in range(0, self.chains, self.pairs)]
+    def _groups(self, chains: int) -> list[int]:
+        """How many of so many chains of an example move at once."""
+        return [min(self.pairs, chains - done) for done in range(0, chains, self.pairs)]
 
     def _walk(self, part: Part, start: Tensor, step_sizes: Tensor, *, backwards: bool) -> Walk:
         return anneal(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from flowpost.annealing import Gradient, noise_target
-from flowpost.conditions import Data, split
+from flowpost.bijectors.affine import Scale
+from flowpost.conditions import Data, prior_at, split
 from flowpost.density import standard_normal_log_prob
 from flowpost.distribution import FlowDistribution
 from flowpost.numerics.arguments import check_int
@@ -68,6 +69,13 @@ def joint_target(vae: VAE, q: FlowDistribution, data: Data) -> Gradient:
     gradient = noise_target(q, log_joint)
     _check_fixed(gradient, q)
     return gradient
+
+
+def prior_rows(vae: VAE, q: FlowDistribution, y: Tensor | None) -> FlowDistribution:
+    """The p(z), or p(z|y), as a map from noise, once for each row of q."""
+    if vae.prior is not None:
+        return prior_at(vae.prior, y).expand(q.batch_shape)
+    return FlowDistribution(Scale(q.flow.dim, 1.0).to(noise_like(q)), None, tuple(q.batch_shape))
 
 
 def _check_fixed(gradient: Gradient, q: FlowDistribution) -> None:

@@ -17,14 +17,16 @@ import flowpost
 from flowpost import annealed
 from flowpost.annealed import anneal, pilot, schedule
 from flowpost.annealing import Gradient
+from flowpost.chains import Chains, Part
 from flowpost.density import standard_normal_log_prob
+from flowpost.distribution import FlowDistribution
 from flowpost.evaluation import AnnealedEstimate, annealed_estimate, importance_estimate, refine, sandwich
 from flowpost.refining import Proposal, fit_proposal
-from flowpost.sandwich import _part
+from flowpost.sandwich import _parts
 from flowpost.vae import VAE, Bernoulli, Binomial, Categorical, Gaussian, Likelihood
 
-MORE = [pytest.param(name, marks=pytest.mark.full) for name in ("full_covariance", "planar", "maf")]
-FAMILIES = ["diagonal", "iaf", "realnvp", *MORE]
+MORE = [pytest.param(name, False, marks=pytest.mark.full) for name in ("full_covariance", "planar", "maf")]
+FAMILIES = [("diagonal", False), ("diagonal", True), ("iaf", False), ("realnvp", False), *MORE]
 CHAINS = 1500
 
 
@@ -36,9 +38,17 @@ def known(name: str, dim: int = 2) -> tuple[VAE, LinearGaussian]:
     return VAE(nn.Identity(), small(name, len(model.bias), dim, push=0.05), model, Gaussian()), model
 
 
-def ways(vae: VAE, model: LinearGaussian, x: Tensor, gradient: Gradient | None = None) -> tuple[Tensor, Tensor]:
+def space(vae: VAE, x: Tensor, *, of_prior: bool = False) -> tuple[Part, FlowDistribution]:
+    """The noise space of q(z|x), or of p(z)."""
+    found, *_ = _parts(vae, (x, None), Chains(1, int(of_prior), 10, 2, "sigmoidal", 100))
+    return found
+
+
+def ways(
+    vae: VAE, model: LinearGaussian, x: Tensor, gradient: Gradient | None = None, *, of_prior: bool = False
+) -> tuple[Tensor, Tensor]:
     """The log-weights less log p(x), there and back, each ``(CHAINS, B)``, from exact draws."""
-    part, q = _part(vae, (x, None))
+    part, q = space(vae, x, of_prior=of_prior)
     gradient = gradient or part.gradient
     sizes = pilot(gradient, torch.randn(4, *part.like.shape, dtype=x.dtype), 10, "sigmoidal", 2)
     there = anneal(gradient, torch.randn(CHAINS, *part.like.shape, dtype=x.dtype), schedule(10), sizes, 2)
@@ -53,11 +63,11 @@ def fair(log_ratio: Tensor) -> bool:
     return bool(((ratio.mean(0) - 1).abs() < 4.5 * ratio.std(0) / math.sqrt(len(ratio))).all())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_weights_have_the_evidence_as_their_mean_there_and_back(name: str) -> None:
+@pytest.mark.parametrize(("name", "of_prior"), FAMILIES)
+def test_weights_have_the_evidence_as_their_mean_there_and_back(name: str, of_prior: bool) -> None:  # noqa: FBT001
     vae, model = known(name)
     x = model.draw(3)[1]
-    there, back = ways(vae, model, x)
+    there, back = ways(vae, model, x, of_prior=of_prior)
     assert fair(there)
     assert fair(back)
     assert (there.mean(0) < 0.02).all()
@@ -146,7 +156,7 @@ def test_one_temperature_is_importance_sampling() -> None:
     vae, model = known("iaf")
     x = model.draw(4)[1]
     torch.manual_seed(5)
-    part, q = _part(vae, (x, None))
+    part, q = space(vae, x)
     noise = torch.randn(50, 4, 2, dtype=torch.float64)
     walk = anneal(part.gradient, noise, schedule(1), torch.empty(0, 4), 1)
     out = vae.evaluate(x, q, (50,), noise=noise)
@@ -210,6 +220,31 @@ def test_two_latents_against_quadrature(kind: str, conditional: bool) -> None:  
     torch.testing.assert_close(found.log_p, quadrature(vae, x, y), rtol=0, atol=0.1)
 
 
+class Folded(nn.Module):
+    """x = 0 comes of z = -2 and, six nats less often and a wall away, of z = 2."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.cat([2 * (z.square() - 4), math.sqrt(12) * torch.sigmoid(9 * z)], -1)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_mode_that_q_does_not_reach_is_found_from_the_prior(learned: bool) -> None:  # noqa: FBT001
+    """Chains in q's noise alone are short by six nats; with an eighth from the prior, by its share of the chains."""
+    torch.manual_seed(0)
+    prior = small("realnvp", 0, 1, push=0.05) if learned else None
+    q = flowpost.diagonal(2, 1).double()
+    with torch.no_grad():
+        q.head.weight.zero_()
+        q.head.bias.copy_(torch.tensor([2.0, -2.0]))
+    vae, x = VAE(nn.Identity(), q, Folded(), Gaussian(1.0), prior=prior), torch.zeros(3, 2, dtype=torch.float64)
+    z = torch.linspace(-7, 7, 5001, dtype=torch.float64).view(-1, 1, 1)
+    with torch.no_grad():
+        truth = sum(vae.log_joint(x, z.expand(-1, 3, -1), None)).logsumexp(0) + math.log(14 / 5000)  # pyright: ignore[reportAttributeAccessIssue]
+    for chains, from_prior, expected in ((64, 0, 6), (160, None, math.log(8)), (100, 100, 0)):
+        found = annealed_estimate(vae, x, chains, 40, 2, from_prior=from_prior).log_p
+        torch.testing.assert_close(truth - found, torch.full_like(truth, expected), rtol=0, atol=0.8)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("conditional", [False, True])
 def test_simulated_x_of_a_nonlinear_model(conditional: bool) -> None:  # noqa: FBT001
@@ -223,7 +258,7 @@ def test_simulated_x_of_a_nonlinear_model(conditional: bool) -> None:  # noqa: F
 
 
 def test_parts_do_not_matter_and_progress_counts() -> None:
-    """Three parts of three chunks of chains each; the model's parameters want gradients as before."""
+    """Three parts of three chunks of chains each, and one chunk from the prior; the model's parameters want gradients as before."""
     vae, model = known("diagonal")
     vae.decoder.register_parameter("frozen", nn.Parameter(torch.zeros(1), requires_grad=False))
     x = model.draw(3)[1]
@@ -233,7 +268,7 @@ def test_parts_do_not_matter_and_progress_counts() -> None:
     torch.testing.assert_close(found.log_p, model.evidence(x), rtol=0, atol=0.2)
     assert found.log_p.dtype == found.standard_error.dtype == found.ess.dtype == torch.float64
     assert (found.acceptance > 0.6).all()
-    total = 3 * (30 + 3 * 11)
+    total = 3 * (30 + 3 * 11 + 30 + 11)  # of q(z|x), and of the two chains in the noise of p(z)
     assert told == [(done, total) for done in range(1, total + 1)]
     assert before == [parameter.requires_grad for parameter in vae.parameters()]
     assert all(parameter.grad is None for parameter in vae.parameters())
