@@ -181,8 +181,8 @@ def _trusted_words(config: Config) -> str:
     chains, temperatures, leapfrogs = ANNEALED
     return (
         f"trusted: NLL of {config.trusted_images} {config.unit}s, the first seed alone, by annealed importance "
-        f"sampling, {chains} chains of {temperatures} temperatures of {leapfrogs} leapfrogs; NLL of them: by "
-        "importance samples; "
+        f"sampling, {chains} chains of {temperatures} temperatures of {leapfrogs} leapfrogs, and half as many from the "
+        "prior; NLL of them: by importance samples; "
     )
 
 

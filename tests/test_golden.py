@@ -80,3 +80,28 @@ def test_a_wrapped_iaf_of_then_gives_the_numbers_of_then() -> None:
         assert found.keys() == wanted.keys()
         for key, value in wanted.items():
             torch.testing.assert_close(found[key], value, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["spline_autoregressive", "spline_coupling"])
+def test_a_state_of_elu_networks_is_refused_by_those_of_relu(name: str) -> None:
+    """Whose names and shapes are the same: it would be another map. Parameters alone are taken as they are."""
+    recipe, sizes = getattr(flowpost, name), {"features": 3, "dim": 2, "steps": 2, "hidden": (4,)}
+    older = recipe(**sizes, activation="elu", bound=3.0)
+    wrapped_older, wrapped_newer = (
+        flowpost.wrap(nn.Linear(3, 5), 2, example=torch.zeros(1, 3), flow=name, steps=2, hidden=(4,), activation=each)
+        for each in ("elu", "relu")
+    )
+    for into, state in ((recipe(**sizes), older.state_dict()), (wrapped_newer, wrapped_older.state_dict())):
+        with pytest.raises(RuntimeError, match=r"Missing key.*net.constant_relu"):
+            into.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*net.constant_relu"):
+        older.load_state_dict(recipe(**sizes).state_dict())
+    into, other = recipe(**sizes), recipe(**sizes)
+    into.load_state_dict(dict(other.named_parameters()), strict=False)
+    h, noise = torch.randn(5, 3), torch.randn(5, 2)
+    assert torch.equal(into(h, noise=noise).z, other(h, noise=noise).z)
+
+
+def test_a_recipe_knows_three_activations() -> None:
+    with pytest.raises(ValueError, match="activation: expected one of relu, elu, tanh, got 'selu'"):
+        flowpost.spline_coupling(3, 2, activation="selu")

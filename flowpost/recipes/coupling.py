@@ -12,7 +12,7 @@ from flowpost.bijectors.chain import Chain, Shared
 from flowpost.bijectors.coupling import Coupling
 from flowpost.bijectors.spline import Spline
 from flowpost.posterior import FlowPosterior
-from flowpost.recipes.parts import exp_affine, orders, slowed
+from flowpost.recipes.parts import activation_of, evened, exp_affine, marked, orders, slowed
 from flowpost.recipes.record import names, recipe
 
 
@@ -83,8 +83,9 @@ def spline_coupling(
     hidden: Sequence[int] = (320, 320),
     context_size: int = 64,
     bins: int = 8,
-    bound: float = 3.0,
+    bound: float = 5.0,
     rate: float | None = None,
+    activation: str = "relu",
 ) -> FlowPosterior:
     """Coupling neural spline flow, RQ-NSF (C) (Durkan et al. 2019): `realnvp` with a `Spline` in each step.
 
@@ -98,9 +99,10 @@ def spline_coupling(
         steps: number of couplings.
         hidden: widths of the hidden layers of each coupling's network.
         context_size: size of c, which every coupling's network reads.
-        rate: times which the networks' outputs come, as in `Coupling`; ``1 / sqrt(hidden[-1])`` by default.
         bins: of each spline, from 2 to 50.
         bound: where the splines end and the identity begins.
+        rate: times which the networks' outputs come, as in `Coupling`; ``32 / hidden[-1]``, at most 1, by default.
+        activation: of the networks, as in `spline_autoregressive`.
 
     Returns:
         A posterior that starts near N(0, I).
@@ -110,7 +112,7 @@ def spline_coupling(
         >>> z, log_prob, noise = posterior(torch.randn(8, 16), sample_shape=(50,))
     """
     spline = functools.partial(Spline, bins=bins, bound=bound)
-    couplings = _coupling_steps(spline, dim, steps, hidden, context_size, slowed(rate, hidden))
+    couplings = _coupling_steps(spline, dim, steps, hidden, context_size, evened(rate, hidden), activation)
     return FlowPosterior(features, Chain(Shared(*couplings), Affine(dim)))
 
 
@@ -121,13 +123,15 @@ def _coupling_steps(
     hidden: Sequence[int],
     context_size: int,
     rate: float = 1.0,
+    activation: str = "elu",
 ) -> list[Coupling]:
     """`steps` couplings of what `step` makes of a number of variables: those that pass in one move in the next."""
     moving = [dim - dim // 2, max(dim // 2, 1)]
-    return [
-        Coupling(dim, step(moving[index % 2]), context_size, hidden, order=order, rate=rate)
-        for index, order in enumerate(orders(dim, steps))
-    ]
+    make = functools.partial(
+        Coupling, dim, context_size=context_size, hidden=hidden, activation=activation_of(activation), rate=rate
+    )
+    made = [make(step(moving[index % 2]), order=order) for index, order in enumerate(orders(dim, steps))]
+    return marked(made, activation)
 
 
 if not TYPE_CHECKING:  # a type checker reads the functions themselves

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from flowpost.bijectors.affine import Affine
+from flowpost.bijectors.autoregressive import Masked
+from flowpost.bijectors.coupling import Coupling
 from flowpost.numerics.arguments import check_int
 from flowpost.numerics.scales import exp_scale
 
@@ -13,6 +20,28 @@ from flowpost.numerics.scales import exp_scale
 def exp_affine(dim: int) -> Affine:
     """An affine map whose scale is `exp_scale`."""
     return Affine(dim, exp_scale)
+
+
+Step = TypeVar("Step", Masked, Coupling)
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "elu": F.elu, "tanh": torch.tanh}
+
+
+def activation_of(name: str) -> Callable[[Tensor], Tensor]:
+    """The element-wise function of a name."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {name!r}")
+    return ACTIVATIONS[name]
+
+
+def marked(steps: list[Step], activation: str) -> list[Step]:
+    """The steps, whose networks say in their state that they are not of elu.
+
+    What was saved when those of this recipe were has the same names and shapes, and would be another map.
+    """
+    if activation != "elu":
+        for step in steps:
+            step.net.register_buffer(f"constant_{activation}", torch.ones(()))
+    return steps
 
 
 def orders(dim: int, steps: int) -> list[Sequence[int] | None]:
@@ -30,3 +59,14 @@ def slowed(rate: float | None, hidden: Sequence[int]) -> float:
     if rate is not None:
         return rate
     return 1 / math.sqrt([*hidden][-1]) if len(hidden) else 1.0
+
+
+def evened(rate: float | None, hidden: Sequence[int]) -> float:
+    """The rate of spline networks' outputs: what is given, or ``32 / hidden[-1]``, at most 1.
+
+    Adam moves each weight by as much a step, so a sum over n units n times as fast as one. With 32 units splines train
+    best as they are; the rate makes wider networks as fast, and no faster.
+    """
+    if rate is not None:
+        return rate
+    return min(1.0, 32 / [*hidden][-1]) if len(hidden) else 1.0
