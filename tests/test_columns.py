@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowpost import Affine, Bijector, DeepSigmoid, Inverse, Spline
+from flowpost import Affine, Bijector, DeepSigmoid, Inverse, Shift, Spline
 from flowpost.bijectors.gate import Gate
 from flowpost.functional import exp_scale
 from flowpost.masked.run import COLUMNS
@@ -17,6 +17,8 @@ STEPS = {
     "inverse affine": lambda dim: Inverse(Affine(dim)),
     "gate": Gate,
     "gate with a gain": functools.partial(Gate, gain=1.3),
+    "shift": Shift,
+    "inverse shift": lambda dim: Inverse(Shift(dim)),
     "spline": functools.partial(Spline, bins=5, bound=2.0),
     "two bins": functools.partial(Spline, bins=2),
     "deep sigmoid": functools.partial(DeepSigmoid, units=5),

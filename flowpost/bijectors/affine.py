@@ -45,6 +45,8 @@ def _affine_column(xp: Any, constants: Sequence[float], scale: Callable[..., Arr
 for _name, _scale, _ in CLOSED.values():
     COLUMNS[f"affine by {_name}"] = functools.partial(_affine_column, scale=_scale, inverse=False)
     COLUMNS[f"inverse affine by {_name}"] = functools.partial(_affine_column, scale=_scale, inverse=True)
+COLUMNS["shift"] = lambda xp, constants: lambda z, numbers: z + numbers[0]
+COLUMNS["inverse shift"] = lambda xp, constants: lambda z, numbers: z - numbers[0]
 
 
 class Affine(Bijector):
@@ -147,6 +149,10 @@ class Shift(Bijector):
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, check_int("dim", dim, minimum=1))
+
+    def columns(self) -> tuple[Column | None, Column | None]:
+        """Both, unless a subclass may have a map of its own."""
+        return (Column("shift"), Column("inverse shift")) if type(self) is Shift else (None, None)
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return z + cast(Tensor, context), z.new_zeros(())
