@@ -11,8 +11,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flowpost.masked import kernels, sweeps
-from flowpost.masked.fused import MAPS
+from flowpost.masked import kernels, sweeps, tiles
+from flowpost.masked.fused import MAPS, SOLVED
 from flowpost.numerics import root_kernels
 
 H100 = GPUTarget("cuda", 90, 32)
@@ -71,21 +71,36 @@ def main() -> None:
     for place, (count, dim, widths) in enumerate(SIZES):
         for order in ("*i64", None):
             inverse_and_transposed(count, dim, widths, order, place % 3)
+        inverse_and_transposed(count, dim, widths, None, 0, SOLVED.index("spline"), bins=(8, 50, 3, 8, 2)[place])
+    for kind in (SOLVED.index("shift"), SOLVED.index("inverse shift")):
+        inverse_and_transposed(128, 32, (320, 320), None, 0, kind, outputs=1)
 
 
-def inverse_and_transposed(count: int, dim: int, widths: tuple[int, ...], order: str | None, activation: int) -> None:
+def inverse_and_transposed(
+    count: int,
+    dim: int,
+    widths: tuple[int, ...],
+    order: str | None,
+    activation: int,
+    kind: int = 0,
+    outputs: int = 2,
+    bins: int = 1,
+) -> None:
     """The two sweeps, as they are launched for these sizes."""
-    layers = len(widths)
+    layers, outputs = len(widths), 3 * bins - 1 if bins > 1 else outputs
     given: dict[str, Any] = {"order_ptr": order} if order else {}
-    options: dict[str, Any] = {**sweeps._tile(count, dim, widths)[1], "WIDTHS": widths, "ACTIVATION": activation}
-    options |= {} if order else {"order_ptr": None}
+    others: dict[str, Any] = {"WIDTHS": widths, "ACTIVATION": activation, "OUTPUTS": outputs}
+    others |= {} if order else {"order_ptr": None}
     tuples = {"weights": (FLOATS,) * (layers + 1), "biases": (FLOATS,) * layers, "states": (FLOATS,) * layers}
     pointers = {name: FLOATS for name in ("image_ptr", "start_ptr", "found_ptr")}
-    compiled(sweeps.sweep_kernel, {**pointers, **tuples, **MAP, **given, "start_row": "i32"}, KIND=0, **options)
+    numbers = {"start_row": "i32", "count": "i32", "first_constant": "fp32", "second_constant": "fp32"}
+    options = {**tiles.tile(count, dim, widths, outputs)[1], **others}
+    compiled(sweeps.sweep_kernel, {**pointers, **tuples, **numbers, **given}, KIND=kind, BINS=bins, **options)
     tuples = {"weights": (FLOATS,) * (layers + 1), "hidden": (FLOATS,) * layers, "sums": (FLOATS,) * layers}
     pointers = {name: FLOATS for name in ("grad_ptr", "fixed_ptr", "moved_ptr", "total_ptr", "out_ptr")}
-    others = {"hidden_rows": ("i32",) * layers, "count": "i32"}
-    compiled(sweeps.transposed_kernel, {**pointers, **tuples, **others, **given}, OUTPUTS=2, **options)
+    numbers = {"hidden_rows": ("i32",) * layers, "count": "i32"}
+    options = {**tiles.tile(count, dim, widths)[1], **others, "NUMBERS": kernels.power(outputs)}
+    compiled(sweeps.transposed_kernel, {**pointers, **tuples, **numbers, **given}, **options)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,15 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
+import swept
 import torch
 from on_device import assert_near, densities, inputs, losses, made, under_autocast, vae_of, vae_step
-from registry import BY_NAME, ENTRIES, Case, Entry, backward, draw
+from registry import BY_NAME, ENTRIES, Case, Entry, backward, draw, push
 from test_engines import NETWORKS, every_result
 from torch import Tensor
 
 import flowpost
-from flowpost import Bijector
+from flowpost import Bijector, Inverse, Masked, Shift, Spline
 from flowpost.evaluation import log_marginal
 from flowpost.numerics import fusing
 from flowpost.recipes import RECIPES
@@ -190,6 +191,50 @@ def test_kernels_equal_the_plain_operations(
     found = every_result(step, direction, z, context, known)
     monkeypatch.setattr(fusing, "on_device", lambda z: False)
     assert_near(found, every_result(step, direction, z, context, known))
+
+
+@pytest.mark.parametrize("name", swept.STEPS)
+@pytest.mark.parametrize("scale", [0.01, 1.0, 10.0, 1e4])
+@pytest.mark.parametrize("copies", [1, 100])
+def test_a_column_s_solve_is_the_family_s(name: str, scale: float, copies: int) -> None:
+    """By the kernel, against the closed form in float64; few rows and many, which the kernels cut in other ways."""
+    step = swept.STEPS[name]()
+    z, numbers = swept.drawn(step, scale)
+    exact = swept.by_formula(step, z.double(), numbers.double())
+    by_torch = swept.by_formula(step, z, numbers)
+    found = swept.by_sweep(step, z.repeat(copies).cuda(), numbers.repeat(copies, 1).cuda()).cpu()
+    size = 1 + exact.abs()
+    bound = 8 * (((by_torch - exact) / size).abs().max() + torch.finfo(torch.float32).eps)
+    assert ((found.double().view(copies, -1) - exact) / size).abs().max() <= bound
+
+
+SOLVED: dict[str, Callable[[], Bijector]] = {
+    "spline": lambda: Masked(Spline(6, bound=1.5), 3, (13, 8)),
+    "spline in order": lambda: Masked(Spline(6), 0, (8,), order=[3, 1, 0, 5, 2, 4]),
+    "spline of a wide network": lambda: Masked(Spline(6, bins=3), 3, (150, 150), activation=torch.tanh),
+    "spline of many bins": lambda: Masked(Spline(6, bins=50), 3, (9,)),
+    "spline, no layer": lambda: Masked(Spline(6, bins=5), 3, ()),
+    "shift": lambda: Masked(Shift(6), 3, (13, 8), order=[3, 1, 0, 5, 2, 4]),
+    "inverse shift": lambda: Masked(Inverse(Shift(6)), 3, (150,)),
+}
+
+
+@pytest.mark.parametrize("name", SOLVED)
+@pytest.mark.parametrize("direction", ["inverse", "known"])
+@pytest.mark.parametrize("rows", [1, 5, 300, 2048])
+def test_sweeps_of_splines_and_shifts_equal_the_cpu_s(name: str, direction: str, rows: int) -> None:
+    """With all gradients, in float32 against the CPU's in float64."""
+    step = SOLVED[name]().double()
+    push(step, Case(seed=3, push=0.1))
+    known = 2 * torch.randn(rows, 6, dtype=torch.float64)
+    context = torch.randn(rows, 3, dtype=torch.float64) if step.context_size else None
+    z = step(known, context)[0].detach() if direction == "known" else known
+    expected = every_result(step, direction, z, context, known)
+    step = step.to("cuda", torch.float32)
+    z, known = (each.to("cuda", torch.float32) for each in (z, known))
+    found = every_result(step, direction, z, None if context is None else context.to(z), known)
+    for a, b in zip(found, expected, strict=True):
+        assert (a.cpu().double() - b).abs().max() <= 1e-4 * (1 + b.abs().max())
 
 
 def test_a_capture_that_fails_harms_nothing_after_it() -> None:

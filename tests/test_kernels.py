@@ -10,13 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import swept
 import torch
 import torch.nn.functional as F
 from registry import Case, push
 from test_engines import every_result
 from torch import Tensor
 
-from flowpost import Affine, Autoregressive, Bijector, Inverse, Masked, Shared, Spline
+from flowpost import Affine, Autoregressive, Bijector, Inverse, Masked, Shared, Shift, Spline
 from flowpost.bijectors.gate import Gate
 from flowpost.masked import device, engine, fused
 from flowpost.masked.activations import NAMED
@@ -159,9 +160,22 @@ FLOWS: dict[str, Callable[[], Bijector]] = {
     "exp": lambda: Masked(Affine(DIM, exp_scale), 0, (6, 6), activation=F.relu),
     "inverse exp": lambda: Masked(Inverse(Affine(DIM, exp_scale)), 3, (6, 6), order=[1, 0, 2, 4, 3]),
     "maf": lambda: Inverse(Masked(Inverse(Affine(DIM)), 3, (6, 6))),
-    "a step that no kernel knows": lambda: Masked(Spline(DIM, bins=3), 3, (6, 6)),
+    "spline": lambda: Masked(Spline(DIM, bins=3, bound=1.5), 3, (6, 6)),
+    "spline in order": lambda: Masked(Spline(DIM, bins=8), 0, (9,), order=[3, 1, 0, 2, 4]),
+    "spline, no layer": lambda: Masked(Spline(DIM, bins=5, bound=0.8), 3, (), order=[1, 0, 2, 4, 3]),
+    "shift": lambda: Masked(Shift(DIM), 3, (6, 6), order=[1, 0, 2, 4, 3]),
+    "inverse shift": lambda: Masked(Inverse(Shift(DIM)), 3, ()),
+    "a step that no kernel knows": lambda: Masked(Inverse(Spline(DIM, bins=3)), 3, (6, 6)),
 }
 TILES = {"few rows": {}, "many": {"_MANY": 2}, "many, wide": {"_MANY": 2, "_SMALLEST": 0}}
+
+
+def cut(tile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have few rows cut as many are."""
+    from flowpost.masked import tiles
+
+    for key, value in TILES[tile].items():
+        monkeypatch.setattr(tiles, key, value)
 
 
 @interpreted
@@ -172,10 +186,7 @@ def test_the_engine_by_kernels_is_the_plain_operations_in_float64(
     name: str, direction: str, tile: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Values, log-dets and all gradients, of contexts that samples share."""
-    from flowpost.masked import sweeps
-
-    for key, value in TILES[tile].items():
-        monkeypatch.setattr(sweeps, key, value)
+    cut(tile, monkeypatch)
     flow = FLOWS[name]()
     push(flow, Case(seed=1, push=0.2))
     known, context = torch.randn(2, 3, DIM), torch.randn(3, 3) if flow.context_size else None
@@ -190,7 +201,32 @@ def test_the_engine_by_kernels_is_the_plain_operations_in_float64(
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["gates", "maf", "no layer", "a step that no kernel knows"])
+@pytest.mark.parametrize("name", swept.STEPS)
+@pytest.mark.parametrize(
+    ("tile", "scale"), [("few rows", 1.0), ("many", 0.01), ("many", 10.0), ("many, wide", 1.0), ("many, wide", 1e4)]
+)
+def test_a_column_s_solve_is_the_family_s(name: str, tile: str, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At images inside a spline's bound, at it and outside; each against its own size."""
+    cut(tile, monkeypatch)
+    step = swept.STEPS[name]()
+    z, numbers = swept.drawn(step, scale)
+    found, by_torch = (solve(step, z, numbers) for solve in (swept.by_sweep, swept.by_formula))
+    exact = swept.by_formula(step, z.double(), numbers.double())
+    assert_rounded(*(each / (1 + exact.abs()) for each in (found, exact, by_torch)))
+
+
+@interpreted
+def test_an_image_without_a_value_has_no_preimage() -> None:
+    step = Spline(1)
+    z, numbers = swept.drawn(step, 1.0)
+    z[1], numbers[3, 2] = torch.nan, torch.nan
+    z[3] = 0.5
+    found = swept.by_sweep(step, z, numbers)
+    assert found.isnan().nonzero().flatten().tolist() == [1, 3]
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["gates", "maf", "no layer", "spline", "shift", "a step that no kernel knows"])
 @pytest.mark.parametrize("direction", ["forward", "known"])
 def test_kernels_read_and_write_half_precision(name: str, direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under autocast, as the engine without kernels but for the roundings of single sums."""
@@ -249,6 +285,7 @@ def test_the_operators_fakes_hold() -> None:
         (maps.element_pull, (z, numbers.bfloat16(), z, of_log_det, *gate)),
         (maps.element_slopes, (z, numbers.bfloat16(), of_log_det, *gate)),
         (maps.sweep, (z, hidden, [first, last], [last[:, 0]], index, index.tolist(), "elu", *gate)),
+        (maps.sweep, (z, hidden, [first, last], [last[:, 0]], None, range(DIM), "relu", "inverse shift", [])),
         (maps.tanh_root, (z, z)),
         (maps.tanh_roots, (torch.randn(4, DIM, DIM).triu(1), z)),
         (maps.transposed_sweep, (z, numbers, numbers, [first.t(), last.t()], [hidden], None, range(DIM), "elu")),

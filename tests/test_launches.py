@@ -14,7 +14,21 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flowpost import ActNorm, Affine, Autoregressive, Bijector, Chain, FlowPosterior, Learned, Scale, Shared, Shift
+from flowpost import (
+    ActNorm,
+    Affine,
+    Autoregressive,
+    Bijector,
+    Chain,
+    FlowPosterior,
+    Inverse,
+    Learned,
+    Masked,
+    Scale,
+    Shared,
+    Shift,
+    Spline,
+)
 from flowpost.masked import device, engine
 from flowpost.masked.run import flat
 from flowpost.objectives import elbo
@@ -112,6 +126,26 @@ def test_the_sweeps_cost_no_launch_a_variable_with_kernels_and_few_without() -> 
     (few, more), (loop, longer) = ([sum(names.total() for names in pair) for pair in row] for row in counts)
     assert few == more
     assert (longer - loop) / 10 <= 24, [names for pair in counts[1] for names in pair]
+
+
+SOLVED: dict[str, tuple[Callable[[int], Bijector], int, int]] = {
+    "gate": (lambda dim: Autoregressive(dim, 4, (dim, dim)), 10, 17),
+    "affine": (lambda dim: Masked(Affine(dim), 4, (dim, dim)), 10, 17),
+    "shift": (lambda dim: Masked(Shift(dim), 4, (dim, dim)), 13, 21),
+    "inverse shift": (lambda dim: Masked(Inverse(Shift(dim)), 4, (dim, dim)), 13, 20),
+    "spline": (lambda dim: Masked(Spline(dim), 4, (dim, dim)), 71, 236),
+}
+"""Steps whose column solve a kernel has, and the launches of an inverse, there and back."""
+
+
+@pytest.mark.parametrize("name", SOLVED)
+def test_a_closed_solve_is_swept_by_one_launch_each_way(name: str) -> None:
+    make, there, back = SOLVED[name]
+    for dim in (6, 16):
+        counts = on_meta(make(dim), "inverse", torch.float32)
+        assert (counts[0]["sweep"], counts[1]["transposed_sweep"]) == (1, 1)
+        assert counts[0].total() <= there, counts[0]
+        assert counts[1].total() <= back, counts[1]
 
 
 def test_the_masked_weights_are_not_kept_for_the_way_back() -> None:

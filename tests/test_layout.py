@@ -83,7 +83,7 @@ def test_families_never_import_each_other(path: Path) -> None:
 EXTRAS = {
     "flowpost._format": {"safetensors"},  # pip install 'flowpost[files]'
     # Triton comes with torch for GPUs.
-    **{f"flowpost.{name}": {"triton"} for name in ("masked.kernels", "masked.maps", "masked.sweeps")},
+    **{f"flowpost.masked.{name}": {"triton"} for name in ("kernels", "maps", "solves", "sweeps", "tiles")},
     "flowpost.numerics.root_kernels": {"triton"},
     "flowpost.interop.pyro": {"pyro"},
     "flowpost.interop.arviz": {"arviz_base", "xarray"},

@@ -15,17 +15,10 @@ from flowpost.masked.run import COLUMNS, Array, Column, Solve
 from flowpost.numerics.arguments import check_int
 from flowpost.numerics.arrays import like, take, wide
 from flowpost.numerics.constants import Constant
-from flowpost.numerics.knots import find_bin, knot_frame, knot_table
+from flowpost.numerics.knots import SHARE, SHIFT, SLOPE, STEEP, find_bin, knot_frame, knot_table
 from flowpost.numerics.products import wide_dtype
 from flowpost.numerics.rational import denominator, parts_of, rise, slope_of
 
-_SHARE = 1e-2
-"""The least share of a bin."""
-_SLOPE = 1e-3
-"""The least slope at a knot."""
-_STEEP = 100.0
-"""The most slope at a knot, about: above it a rounding of z in float32 would be felt in log q."""
-_SHIFT = math.log(math.expm1(1 - _SLOPE))
 _MOST = 50
 """More bins would leave less than half of the interval to the context."""
 
@@ -49,16 +42,16 @@ def spline_parameters(widths: Tensor, heights: Tensor, slopes: Tensor) -> tuple[
 
 
 def _shares(raw: Tensor) -> Tensor:
-    return _SHARE + (1 - _SHARE * raw.shape[-2]) * torch.softmax(raw, dim=-2)
+    return SHARE + (1 - SHARE * raw.shape[-2]) * torch.softmax(raw, dim=-2)
 
 
 def _slopes(raw: Tensor) -> Tensor:
-    return _STEEP * _above_floor(raw) + _SLOPE
+    return STEEP * _above_floor(raw) + SLOPE
 
 
 def _above_floor(raw: Tensor) -> Tensor:
     """The slopes less their floor, in units of the steepest."""
-    return F.softplus(torch.tanh(raw / _STEEP) + _SHIFT / _STEEP, beta=_STEEP, threshold=40)
+    return F.softplus(torch.tanh(raw / STEEP) + SHIFT / STEEP, beta=STEEP, threshold=40)
 
 
 def rational_quadratic(
@@ -160,13 +153,13 @@ def _column(xp: Any, constants: Sequence[float]) -> Solve:  # noqa: ANN401
         shares, inner, y = wide(numbers[: 2 * bins]), numbers[2 * bins :], wide(image).clip(-bound, bound)
         shares = shares.reshape(2, bins, -1)
         shares = xp.exp(shares - xp.amax(shares, 1)[:, None])
-        sizes = 2 * bound * (_SHARE + (1 - _SHARE * bins) * (shares / shares.sum(1)[:, None]))
+        sizes = 2 * bound * (SHARE + (1 - SHARE * bins) * (shares / shares.sum(1)[:, None]))
         tops = xp.cumsum(sizes, 1) - bound
         place = (y >= tops[1, :-1]).sum(0)[None]
         (width, height), (x1, y1) = (take(each, place[None], 1)[:, 0] for each in (sizes, tops))
         knots = xp.concatenate([place - 1, place])
         raw = wide(take(inner, knots.clip(0, bins - 2), 0))
-        at_knots = xp.log1p(xp.exp(_STEEP * xp.tanh(raw / _STEEP) + _SHIFT)) + _SLOPE
+        at_knots = xp.log1p(xp.exp(STEEP * xp.tanh(raw / STEEP) + SHIFT)) + SLOPE
         d0, d1 = xp.where((knots < 0) | (knots > bins - 2), 1.0, at_knots)
         s, back = height / width, (y1 - y) / height
         rise = 1 - back
@@ -221,7 +214,7 @@ class Spline(Bijector):
             raise ValueError(f"bound: expected a positive finite number, got {bound}")
         self.bins, self.bound = bins, float(bound)
         self._frame, self._units, self._sides = (
-            Constant(part, wide=True) for part in knot_frame(bins, self.bound, _SLOPE, _STEEP)
+            Constant(part, wide=True) for part in knot_frame(bins, self.bound, SLOPE, STEEP)
         )
 
     def extra_repr(self) -> str:

@@ -130,7 +130,7 @@ def _search(link: Link, z: Tensor, start: Tensor, group: Parameters) -> Tensor:
     column, name = link.step.columns()[1], KNOWN[link.net.activation].name
     starts = full.rows(start.expand(*z.shape[:-1], start.shape[-1]))
     inputs = full.rows(z), starts, group.weights, group.biases[1:]
-    if column is not None and (torch.compiler.is_compiling() or fused.closed(link.step, z)):
+    if column is not None and (torch.compiler.is_compiling() or fused.swept(column, z)):
         found = fused.sweep(*inputs, *_order(link, z), name, column)
     else:
         solve = _by_step(link.step) if column is None else COLUMNS[column.name](torch, column.constants)

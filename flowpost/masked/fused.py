@@ -26,12 +26,19 @@ MAPS = (
     "affine by softplus_scale",
 )
 """The element-wise maps of two numbers that the kernels know, by the closed form of their inverse."""
+SOLVED = (*MAPS, "inverse shift", "shift", "spline")
+"""The closed forms that a sweep's kernel knows."""
 
 
 def closed(step: ElementWise, z: Tensor) -> Column | None:
     """The name by which the kernels know a step, that of its inverse's closed form, if they do and run there."""
     column = step.columns()[1]
     return column if column is not None and column.name in MAPS and fusing.available(z) else None
+
+
+def swept(column: Column, z: Tensor) -> bool:
+    """Whether a sweep by a kernel knows a closed form, and runs there."""
+    return column.name in SOLVED and fusing.available(z)
 
 
 def activation_pull(known: Known, grad: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -99,7 +106,7 @@ def _sweep(
     name: str,
     constants: Sequence[float],
 ) -> Tensor:
-    if fusing.available(images) and name in MAPS:
+    if swept(Column(name), images):
         from flowpost.masked import sweeps
 
         return sweeps.solve(images, start, weights, biases, index, activation, name, constants)

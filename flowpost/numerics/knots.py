@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+SHARE = 1e-2
+"""The least share of a bin."""
+SLOPE = 1e-3
+"""The least slope at a knot."""
+STEEP = 100.0
+"""The most slope at a knot, about: above it a rounding of z in float32 would be felt in log q."""
+SHIFT = math.log(math.expm1(1 - SLOPE))
+"""Where the slope that is 1 comes from."""
 
 
 def knot_frame(bins: int, bound: float, floor: float = 0.0, unit: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
