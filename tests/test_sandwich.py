@@ -5,7 +5,7 @@ Seeds are fixed. Each statistical test says how likely a right estimator was to 
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -233,9 +233,9 @@ def test_a_mode_that_q_does_not_reach_is_found_from_the_prior(learned: bool) -> 
     torch.manual_seed(0)
     prior = small("realnvp", 0, 1, push=0.05) if learned else None
     q = flowpost.diagonal(2, 1).double()
-    with torch.no_grad():
-        q.head.weight.zero_()
-        q.head.bias.copy_(torch.tensor([2.0, -2.0]))
+    head = cast(nn.Linear, q.head)
+    nn.init.zeros_(head.weight)
+    head.bias.data = torch.tensor([2.0, -2.0], dtype=torch.float64)
     vae, x = VAE(nn.Identity(), q, Folded(), Gaussian(1.0), prior=prior), torch.zeros(3, 2, dtype=torch.float64)
     z = torch.linspace(-7, 7, 5001, dtype=torch.float64).view(-1, 1, 1)
     with torch.no_grad():
