@@ -12,6 +12,9 @@ FILES := pyproject.toml constraints.txt
 # An environment variable, unlike `-c`, also holds for the isolated environment the package is built in.
 INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
+# The workers and processes of the tests, and the pages of the site, share what one of them has compiled.
+unexport PYTHONDONTWRITEBYTECODE
+
 SITE = OMP_NUM_THREADS=1 $(if $(SMOKE),FLOWPOST_DOCS_SMOKE=1) $(BIN)/python -m sphinx -j 2 -W --keep-going -q
 
 .PHONY: bench speed test test-full test-long test-compile test-plain test-peers test-interop test-encoders test-kernels
