@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from forked import Run, nursery
 from hypothesis import settings
 from peers import Peer, libraries
 
@@ -26,6 +27,13 @@ def _seed() -> None:
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """No engine, but the operations that the passes by hand stand in for; of every test in `make test-plain`."""
     monkeypatch.setattr(engine, "choose", lambda run, z: None)
+
+
+@pytest.fixture(scope="session")
+def python() -> Iterator[Run]:
+    """``python(code, *args)`` runs code in a fresh process that has imported torch."""
+    with nursery() as run:
+        yield run
 
 
 @pytest.fixture(scope="session")
