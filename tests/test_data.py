@@ -163,7 +163,9 @@ EXPECTED = {
 
 @needs_real
 @pytest.mark.usefixtures("no_network")
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "freyfaces" else pytest.mark.full) for name in EXPECTED]
+)
 def test_real_data_sets(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLOWPOST_DATA", str(REAL))
     counts, size, sums, kind, labels = EXPECTED[name]

@@ -368,7 +368,7 @@ def test_a_fit_goes_on() -> None:
 
 
 @pytest.mark.parametrize("where", ["progress", "log_joint"])
-@pytest.mark.parametrize("flow", ["realnvp", "full_covariance"])
+@pytest.mark.parametrize("flow", [pytest.param("realnvp", marks=full), "full_covariance"])
 def test_an_interrupted_fit_returns_what_it_has(where: str, flow: str) -> None:
     """Ctrl-C after the start; that it was interrupted is said, and resume goes on from there."""
     calls = [0]
