@@ -82,7 +82,7 @@ def test_wrong_z(entry: Entry) -> None:
     step = entry.make(4, 0)
     for z, kind, message in WRONG_Z:
         for function in (step, step.inverse):
-            raises(kind, message, lambda f=function, z=z: f(z, context_of(step, 5)))
+            raises(kind, message, lambda f=function, z=z: f(z, context_of(step, 5)))  # pyright: ignore[reportArgumentType]
 
 
 @core_first
