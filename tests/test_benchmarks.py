@@ -11,7 +11,7 @@ import torch
 from forked import Run
 
 from benchmarks import __main__ as cli
-from benchmarks import figures, job
+from benchmarks import figures, job, plots
 from benchmarks.canvas import colour, panels
 from benchmarks.config import DEFAULTS, Config, configure, from_json
 from benchmarks.data import Data, DataError, load
@@ -139,6 +139,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     posteriors = ["--posterior", "diagonal,iaf", "--posterior", "planar"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "ANNEALED", (8, 25, 5))
+        patch.setattr(plots, "TRUE_POSTERIORS", 1)
         return cli.main([*TINY, *trusted, *posteriors, "--dim", "2", "--out", str(folder)]), folder
 
 
