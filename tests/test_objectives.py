@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
+from versions import untraceable
 
 import flowpost
 from flowpost import FlowDistribution, FlowPosterior, Sample
@@ -462,6 +463,7 @@ def test_path_log_prob_in_float32_and_autocast(name: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(value.sum(), z)[0], plain, rtol=1e-5, atol=1e-5)
 
 
+@untraceable
 @compiled
 def test_path_log_prob_compiles_whole(name: str) -> None:
     posterior, h = make(name), torch.randn(6, 4, dtype=torch.float64)

@@ -4,4 +4,4 @@ import pytest
 import torch
 
 OLDEST = torch.__version__.startswith("2.5.")
-untraceable = pytest.mark.skipif(OLDEST, reason="PyTorch 2.5 traces no method of the engine's constants")
+untraceable = pytest.mark.skipif(OLDEST, reason="compilers of PyTorch 2.5 cannot trace it, as the README says")
