@@ -2,7 +2,9 @@
 # Options for the benchmark go in ARGS: make bench ARGS="--quick --posterior iaf"
 PYTHON ?= python3
 ARGS ?=
-PYTEST = $(BIN)/python -m pytest -n auto --durations=10
+# By stealing, the tests of a file stay with one worker, and what they share is made once.
+WORKERS = -n auto --dist worksteal
+PYTEST = $(BIN)/python -m pytest $(WORKERS) --durations=10
 
 VENV := .venv
 OLDEST := .venv-oldest
@@ -11,6 +13,9 @@ BIN := $(VENV)/bin
 FILES := pyproject.toml constraints.txt
 # An environment variable, unlike `-c`, also holds for the isolated environment the package is built in.
 INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# The workers and processes of the tests, and the pages of the site, share what one of them has compiled.
+unexport PYTHONDONTWRITEBYTECODE
 
 SITE = OMP_NUM_THREADS=1 $(if $(SMOKE),FLOWPOST_DOCS_SMOKE=1) $(BIN)/python -m sphinx -j 2 -W --keep-going -q
 
@@ -68,11 +73,11 @@ test-deep: $(VENV)/.test
 
 # The quick tests with the oldest PyTorch that is supported, in an environment of their own.
 test-oldest: $(OLDEST)/.test
-	$(OLDEST)/bin/python -m pytest -n auto -m "not full and not long and not compile" $(ARGS)
+	$(OLDEST)/bin/python -m pytest $(WORKERS) -m "not full and not long and not compile" $(ARGS)
 
 # Encoders of public libraries, with the PyTorch that torchvision asks for: 6 GB in an environment of their own.
 test-encoders: $(ENCODERS)/.test
-	$(ENCODERS)/bin/python -m pytest -n auto tests/test_encoders.py tests/test_wrap.py tests/test_wrap_reading.py $(ARGS)
+	$(ENCODERS)/bin/python -m pytest $(WORKERS) tests/test_encoders.py tests/test_wrap.py tests/test_wrap_reading.py $(ARGS)
 
 mutants: $(VENV)/.test
 	$(BIN)/python -m tests.mutants

@@ -25,7 +25,7 @@ from flowpost.vae import VAE
 
 EPOCHS = 5
 TIMINGS = {"seconds", "step_ms", "resumed_after"}
-JOB = ["--epochs", "14", "--width", "16", "--samples", "20", "--dim", "3", "--kl-warmup", "1", "--seeds", "2"]
+JOB = ["--width", "16", "--samples", "20", "--dim", "3", "--kl-warmup", "1", "--seeds", "2", "--trusted-images", "0"]
 JOB += ["--posterior", "diagonal,iaf", "--dropout", "0.1"]
 # A process of its own: every epoch is kept, and no picture is drawn, which would take longer than the training.
 CODE = "import sys, benchmarks.checkpoint as c, benchmarks.job as j, benchmarks.__main__ as m; "
@@ -282,10 +282,12 @@ def figures(folder: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def whole_job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def short_job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished job's folder."""
     folder = tmp_path_factory.mktemp("job")
-    _, err = (job := process(*JOB, "--out", folder)).communicate(timeout=60)
-    assert (job.returncode, err) == (0, "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "draw", lambda *_: None)
+        assert cli.main([*JOB, "--epochs", "1", "--out", str(folder)]) == 0
     return folder
 
 
@@ -304,10 +306,12 @@ def kill_in_training(folder: Path, job: subprocess.Popen, delay: float) -> None:
 
 
 @pytest.mark.long
-def test_a_killed_job_goes_on_to_the_same_results(whole_job: Path, tmp_path: Path) -> None:
+def test_a_killed_job_goes_on_to_the_same_results(tmp_path: Path) -> None:
     """SIGKILL at random times, in different runs of the job, one after the other; the last right after a checkpoint."""
-    draws, killed = random.Random(0), 0
-    job = process(*JOB, "--out", tmp_path)
+    draws, killed, whole_job, tmp_path = random.Random(0), 0, tmp_path / "whole", tmp_path / "killed"
+    _, err = (job := process(*JOB, "--epochs", 14, "--out", whole_job)).communicate(timeout=60)
+    assert (job.returncode, err) == (0, "")
+    job = process(*JOB, "--epochs", 14, "--out", tmp_path)
     for delay in (draws.uniform(0, 1.2), draws.uniform(0, 1.2), 0.0):
         kill_in_training(tmp_path, job, delay)
         killed += job.returncode != 0
@@ -325,15 +329,15 @@ def test_a_killed_job_goes_on_to_the_same_results(whole_job: Path, tmp_path: Pat
 
 @pytest.mark.full
 def test_a_finished_job_resumed_draws_its_pictures_again(
-    whole_job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    short_job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = []
     monkeypatch.setattr(job, "draw", lambda report, data, models: drawn.append(sorted(models)))
-    before = figures(whole_job)
-    assert cli.main(["--resume", str(whole_job)]) == 0
+    before = figures(short_job)
+    assert cli.main(["--resume", str(short_job)]) == 0
     assert "4 of 4 runs are already finished" in capsys.readouterr().out
     assert drawn == [["diagonal", "iaf"]]
-    assert figures(whole_job) == before
+    assert figures(short_job) == before
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -347,9 +351,9 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 @pytest.mark.full
 @pytest.mark.parametrize("option", ["--lr=0.1", "--quick", "--device=cpu", "--out=elsewhere", "--data=digits"])
 def test_other_options_beside_resume_are_refused(
-    whole_job: Path, capsys: pytest.CaptureFixture[str], option: str
+    short_job: Path, capsys: pytest.CaptureFixture[str], option: str
 ) -> None:
-    assert f"got {option.partition('=')[0]}" in refusal(capsys, "--resume", whole_job, option)
+    assert f"got {option.partition('=')[0]}" in refusal(capsys, "--resume", short_job, option)
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"configuration": {"flows": 3}}'])
@@ -363,9 +367,9 @@ def test_a_folder_without_a_job_is_refused(
 
 @pytest.mark.full
 def test_a_job_of_other_versions_is_refused(
-    whole_job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    short_job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    content = results(whole_job)
+    content = results(short_job)
     content["environment"]["torch"] = "0.1"
     (tmp_path / "results.json").write_text(json.dumps(content))
     assert "torch 0.1 != " in refusal(capsys, "--resume", tmp_path)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from registry import Case, push
 from torch import Tensor, nn
+from versions import untraceable
 
 from flowpost import Autoregressive
 from flowpost.masked import sweep
@@ -137,6 +138,7 @@ def test_a_compiler_sees_each_sweep_as_one_operator() -> None:
     assert lengths[0] == lengths[1]
 
 
+@untraceable
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 def test_an_export_runs_where_flowpost_is_not(direction: str) -> None:
     step, z, context = make()
@@ -155,6 +157,7 @@ def test_an_export_runs_where_flowpost_is_not(direction: str) -> None:
     torch.testing.assert_close(program.module()(z, context), Directed()(z, context), rtol=1e-10, atol=1e-10)
 
 
+@untraceable
 def test_a_second_backward_says_that_it_is_not_compiled() -> None:
     """The eager step has one; a compiled one names what it lacks instead of returning a wrong number."""
     step, z, context = make()

@@ -90,10 +90,17 @@ def test_contract(entry: Entry, name: str) -> None:
 PLAIN = ("autoregressive_2_context", "autoregressive_order", "masked_affine_context", "maf")
 
 
-@pytest.mark.full
 @pytest.mark.usefixtures("plain")
 @pytest.mark.parametrize("name", [*OFTEN, *ONCE])
-@pytest.mark.parametrize("entry", [BY_NAME[name] for name in PLAIN], ids=PLAIN)
+@pytest.mark.parametrize(
+    "entry",
+    [
+        # `make test-plain` has the one with an order too.
+        pytest.param(BY_NAME[name], marks=pytest.mark.long if name == "autoregressive_order" else pytest.mark.full)
+        for name in PLAIN
+    ],
+    ids=PLAIN,
+)
 def test_contract_of_plain_operations(entry: Entry, name: str) -> None:
     """The operations that the passes by hand stand in for, and that transforms and compilers see."""
     _check(entry, name, dims=(1,) if name == "mass" else (3,), examples=3)

@@ -19,9 +19,11 @@ from flowpost.recipes import RECIPES
 from flowpost.testing import PROPERTIES, check_bijector
 from flowpost.vae import VAE, Bernoulli
 
+if not torch.cuda.is_available():  # the file as a whole: its tests are 1,300
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
 pytestmark = [
     pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     # Of torch, about itself: that the check of waits is new, and that a capture warms up on a stream of its own.
     pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
     pytest.mark.filterwarnings("ignore:.*AccumulateGrad node's stream does not match"),

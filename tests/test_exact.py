@@ -100,7 +100,7 @@ def test_a_value_read_after_it_was_written_over_is_refused() -> None:
     [
         "planar",
         "shared_planar",
-        "autoregressive_2_context",
+        pytest.param("autoregressive_2_context", marks=pytest.mark.full),
         pytest.param("inverse_autoregressive", marks=pytest.mark.long),
     ],
 )

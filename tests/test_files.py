@@ -10,15 +10,14 @@ import math
 import os
 import pickle
 import struct
-import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
@@ -31,7 +30,20 @@ from flowpost.recipes import RECIPES
 from flowpost.vae import VAE, Bernoulli
 
 SMALL: dict[str, dict] = {"iaf": {"steps": 2, "hidden": (8, 6), "context_size": 3}, "planar": {"steps": 3}}
-BUILDS = [(name, features, dim) for name in RECIPES for features in (0, 4) for dim in (1, 3)]
+BUILDS = [
+    pytest.param(
+        *(name, features, dim, dtype),
+        marks=[] if dtype == torch.float32 else pytest.mark.full,
+        id=f"{name}-{features}-{dim}-{str(dtype).removeprefix('torch.')}",
+    )
+    for name in RECIPES
+    for features, dim, dtype in (
+        (0, 1, torch.float32),
+        (4, 3, torch.float32),
+        (0, 3, torch.float64),
+        (4, 1, torch.float64),
+    )
+]
 
 
 def build(name: str = "planar", features: int = 4, dim: int = 3, *, pushed: bool = True) -> FlowPosterior:
@@ -98,16 +110,10 @@ def forge(
     return path
 
 
-def run(code: str, *args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[1])
-
-
 # What comes back
 
 
-@pytest.mark.parametrize(("name", "features", "dim"), BUILDS)
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.full)])
+@pytest.mark.parametrize(("name", "features", "dim", "dtype"), BUILDS)
 def test_every_recipe_comes_back_to_the_bit(path: Path, name: str, features: int, dim: int, dtype: torch.dtype) -> None:
     posterior = build(name, features, dim).to(dtype)
     flowpost.save(posterior, path)
@@ -259,7 +265,7 @@ def test_the_modules_versions_are_kept(path: Path) -> None:
     assert bits(flowpost.load(path, into=into)) == bits(module)
 
 
-def test_another_process_loads_it(path: Path) -> None:
+def test_another_process_loads_it(path: Path, python: Run) -> None:
     posterior = build("iaf")
     flowpost.save(posterior, path)
     code = """
@@ -267,7 +273,7 @@ def test_another_process_loads_it(path: Path) -> None:
         assert "safetensors" not in sys.modules
         print(repr([p.tolist() for p in flowpost.load(sys.argv[1]).parameters()]))
     """
-    done = run(code, path)
+    done = python(code, path)
     assert done.stdout.strip() == repr([p.tolist() for p in posterior.parameters()]), done.stderr
 
 
@@ -653,7 +659,7 @@ class Bomb:
 
 
 @pytest.mark.full
-def test_nothing_is_executed(saved: Path, tmp_path: Path) -> None:
+def test_nothing_is_executed(saved: Path, tmp_path: Path, python: Run) -> None:
     data, made = saved.read_bytes(), 0
     for edit in [*LIES.values(), *BAD_RECIPES.values()]:
         saved.write_bytes(data)
@@ -664,7 +670,7 @@ def test_nothing_is_executed(saved: Path, tmp_path: Path) -> None:
     for payload in (pickle.dumps(Bomb()), bomb.getvalue(), pickle.dumps(Bomb()) + data):
         (tmp_path / f"bad{made}").write_bytes(payload)
         made += 1
-    done = run(AUDIT, tmp_path)
+    done = python(AUDIT, tmp_path)
     assert done.stdout.strip() == f"{made} []", done.stderr
     assert not Path("/tmp/flowpost-was-here").exists()
 
@@ -867,7 +873,7 @@ def test_a_read_only_folder(saved: Path) -> None:
 
 
 @pytest.mark.full
-def test_a_full_disk(path: Path) -> None:
+def test_a_full_disk(path: Path, python: Run) -> None:
     old = build()
     flowpost.save(old, path)
     code = """
@@ -879,14 +885,14 @@ def test_a_full_disk(path: Path) -> None:
         except OSError as error:
             print(type(error).__name__, error)
     """
-    done = run(code, path)
+    done = python(code, path)
     assert "File too large, in two tries" in done.stdout, done.stderr
     assert "MB free on its disk; the file that was there is unchanged" in done.stdout
     good(path, old)
 
 
 @pytest.mark.full
-def test_a_killed_save_loses_nothing(path: Path) -> None:
+def test_a_killed_save_loses_nothing(path: Path, python: Run) -> None:
     code = """
         import os, signal, sys, time, torch, flowpost
         torch.set_num_threads(1)
@@ -904,5 +910,5 @@ def test_a_killed_save_loses_nothing(path: Path) -> None:
             assert flowpost.load(sys.argv[1]).head.bias.tolist() in kinds
             print("whole")
     """
-    done = run(code, path)
+    done = python(code, path)
     assert done.stdout.split() == ["whole"] * 10, done.stderr

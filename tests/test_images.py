@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -158,14 +158,15 @@ def test_a_wrong_file_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
 # --------------------------------------------------------------------------------------------------------- a job
 
 
-@pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch, digits: Data) -> Data:
+@pytest.fixture(scope="module")
+def few(digits: Data) -> Iterator[Data]:
     """What every job here trains on, with a checkpoint after every epoch and no pictures."""
     few = replace(digits, train=digits.train[:256], valid=digits.valid[:64])
-    monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0)
-    monkeypatch.setattr(job, "load", lambda _: few)
-    monkeypatch.setattr(job, "draw", lambda *_: None)
-    return few
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0)
+        patch.setattr(job, "load", lambda _: few)
+        patch.setattr(job, "draw", lambda *_: None)
+        yield few
 
 
 def figures(folder: Path) -> list[dict]:
@@ -181,11 +182,12 @@ def stop_after_two(*_: object) -> Callable[[History], None]:
     return told
 
 
-@pytest.fixture
-def whole(few: Data, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def whole(few: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A job that nothing stopped."""
-    assert cli.main([*JOB, "--out", str(tmp_path / "whole")]) == 0
-    return tmp_path / "whole"
+    folder = tmp_path_factory.mktemp("whole")
+    assert cli.main([*JOB, "--out", str(folder)]) == 0
+    return folder
 
 
 @pytest.mark.full

@@ -16,7 +16,9 @@ from benchmarks.posteriors.guides import PARTICLES, RECORDS, fit_guide
 pytest.importorskip("pyro")
 
 
-@pytest.mark.parametrize("name", GUIDES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "AutoNormal" else pytest.mark.full) for name in GUIDES]
+)
 def test_a_guide_s_kl_is_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A short fit of an easy posterior: what the best of its family leaves and little more, and never less."""
     monkeypatch.setattr(guides, "RATE", 5e-2)

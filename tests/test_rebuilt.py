@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 
 import pytest
 import torch
-from registry import ENTRIES, Case, Entry, carry, draw, push
+from registry import ENTRIES, Case, Entry, by_level, carry, draw, push
 from small import DIM, FEATURES, small
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -21,7 +21,7 @@ from flowpost.recipes import RECIPES
 
 M = TypeVar("M", bound=nn.Module)
 recipes = pytest.mark.parametrize("name", RECIPES)
-entries = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+entries = by_level(ENTRIES, pytest.mark.full)
 CASE = Case(dim=4, seed=5, push=0.3)
 
 
@@ -82,13 +82,23 @@ def emptied_one_by_one(module: nn.Module, source: nn.Module) -> None:
 
 
 LOADS = [emptied, emptied_then_assigned, assigned, emptied_twice, emptied_one_by_one]
-loads = pytest.mark.parametrize("load", LOADS, ids=lambda load: load.__name__)
 
 
-@pytest.mark.full
+def _loads() -> list:
+    """Two ways of every recipe in the full run, and all of those that hold all that is not saved."""
+    early = {"full_covariance", "cc_lin_iaf", "householder", "iaf", "maf", "realnvp", "spline_coupling"}
+    marks = {True: pytest.mark.full, False: pytest.mark.long}
+    pairs = [(name, load) for load in LOADS for name in RECIPES]
+    return [
+        pytest.param(
+            name, load, marks=marks[name in early or load in (emptied, assigned)], id=f"{load.__name__}-{name}"
+        )
+        for name, load in pairs
+    ]
+
+
 @poison
-@recipes
-@loads
+@pytest.mark.parametrize(("name", "load"), _loads())
 def test_a_recipe_built_on_meta(name: str, load: Callable[[nn.Module, nn.Module], None]) -> None:
     source = small(name, push=0.3)
     posterior = on_meta(lambda: small(name, seed=1))
@@ -114,7 +124,6 @@ def points(entry: Entry) -> tuple[Bijector, Tensor, Tensor | None]:
     return draw(entry, CASE, batch=(2,))
 
 
-@pytest.mark.full
 @poison
 @entries
 @pytest.mark.parametrize("load", [emptied, assigned])
@@ -129,7 +138,6 @@ def test_an_entry_built_on_meta(entry: Entry, load: Callable[[nn.Module, nn.Modu
     assert_starts(step, *(entry.make(CASE.dim, seed) for seed in (1, 2)))
 
 
-@pytest.mark.full
 @poison
 @entries
 def test_an_entry_that_was_emptied(entry: Entry) -> None:
@@ -241,7 +249,6 @@ def test_an_average_of_equal_posteriors_is_that_posterior(name: str, kind: str) 
     torch.testing.assert_close(of_posterior(other), of_posterior(source), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.full
 @entries
 def test_an_average_of_equal_entries_is_that_entry(entry: Entry) -> None:
     source, z, context = points(entry)
@@ -286,7 +293,6 @@ def test_an_average_of_a_training_is_the_mean_of_its_weights(kind: str) -> None:
     torch.testing.assert_close(of_step(loaded, z, context), expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.full
 @entries
 def test_a_cast_there_and_back_keeps_every_index(entry: Entry) -> None:
     """The weights lose digits; masks and orders do not."""

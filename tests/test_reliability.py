@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from forked import Run
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -60,10 +61,10 @@ def test_importing_flowpost_changes_nothing() -> None:
 
 
 @pytest.mark.full
-def test_what_importing_flowpost_does_is_watched() -> None:
+def test_what_importing_flowpost_does_is_watched(python: Run) -> None:
     """It is imported when its models are asked for, and not before: else nobody would see what that changes."""
     code = "import sys, benchmarks.reliability.worker; sys.exit('flowpost' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    assert python(code).returncode == 0
 
 
 def test_every_family_and_recipe_is_asked() -> None:

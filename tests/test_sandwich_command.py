@@ -31,7 +31,8 @@ def test_a_figure_of_some_seeds_is_their_mean() -> None:
 
 
 @pytest.mark.full
-def test_a_page_of_a_job(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_page_of_a_job(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.job.draw", lambda *_: None)
     job, out, page = tmp_path / "job", tmp_path / "out", tmp_path / "page.md"
     page.write_text(f"# A page\n\n{MARKS[0]}\n\n{MARKS[1]}\n\nthe end\n")
     assert cli.main([*TINY, "--posterior", "diagonal", "--dim", "2", "--out", str(job)]) == 0

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from registry import ENTRIES, Case, Entry, carry, draw
+from registry import ENTRIES, Case, Entry, by_level, carry, draw
 from small import DIM, FEATURES, small
 from torch import Tensor
 
@@ -106,9 +106,18 @@ def inputs(posterior: FlowPosterior) -> tuple[Tensor, Tensor, list[Tensor]]:
     return h, z, [h, z, *posterior.parameters()]
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
+def _by_level() -> list:
+    """One sample is tried of the first families early, several and a z that depends on h of all."""
+    early = {"full_covariance", "planar", "iaf", "maf", "realnvp"}
+    marks = {True: pytest.mark.full, False: pytest.mark.long}
+    pairs = [(name, use) for use in USES for name in RECIPES]
+    return [
+        pytest.param(name, use, marks=marks[name in early or use not in (sampled, scored)], id=f"{use.__name__}-{name}")
+        for name, use in pairs
+    ]
+
+
+@pytest.mark.parametrize(("name", "use"), _by_level())
 def test_every_recipe(name: str, use: Callable[[FlowPosterior, Tensor, Tensor], Loss]) -> None:
     posterior = small(name, push=0.2)
     h, z, leaves = inputs(posterior)
@@ -176,8 +185,7 @@ def tied(step: Bijector) -> Bijector:
     return Shared(step, step) if step.codomain == step.domain else step
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+@by_level(ENTRIES, pytest.mark.full)
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 def test_every_entry_tied_at_a_function_of_the_context(entry: Entry, direction: str) -> None:
     step, z, context = draw(entry, Case(dim=DIM, seed=3, push=0.15, spread=0.7, context=0.3), batch=(2,))
