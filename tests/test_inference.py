@@ -144,9 +144,10 @@ def test_an_exact_posterior_has_no_gap_and_weights_that_are_all_equal() -> None:
     settings = replace(SETTINGS, gap_steps=20, trusted_images=20, seeds=(3, 4))
     figures = evaluate(vae, data, settings, seed=3)
     each = model.evidence(data.test.flatten(1))
-    for key in ("trusted_nll", "trusted_images_nll"):
-        assert figures[key] == pytest.approx(-each[:20].mean().item(), abs=1e-6)
-    assert figures["trusted_error"] == pytest.approx(0, abs=1e-6)
+    assert figures["trusted_images_nll"] == pytest.approx(-each[:20].mean().item(), abs=1e-6)
+    # An eighth of the annealed estimate is that of chains from the prior, whose weights are not all equal.
+    assert figures["trusted_nll"] == pytest.approx(-each[:20].mean().item(), abs=0.02)
+    assert figures["trusted_error"] == pytest.approx(0, abs=0.02)
     assert "trusted_nll" not in evaluate(vae, data, replace(settings, gaps=False), seed=4)
     evidence = each.mean().item()
     assert figures["nll"] == pytest.approx(-evidence, abs=1e-6)
