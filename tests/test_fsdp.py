@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from once import once
 from small import DIM, FEATURES, small
 from torch import Tensor, nn
 from torch.distributed import fsdp
@@ -192,10 +193,13 @@ def work(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def launch(folder: Path) -> None:
+    mp.spawn(work, (str(folder),), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    folder = tmp_path_factory.mktemp("fsdp")
-    mp.spawn(work, (str(folder),), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    folder = once(tmp_path_factory, "fsdp", launch)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

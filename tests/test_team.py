@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from once import once
 
 from benchmarks import __main__ as cli
 from benchmarks import checkpoint, job
@@ -80,14 +81,16 @@ def work(rank: int, folder: str, port: int) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    where = tmp_path_factory.mktemp("team")
+def launch(folder: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(work, (str(where), port), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
-    return where
+    mp.spawn(work, (str(folder), port), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return once(tmp_path_factory, "team", launch)
 
 
 def ranks(folder: Path) -> list[dict]:
