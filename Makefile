@@ -2,7 +2,7 @@
 # Options for the benchmark go in ARGS: make bench ARGS="--quick --posterior iaf"
 PYTHON ?= python3
 ARGS ?=
-# By stealing, the tests of a file stay with one worker, and what they share is made once.
+# By stealing, most tests of a file stay with one worker, and what they share is made once there.
 WORKERS = -n auto --dist worksteal
 PYTEST = $(BIN)/python -m pytest $(WORKERS) --durations=10
 

@@ -22,7 +22,7 @@ class AnnealedEstimate(NamedTuple):
     """A bound of log p(x) and what says how tight it is, each ``(B,)``."""
 
     log_p: Tensor
-    """``log sum_c w_c / C`` of C chains, where each noise space counts by its share, float64: a lower bound in
+    """The log of the mean weight, the chains of each noise space counting by its share, float64: a lower bound in
     expectation; of chains back, an upper one."""
     standard_error: Tensor
     """Of log_p, in nats, to first order: ``sd(w) / (sqrt(C) mean(w))`` of chains of one noise space, float64; nan for
@@ -127,8 +127,10 @@ def mixed(found: Sequence[AnnealedEstimate], parts: Sequence[Part]) -> AnnealedE
     sums = torch.stack([each.log_p + math.log(part.share) for each, part in zip(found, parts, strict=True)])
     log_p = sums.logsumexp(0)
     fractions, chains = (sums - log_p).exp(), sum(part.chains for part in parts)
-    error = (fractions * torch.stack([each.standard_error for each in found])).square().sum(0).sqrt()
-    ess = 1 / (fractions.square() / torch.stack([each.ess for each in found])).sum(0)
+    nothing = fractions == 0  # weights that are all 0 have no error of their own
+    errors, counts = (torch.stack(each) for each in zip(*((e.standard_error, e.ess) for e in found), strict=True))
+    error = (fractions * errors).masked_fill(nothing, 0).square().sum(0).sqrt()
+    ess = 1 / (fractions.square() / counts).masked_fill(nothing, 0).sum(0)
     accepted = torch.stack([each.acceptance * (part.chains / chains) for each, part in zip(found, parts, strict=True)])
     return AnnealedEstimate(log_p, error, ess, accepted.sum(0))
 

@@ -186,10 +186,8 @@ def sandwich(
         log p(x) of 20 x simulated from the model, mean ± standard error, in nats
           annealed, lower bound ...
     """
-    runs, samples = (
-        Chains(chains, prior_chains, temperatures, leapfrogs, path, pairs, progress),
-        check_int("samples", samples, 1),
-    )
+    runs = Chains(chains, prior_chains, temperatures, leapfrogs, path, pairs, progress)
+    samples = check_int("samples", samples, minimum=1)
     z, x, y = _simulate(vae, check_int("count", count, minimum=1), shape, y)
     parts = list(zip(split(x, y, runs.examples), z.split(runs.examples), strict=True))
     runs.expect(len(parts), ways=2)

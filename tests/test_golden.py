@@ -105,3 +105,14 @@ def test_a_state_of_elu_networks_is_refused_by_those_of_relu(name: str) -> None:
 def test_a_recipe_knows_three_activations() -> None:
     with pytest.raises(ValueError, match="activation: expected one of relu, elu, tanh, got 'selu'"):
         flowpost.spline_coupling(3, 2, activation="selu")
+
+
+@pytest.mark.parametrize(("hidden", "rate"), [((64, 320), 0.1), ((320, 64), 0.5), ((16,), 1.0), ((), 1.0)])
+@pytest.mark.parametrize("name", ["spline_autoregressive", "spline_coupling"])
+def test_a_spline_s_networks_are_as_fast_at_every_width(name: str, hidden: tuple[int, ...], rate: float) -> None:
+    posterior = getattr(flowpost, name)(3, 2, steps=2, hidden=hidden)
+    nets = [step.net for step in posterior.flow.modules() if isinstance(step, (flowpost.Masked, flowpost.Coupling))]
+    assert [(net.rate, net.activation) for net in nets] == [(rate, nn.functional.relu)] * 2
+    given = getattr(flowpost, name)(3, 2, steps=2, hidden=hidden, rate=0.3, activation="tanh")
+    nets = [step.net for step in given.flow.modules() if isinstance(step, (flowpost.Masked, flowpost.Coupling))]
+    assert [(net.rate, net.activation) for net in nets] == [(0.3, torch.tanh)] * 2

@@ -17,7 +17,7 @@ from benchmarks import plots
 from benchmarks.compare import compare, table
 from benchmarks.config import Config, ConfigError, configure, from_json
 from benchmarks.data import Data, load
-from benchmarks.figures import evaluate
+from benchmarks.figures import ANNEALED, evaluate
 from benchmarks.inference import RANKED, SIMULATIONS, draw_pixels, model_ranks
 from benchmarks.job import begin
 from benchmarks.models import build
@@ -25,6 +25,7 @@ from benchmarks.objective import bound_name, negative_bound, objective_loss, obj
 from benchmarks.report import Result
 from benchmarks.train import validate
 from flowpost.calibration import rank_ecdf
+from flowpost.evaluation import annealed_estimate
 from flowpost.posterior import Sample
 from flowpost.vae import VAE, Bernoulli, Binomial, Categorical, Likelihood, VAEOutput
 from tests.linear_gaussian import LinearGaussian, fitted
@@ -145,6 +146,9 @@ def test_an_exact_posterior_has_no_gap_and_weights_that_are_all_equal() -> None:
     figures = evaluate(vae, data, settings, seed=3)
     each = model.evidence(data.test.flatten(1))
     assert figures["trusted_images_nll"] == pytest.approx(-each[:20].mean().item(), abs=1e-6)
+    alone = annealed_estimate(vae, data.test[:20], *ANNEALED, prior_chains=0)
+    torch.testing.assert_close(alone.log_p, each[:20].double(), rtol=0, atol=1e-6)
+    assert (alone.standard_error < 1e-6).all()
     # An eighth of the annealed estimate is that of chains from the prior, whose weights are not all equal.
     assert figures["trusted_nll"] == pytest.approx(-each[:20].mean().item(), abs=0.02)
     assert figures["trusted_error"] == pytest.approx(0, abs=0.02)

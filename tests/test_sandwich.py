@@ -17,7 +17,7 @@ import flowpost
 from flowpost import annealed
 from flowpost.annealed import anneal, pilot, schedule
 from flowpost.annealing import Gradient
-from flowpost.chains import Chains, Part
+from flowpost.chains import Chains, Part, mixed
 from flowpost.density import standard_normal_log_prob
 from flowpost.distribution import FlowDistribution
 from flowpost.evaluation import AnnealedEstimate, annealed_estimate, importance_estimate, refine, sandwich
@@ -285,6 +285,14 @@ def test_the_errors_are_those_of_importance_weights() -> None:
     found = annealed_estimate(vae, x, 32, 10, 2)
     assert found.standard_error.mean().item() == pytest.approx(found.log_p.std().item(), rel=0.2)
     assert ((found.ess > 1) & (found.ess <= 48)).all()
+
+
+def test_chains_whose_weights_are_all_zero_leave_the_error_of_the_others() -> None:
+    zero, one = torch.full((1,), -math.inf, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    good, none = AnnealedEstimate(one, 0.1 * one, 5 * one, one), AnnealedEstimate(zero, zero.log(), zero.log(), one)
+    like = torch.zeros(1, 2)
+    found = mixed([good, none], [Part(lambda e: (e, e), like, 8, 7 / 8), Part(lambda e: (e, e), like, 8, 1 / 8)])
+    torch.testing.assert_close(found, AnnealedEstimate(one + math.log(7 / 8), 0.1 * one, 5 * one, one))
 
 
 def test_the_summary_says_what_was_found() -> None:
