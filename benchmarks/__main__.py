@@ -30,6 +30,7 @@ from benchmarks.job import job
 from benchmarks.models import POSTERIORS
 from benchmarks.own.setup import configure_own
 from benchmarks.own.values import forms
+from benchmarks.pages import pages
 from benchmarks.posteriors.command import posteriors
 from benchmarks.reliability.command import reliability
 from benchmarks.report import Report
@@ -47,6 +48,7 @@ app = typer.Typer(
 app.command()(compare)
 app.command()(encoders)
 app.command()(images)
+app.command()(pages)
 app.command()(posteriors)
 app.command()(reliability)
 app.command("sandwich")(sandwich_command)

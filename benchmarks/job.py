@@ -20,7 +20,7 @@ from benchmarks.networks import model_of
 from benchmarks.objective import bound_name, objective_name
 from benchmarks.own.setup import check_networks, load_own
 from benchmarks.plots import draw
-from benchmarks.report import Report, Result, by_posterior
+from benchmarks.report import JOB, Report, Result, by_posterior
 from benchmarks.run import Run, cpu_threads, terminal
 from benchmarks.team import Team
 from benchmarks.train import History, TrainingError, seeded, train_one
@@ -70,7 +70,8 @@ def begin(config: Config, out: Path | None) -> Report:
     """A new job's report; checkpoints of another job in its folder are none of its own."""
     team = Team.on(config.device)
     parts = (config.preset, config.name.removesuffix(".npz"), objective_name(config), _prior_name(config))
-    run = Run.begin("-".join(filter(None, parts)), out, device=config.device, threads=config.threads)
+    name = "-".join(filter(None, parts))
+    run = Run.begin(JOB, out, name=name, device=config.device, threads=config.threads)
     run.silent = not team.leads
     report = Report(run, config)
     if team.leads:

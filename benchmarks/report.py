@@ -14,10 +14,11 @@ from benchmarks.config import Config, ConfigError, check_device, from_json
 from benchmarks.environment import versions
 from benchmarks.figures import ACTIVE, ANNEALED, LEVELS, TEST_SAMPLES
 from benchmarks.objective import objective_words
-from benchmarks.run import Run
+from benchmarks.run import Content, Run, origin
 from benchmarks.table import Table, grouped
 from benchmarks.train import tensor_words
 
+JOB = "job"
 SPREAD = {"neg_elbo", "nll", "local_nll", "neg_elbo_bits", "nll_bits"}  # whose sd the table shows too
 
 Result = dict[str, Any]
@@ -49,17 +50,21 @@ class Report:
         """
         path = folder / "results.json"
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            started = datetime.fromisoformat(content["started"])
-            # Jobs of earlier versions do not say their command.
-            command, seconds = content.get("command", ""), content["seconds"]
-            run = Run(folder, content["environment"], command, None, started=started, seconds_before=seconds)
-            return cls(run, from_json(content["configuration"]), content["runs"])
+            return cls.of(json.loads(path.read_text(encoding="utf-8")), folder)
         except ConfigError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             what = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ConfigError(f"{expected}, got {path}: {what}") from error
+
+    @classmethod
+    def of(cls, content: Content, folder: Path) -> Report:
+        """What `results.json` of a folder says."""
+        started = datetime.fromisoformat(content["started"])
+        # Jobs of earlier versions do not say their command.
+        command, seconds = content.get("command", ""), content["seconds"]
+        run = Run(folder, content["environment"], command, JOB, started=started, seconds_before=seconds)
+        return cls(run, from_json(content["configuration"]), content["runs"])
 
     @classmethod
     def resume(cls, folder: Path) -> Report:
@@ -95,13 +100,16 @@ class Report:
 
     def write(self) -> None:
         """Both files."""
-        content = {
+        self.run.write("results.json", self.content())
+        self.run.write("table.md", self.table().markdown())
+
+    def content(self) -> dict[str, Any]:
+        """All that `results.json` says."""
+        return self.run.head() | {
             "configuration": asdict(self.config),
             "summary": {name: summarize(results) for name, results in by_posterior(self.finished).items()},
             "runs": self.results,
         }
-        self.run.write("results.json", content)
-        self.run.write("table.md", self.table().markdown())
 
     def table(self) -> Table:
         """A row for each posterior, a note for each result that failed or skipped steps."""
@@ -128,6 +136,11 @@ class Report:
             f"{_information_words(config, unit)}"
             f"ms/step: median, {self.run.environment['device']}, CPU threads: {config.threads}"
         )
+
+
+def shown(content: Content, page: str = "") -> str:
+    """A page's text."""
+    return f"{Report.of(content, Path()).table().markdown()}\n\n{origin(content)}"
 
 
 def _note(one: Result, config: Config) -> str:

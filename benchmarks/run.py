@@ -1,4 +1,9 @@
-"""A run of a command: its folder, files that are never half written, where it was measured, the page that it fills."""
+"""A run of a command: its folder, files that are never half written, where it was measured, the page that it fills.
+
+A page of results is made of figures alone, and these lie beside it: between `<!-- tables -->` and
+`<!-- end of tables -->` on `docs/speed.md` stands what `docs/_figures/speed/tables.json` says, the JSON file of a run.
+`python -m benchmarks pages` fills every page anew.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -21,13 +26,19 @@ from rich.console import Console
 from benchmarks.config import ConfigError
 from benchmarks.environment import environment
 
-MARKS = ("<!-- tables -->", "<!-- end of tables -->")
+TABLES = "tables"  # what is marked on a page, unless it has several runs
+FIGURES = "_figures"  # the folder beside the pages
 WIDTH = 150  # columns of what is printed into a file
 
 Out = Annotated[Path | None, typer.Option(help="Folder to write to.  [default: a new one in runs/]", file_okay=False)]
 Page = Annotated[
     Path | None, typer.Option(help="Put the tables on this page too, between its marks, and the picture beside it.")
 ]
+
+Content = Mapping[str, Any]
+"""Of a run's JSON file: what it says of itself, and its figures."""
+Shown = Callable[[Content, str], str]
+"""What of a run's JSON file stands on a page; with the page's name, which its picture bears too."""
 
 
 def _now() -> datetime:
@@ -42,8 +53,9 @@ class Run:
         folder: of the files; made at the first one.
         environment: what the figures depend on besides the options.
         command: what was typed.
+        what: it is a run of, by which a page finds the tables.
         page: where the tables go too, if anywhere.
-        marks: between which of the page's they go.
+        mark: where on the page.
         started: when the first process of the run began.
         seconds_before: of the processes that went before this one.
         silent: whether this process writes nothing, because another one does.
@@ -52,8 +64,9 @@ class Run:
     folder: Path
     environment: Mapping[str, Any]
     command: str = ""
+    what: str = ""
     page: Path | None = None
-    marks: tuple[str, str] = MARKS
+    mark: str = TABLES
     started: datetime = field(default_factory=_now)
     seconds_before: float = 0.0
     silent: bool = False
@@ -65,78 +78,105 @@ class Run:
         what: str,
         folder: Path | None = None,
         *,
+        name: str = "",
         device: str = "cpu",
         threads: int = 1,
         libraries: Sequence[str] = (),
         page: Path | None = None,
-        marks: tuple[str, str] = MARKS,
+        mark: str = TABLES,
     ) -> Run:
         """A new run; a page that cannot be filled is refused here, before anything is measured.
 
         Args:
-            what: the end of the folder's name where none is given.
-            folder: to write to; by default ``runs/<time>-<what>``.
+            what: it is a run of.
+            folder: to write to; by default ``runs/<time>-<name>``.
+            name: by default `what`.
             device: that is measured on.
             threads: of PyTorch on the CPU.
             libraries: import names of the public libraries that are measured beside flowpost.
             page: where the tables go too.
-            marks: between which of the page's they go.
+            mark: where on the page.
 
         Raises:
             ConfigError: there is no such page, or it has no marks.
         """
         if page is not None:
-            fill(page, "", marks)
-        folder = folder or Path("runs") / f"{_now():%Y%m%d-%H%M%S}-{what}"
-        return cls(folder, environment(device, threads, libraries), typed(sys.argv[1:]), page, marks)
+            fill(page, "", mark)
+        folder = folder or Path("runs") / f"{_now():%Y%m%d-%H%M%S}-{name or what}"
+        return cls(folder, environment(device, threads, libraries), typed(sys.argv[1:]), what, page, mark)
 
     def write(self, name: str, content: str | Mapping[str, Any]) -> None:
         """A file of the folder, replaced in one go: a text, or as JSON a mapping after what the run says of itself."""
         if self.silent:
             return
         if not isinstance(content, str):
-            head = {
-                "started": self.started.isoformat(timespec="seconds"),
-                "seconds": round(self.seconds(), 1),
-                "command": self.command,
-                "environment": self.environment,
-            }
-            content = json.dumps(head | dict(content), indent=1, ensure_ascii=False, allow_nan=False)
+            content = as_json(self.head() | dict(content))
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_text(self.folder / name, content.rstrip("\n") + "\n")
+
+    def head(self) -> dict[str, Any]:
+        """What the run says of itself in its JSON files."""
+        return {
+            "what": self.what,
+            "started": self.started.isoformat(timespec="seconds"),
+            "seconds": round(self.seconds(), 1),
+            "command": self.command,
+            "environment": self.environment,
+        }
 
     def seconds(self) -> float:
         """Since it began, of all its processes."""
         return self.seconds_before + (_now() - self._begun).total_seconds()
 
-    def where(self) -> str:
-        """When, how long and on what it was measured, in a sentence."""
-        there = self.environment
-        device = there["device"] if there["device"] == there["cpu"] else f"{there['device']} with {there['cpu']}"
-        threads = f"{there['threads']} thread{'s' if there['threads'] > 1 else ''}"
-        names = ("torch", "flowpost", *there["libraries"])
-        versions = ", ".join(f"{name} {(there | there['libraries'])[name]}" for name in names)
-        return (
-            f"Measured on {self.started:%Y-%m-%d}, {self.seconds() / 60:.0f} minutes, on {device} "
-            f"({there['cores']} cores, {threads}); Python {there['python']}, {versions}; commit {there['commit']}."
-        )
+    def publish(self, name: str, shown: Shown, picture: str = "") -> None:
+        """Fill the page, if there is one, from a JSON file of the folder, and keep the file beside the page.
 
-    def origin(self) -> str:
-        """`where`, and the command, for a page."""
-        return f"{self.where()}\n\n```bash\n{self.command}\n```"
+        Args:
+            name: of the file.
+            shown: makes the page's text of it.
+            picture: a PNG of the folder, if there is such a file, that is to lie beside the page too.
+        """
+        if self.page is None:
+            return
+        if picture and (self.folder / picture).exists():
+            shutil.copyfile(self.folder / picture, self.page.with_suffix(".png"))
+        publish(self.page, (self.folder / name).read_text(encoding="utf-8"), shown, self.mark)
 
-    def publish(self, text: str) -> None:
-        """Put a text between the marks of the page, if there is one."""
-        if self.page is not None:
-            replace_text(self.page, fill(self.page, text, self.marks))
 
-    def picture(self, name: str, caption: str) -> str:
-        """The Markdown of a picture of the folder, which is copied beside the page; nothing where either is missing."""
-        if self.page is None or not (self.folder / name).exists():
-            return ""
-        beside = self.page.with_suffix(Path(name).suffix)
-        shutil.copyfile(self.folder / name, beside)
-        return f"![{caption}]({beside.name})"
+def as_json(content: Content) -> str:
+    """As it stands in a file."""
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def publish(page: Path, figures: str, shown: Shown, mark: str = TABLES) -> None:
+    """Keep a JSON file's text beside a page, and fill the page from it."""
+    kept = page.parent / FIGURES / page.stem / f"{mark}.json"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(kept, figures)
+    replace_text(page, filled(kept, shown))
+
+
+def where(content: Content) -> str:
+    """When, how long and on what a run was measured, in a sentence."""
+    there = content["environment"]
+    device = there["device"] if there["device"] == there["cpu"] else f"{there['device']} with {there['cpu']}"
+    threads = f"{there['threads']} thread{'s' if there['threads'] > 1 else ''}"
+    names = ("torch", "flowpost", *there["libraries"])
+    versions = ", ".join(f"{name} {(there | there['libraries'])[name]}" for name in names)
+    return (
+        f"Measured on {content['started'][:10]}, {content['seconds'] / 60:.0f} minutes, on {device} "
+        f"({there['cores']} cores, {threads}); Python {there['python']}, {versions}; commit {there['commit']}."
+    )
+
+
+def origin(content: Content) -> str:
+    """`where`, and the command, for a page."""
+    return f"{where(content)}\n\n```bash\n{content['command']}\n```"
+
+
+def pictured(page: str, caption: str) -> str:
+    """The Markdown of the picture beside a page of this name."""
+    return f"![{caption}]({page}.png)"
 
 
 def typed(words: Sequence[str]) -> str:
@@ -149,20 +189,32 @@ def typed(words: Sequence[str]) -> str:
     return shlex.join(["python", "-m", "benchmarks", *kept])
 
 
-def fill(page: Path, text: str, marks: tuple[str, str] = MARKS) -> str:
-    """What is on the page, with `text` between the marks.
+def fill(page: Path, text: str, mark: str = TABLES) -> str:
+    """What is on the page, with `text` at the mark.
 
     Raises:
-        ConfigError: there is no such page, or it has no marks.
+        ConfigError: there is no such page, or it is not marked.
     """
+    begin, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
     try:
-        before, _, rest = page.read_text(encoding="utf-8").partition(marks[0])
+        before, _, rest = page.read_text(encoding="utf-8").partition(begin)
     except OSError as error:
         raise ConfigError(f"page: expected a page to put the tables on, got {page}: {error.strerror}") from error
-    _, end, after = rest.partition(marks[1])
-    if not end:
-        raise ConfigError(f"page: expected the marks {' and '.join(MARKS)} in {page}, got none")
-    return f"{before}{marks[0]}\n\n{text.strip()}\n\n{marks[1]}{after}"
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ConfigError(f"page: expected the marks {begin} and {end} in {page}, got none")
+    return f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}"
+
+
+def page_of(kept: Path) -> Path:
+    """The page of a file of figures."""
+    return kept.parents[2] / f"{kept.parent.name}.md"
+
+
+def filled(kept: Path, shown: Shown) -> str:
+    """That page, filled from the file."""
+    page = page_of(kept)
+    return fill(page, shown(json.loads(kept.read_text(encoding="utf-8")), page.stem), kept.stem)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -22,7 +22,7 @@ from benchmarks.data import Data, load
 from benchmarks.job import models
 from benchmarks.quadrature import quadrature
 from benchmarks.report import Report
-from benchmarks.run import Out, Page, Run, cpu_threads, terminal
+from benchmarks.run import Content, Out, Page, Run, cpu_threads, origin, pictured, terminal
 from benchmarks.table import Table
 from benchmarks.train import EVALUATION_SEED, seeded
 from flowpost.evaluation import annealed_estimate, importance_estimate, sandwich
@@ -143,13 +143,18 @@ def _figures(above: Tensor, lower: Tensor, sampled: ImportanceEstimate, refined:
 
 def _write(run: Run, rows: Sequence[Row], plan: Plan) -> None:
     """All that is known so far: a stop loses no model."""
-    table = _table(rows, plan).markdown()
-    run.write("results.json", {"plan": asdict(plan), "rows": [_plain(row) for row in rows]})
-    run.write("table.md", table)
-    run.folder.joinpath("sandwich.png").unlink(missing_ok=True)
+    content = run.head() | {"plan": asdict(plan), "rows": [_plain(row) for row in rows]}
+    run.write("sandwich.json", content)
+    run.write("sandwich.md", shown(content))
     picture(rows).savefig(run.folder / "sandwich.png", dpi=DPI)
-    parts = [table, run.picture("sandwich.png", "How far each estimate of log p(x) falls short"), run.origin()]
-    run.publish("\n\n".join(part for part in parts if part))
+    run.publish("sandwich.json", shown, "sandwich.png")
+
+
+def shown(content: Content, page: str = "") -> str:
+    """The text of the page, or of a file that has no picture beside it."""
+    rows = [{key: math.nan if value is None else value for key, value in row.items()} for row in content["rows"]]
+    plot = [pictured(page, "How far each estimate of log p(x) falls short")] if page else []
+    return "\n\n".join([*plot, _table(rows, Plan(**content["plan"])).markdown(), origin(content)])
 
 
 def _plain(row: Row) -> Row:

@@ -14,7 +14,7 @@ from benchmarks import encoders
 from benchmarks.data import load
 from benchmarks.encoders.fitting import CONTESTS, Fit, Plan, fit, spaced
 from benchmarks.encoders.starts import Start
-from benchmarks.encoders.table import elbos, lines
+from benchmarks.encoders.table import Trained, elbos, lines
 
 PLAN = Plan(before=3, after=0, images=20, samples=100, dim=2)
 GRU = replace(next(each for each in CONTESTS if each.library == "torch"), data="digits", plan=PLAN)
@@ -55,7 +55,7 @@ def test_the_images_are_of_the_whole_test_part() -> None:
 def test_the_tables_say_what_was_found() -> None:
     first = Fit(GRU.name, 0, -100.0, -100.1, -98.0, -97.0, 1, 2.0, 5.0)
     second = Fit(GRU.name, 1, -102.0, -102.1, -100.0, -96.0, 0, 2.0, 6.0)
-    table = elbos([first, second], [GRU])
+    table = elbos([first, second], {GRU.name: Trained(GRU.data, GRU.plan)})
     assert table.rows == [
         [GRU.name, "digits", "3 + 0", "-101.00 (1.41)", "-101.10 (1.41)", "-99.00 (1.41)", "-96.50 (0.71)"]
         + ["2.50 (2.12)", "2.8"]

@@ -24,7 +24,7 @@ from benchmarks.reliability.board import Library, count, markdown, tables
 from benchmarks.reliability.judge import NOT_APPLICABLE, RAW, SILENT, SURVIVED, Model, Pair, is_clear, judge
 from benchmarks.reliability.own import flowpost_models
 from benchmarks.reliability.worker import load, uses
-from benchmarks.run import MARKS, fill
+from benchmarks.run import fill
 from flowpost import bijectors
 from flowpost.recipes import RECIPES
 
@@ -274,7 +274,7 @@ def test_the_command_writes_json_and_page(
 ) -> None:
     monkeypatch.setattr(command, "ask", lambda name, console, quick: library(SURVIVED, SILENT, RAW, NOT_APPLICABLE))
     page, out = tmp_path / "page.md", tmp_path / "new"
-    page.write_text(f"above\n{MARKS[0]}\n{MARKS[1]}\nbelow\n")
+    page.write_text("above\n<!-- tables -->\n<!-- end of tables -->\nbelow\n")
     options = ["--library", "flowpost", "--quick", "--out", str(out), "--page", str(page)]
     assert cli.main(["reliability", *options]) == 0
     content = json.loads((out / "reliability.json").read_text())

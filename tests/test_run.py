@@ -13,7 +13,7 @@ from rich.console import Console
 import flowpost
 from benchmarks import run as runs
 from benchmarks.config import ConfigError
-from benchmarks.run import MARKS, Run, cpu_threads
+from benchmarks.run import Run, cpu_threads, origin, where
 from benchmarks.table import Table, grouped
 
 WIDE = Table(["who", "s"], [["a|b", "1"], ["[c]", "20"]], "times", "Calls", ["a: slow"])
@@ -42,8 +42,8 @@ def test_every_file_of_figures_says_where_they_are_from(tmp_path: Path) -> None:
     assert datetime.fromisoformat(content["started"]).tzinfo
     there = content["environment"]
     assert (there["threads"], there["torch"], there["libraries"]) == (2, torch.__version__, {})
-    assert f"2 threads); Python {there['python']}, torch {torch.__version__}, flowpost" in run.where()
-    assert run.origin().startswith(run.where())
+    assert f"2 threads); Python {there['python']}, torch {torch.__version__}, flowpost" in where(run.head())
+    assert origin(run.head()).startswith(where(run.head()))
     with pytest.raises(ValueError, match="not JSON compliant"):
         run.write("figures.json", {"figures": [float("nan")]})
 
@@ -51,7 +51,7 @@ def test_every_file_of_figures_says_where_they_are_from(tmp_path: Path) -> None:
 def test_libraries_have_their_versions(tmp_path: Path) -> None:
     run = Run.begin("what", tmp_path, libraries=["torch"])
     assert run.environment["libraries"] == {"torch": torch.__version__}
-    assert f"flowpost {flowpost.__version__}, torch {torch.__version__}; commit" in run.where()
+    assert f"flowpost {flowpost.__version__}, torch {torch.__version__}; commit" in where(run.head())
 
 
 def test_the_seconds_of_all_processes_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,11 +75,15 @@ def test_a_page_that_cannot_be_filled_is_refused_at_once(tmp_path: Path) -> None
     page.write_text("no marks")
     with pytest.raises(ConfigError, match="^page: expected the marks"):
         Run.begin("what", tmp_path, page=page)
-    page.write_text(f"{MARKS[0]}{MARKS[1]}")
+    page.write_text("<!-- tables --><!-- end of tables -->")
     run = Run.begin("what", tmp_path, page=page)
-    run.publish("text")
-    assert page.read_text() == f"{MARKS[0]}\n\ntext\n\n{MARKS[1]}"
-    assert run.picture("none.png", "none") == ""
+    run.write("figures.json", {"kl": 0.5})
+    (run.folder / "plot.png").write_bytes(b"plot")
+    run.publish("figures.json", lambda content, name: f"{content['kl']} of {content['what']} in {name}", "plot.png")
+    assert page.read_text() == "<!-- tables -->\n\n0.5 of what in page\n\n<!-- end of tables -->"
+    assert (tmp_path / "page.png").read_bytes() == b"plot"
+    kept = tmp_path / "_figures" / "page" / "tables.json"
+    assert kept.read_bytes() == (run.folder / "figures.json").read_bytes()
 
 
 def test_threads_come_back_after_an_error() -> None:

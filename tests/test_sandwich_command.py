@@ -12,7 +12,6 @@ from benchmarks import __main__ as cli
 from benchmarks import sandwich
 from benchmarks.quadrature import quadrature
 from benchmarks.report import summarize
-from benchmarks.run import MARKS
 
 FEW = ["--count", "3", "--chains", "2", "--temperatures", "4", "--leapfrogs", "1", "--samples", "30"]
 
@@ -34,12 +33,12 @@ def test_a_figure_of_some_seeds_is_their_mean() -> None:
 def test_a_page_of_a_job(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.job.draw", lambda *_: None)
     job, out, page = tmp_path / "job", tmp_path / "out", tmp_path / "page.md"
-    page.write_text(f"# A page\n\n{MARKS[0]}\n\n{MARKS[1]}\n\nthe end\n")
+    page.write_text("# A page\n\n<!-- tables -->\n\n<!-- end of tables -->\n\nthe end\n")
     assert cli.main([*TINY, "--posterior", "diagonal", "--dim", "2", "--out", str(job)]) == 0
     code, text, _ = run_cli(capsys, "sandwich", str(job), *FEW, "--out", str(out), "--page", str(page))
     assert code == 0
     assert "diagonal, 2 latents, its own: gap " in text
-    rows = json.loads((out / "results.json").read_text())["rows"]
+    rows = json.loads((out / "sandwich.json").read_text())["rows"]
     assert [(row["posterior"], row["images"], row["count"]) for row in rows] == [
         ("diagonal", "its own", 3),
         ("diagonal", "test", 3),
@@ -47,7 +46,7 @@ def test_a_page_of_a_job(capsys: pytest.CaptureFixture[str], tmp_path: Path, mon
     assert all(abs(row[key]) < 10 for row in rows for key in ("gap", "sampled", "refined"))
     assert rows[1]["residual"] is None
     written = page.read_text()
-    assert (out / "table.md").read_text().strip() in written
+    assert (out / "sandwich.md").read_text().strip() in written
     assert "![How far each estimate" in written
     assert "Measured on " in written
     assert written.endswith("the end\n")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import benchmarks.speed as speed
 from benchmarks import __main__ as cli
 from benchmarks.peers import here
-from benchmarks.run import MARKS, Run, fill, typed
+from benchmarks.run import Run, fill, origin, typed
 from benchmarks.speed import contests, others, timing
 from benchmarks.speed.contests import external, training, training_captured
 from benchmarks.speed.dense import Dense, products
@@ -464,19 +464,28 @@ def test_wrong_options_are_one_line(arguments: list[str], message: str, capsys: 
 
 
 def test_tables_go_between_the_marks_of_a_page(tmp_path: Path) -> None:
-    page, run = tmp_path / "page.md", Run(tmp_path / "run", {})
-    run.write("speed.md", "new tables")
+    page, run = tmp_path / "page.md", Run.begin("speed", tmp_path / "run")
+    held = replace(example(Goal(0.4, "dense")), memory_goal=MemoryGoal(1.3, "flowpost", "dense"))
+    run.write("speed.json", {"contests": [held.as_json()], "curves": [{"axis": "dim"}]})
     (run.folder / "speed.png").write_bytes(b"plot")
-    page.write_text(f"above\n{MARKS[0]}\nold\n{MARKS[1]}\nbelow\n")
-    speed.publish(run)  # on no page
+    page.write_text("above\n<!-- tables -->\nold\n<!-- end of tables -->\nbelow\n")
+    run.publish("speed.json", speed.shown, "speed.png")  # on no page
+    assert "old" in page.read_text()
     run.page = page
     for _ in range(2):  # once more changes nothing
-        speed.publish(run)
+        run.publish("speed.json", speed.shown, "speed.png")
         text = page.read_text()
-        assert text.startswith(f"above\n{MARKS[0]}\n\nnew tables\n\n![")
-        assert text.endswith(f"](page.png)\n\n{MARKS[1]}\nbelow\n")
+        assert text.startswith("above\n<!-- tables -->\n\nMeasured on 2")
+        assert markdown([held], origin(run.head())).partition("## Goals")[2] in text
+        assert text.endswith("](page.png)\n\n<!-- end of tables -->\nbelow\n")
         assert "old" not in text
     assert (tmp_path / "page.png").read_bytes() == b"plot"
+
+
+def test_a_contest_is_what_its_file_says() -> None:
+    plain = replace(example(Goal(3.0, faster=True)), left_out={"pyro": "why"}, at={"dim": 2})
+    for held in (plain, replace(plain, memory_goal=MemoryGoal(1.3, "flowpost", "dense"))):
+        assert Contest.from_json(json.loads(json.dumps(held.as_json()))) == held
 
 
 def test_the_committed_page_has_its_marks() -> None:
@@ -488,7 +497,7 @@ def test_the_command_is_printed_without_folders() -> None:
     assert typed(words) == "python -m benchmarks speed --quick --only 'planar, 16'"
 
 
-@pytest.mark.parametrize("text", ["", f"{MARKS[1]} {MARKS[0]}", f"only {MARKS[0]}"])
+@pytest.mark.parametrize("text", ["", "<!-- end of tables --> <!-- tables -->", "only <!-- tables -->"])
 def test_a_page_without_marks_is_refused(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.md"
     page.write_text(text)

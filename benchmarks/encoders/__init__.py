@@ -16,10 +16,10 @@ import typer
 
 from benchmarks.data import load
 from benchmarks.encoders.collection import CASES
-from benchmarks.encoders.fitting import CONTESTS, Contest, Fit, fit
+from benchmarks.encoders.fitting import CONTESTS, Contest, Fit, Plan, fit
 from benchmarks.encoders.starts import Start, starts
-from benchmarks.encoders.table import elbos, lines
-from benchmarks.run import Out, Page, Run, cpu_threads, terminal
+from benchmarks.encoders.table import Trained, elbos, lines
+from benchmarks.run import Content, Out, Page, Run, cpu_threads, origin, terminal
 
 QUICK: dict[str, Any] = {"before": 20, "after": 20, "images": 100, "samples": 4}
 
@@ -52,7 +52,7 @@ def encoders(
         found = starts()
         console.print(lines(found))
         fits = hold(run, found, contests, range(1 if quick else seeds), jobs)
-        console.print(elbos(fits, contests))
+        console.print(elbos(fits, {each.name: Trained(each.data, each.plan) for each in contests}))
     console.print(f"Tables and figures: {run.folder}", soft_wrap=True)
 
 
@@ -69,7 +69,7 @@ def hold(run: Run, found: Sequence[Start], contests: Sequence[Contest], seeds: S
         terminal().print(_line(one), soft_wrap=True)
         fits = [done[contest.name, seed] for contest, seed in tasks if (contest.name, seed) in done]
         write(run, found, fits, contests)
-    run.publish((run.folder / "encoders.md").read_text(encoding="utf-8"))
+    run.publish("encoders.json", shown)
     return [*done.values()]
 
 
@@ -98,7 +98,15 @@ def _line(one: Fit) -> str:
 
 def write(run: Run, found: Sequence[Start], fits: Sequence[Fit], contests: Sequence[Contest]) -> None:
     """`encoders.json` and `encoders.md`."""
-    plans = {contest.name: {"data": contest.data, **asdict(contest.plan)} for contest in contests}
+    plans = {contest.name: {"data": contest.data, "plan": asdict(contest.plan)} for contest in contests}
     figures = {"plans": plans, "starts": [asdict(each) for each in found], "fits": [asdict(each) for each in fits]}
-    run.write("encoders.json", figures)
-    run.write("encoders.md", f"{elbos(fits, contests).markdown()}\n\n{lines(found).markdown()}\n\n{run.origin()}")
+    content = run.head() | figures
+    run.write("encoders.json", content)
+    run.write("encoders.md", shown(content))
+
+
+def shown(content: Content, page: str = "") -> str:
+    """The page's text."""
+    trained = {name: Trained(one["data"], Plan(**one["plan"])) for name, one in content["plans"].items()}
+    fits, found = [Fit(**each) for each in content["fits"]], [Start(**each) for each in content["starts"]]
+    return f"{elbos(fits, trained).markdown()}\n\n{lines(found).markdown()}\n\n{origin(content)}"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
-from benchmarks.encoders.fitting import Contest, Fit, Plan
+from benchmarks.encoders.fitting import Fit, Plan
 from benchmarks.encoders.starts import FLOWS, Start
 from benchmarks.table import Table, grouped
 
@@ -26,17 +27,23 @@ def _largest(distances: Mapping[str, float] | None) -> str:
     return "-" if distances is None else f"{max(distances.values()):.1e}"
 
 
-def elbos(fits: Sequence[Fit], contests: Sequence[Contest]) -> Table:
+class Trained(NamedTuple):
+    """On which data, and for how long."""
+
+    data: str
+    plan: Plan
+
+
+def elbos(fits: Sequence[Fit], trained: Mapping[str, Trained]) -> Table:
     """A row for each model: the ELBO when it is wrapped, and after more steps with the Gaussian and with the flow."""
-    by_name = {contest.name: contest for contest in contests}
     rows = []
     for name, group in grouped(fits, lambda fit: fit.model).items():
-        of = by_name[name]
+        of = trained[name]
         cells = [_spread([read(fit) for fit in group]) for read in COLUMNS.values()]
         time = statistics.fmean(fit.flow_ms / fit.gaussian_ms for fit in group)
         rows.append([name, of.data, f"{of.plan.before:,} + {of.plan.after:,}", *cells, f"{time:.1f}"])
     header = ["model", "data", "steps", *COLUMNS, "time"]
-    return Table(header, rows, "ELBO before and after", caption(fits, contests[0].plan))
+    return Table(header, rows, "ELBO before and after", caption(fits, next(iter(trained.values())).plan))
 
 
 COLUMNS: dict[str, Callable[[Fit], float]] = {

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import run
 from benchmarks.canvas import title
 from benchmarks.config import ConfigError
 from benchmarks.images.presets import Preset, load
 from benchmarks.report import Report, Result, by_posterior
-from benchmarks.run import MARKS, fill, replace_text, terminal
+from benchmarks.run import Content, as_json, origin, terminal
 from benchmarks.table import Table
 
 HEADER = ("preset", "data", "posterior", "seeds", "-ELBO", "published", "apart", "NLL", "published", "apart", "k>0.7")
@@ -21,12 +22,18 @@ def publish(reports: Sequence[Report], page: Path | None = None) -> None:
     """Print the table, and put it on a page.
 
     Raises:
-        ConfigError: a folder is not a preset's, or the page has no marks.
+        ConfigError: a folder is not a preset's, or the page is not marked.
     """
-    found = table(reports)
-    terminal().print(found)
+    terminal().print(table(reports))
     if page is not None:
-        replace_text(page, fill(page, f"{found.markdown()}\n\n{protocols(reports)}", MARKS))
+        figures = {"what": "images", "runs": [report.content() for report in reports]}
+        run.publish(page, as_json(figures) + "\n", shown)
+
+
+def shown(content: Content, page: str = "") -> str:
+    """The page's text."""
+    reports = [Report.of(each, Path()) for each in content["runs"]]
+    return f"{table(reports).markdown()}\n\n{protocols(reports)}"
 
 
 def table(reports: Sequence[Report]) -> Table:
@@ -79,7 +86,7 @@ def protocol(report: Report) -> str:
         f"Changed, with the preset's in brackets: {', '.join(changes)}." if changes else "The preset's whole protocol."
     )
     best = ", ".join(f"{run['posterior']} {run['best_epoch']} of {len(run['valid'])}" for run in report.finished)
-    return f"**{preset.name}**: {preset.source}. {kept} Best epoch: {best}. {report.run.origin()}"
+    return f"**{preset.name}**: {preset.source}. {kept} Best epoch: {best}. {origin(report.run.head())}"
 
 
 def _cut(report: Report) -> list[str]:

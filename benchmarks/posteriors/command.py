@@ -21,7 +21,7 @@ from benchmarks.posteriors.collection import collection, posterior
 from benchmarks.posteriors.fitting import FLOWS, GUIDES, Fit, Plan, contenders, fit
 from benchmarks.posteriors.pictures import pairs, traces
 from benchmarks.posteriors.table import beside_published, details, is_impossible, shortfalls, summary
-from benchmarks.run import Out, Page, Run, cpu_threads, terminal
+from benchmarks.run import Content, Out, Page, Run, cpu_threads, origin, pictured, terminal
 
 QUICK = ("kilpisjarvi", "logmesquite_logvolume", "blr", "arK", "eight_schools_noncentered", "eight_schools_centered")
 QUICK_PLAN = Plan(budget=40_000, samples=5_000)
@@ -194,17 +194,20 @@ def keep(run: Run, one: Fit, draws: np.ndarray) -> None:
 
 def write(run: Run, fits: Sequence[Fit], plan: Plan) -> None:
     """`posteriors.json` and `posteriors.md`."""
-    run.write(FILE, {"plan": asdict(plan), "fits": [one.as_json() for one in fits]})
-    run.write("posteriors.md", markdown(run, fits))
+    content = run.head() | {"plan": asdict(plan), "fits": [one.as_json() for one in fits]}
+    run.write(FILE, content)
+    run.write("posteriors.md", shown(content))
 
 
-def markdown(run: Run, fits: Sequence[Fit]) -> str:
-    """What fell short, then the tables."""
+def shown(content: Content, page: str = "") -> str:
+    """The text of the page, or of a file that has no picture beside it: what fell short, then the tables."""
+    fits = [Fit.from_json(each) for each in content["fits"]]
     short = "\n".join(f"- {line}" for line in shortfalls(fits)) or "- nothing"
     budgets = sorted({one.budget for one in fits})
     short += f"\n\nThe fits had {' or '.join(f'{budget:,}' for budget in budgets)} gradients. {GOALS}"
     tables = [table.markdown() for table in (summary(fits), beside_published(fits), details(fits)) if table]
-    return "\n\n".join([f"## What fell short\n\n{short}", *tables, run.origin()])
+    picture = [pictured(page, "KL(q || p) against gradients, a panel for each posterior")] if page else []
+    return "\n\n".join([*picture, f"## What fell short\n\n{short}", *tables, origin(content)])
 
 
 def finish(run: Run, fits: Sequence[Fit], plan: Plan) -> None:
@@ -218,8 +221,7 @@ def finish(run: Run, fits: Sequence[Fit], plan: Plan) -> None:
         console.print(line, soft_wrap=True)
     console.print(GOALS, soft_wrap=True)
     draw(run, fits)
-    picture = run.picture("traces.png", "KL(q || p) against gradients, a panel for each posterior")
-    run.publish(f"{picture}\n\n{markdown(run, fits)}")
+    run.publish(FILE, shown, "traces.png")
     console.print(f"Tables, figures and pictures: {run.folder}", soft_wrap=True)
 
 

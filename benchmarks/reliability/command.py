@@ -22,7 +22,7 @@ from benchmarks.display import live
 from benchmarks.peers import installed, missing
 from benchmarks.reliability.board import Board, Library, Try, markdown, tables
 from benchmarks.reliability.judge import RAW
-from benchmarks.run import Out, Page, Run, terminal
+from benchmarks.run import Content, Out, Page, Run, origin, terminal, where
 
 _DEATHS = 20  # a library whose process dies more often than this is given up
 
@@ -64,14 +64,19 @@ def hold(run: Run, names: list[str], console: Console, *, quick: bool) -> int:
         except ScoreboardError as error:
             print(error, file=sys.stderr)
             code = 1
-    text = f"{markdown(board)}\n\n{run.origin()}"
-    run.write("reliability.json", {"quick": quick, "libraries": board})
-    run.write("reliability.md", text)
-    run.publish(text)
-    for shown in filter(None, (*tables(board), run.where(), missing("asked"))):
-        console.print(shown, soft_wrap=isinstance(shown, str))
+    content = run.head() | {"quick": quick, "libraries": board}
+    run.write("reliability.json", content)
+    run.write("reliability.md", shown(content))
+    run.publish("reliability.json", shown)
+    for each in filter(None, (*tables(board), where(content), missing("asked"))):
+        console.print(each, soft_wrap=isinstance(each, str))
     console.print(f"Every try and its reason: {run.folder / 'reliability.json'}", soft_wrap=True)
     return code
+
+
+def shown(content: Content, page: str = "") -> str:
+    """The page's text."""
+    return f"{markdown(content['libraries'])}\n\n{origin(content)}"
 
 
 def ask(name: str, console: Console, *, quick: bool = False) -> Library:

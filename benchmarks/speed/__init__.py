@@ -15,7 +15,7 @@ import typer
 
 from benchmarks.config import ConfigError, configure
 from benchmarks.peers import installed, missing
-from benchmarks.run import Out, Page, Run, cpu_threads, terminal
+from benchmarks.run import Content, Out, Page, Run, cpu_threads, origin, pictured, terminal
 from benchmarks.speed import counted
 from benchmarks.speed.hall import Hall
 from benchmarks.speed.plot import Curves, draw
@@ -58,7 +58,7 @@ def speed(
     within a minute, into launches.json and launches.md.
     """
     if launches:
-        counted.publish(Run.begin("launches", out, libraries=installed(), page=page, marks=counted.MARKS))
+        counted.publish(Run.begin("launches", out, libraries=installed(), page=page, mark=counted.MARK))
         return
     if mode not in MODES:
         raise ConfigError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
@@ -74,7 +74,7 @@ def speed(
     run = Run.begin("speed", out, device=device, threads=threads, libraries=installed(), page=page)
     with cpu_threads(threads):
         hold(run, hall, only)
-        publish(run)
+        run.publish("speed.json", shown, "speed.png")
 
 
 def hold(run: Run, hall: Hall, only: str = "") -> None:
@@ -92,8 +92,8 @@ def hold(run: Run, hall: Hall, only: str = "") -> None:
     if drawn:
         draw(drawn, run.folder / "speed.png")
     write(run, contests, drawn)
-    for shown in filter(None, (*times(contests), *goals(contests), *absences(contests), missing("timed"))):
-        console.print(shown, soft_wrap=isinstance(shown, str))
+    for each in filter(None, (*times(contests), *goals(contests), *absences(contests), missing("timed"))):
+        console.print(each, soft_wrap=isinstance(each, str))
     console.print(f"Every round, tables and the plot: {run.folder}", soft_wrap=True)
 
 
@@ -101,10 +101,11 @@ def write(run: Run, contests: Sequence[Contest], drawn: Curves) -> None:
     """`speed.json` and `speed.md`."""
     plotted = [{"axis": axis} | one.as_json() for (_, axis), group in drawn.items() for one in group]
     run.write("speed.json", {"contests": [one.as_json() for one in contests], "curves": plotted})
-    run.write("speed.md", markdown(contests, run.origin()))
+    run.write("speed.md", markdown(contests, origin(run.head())))
 
 
-def publish(run: Run) -> None:
-    """Put the tables and the plot on the page."""
-    plot = run.picture("speed.png", "Time of one call against dim, hidden width and samples")
-    run.publish(f"{(run.folder / 'speed.md').read_text(encoding='utf-8')}\n{plot}")
+def shown(content: Content, page: str) -> str:
+    """The page's text: the tables and the plot."""
+    text = markdown([Contest.from_json(each) for each in content["contests"]], origin(content))
+    plot = pictured(page, "Time of one call against dim, hidden width and samples")
+    return f"{text}\n\n{plot}" if content["curves"] else text

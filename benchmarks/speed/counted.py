@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import flowpost
 from benchmarks.peers import here
-from benchmarks.run import Run, terminal
+from benchmarks.run import Content, Run, origin, terminal
 from benchmarks.speed.flows import Flow
 from benchmarks.speed.launches import launched, launches
 from benchmarks.speed.peers import PEERS
@@ -22,7 +22,7 @@ from flowpost.objectives import elbo
 from flowpost.recipes import RECIPES
 from flowpost.vae import VAE, Bernoulli, VAEOutput
 
-MARKS = ("<!-- launches -->", "<!-- end of launches -->")
+MARK = "launches"
 SIZE = replace(SMALL, dim=16)  # of twice the variables a search takes twice as long to count
 PIXELS = 784
 USES = ("sample", "with gradients", "log_prob", "with gradients", "VAE step")
@@ -59,13 +59,22 @@ def table(counts: Counts, size: Size = SIZE, *, kernels: bool) -> Table:
 def publish(run: Run) -> None:
     """Count, print, and write `launches.json`, `launches.md` and the page."""
     counts = count()
-    tables = [table(each, kernels=kernels) for kernels, each in counts.items()]
-    for shown in tables:
-        terminal().print(shown)
-    run.write("launches.json", {"uses": USES, "kernels": counts[True], "no kernels": counts[False]})
-    text = "\n\n".join([run.origin(), *(each.markdown() for each in tables)])
-    run.write("launches.md", text)
-    run.publish(text)
+    content = run.head() | {"uses": USES, "kernels": counts[True], "no kernels": counts[False]}
+    for each in tables(content):
+        terminal().print(each)
+    run.write("launches.json", content)
+    run.write("launches.md", shown(content))
+    run.publish("launches.json", shown)
+
+
+def tables(content: Content) -> list[Table]:
+    """With kernels, and without."""
+    return [table(content[key], kernels=kernels) for key, kernels in (("kernels", True), ("no kernels", False))]
+
+
+def shown(content: Content, page: str = "") -> str:
+    """The page's text."""
+    return "\n\n".join([origin(content), *(each.markdown() for each in tables(content))])
 
 
 def _has_kernels(name: str) -> bool:

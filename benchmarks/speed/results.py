@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from benchmarks.speed.timing import Spread, ratio, spread
@@ -94,3 +95,10 @@ class Contest:
             for name in names
         }
         return {**asdict(self), "rounds": self.rounds, "summary": summary}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Contest:
+        """What `as_json` wrote."""
+        known = {each.name: content[each.name] for each in fields(cls)}
+        goal, memory_goal = known.pop("goal"), known.pop("memory_goal")
+        return cls(**known, goal=goal and Goal(**goal), memory_goal=memory_goal and MemoryGoal(**memory_goal))

@@ -17,17 +17,18 @@ import typer
 
 from benchmarks.canvas import title
 from benchmarks.config import ALL, ConfigError, posterior_names
-from benchmarks.run import Out, Page, Run, cpu_threads, terminal
+from benchmarks.run import TABLES, Content, Out, Page, Run, cpu_threads, origin, pictured, terminal
 from benchmarks.targets.contestants import PEERS, has_steps, installed
 from benchmarks.targets.fitting import Fit, Plan, fit
 from benchmarks.targets.known import energies
-from benchmarks.targets.pictures import Densities, drawn, fitted, one_recipe, overview
+from benchmarks.targets.pictures import DRAWN, Densities, drawn, fitted, one_recipe, overview
 from benchmarks.targets.table import is_impossible, notes, tables
 
 FULL, FULL_STEPS = Plan(), (2, 8, 32)
 QUICK, QUICK_STEPS = Plan(iterations=200, starts=2, batch=64, pace=1.5, samples=20_000, cells=60), (2, 8)
 DPI = 110
 NONE = "none"
+MORE = "more variables"  # where on the page targets of other sizes go
 
 Task = tuple[str, int | None, int]
 """A posterior, K and the size."""
@@ -77,11 +78,11 @@ def targets(
     ks = _integers("steps", steps, 1) if steps is not None else QUICK_STEPS if quick else FULL_STEPS
     names = *posterior_names(posterior or ["all"]), *_peers(peers or (NONE if quick else ALL))
     sizes = _integers("dim", dim, 2)
-    run = Run.begin("targets", out, threads=threads, page=page)
+    run = Run.begin("targets", out, threads=threads, page=page, mark=TABLES if DRAWN in sizes else MORE)
     tasks = [(name, k, size) for size in sizes for name in names for k in (ks if has_steps(name) else (None,))]
     with cpu_threads(threads):
         code = hold(run, tasks, plan, jobs)
-        publish(run)
+        run.publish("targets.json", shown, "targets.png")
     raise typer.Exit(code)
 
 
@@ -169,13 +170,15 @@ def _line(figures: Sequence[Fit]) -> str:
 
 def write(run: Run, fits: Sequence[Fit], plan: Plan) -> None:
     """`targets.json` and `targets.md`."""
-    run.write("targets.json", {"plan": asdict(plan), "fits": [one.as_json() for one in fits]})
-    parts = [each.markdown() for each in tables(fits, plan, torch.get_num_threads())]
-    run.write("targets.md", "\n\n".join([*parts, run.origin()]))
+    content = run.head() | {"plan": asdict(plan), "fits": [one.as_json() for one in fits]}
+    run.write("targets.json", content)
+    run.write("targets.md", shown(content))
 
 
-def publish(run: Run) -> None:
-    """Put the picture, where there is one, and the tables on the page."""
-    picture = run.picture("targets.png", "The target and every posterior's density, a row for each energy")
-    text = (run.folder / "targets.md").read_text(encoding="utf-8")
-    run.publish(f"{picture}\n\n{text}" if picture else text)
+def shown(content: Content, page: str = "") -> str:
+    """The text of the page, or of a file that has no picture beside it."""
+    fits = [Fit.from_json(each) for each in content["fits"]]
+    found = tables(fits, Plan(**content["plan"]), content["environment"]["threads"])
+    caption = "The target and every posterior's density, a row for each energy"
+    picture = pictured(page, caption) if page and any(one.dim == DRAWN for one in fits) else ""
+    return "\n\n".join(filter(None, [picture, *(each.markdown() for each in found), origin(content)]))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,6 +70,12 @@ class Fit:
     def as_json(self) -> dict[str, object]:
         """The fields, with None in the place of a nan, which JSON does not have."""
         return {name: None if value != value else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Fit:
+        """What `as_json` wrote."""
+        numbers = {name: math.nan if content[name] is None else content[name] for name in ("kl", "standard_error")}
+        return cls(**{**content, **numbers})
 
 
 def fit(

@@ -14,6 +14,7 @@ from benchmarks.targets.energies import ENERGIES, LIMIT
 from flowpost import FlowPosterior
 from flowpost.recipes import RECIPES
 
+DRAWN = 2  # the size of z that a picture can show
 CELLS = 120  # of a target, along each axis
 COLUMNS = 9  # of a row of panels, the target's one of them
 INCHES = 1.35  # a panel
@@ -31,7 +32,7 @@ def cells(count: int) -> Tensor:
 
 def drawn(name: str, dim: int) -> bool:
     """Whether a posterior is drawn: the recipes at size 2. A peer may have no inverse."""
-    return name in RECIPES and dim == 2  # noqa: PLR2004
+    return name in RECIPES and dim == DRAWN
 
 
 def targets() -> Densities:
