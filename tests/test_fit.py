@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Beta, MultivariateNormal, Normal, constraints
-from versions import OLDEST
+from versions import adam_elsewhere
 
 import flowpost
 from flowpost import Chain, Coupling, FlowPosterior, Learned, Reverse
@@ -285,9 +285,6 @@ WORLDS = {
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "elsewhere": lambda: torch.device("meta"),
 }
-
-
-adam_elsewhere = pytest.mark.skipif(OLDEST, reason="Adam of PyTorch 2.5 counts its steps on the default device")
 
 
 @pytest.mark.parametrize(

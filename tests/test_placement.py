@@ -14,6 +14,7 @@ from small import DIM, FEATURES, small
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from versions import adam_elsewhere
 
 import flowpost
 from flowpost import Bijector, FlowPosterior
@@ -221,6 +222,7 @@ def test_closed_forms_of_the_kl_are_where_their_arguments_are() -> None:
         assert latent_kl(loc, scale).is_meta
 
 
+@adam_elsewhere
 @pytest.mark.filterwarnings("ignore::flowpost.importance.UnreliableEstimateWarning")
 @pytest.mark.parametrize("name", ["diagonal", "planar"])
 def test_reports_build_nothing_on_the_default_device(name: str) -> None:

@@ -50,8 +50,9 @@ def test_every_file_of_figures_says_where_they_are_from(tmp_path: Path) -> None:
 
 def test_libraries_have_their_versions(tmp_path: Path) -> None:
     run = Run.begin("what", tmp_path, libraries=["torch"])
-    assert run.environment["libraries"] == {"torch": torch.__version__}
-    assert f"flowpost {flowpost.__version__}, torch {torch.__version__}; commit" in where(run.head())
+    (version,) = run.environment["libraries"].values()
+    assert torch.__version__.startswith(version)  # a wheel's own number may lack the kind of its build
+    assert f"flowpost {flowpost.__version__}, torch {version}; commit" in where(run.head())
 
 
 def test_the_seconds_of_all_processes_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

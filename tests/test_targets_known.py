@@ -163,7 +163,7 @@ def test_splines_move_slower() -> None:
 def test_the_command_has_a_table_for_each_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     peers = ["normflows planar"] if here("normflows") else []
     out, page = tmp_path / "run", tmp_path / "page.md"
-    page.write_text("<!-- tables -->\n<!-- end of tables -->\n")
+    page.write_text("<!-- more variables -->\n<!-- end of more variables -->\n")
     options = ["--iterations", "2", "--starts", "1", "--quick", "--steps", "1", "--dim", "3,4", "--posterior", "radial"]
     options += ["--peers", ",".join(peers) or "none", "--out", str(out), "--page", str(page)]
     assert cli.main(["targets", *options]) == 0

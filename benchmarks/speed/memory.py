@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -40,8 +41,10 @@ def _cuda_peak(call: Call, device: torch.device) -> int:
 
 def _cpu_peak(call: Call) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells stderr of each start and stop otherwise
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*Profiler clears events")  # torch 2.11 says so of one cycle, too
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            call()
     results: Any = getattr(profiler.profiler, "kineto_results", None)  # which has no types
     events = [event for event in results.events() if event.name() == "[memory]"]
     held = peak = 0
