@@ -23,7 +23,7 @@ SITE = OMP_NUM_THREADS=1 $(if $(SMOKE),FLOWPOST_DOCS_SMOKE=1) $(BIN)/python -m s
 .PHONY: test-oldest test-deep mutants mass lint all docs docs-full clean
 
 bench: $(VENV)/.bench
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks --jobs 2 $(ARGS)
 
 # Times beside dense layers and public libraries: ten minutes on an otherwise idle machine.
 speed: $(VENV)/.peers

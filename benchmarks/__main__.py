@@ -166,13 +166,16 @@ def main_job(
         typer.Option("--eager", help="On a GPU: no CUDA graph; slower, but it names the tensors that are not finite."),
     ] = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads.  [digits: 1, others: 2]")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side, each in a process of its own.")] = 1,
     out: Out = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="A first look within a minute: one seed, few epochs and samples.")
     ] = False,
     resume: Annotated[
         Path | None,
-        typer.Option(help="Folder of a stopped job to go on with, to the same figures; alone.", file_okay=False),
+        typer.Option(
+            help="Folder of a stopped job to go on with, to the same figures; alone, but for --jobs.", file_okay=False
+        ),
     ] = None,
 ) -> None:
     """Train the same VAE with each posterior, and print which one pays: nats, seconds, parameters.
@@ -185,7 +188,7 @@ def main_job(
         return
     if resume is not None:
         _check_alone(context)
-        raise typer.Exit(job(Report.resume(resume)))
+        raise typer.Exit(job(Report.resume(resume), jobs=jobs))
     options = context.params | {
         "posteriors": posterior_names(posterior) if posterior else None,
         "seeds": _seeds(seeds, first_seed, quick=quick),
@@ -193,17 +196,17 @@ def main_job(
     known = {item.name for item in fields(Config)}
     given = {name: value for name, value in options.items() if name in known}
     if not is_file(data):
-        raise typer.Exit(job(configure(**given, quick=quick), out))
+        raise typer.Exit(job(configure(**given, quick=quick), out, jobs=jobs))
     config, lines = configure_own(data, given, quick=quick)
     terminal().print("\n".join(lines), soft_wrap=True)
-    raise typer.Exit(job(config, out))
+    raise typer.Exit(job(config, out, jobs=jobs))
 
 
 def _check_alone(context: typer.Context) -> None:
-    """Refuse options beside `--resume`: every one of them could change figures."""
+    """Refuse options beside `--resume` that could change figures."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-    others = [f"--{name.replace('_', '-')}" for name in given if name != "resume"]
+    others = [f"--{name.replace('_', '-')}" for name in given if name not in ("resume", "jobs")]
     if others:
         raise ConfigError(
             f"resume: expected no other option, since the job goes on as it began, got {', '.join(others)}"

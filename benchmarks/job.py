@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -30,24 +33,38 @@ from flowpost.vae import VAE
 INTERRUPTED = 130  # the shell's code for Ctrl-C
 CHECKPOINTS = "checkpoints"  # a job's folder of them; gone when it is finished
 
+Task = tuple[str, int]
+"""A posterior and a seed."""
 
-def job(begun: Config | Report, out: Path | None = None, *, pictures: bool = True) -> int:
-    """Train, evaluate, write and draw, from the beginning or from where a report stopped; the exit code."""
+
+def job(begun: Config | Report, out: Path | None = None, *, pictures: bool = True, jobs: int = 1) -> int:
+    """Train, evaluate, write and draw, from the beginning or from where a report stopped; the exit code.
+
+    Args:
+        begun: what is to be done, or what is done of it.
+        out: folder of a new job.
+        pictures: whether to draw.
+        jobs: runs that are made side by side; their figures are the same.
+    """
     config = begun.config if isinstance(begun, Report) else begun
     team = Team.on(config.device)
-    console, data = terminal(quiet=not team.leads), load_own(config) if is_file(config.data) else load(config.data)
+    console, data = terminal(quiet=not team.leads), _data(config)
     if config.networks:
         check_networks(config, data)
     report = begun if isinstance(begun, Report) else begin(shared(config, team), out)
     report.run.silent = not team.leads
     with cpu_threads(config.threads):
-        code = train(report, data, console)
+        code = train(report, data, console, jobs)
         if report.finished and team.leads:
             console.print(report.table())
             if pictures:
                 draw(report, data, models(report, data, console))
     console.print(f"Table, figures and pictures: {report.run.folder}", soft_wrap=True)
     return code or int(len(report.finished) < len(report.results))
+
+
+def _data(config: Config) -> Data:
+    return load_own(config) if is_file(config.data) else load(config.data)
 
 
 def shared(config: Config, team: Team) -> Config:
@@ -86,50 +103,85 @@ def _prior_name(config: Config) -> str:
     return f"prior-{config.prior.replace(':', '-')}" if config.prior else ""
 
 
-def train(report: Report, data: Data, console: Console) -> int:
+def train(report: Report, data: Data, console: Console, jobs: int = 1) -> int:
     """Every posterior and seed that the report does not have yet; the exit code of an interrupt, or 0."""
     config, folder = report.config, report.run.folder
-    total = len(config.seeds) * len(config.posteriors)
+    total, leads = len(config.seeds) * len(config.posteriors), Team.on(config.device).leads
+    # Seeds outermost: whoever stops early can still compare all posteriors.
+    tasks = [(name, seed) for seed in config.seeds for name in config.posteriors if not report.has(name, seed)]
     if report.results:
         console.print(f"{len(report.results)} of {total} runs are already finished.")
     try:
         with Display(console, total, config.epochs, len(report.results), bound_name(config)) as display:
-            # Seeds outermost: whoever stops early can still compare all posteriors.
-            for seed in config.seeds:
-                for name in config.posteriors:
-                    if not report.has(name, seed):
-                        run_one(data, name, seed, report, display)
-        if Team.on(config.device).leads:
+            for result, line in finished(report, data, tasks, display, jobs):
+                report.add(result)
+                if leads:
+                    clear(folder / CHECKPOINTS, f"{result['posterior']}-{result['seed']}")
+                display.finish(line)
+        if leads:
             clear(folder / CHECKPOINTS)
     except KeyboardInterrupt:
-        finished = f"{len(report.results)} of {total} runs are finished"
-        console.print(f"Interrupted: {finished}; theirs is what {folder} holds.")
+        done = f"{len(report.results)} of {total} runs are finished"
+        console.print(f"Interrupted: {done}; theirs is what {folder} holds.")
         console.print(f"Go on with: python -m benchmarks --resume {folder}", soft_wrap=True)
         return INTERRUPTED
     return 0
 
 
-def run_one(data: Data, name: str, seed: int, report: Report, display: Display) -> None:
-    """Train and evaluate one posterior and seed, and report it; without figures where training failed."""
+def finished(
+    report: Report, data: Data, tasks: Sequence[Task], display: Display, jobs: int
+) -> Iterator[tuple[Result, str]]:
+    """What each run came to, with a line on it, as they end: in this process, or in so many others."""
+    if jobs == 1:
+        for name, seed in tasks:
+            yield run_one(data, name, seed, report, display.watch(name, seed), display.say)
+        return
+    begun, threads = Report(report.run, report.config), report.config.threads
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        waiting = [pool.submit(run_apart, begun, *task) for task in tasks]
+        try:
+            for future in as_completed(waiting):
+                said, result, line = future.result()
+                for each in said:
+                    display.say(each)
+                yield result, line
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def run_apart(report: Report, name: str, seed: int) -> tuple[list[str], Result, str]:
+    """The same in a process of its own, which says nothing: what it would have said comes first."""
+    said: list[str] = []
+    return said, *run_one(_data(report.config), name, seed, report, lambda _: None, said.append)
+
+
+def run_one(
+    data: Data, name: str, seed: int, report: Report, tell: Callable[[History], None], say: Callable[[str], None]
+) -> tuple[Result, str]:
+    """Train and evaluate one posterior and seed; without figures where training failed. And a line on it.
+
+    Args:
+        data: of the job.
+        name: of the posterior.
+        seed: of the run.
+        report: whose job it is.
+        tell: called after each epoch.
+        say: where what is found is told.
+    """
     start, config = time.perf_counter(), report.config
     result: Result = {"posterior": name, "seed": seed, "error": None}
-    keeper = Keeper(display.watch(name, seed), report.run.folder / CHECKPOINTS, name, seed, config, display.say)
+    keeper = Keeper(tell, report.run.folder / CHECKPOINTS, name, seed, config, say)
     try:
         vae, history = train_one(data, name, seed, config, watchers(keeper, data, report, f"{name}-{seed}"))
         figures = evaluate(vae, data, config, seed)
     except TrainingError as error:
-        report.add(result | {"error": str(error)})
-        line = f"{name}, seed {seed} failed: {error}"
-    else:
-        cost = {"parameters": count_parameters(vae), "seconds": time.perf_counter() - start}
-        result |= figures | cost | asdict(history)
-        keep_model(vae, report, result)
-        report.add(result)
-        line = f"{name}, seed {seed}: -ELBO {result['neg_elbo']:.2f}, NLL {result['nll']:.2f}, best of "
-        line += f"{len(history.valid)} epochs: {history.best_epoch}, {result['seconds']:.0f} s{_skipped(history)}"
-    if keeper.team.leads:
-        clear(keeper.folder, keeper.run)
-    display.finish(line)
+        return result | {"error": str(error)}, f"{name}, seed {seed} failed: {error}"
+    cost = {"parameters": count_parameters(vae), "seconds": time.perf_counter() - start}
+    result |= figures | cost | asdict(history)
+    keep_model(vae, report, result)
+    line = f"{name}, seed {seed}: -ELBO {result['neg_elbo']:.2f}, NLL {result['nll']:.2f}, best of "
+    line += f"{len(history.valid)} epochs: {history.best_epoch}, {result['seconds']:.0f} s{_skipped(history)}"
+    return result, line
 
 
 def keep_model(vae: VAE, report: Report, result: Result) -> None:

@@ -85,8 +85,10 @@ class Report:
         return report
 
     def add(self, result: Result) -> None:
-        """Take in what a posterior and seed came to, and write."""
+        """Take in what a posterior and seed came to, and write; the order is the configuration's."""
         self.results.append(result)
+        seeds, posteriors = self.config.seeds, self.config.posteriors
+        self.results.sort(key=lambda one: (seeds.index(one["seed"]), posteriors.index(one["posterior"])))
         self.write()
 
     def has(self, posterior: str, seed: int) -> bool:

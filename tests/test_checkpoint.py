@@ -340,6 +340,22 @@ def test_a_finished_job_resumed_draws_its_pictures_again(
     assert figures(short_job) == before
 
 
+@pytest.mark.full
+def test_runs_side_by_side_come_to_the_same_bits(
+    short_job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the beginning, and where a job goes on with them: in the order of the options, whoever ends first."""
+    monkeypatch.setattr(job, "draw", lambda *_: None)
+    assert cli.main([*JOB, "--epochs", "1", "--jobs", "2", "--out", str(tmp_path)]) == 0
+    assert figures(tmp_path) == figures(short_job)
+    content = results(tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps(content | {"runs": content["runs"][1:3]}))
+    assert cli.main(["--resume", str(tmp_path), "--jobs", "2"]) == 0
+    assert "2 of 4 runs are already finished" in capsys.readouterr().out
+    assert figures(tmp_path) == figures(short_job)
+    assert len(list((tmp_path / "models").iterdir())) == 4
+
+
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """The one line that a wrong `--resume` is answered in."""
     assert cli.main([str(argument) for argument in arguments]) == 2
