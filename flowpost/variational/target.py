@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from flowpost.variational.calling import Calls, LogJoint, call, described, find, line, short, trial
+from flowpost.variational.calling import Calls, LogJoint, beyond, call, described, find, line, short, trial
 from flowpost.variational.parameters import Parameters
 
 
@@ -18,7 +18,8 @@ class Target:
     leading axis of draws and gives each draw what it gives that draw alone. Else it is a function of one draw, that
     returns a scalar: "vmap" if `torch.func.vmap` gives the same values, else "loop", slow, with a warning. Draws of
     the trial come from a generator of their own. Distributions of torch do not validate their values within the log
-    joint, so that vmap and CUDA graphs can follow it.
+    joint, so that vmap and CUDA graphs can follow it; but once they do, on the trial's draws, and a finite value that
+    they refuse there is warned of.
 
     Args:
         log_joint: of the parameters, a mapping or a tensor, as ``parameters.constrain`` gives them, to ``log p(x,
@@ -66,6 +67,13 @@ class Target:
             _warn(
                 f"has no gradient with respect to {', '.join(lost)} at any of {len(free)} draws; expected one that "
                 f"follows every parameter, without .detach(), .item(), .numpy() and no_grad"
+            )
+        with torch.no_grad():
+            outside = beyond(log_joint, parameters.constrain(free)[0], self.calls, found.values)
+        if outside:
+            _warn(
+                f"has a finite value at {outside}; expected -inf there; give the parameters constraints that are the "
+                f"support, or the distribution validate_args=False if this is meant"
             )
 
     def __call__(self, free: Tensor) -> Tensor:
