@@ -224,6 +224,18 @@ def test_the_density_is_one_over_the_parameters() -> None:
         fitted.log_prob({"mu": mu, "tau": -tau})
 
 
+def test_numbers_have_their_density_to_all_digits() -> None:
+    """A Python number is no float32: there 1e6 + 0.3 would be 1e6 + 0.3125, which is three sds off."""
+
+    def at_a_million(p: dict[str, Tensor]) -> Tensor:
+        return -0.5 * ((p["mu"] - 1e6) / 0.004).square()
+
+    fitted = made(at_a_million, {"mu": ()}, (1e6, 0.004))
+    due = Normal(1e6, torch.tensor(0.004, dtype=torch.float64)).log_prob(torch.tensor(1e6 + 0.3, dtype=torch.float64))
+    for value in (1e6 + 0.3, np.float64(1e6 + 0.3), torch.tensor(1e6 + 0.3, dtype=torch.float64)):
+        assert fitted.log_prob({"mu": value}).item() == pytest.approx(due.item(), rel=1e-6)  # pyright: ignore
+
+
 @pytest.mark.parametrize("normals", [[(1.0, 0.5)], [(1.0, 0.5), (1.0, 0.5)]])
 def test_draws_have_the_moments_of_q(normals: list[tuple[float, float]]) -> None:
     fitted = made(room, ROOM, *normals)

@@ -224,6 +224,10 @@ BAD = [
         save(x=with_at((slice(None), 1, 0), 4)),
         "got 1 of 24 others (the first is 0 of element 2); drop or rescale these",
     ),
+    (
+        save(x=1e9 + 10 * np.random.default_rng(1).normal(size=(200, 3))),
+        "train: expected elements that float32 rounds by less than 0.01 of their scale, got 3 of 3 others (the first",
+    ),
 ]
 
 

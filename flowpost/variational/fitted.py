@@ -12,6 +12,7 @@ from torch import Tensor
 from flowpost.files import File
 from flowpost.importance import LIMIT, UnreliableEstimateWarning
 from flowpost.numerics.arguments import check_device, check_int
+from flowpost.numerics.products import wide_dtype
 from flowpost.variational.bound import Fitted
 from flowpost.variational.calling import LogJoint
 from flowpost.variational.families import Flow
@@ -78,7 +79,7 @@ class FittedPosterior:
     def log_prob(self, values: Values) -> Tensor:
         """The log density of parameters, with respect to their own volume: ``log q(u) - log|det dtheta/du|``."""
         like = self._weighed.z
-        free = self.parameters.free(values).to(like)
+        free = self.parameters.free(values, wide_dtype(like)).to(like)
         return self.posterior.log_prob(free) - self.parameters.constrain(free)[1]
 
     def elbo(self, samples: int = DRAWS) -> tuple[float, float]:
