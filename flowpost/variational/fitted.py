@@ -23,7 +23,16 @@ from flowpost.variational.stored import Course, Stored, read_fitted, write_fitte
 from flowpost.variational.summary import Summary, summary
 from flowpost.variational.target import Target
 from flowpost.variational.verdict import reasons, verdict
-from flowpost.variational.weighing import Progress, Weighed, device_of, estimate, mean_and_error, weigh, where_lost
+from flowpost.variational.weighing import (
+    Progress,
+    Weighed,
+    device_of,
+    estimate,
+    mean_and_error,
+    weigh,
+    where_endless,
+    where_lost,
+)
 
 if TYPE_CHECKING:
     from flowpost.interop.arviz import DataTree  # pyright: ignore[reportAttributeAccessIssue]
@@ -65,8 +74,9 @@ class FittedPosterior:
         self._weighed = weigh(posterior, target, DRAWS, seeded) if weighed is None else weighed
         self.estimate = estimate(self._weighed)
         self._elbo = mean_and_error(self._weighed)
-        lost = where_lost(self._weighed, target)
-        self._said = reasons(self.estimate, self._elbo[0], lost=lost, notes=[*self.left_out, *self.notes])
+        lost, endless = where_lost(self._weighed, target), where_endless(self._weighed, target)
+        notes = [*self.left_out, *self.notes]
+        self._said = reasons(self.estimate, self._elbo[0], lost=lost, endless=endless, notes=notes)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.parameters!r}; {self.verdict})"
