@@ -238,6 +238,12 @@ def test_clipping_is_torch_s_to_the_bit(max_norm: float | None) -> None:
     assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
     with pytest.raises(ValueError, match="^optimizer: expected parameters with gradients"):
         step_if_finite(torch.optim.SGD([torch.ones(1, requires_grad=True)]), torch.zeros(()))
+    optimizer = torch.optim.SGD(weights)
+    with pytest.raises(ValueError, match=r"^loss: expected a scalar, got shape \(5,\); write loss.mean\(\)"):
+        step_if_finite(optimizer, torch.zeros(5))
+    for wrong in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="^max_norm: expected a positive number or None, got "):
+            step_if_finite(optimizer, torch.zeros(()), max_norm=wrong)
 
 
 @recipes
