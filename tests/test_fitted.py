@@ -233,7 +233,7 @@ def test_a_density_without_end_is_told() -> None:
 def test_a_log_joint_that_fails_far_out_says_nothing() -> None:
     def near(z: Tensor) -> Tensor:
         if z.abs().max() > 5:
-            raise torch.linalg.LinAlgError
+            raise RuntimeError
         return standard(z)
 
     target = Target(near, Parameters(2), device="cpu", dtype=torch.float64)
@@ -303,8 +303,9 @@ def test_resampling_moves_q_to_p() -> None:
     logs = torch.cat([draws["mu"].unsqueeze(-1), draws["tau"].log()], -1)
     assert (logs.mean(0) - 1).abs().max() < 0.1
     torch.testing.assert_close(logs.std(0), torch.ones(3, dtype=torch.float64), rtol=0.06, atol=0)
-    with pytest.raises(ValueError, match="^pool: expected an int >= 10, got 5$"):
-        fitted.importance_resample(10, pool=5)
+    for pool in (0, 5):
+        with pytest.raises(ValueError, match=f"^pool: expected an int >= 10, got {pool}$"):
+            fitted.importance_resample(10, pool=pool)
 
 
 def test_resampling_warns_where_weights_do_not_allow_it() -> None:
@@ -334,6 +335,23 @@ def test_refine_moves_a_wrong_q_to_p(normals: list[tuple[float, float]]) -> None
     torch.testing.assert_close(draws.std(0), torch.ones(2, dtype=torch.float64), rtol=4.5 / math.sqrt(600), atol=0)
     with pytest.raises(ValueError, match="^steps: expected an int >= 1, got 0$"):
         fitted.refine(10, steps=0)
+
+
+def test_a_log_joint_whose_data_have_changed_is_told() -> None:
+    """As one that looks them up by a name, in a loop over data sets: what reads it again would mix two models."""
+    data = torch.tensor(1.0, dtype=torch.float64)
+    fitted = made(lambda z: standard(z - data), 1, (1.0, 1.0))
+    assert fitted.elbo(500)[0] == pytest.approx(0.0, abs=1e-9)
+    data += 1
+    found = r"whose value was -[0-9.]+ at theta = \[0.1541\], and now -[0-9.]+; keep its data"
+    for read in (fitted.elbo, fitted.importance_resample, fitted.refine, fitted.to_arviz):
+        with pytest.raises(ValueError, match=f"^log_joint: expected that which was fitted, {found}"):
+            read()
+    target = Target(lambda z: standard(z - data), Parameters(1), device="cpu", dtype=torch.float64)
+    data += 1
+    again = FittedPosterior(fitted.posterior, target, evaluations=0, seconds=0.0)
+    assert "the log joint was -2.62" in again.verdict
+    assert ": it is not one" in again.verdict
 
 
 def test_it_says_what_it_is_of() -> None:

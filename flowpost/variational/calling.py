@@ -75,14 +75,14 @@ def find(log_joint: LogJoint, parameters: Parameters, free: Tensor) -> Found:
     """
     values = parameters.constrain(free)[0]
     batch = _try(log_joint, values)
-    if isinstance(batch, Tensor) and batch.ndim == 1 and _agree(batch, _slices(log_joint, values)):
+    if isinstance(batch, Tensor) and batch.ndim == 1 and agree(batch, _slices(log_joint, values)):
         return Found("vectorised", _checked(batch, free), "")
     singles = torch.stack([_single(log_joint, one, batch) for one in _draws(values)])
     mapped = _try(torch.func.vmap(log_joint), values)
-    if _agree(mapped, singles):
+    if agree(mapped, singles):
         return Found("vmap", _checked(singles, free), "")
     again = call(log_joint, values, "loop")
-    if not _agree(again, singles):
+    if not agree(again, singles):
         raise ValueError(
             f"log_joint: expected one value for one theta, got {singles[0].item()} and then {again[0].item()} at "
             f"{described(next(_draws(values)))}; draw no random numbers in it"
@@ -163,7 +163,8 @@ def _try(function: Callable[[Any], object], values: Values) -> object:
         return error
 
 
-def _agree(one: object, other: object) -> bool:
+def agree(one: object, other: object) -> bool:
+    """Whether two ways of calling, or two calls, give the same values, but for rounding."""
     if not (isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape):
         return False
     rtol = _RTOL[torch.float64 if torch.float64 in (one.dtype, other.dtype) else torch.float32]

@@ -44,6 +44,8 @@ DRAWS = 10_000
 class FittedPosterior:
     """A posterior that `flowpost.fit` made; q is over free coordinates, and all that is read from it over parameters.
 
+    What calls the log joint again raises a ValueError where its data have changed since.
+
     Attributes:
         posterior: q on the free coordinates: a `FlowPosterior`, or where several modes were found a `Mixture`.
         parameters: the map from coordinates to parameters.
@@ -75,7 +77,8 @@ class FittedPosterior:
         self.estimate = estimate(self._weighed)
         self._elbo = mean_and_error(self._weighed)
         lost, endless = where_lost(self._weighed, target), where_endless(self._weighed, target)
-        notes = [*self.left_out, *self.notes]
+        changed = target.changed()
+        notes = [*self.left_out, *self.notes, *([f"the log joint was {changed}: it is not one"] if changed else [])]
         self._said = reasons(self.estimate, self._elbo[0], lost=lost, endless=endless, notes=notes)
 
     def __repr__(self) -> str:
@@ -94,6 +97,7 @@ class FittedPosterior:
 
     def elbo(self, samples: int = DRAWS) -> tuple[float, float]:
         """The ELBO in nats from fresh draws, and its standard error."""
+        self.target.check_same()
         generator = torch.Generator(device_of(self.posterior)).manual_seed(int(torch.randint(2**62, (), device="cpu")))
         return mean_and_error(weigh(self.posterior, self.target, check_int("samples", samples, 2), generator))
 
@@ -176,6 +180,7 @@ class FittedPosterior:
         """
         from flowpost.interop.arviz import draws_to_datatree
 
+        self.target.check_same()
         count = check_int("chains", chains, minimum=1) * check_int("draws", draws, minimum=1)
         z, log_q = self._drawn(count)
         with torch.no_grad():
@@ -232,8 +237,11 @@ class FittedPosterior:
     def _resampled(self, n: int, pool: int | None) -> tuple[Tensor, float]:
         """Free coordinates, and k-hat of the weights by which they were taken."""
         n = check_int("n", n, minimum=1)
+        self.target.check_same()
         generator = torch.Generator(device_of(self.posterior)).manual_seed(int(torch.randint(2**62, (), device="cpu")))
-        weighed = weigh(self.posterior, self.target, check_int("pool", pool or 10 * n, minimum=n), generator)
+        weighed = weigh(
+            self.posterior, self.target, check_int("pool", 10 * n if pool is None else pool, minimum=n), generator
+        )
         chances = (weighed.log_ratio + weighed.share.log()).softmax(0)
         taken = torch.multinomial(chances, n, replacement=True, generator=generator)
         return weighed.z[taken], estimate(weighed).k_hat.item()

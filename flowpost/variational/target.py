@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from flowpost.variational.calling import Calls, LogJoint, beyond, call, described, find, line, short, trial
+from flowpost.variational.calling import Calls, LogJoint, agree, beyond, call, described, find, line, short, trial
 from flowpost.variational.parameters import Parameters
 
 
@@ -55,6 +55,7 @@ class Target:
         free = trial(parameters, device, dtype)
         found = find(log_joint, parameters, free)
         self.calls: Calls = found.calls
+        self._trial = free, found.values
         lost = self._without_gradient(free)
         self.check(free, *self.gradient(free))
         self.evaluations = 0
@@ -114,6 +115,31 @@ class Target:
             row = int(fine.int().argmax())
             raise ValueError(
                 f"log_joint: expected a finite gradient, got {short(slope[row])} at {self.describe(free[row])}"
+            )
+
+    @torch.no_grad()
+    def changed(self) -> str:
+        """What a draw of the trial had and has now, where the log joint has changed since; empty where it has not.
+
+        So it has where data are looked up by a name that has been given to others, as in a loop over data sets.
+        """
+        free, before = self._trial
+        now = call(self.log_joint, self.parameters.constrain(free)[0], self.calls)
+        if agree(now, before):
+            return ""
+        row = next((i for i in range(len(free)) if not agree(now[i], before[i])), 0)
+        return f"{before[row].item():.6g} at {self.describe(free[row])}, and now {now[row].sum().item():.6g}"
+
+    def check_same(self) -> None:
+        """Raise if the log joint has changed: what reads it beside what was read before would mix two models.
+
+        Raises:
+            ValueError: with one of its values then and now.
+        """
+        if changed := self.changed():
+            raise ValueError(
+                f"log_joint: expected that which was fitted, whose value was {changed}; keep its data as they were, or "
+                f"give each fit a function with data of its own"
             )
 
     def describe(self, free: Tensor) -> str:
