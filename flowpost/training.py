@@ -98,7 +98,7 @@ class Captured(Generic[T]):
                     f"the capture: give torch.tensor({value!r})"
                 )
         if self._backend is None:
-            return _copies(_detached(self.function, *(value.detach().to(self.device) for value in inputs)))
+            return _copies(_detached(self.function, *(value.detach().to(self.device, copy=True) for value in inputs)))
         key = tuple((value.shape, value.dtype) for value in inputs)
         recording = self._recordings.get(key) or _Recording(self, self._backend, inputs)
         if len(self._recordings) < self.shapes:

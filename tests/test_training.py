@@ -114,6 +114,17 @@ def test_on_a_device_without_graphs_the_function_is_called(monkeypatch: pytest.M
         captured(x, 0.5)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.parametrize("graphs", [True, False])
+def test_inputs_are_copies_on_every_device(monkeypatch: pytest.MonkeyPatch, *, graphs: bool) -> None:
+    """What a step does to its batch in place does not reach the data that the batch is a view of."""
+    if not graphs:
+        monkeypatch.delitem(training._BACKENDS, "cpu")
+    data = torch.zeros(6, 3)
+    captured = Captured(lambda x: x.add_(1).sum(), "cpu")
+    assert [captured(data[:2]).item() for _ in range(9)] == [6.0] * 9
+    assert not data.any()
+
+
 def test_results_are_copies_in_every_structure() -> None:
     total = torch.zeros(())
 

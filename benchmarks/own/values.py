@@ -92,12 +92,17 @@ def guess(parts: Parts) -> tuple[str, str]:
     """The likelihood that values look like, and what of them says so."""
     low, high = min(float(part.min()) for part in parts.values()), max(float(part.max()) for part in parts.values())
     span = f"from {low:g} to {high:g}"
-    if low >= 0 and high <= BYTES and all(_whole(part) for part in parts.values()):
+    whole = all(_whole(part) for part in parts.values())
+    if whole and low >= 0 and high <= BYTES:
         if high <= 1:
             return "bernoulli", "zeros and ones"
         if high <= FEW:
             return f"binomial:{high:.0f}", f"whole numbers {span}, taken as counts"
         return "discretized-logistic", f"whole numbers {span}, taken as levels of a byte"
+    if whole:
+        levels = high - low + 1
+        instead = f"; from 0 on they would do for discretized-logistic:{levels:.0f}" if levels <= LARGEST else ""
+        return "gaussian", f"whole numbers {span}, taken as real, though a density has no bound at them{instead}"
     if low == 0 and high == 1:
         return "continuous-bernoulli", "real numbers from 0 to 1, both among them"
     return "gaussian", f"real numbers {span}"
