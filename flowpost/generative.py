@@ -73,7 +73,8 @@ class Generative(nn.Module):
         return outputs.view(*z.shape[:-1], numbers, elements)
 
     def _log_likelihood(self, x: Tensor, z: Tensor, y: Tensor | None) -> Tensor:
-        found = self.likelihood.log_prob(self.decode(z, math.prod(x.shape[1:]), y), x.flatten(1))
+        elements = x.flatten(1) if x.ndim > 1 else x.unsqueeze(-1)  # a number is an x too
+        found = self.likelihood.log_prob(self.decode(z, elements.shape[1], y), elements)
         if found.shape != z.shape[:-1]:  # it would broadcast against log p(z)
             raise ValueError(
                 f"likelihood: expected a log p(x|z) for each z, {tuple(z.shape[:-1])}, got shape {tuple(found.shape)} "

@@ -186,6 +186,8 @@ class VAE(Encoding, Generative):
         """The q(z|x), or q(z|x, y), of batch shape ``(B,)``."""
         if not isinstance(x, Tensor) or x.is_complex():
             raise TypeError(f"x: expected a real tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
+        if not x.ndim:
+            raise ValueError("x: expected shape (B, *event), got (); write x.unsqueeze(0) for one x")
         if y is not None:
             check_rows(y, len(x), "x")
         h = call("encoder", self.encoder, x, y)

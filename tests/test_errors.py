@@ -438,6 +438,8 @@ def test_the_decoder_s_width() -> None:
 
 
 def test_a_vae_s_x() -> None:
+    no_rows = "x: expected shape (B, *event), got (); write x.unsqueeze(0) for one x"
+    raises(ValueError, no_rows, lambda: model()(torch.zeros(())))
     raises(TypeError, "x: expected a real tensor, got list", lambda: model()([[0.0] * 5]))  # pyright: ignore
     x = torch.zeros(4, 5, dtype=torch.complex64)
     raises(TypeError, "x: expected a real tensor, got torch.complex64", lambda: model()(x))
