@@ -20,6 +20,7 @@ from flowpost.likelihoods import Binomial as Binomial
 from flowpost.likelihoods import Categorical as Categorical
 from flowpost.likelihoods import Gaussian as Gaussian
 from flowpost.likelihoods import Likelihood
+from flowpost.numerics.arguments import check_module
 from flowpost.objectives import ELBOTerms, elbo_terms, over_samples
 from flowpost.posterior import FlowPosterior
 from flowpost.terms import VAEOutput as VAEOutput
@@ -53,7 +54,7 @@ class VAE(Encoding, Generative):
     is called as ``encoder(x, y)``, the decoder as ``decoder(z, y)`` with a row of y for each z.
 
     Raises:
-        TypeError: if the prior is no posterior.
+        TypeError: if a part is no module, or the prior no posterior.
         ValueError: if the prior is of another dim, or the decoder ends in a sigmoid where the likelihood reads logits.
 
     Warns:
@@ -90,6 +91,9 @@ class VAE(Encoding, Generative):
     def __init__(self, encoder: nn.Module, *parts: Any, prior: Prior | None = None, **named: Any) -> None:
         wrapped = encoder if isinstance(encoder, WrappedPosterior) else None
         found = (_PARTS if wrapped is None else _PARTS_OF_WRAPPED).bind(*parts, **named).arguments
+        for name, part in {"encoder": encoder, **found}.items():
+            if name != "likelihood" or isinstance(part, type):
+                check_module(name, part)
         super().__init__(encoder if wrapped is None else wrapped.encoder)
         self.posterior: FlowPosterior = found["posterior"] if wrapped is None else wrapped.posterior
         self.reading = None if wrapped is None else wrapped.reading
