@@ -194,8 +194,8 @@ def _ratio(state: State) -> Tensor:
 
 def _stretched(logs: Tensor, count: int) -> Tensor:
     """The mean of neighbours among ``(n, *batch)``, at `count` equal distances."""
+    if not count or not logs.numel():  # between no two temperatures, or of no examples
+        return logs.new_zeros(count, *logs.shape[1:])
     lines, reach = logs.reshape(len(logs), -1).mT.unsqueeze(0), max(1, len(logs) // 20)  # (1, N, n)
     means = F.avg_pool1d(F.pad(lines, (reach, reach), mode="replicate"), 2 * reach + 1, 1)
-    if not count:
-        return logs[:0]
     return F.interpolate(means, size=count, mode="linear", align_corners=True)[0].mT.reshape(count, *logs.shape[1:])

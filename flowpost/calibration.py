@@ -38,7 +38,8 @@ def sbc_ranks(
         ``(simulations, dim)``, integers.
 
     Raises:
-        ValueError: if a number is below 1, or `simulate` and `draw` do not give those shapes.
+        ValueError: if a number is below 1, `simulate` and `draw` do not give those shapes, or one of them gives nan,
+            which has no rank.
 
     Reference:
         Talts et al. (2018), Validating Bayesian Inference Algorithms with Simulation-Based Calibration.
@@ -63,6 +64,9 @@ def sbc_ranks(
             drawn = draw(x, samples)
             if drawn.shape != (samples, *z.shape):
                 raise ValueError(f"draw: expected shape {(samples, *z.shape)}, got {tuple(drawn.shape)}")
+            for name, values in {"simulate": z, "draw": drawn}.items():
+                if values.isnan().any():
+                    raise ValueError(f"{name}: expected numbers, which have a rank, got nan")
             ranks.append((drawn < z).sum(0))
     return torch.cat(ranks)
 
@@ -79,12 +83,15 @@ def rank_histogram(ranks: Tensor, samples: int, bins: int = 16) -> Tensor:
         ``(dim, bins)``.
 
     Raises:
-        ValueError: if the bins do not divide ``samples + 1``.
+        TypeError: if the ranks are no integers.
+        ValueError: if the bins do not divide ``samples + 1``, or the ranks are of other samples or another shape.
 
     Example:
         >>> rank_histogram(torch.tensor([[0], [1], [3], [3]]), samples=3, bins=2)
         tensor([[2, 2]])
     """
+    samples = check_int("samples", samples, minimum=1)
+    _check_ranks(ranks, samples)
     if check_int("bins", bins, minimum=1) and (samples + 1) % bins:
         raise ValueError(f"bins: expected a divisor of samples + 1 = {samples + 1}, got {bins}")
     return torch.stack([torch.bincount(column // ((samples + 1) // bins), minlength=bins) for column in ranks.mT])
@@ -126,7 +133,9 @@ def rank_ecdf(ranks: Tensor, samples: int, level: float = 0.95, *, rounds: int =
         ``RankECDF(uniform, ecdf, lower, upper)``.
 
     Raises:
-        ValueError: if the level is not in (0, 1) or the rounds are too few for it.
+        TypeError: if the ranks are no integers.
+        ValueError: if the level is not in (0, 1) or the rounds are too few for it, or the ranks are of other samples or
+            another shape.
 
     Reference:
         Säilynoja, Bürkner & Vehtari (2022), Graphical Test for Discrete Uniformity.
@@ -138,6 +147,7 @@ def rank_ecdf(ranks: Tensor, samples: int, level: float = 0.95, *, rounds: int =
     samples, rounds = check_int("samples", samples, minimum=1), check_int("rounds", rounds, minimum=1)
     if not 0 < level < 1 or rounds * (1 - level) < 1:
         raise ValueError(f"level: expected a probability in (0, {1 - 1 / rounds:.4g}] for {rounds} rounds, got {level}")
+    _check_ranks(ranks, samples)
     count = len(ranks)
     uniform = torch.arange(1, samples + 2, dtype=torch.float64, device="cpu") / (samples + 1)
     at_most = _binomial_cdf(count, uniform)  # (samples + 1, count + 1)
@@ -148,6 +158,16 @@ def rank_ecdf(ranks: Tensor, samples: int, level: float = 0.95, *, rounds: int =
     lower, upper = within.int().argmax(-1), count - within.flip(-1).int().argmax(-1)
     counts = torch.stack([torch.bincount(column, minlength=samples + 1) for column in ranks.mT.cpu()]).cumsum(-1)
     return RankECDF(uniform, counts.double() / count, lower.double() / count, upper.double() / count)
+
+
+def _check_ranks(ranks: Tensor, samples: int) -> None:
+    if ranks.is_floating_point():
+        raise TypeError(f"ranks: expected integers, as sbc_ranks gives them, got {ranks.dtype}")
+    if ranks.ndim != 2 or not len(ranks):
+        raise ValueError(f"ranks: expected shape (simulations, dim), got {tuple(ranks.shape)}")
+    if ((ranks < 0) | (ranks > samples)).any():
+        got = f"from {ranks.min().item()} to {ranks.max().item()}"
+        raise ValueError(f"ranks: expected numbers from 0 to samples = {samples}, got {got}; pass samples of sbc_ranks")
 
 
 def _binomial_cdf(count: int, probability: Tensor) -> Tensor:

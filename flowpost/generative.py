@@ -51,7 +51,7 @@ class Generative(nn.Module):
     def sample(self, count: int, shape: tuple[int, ...], y: Tensor | None = None) -> Tensor:
         """Draw x ~ p(x), or p(x|y), ``(count, *shape)``, for the shape of one x; y as in `sample_prior`."""
         y = row_for_each(y, count)
-        numbers = self.decode(self.sample_prior(count, y), math.prod(shape), y)
+        numbers = self.decode(self.sample_prior(count, y), elements_of(shape), y)
         return self.likelihood.sample(numbers).view(count, *shape)
 
     def decode(self, z: Tensor, elements: int, y: Tensor | None = None) -> Tensor:
@@ -73,13 +73,22 @@ class Generative(nn.Module):
         return outputs.view(*z.shape[:-1], numbers, elements)
 
     def _log_likelihood(self, x: Tensor, z: Tensor, y: Tensor | None) -> Tensor:
-        found = self.likelihood.log_prob(self.decode(z, math.prod(x.shape[1:]), y), x.flatten(1))
+        elements = x.flatten(1) if x.ndim > 1 else x.unsqueeze(-1)  # a number is an x too
+        found = self.likelihood.log_prob(self.decode(z, elements.shape[1], y), elements)
         if found.shape != z.shape[:-1]:  # it would broadcast against log p(z)
             raise ValueError(
                 f"likelihood: expected a log p(x|z) for each z, {tuple(z.shape[:-1])}, got shape {tuple(found.shape)} "
                 f"for x of shape {tuple(x.shape)}; log_prob sums over the elements of x"
             )
         return found
+
+
+def elements_of(shape: tuple[int, ...]) -> int:
+    """How many numbers there are in one x."""
+    try:
+        return math.prod(shape)
+    except TypeError:
+        raise TypeError(f"shape: expected the shape of one x, a tuple of ints, got {shape!r}") from None
 
 
 def check_decoder(decoder: nn.Module, likelihood: Likelihood) -> None:

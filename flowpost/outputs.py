@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -109,16 +109,35 @@ def check_example(out: object, parts: Tensor | tuple[Tensor, Tensor], dim: int, 
                 f"encoder: its output is {2 * dim} wide, twice dim, and is taken for features; if it is loc and "
                 f"log_var side by side, pass read=lambda out: out.chunk(2, -1); features={2 * dim} says that it is not",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,  # who called wrap
             )
+    elif cure := _misnamed(out):
+        warnings.warn(
+            f"encoder: expected the pair (loc, log_var), got one named {', '.join(cast(Any, out)._fields)}; pass "
+            f"read=lambda out: {cure}, or, if it is right, read=lambda out: out",
+            UserWarning,
+            stacklevel=4,  # who called wrap
+        )
     elif not isinstance(out, Distribution) and parts[1].numel() >= _MANY and bool((parts[1] > 0).all()):
         warnings.warn(
             "encoder: the second of the pair looks like a standard deviation, for it is positive throughout; expected "
             "the logarithm of the variance; pass read=lambda out: torch.distributions.Normal(*out), or, if it is right,"
             " read=lambda out: out",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,  # who called wrap
         )
+
+
+def _misnamed(out: object) -> str:
+    """What makes ``(loc, log_var)`` of a named tuple whose names say that it is something else; else empty."""
+    first, second = (str(name).lower() for name in getattr(out, "_fields", ("", "")))
+    deviates = any(word in second for word in ("std", "scale", "sigma", "dev"))
+    varies = any(word in second for word in (("var", "cov", "2", "sq") if deviates else ("var", "cov")))
+    if any(word in first for word in ("var", "std", "scale", "sigma")):
+        return "(out[1], out[0])"
+    if "log" in second:
+        return "(out[0], 2 * out[1])" if deviates and not varies else ""
+    return "(out[0], out[1].log())" if varies else "torch.distributions.Normal(*out)" if deviates else ""
 
 
 def _check_states(pair: tuple[Tensor, Tensor]) -> None:

@@ -98,7 +98,7 @@ class Captured(Generic[T]):
                     f"the capture: give torch.tensor({value!r})"
                 )
         if self._backend is None:
-            return _copies(_detached(self.function, *(value.detach().to(self.device) for value in inputs)))
+            return _copies(_detached(self.function, *(value.detach().to(self.device, copy=True) for value in inputs)))
         key = tuple((value.shape, value.dtype) for value in inputs)
         recording = self._recordings.get(key) or _Recording(self, self._backend, inputs)
         if len(self._recordings) < self.shapes:
@@ -176,7 +176,7 @@ def step_if_finite(optimizer: torch.optim.Optimizer, loss: Tensor, *, max_norm: 
         others in a record that is read once an epoch.
 
     Raises:
-        ValueError: no parameter has a gradient.
+        ValueError: no parameter has a gradient, the loss is more than one number, or `max_norm` is not positive.
 
     Example:
         >>> weight = torch.zeros(2, requires_grad=True)
@@ -186,6 +186,10 @@ def step_if_finite(optimizer: torch.optim.Optimizer, loss: Tensor, *, max_norm: 
         >>> step_if_finite(optimizer, loss, max_norm=100.0), weight
         (tensor(False), tensor([0., 0.], requires_grad=True))
     """
+    if loss.numel() != 1:
+        raise ValueError(f"loss: expected a scalar, got shape {tuple(loss.shape)}; write loss.mean()")
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"max_norm: expected a positive number or None, got {max_norm}")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:

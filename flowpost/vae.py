@@ -20,6 +20,7 @@ from flowpost.likelihoods import Binomial as Binomial
 from flowpost.likelihoods import Categorical as Categorical
 from flowpost.likelihoods import Gaussian as Gaussian
 from flowpost.likelihoods import Likelihood
+from flowpost.numerics.arguments import check_module
 from flowpost.objectives import ELBOTerms, elbo_terms, over_samples
 from flowpost.posterior import FlowPosterior
 from flowpost.terms import VAEOutput as VAEOutput
@@ -53,7 +54,7 @@ class VAE(Encoding, Generative):
     is called as ``encoder(x, y)``, the decoder as ``decoder(z, y)`` with a row of y for each z.
 
     Raises:
-        TypeError: if the prior is no posterior.
+        TypeError: if a part is no module, or the prior no posterior.
         ValueError: if the prior is of another dim, or the decoder ends in a sigmoid where the likelihood reads logits.
 
     Warns:
@@ -90,6 +91,9 @@ class VAE(Encoding, Generative):
     def __init__(self, encoder: nn.Module, *parts: Any, prior: Prior | None = None, **named: Any) -> None:
         wrapped = encoder if isinstance(encoder, WrappedPosterior) else None
         found = (_PARTS if wrapped is None else _PARTS_OF_WRAPPED).bind(*parts, **named).arguments
+        for name, part in {"encoder": encoder, **found}.items():
+            if name != "likelihood" or isinstance(part, type):
+                check_module(name, part)
         super().__init__(encoder if wrapped is None else wrapped.encoder)
         self.posterior: FlowPosterior = found["posterior"] if wrapped is None else wrapped.posterior
         self.reading = None if wrapped is None else wrapped.reading
@@ -186,6 +190,8 @@ class VAE(Encoding, Generative):
         """The q(z|x), or q(z|x, y), of batch shape ``(B,)``."""
         if not isinstance(x, Tensor) or x.is_complex():
             raise TypeError(f"x: expected a real tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
+        if not x.ndim:
+            raise ValueError("x: expected shape (B, *event), got (); write x.unsqueeze(0) for one x")
         if y is not None:
             check_rows(y, len(x), "x")
         h = call("encoder", self.encoder, x, y)

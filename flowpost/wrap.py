@@ -17,7 +17,7 @@ from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.chain import Chain
 from flowpost.bijectors.gate import Gate
 from flowpost.bijectors.wrappers import Learned, linear_head
-from flowpost.numerics.arguments import check_int
+from flowpost.numerics.arguments import check_int, check_module
 from flowpost.numerics.scales import log_var_scale
 from flowpost.outputs import Read, as_features, check_diagonal, check_example, check_pair, cure_of, kind
 from flowpost.posterior import FlowPosterior
@@ -90,7 +90,7 @@ def wrap(
         >>> posterior(torch.rand(16, 784), sample_shape=(5,)).z.shape
         torch.Size([5, 16, 8])
     """
-    _check_encoder(encoder)
+    check_module("encoder", encoder)
     check_int("dim", dim, minimum=1)
     _check_flow(flow, flow_options)
     width = _width(encoder, dim, read, features, example)
@@ -103,18 +103,6 @@ def wrap(
     if posterior.dim != dim:
         raise ValueError(f"flow: expected a bijector of dim={dim}, got dim={posterior.dim}")
     return WrappedPosterior(encoder, _like(encoder, posterior), pair=width is None, read=read)
-
-
-def _check_encoder(encoder: object) -> None:
-    if isinstance(encoder, nn.Module):
-        return
-    owner = getattr(encoder, "__self__", None)
-    cure = (
-        f"; pass the {type(owner).__name__} itself, or a module of your own whose forward calls {encoder.__name__}"  # pyright: ignore[reportAttributeAccessIssue]
-        if isinstance(owner, nn.Module)
-        else "; write a torch.nn.Module whose forward calls it, so that its parameters are found"
-    )
-    raise TypeError(f"encoder: expected a torch.nn.Module, got {type(encoder).__name__}{cure}")
 
 
 def _check_flow(flow: str | Bijector, options: Mapping[str, object]) -> None:

@@ -90,3 +90,27 @@ def test_calibration_refuses() -> None:
     for level in (0.0, 1.0, 0.9999):
         with pytest.raises(ValueError, match="^level: expected a probability in"):
             rank_ecdf(torch.zeros(4, 1, dtype=torch.long), 7, level)
+    ranks = torch.tensor([[0, 9], [3, 2]])
+    for report in (rank_ecdf, rank_histogram):
+        with pytest.raises(ValueError, match="^ranks: expected numbers from 0 to samples = 7, got from 0 to 9; pass"):
+            report(ranks, 7)
+        with pytest.raises(ValueError, match=r"^ranks: expected shape \(simulations, dim\), got \(2,\)"):
+            report(ranks[:, 0], 15)
+        with pytest.raises(TypeError, match=r"^ranks: expected integers, as sbc_ranks gives them, got torch.float32"):
+            report(ranks.float(), 15)
+
+
+@pytest.mark.parametrize("who", ["simulate", "draw"])
+def test_what_is_no_number_has_no_rank(who: str) -> None:
+    """Nan is below nothing, so that it would count as the lowest rank, or as the highest draw."""
+
+    def spoilt(values: Tensor, name: str) -> Tensor:
+        return values.index_fill(0, torch.tensor([1]), math.nan) if name == who else values
+
+    with pytest.raises(ValueError, match=f"^{who}: expected numbers, which have a rank, got nan$"):
+        sbc_ranks(
+            lambda n: (spoilt(torch.zeros(n, 2), "simulate"), torch.zeros(n)),
+            lambda x, s: spoilt(torch.zeros(s, len(x), 2), "draw"),
+            3,
+            7,
+        )

@@ -437,7 +437,37 @@ def test_the_decoder_s_width() -> None:
     raises(ValueError, message, lambda: model(6)(torch.zeros(4, 5)))
 
 
+PARTS = {
+    "encoder": (
+        nn.Linear(5, 3).forward,
+        "method; pass the Linear itself, or a module of your own whose forward calls forward",
+    ),
+    "posterior": (
+        flowpost.diagonal,
+        "function; write a torch.nn.Module whose forward calls it, so that its parameters are found",
+    ),
+    "decoder": (
+        lambda z: z,
+        "function; write a torch.nn.Module whose forward calls it, so that its parameters are found",
+    ),
+    "likelihood": (Bernoulli, "ABCMeta; write Bernoulli(...), an instance"),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_vae_s_parts_are_modules(name: str) -> None:
+    """The parameters of a function would not be among the model's, and never trained."""
+    parts: dict[str, object] = {
+        "encoder": nn.Linear(5, 3), "posterior": flowpost.diagonal(3, 2), "decoder": nn.Linear(2, 5),
+        "likelihood": Bernoulli(),
+    }  # fmt: skip
+    wrong, message = PARTS[name]
+    raises(TypeError, f"{name}: expected a torch.nn.Module, got {message}", lambda: VAE(**{**parts, name: wrong}))  # pyright: ignore
+
+
 def test_a_vae_s_x() -> None:
+    no_rows = "x: expected shape (B, *event), got (); write x.unsqueeze(0) for one x"
+    raises(ValueError, no_rows, lambda: model()(torch.zeros(())))
     raises(TypeError, "x: expected a real tensor, got list", lambda: model()([[0.0] * 5]))  # pyright: ignore
     x = torch.zeros(4, 5, dtype=torch.complex64)
     raises(TypeError, "x: expected a real tensor, got torch.complex64", lambda: model()(x))

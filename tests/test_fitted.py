@@ -23,7 +23,7 @@ from flowpost.variational.parameters import Parameters, Spec
 from flowpost.variational.summary import Summary, summary
 from flowpost.variational.target import Target
 from flowpost.variational.verdict import reasons, verdict
-from flowpost.variational.weighing import Weighed, estimate, mean_and_error, weigh
+from flowpost.variational.weighing import Weighed, estimate, mean_and_error, weigh, where_endless
 
 TINY: dict[str, Any] = {"steps": 2, "hidden": (4,)}
 ROOM = {"mu": (), "tau": (2, constraints.positive)}
@@ -182,7 +182,7 @@ def estimated(log_p: float, k_hat: float) -> ImportanceEstimate:
     ],
 )
 def test_what_speaks_against_a_fit(k_hat: float, elbo: float, lost: str, notes: list[str], said: list[str]) -> None:
-    found = reasons(estimated(0.0, k_hat), elbo, lost=lost, notes=notes)
+    found = reasons(estimated(0.0, k_hat), elbo, lost=lost, endless=(0.5, "mu = 3"), notes=notes)
     assert len(found) == len(said)
     assert all(one.startswith(other) for one, other in zip(found, said, strict=True))
     text = verdict(found, estimated(0.0, k_hat), elbo)
@@ -193,6 +193,51 @@ def test_what_speaks_against_a_fit(k_hat: float, elbo: float, lost: str, notes: 
     else:
         assert text.startswith("Nothing speaks against this fit: ")
         assert text.endswith("Mass that no draw has reached shows in none of these.")
+
+
+def on_a_line(count: int = 1000) -> Weighed:
+    """Evenly on the diagonal from -1 to 1, and close to it a normal; where p is flat along it, p/q is 2."""
+    generator = torch.Generator().manual_seed(0)
+    along = torch.linspace(-1, 1, count, dtype=torch.float64)
+    half = 0.01 * torch.randn(count // 2, generator=generator, dtype=torch.float64)
+    across = torch.cat([half, half.flip(0)])  # uncorrelated
+    z = torch.stack([along + across, along - across], -1) / math.sqrt(2)
+    return Weighed(z, torch.full_like(along, math.log(2)), torch.full_like(along, 1 / count))
+
+
+def ridge(z: Tensor) -> Tensor:
+    """Flat along the diagonal, but for what keeps a gradient; its integral is infinite."""
+    return Normal(0.0, 0.01).log_prob((z[..., 0] - z[..., 1]) / math.sqrt(2)) + 1e-9 * z[..., 0]
+
+
+def box(z: Tensor) -> Tensor:
+    """The same between -1 and 1."""
+    return torch.where(z.sum(-1).abs() / math.sqrt(2) <= 1, ridge(z), -math.inf)
+
+
+def test_a_density_without_end_is_told() -> None:
+    """Ten times as far out there is ten times the mass; of a density that ends, as much as before, less four errors."""
+    targets = {f: Target(f, Parameters(2), device="cpu", dtype=torch.float64) for f in (ridge, box)}
+    found = {f: where_endless(on_a_line(), target) for f, target in targets.items()}
+    assert found[ridge][0] == pytest.approx(math.log(10), abs=1e-6)
+    assert re.fullmatch(r"theta = \[-?7\.\d+, -?7\.\d+\]", found[ridge][1])
+    assert found[box][0] == pytest.approx(math.log(1 - 4 * math.sqrt(9 / 999)), abs=0.1)
+    said = reasons(estimated(0.0, 0.3), -0.4, lost="", endless=found[ridge], notes=[])
+    assert len(said) == 1
+    assert said[0].startswith(
+        "draws 10 times as far out raise the log evidence by 2.30 nats and more, as near theta = ["
+    )
+    assert "draws 10 times as far out" in made(lambda p: 1e-9 * p["mu"], {"mu": ()}, (0.0, 1.0)).verdict
+
+
+def test_a_log_joint_that_fails_far_out_says_nothing() -> None:
+    def near(z: Tensor) -> Tensor:
+        if z.abs().max() > 5:
+            raise RuntimeError
+        return standard(z)
+
+    target = Target(near, Parameters(2), device="cpu", dtype=torch.float64)
+    assert where_endless(on_a_line(), target) == (0.0, "")
 
 
 @pytest.mark.parametrize(("bad", "hint"), [(math.nan, ""), (-math.inf, "; give the parameters constraints that are")])
@@ -224,6 +269,18 @@ def test_the_density_is_one_over_the_parameters() -> None:
         fitted.log_prob({"mu": mu, "tau": -tau})
 
 
+def test_numbers_have_their_density_to_all_digits() -> None:
+    """A Python number is no float32: there 1e6 + 0.3 would be 1e6 + 0.3125, which is three sds off."""
+
+    def at_a_million(p: dict[str, Tensor]) -> Tensor:
+        return -0.5 * ((p["mu"] - 1e6) / 0.004).square()
+
+    fitted = made(at_a_million, {"mu": ()}, (1e6, 0.004))
+    due = Normal(1e6, torch.tensor(0.004, dtype=torch.float64)).log_prob(torch.tensor(1e6 + 0.3, dtype=torch.float64))
+    for value in (1e6 + 0.3, np.float64(1e6 + 0.3), torch.tensor(1e6 + 0.3, dtype=torch.float64)):
+        assert fitted.log_prob({"mu": value}).item() == pytest.approx(due.item(), rel=1e-6)  # pyright: ignore
+
+
 @pytest.mark.parametrize("normals", [[(1.0, 0.5)], [(1.0, 0.5), (1.0, 0.5)]])
 def test_draws_have_the_moments_of_q(normals: list[tuple[float, float]]) -> None:
     fitted = made(room, ROOM, *normals)
@@ -246,8 +303,9 @@ def test_resampling_moves_q_to_p() -> None:
     logs = torch.cat([draws["mu"].unsqueeze(-1), draws["tau"].log()], -1)
     assert (logs.mean(0) - 1).abs().max() < 0.1
     torch.testing.assert_close(logs.std(0), torch.ones(3, dtype=torch.float64), rtol=0.06, atol=0)
-    with pytest.raises(ValueError, match="^pool: expected an int >= 10, got 5$"):
-        fitted.importance_resample(10, pool=5)
+    for pool in (0, 5):
+        with pytest.raises(ValueError, match=f"^pool: expected an int >= 10, got {pool}$"):
+            fitted.importance_resample(10, pool=pool)
 
 
 def test_resampling_warns_where_weights_do_not_allow_it() -> None:
@@ -277,6 +335,23 @@ def test_refine_moves_a_wrong_q_to_p(normals: list[tuple[float, float]]) -> None
     torch.testing.assert_close(draws.std(0), torch.ones(2, dtype=torch.float64), rtol=4.5 / math.sqrt(600), atol=0)
     with pytest.raises(ValueError, match="^steps: expected an int >= 1, got 0$"):
         fitted.refine(10, steps=0)
+
+
+def test_a_log_joint_whose_data_have_changed_is_told() -> None:
+    """As one that looks them up by a name, in a loop over data sets: what reads it again would mix two models."""
+    data = torch.tensor(1.0, dtype=torch.float64)
+    fitted = made(lambda z: standard(z - data), 1, (1.0, 1.0))
+    assert fitted.elbo(500)[0] == pytest.approx(0.0, abs=1e-9)
+    data += 1
+    found = r"whose value was -[0-9.]+ at theta = \[0.1541\], and now -[0-9.]+; keep its data"
+    for read in (fitted.elbo, fitted.importance_resample, fitted.refine, fitted.to_arviz):
+        with pytest.raises(ValueError, match=f"^log_joint: expected that which was fitted, {found}"):
+            read()
+    target = Target(lambda z: standard(z - data), Parameters(1), device="cpu", dtype=torch.float64)
+    data += 1
+    again = FittedPosterior(fitted.posterior, target, evaluations=0, seconds=0.0)
+    assert "the log joint was -2.62" in again.verdict
+    assert ": it is not one" in again.verdict
 
 
 def test_it_says_what_it_is_of() -> None:

@@ -120,6 +120,16 @@ def test_values_say_which_likelihood(x: np.ndarray, expected: str) -> None:
     assert values.guess({"train": x, "test": x[:1] * 0})[0] == expected
 
 
+def test_whole_numbers_that_are_taken_as_real_are_called_whole() -> None:
+    """A scale that is learned can shrink to each of them, so that the NLL says little."""
+    for x, seen in {
+        (-5, 4): "whole numbers from -5 to 4, taken as real, though a density has no bound at them; from 0 on they "
+        "would do for discretized-logistic:10",
+        (0, 2**25): "whole numbers from 0 to 3.35544e+07, taken as real, though a density has no bound at them",
+    }.items():
+        assert values.guess({"train": np.array([x])}) == ("gaussian", seen)
+
+
 @pytest.mark.parametrize(
     ("text", "spec", "levels"),
     [
@@ -223,6 +233,10 @@ BAD = [
     (
         save(x=with_at((slice(None), 1, 0), 4)),
         "got 1 of 24 others (the first is 0 of element 2); drop or rescale these",
+    ),
+    (
+        save(x=1e9 + 10 * np.random.default_rng(1).normal(size=(200, 3))),
+        "train: expected elements that float32 rounds by less than 0.01 of their scale, got 3 of 3 others (the first",
     ),
 ]
 

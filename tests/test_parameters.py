@@ -311,6 +311,11 @@ WRONG = {
     "ends": ({"a": constraints.interval(1.0, 1.0)}, ValueError, "'a': expected a lower bound below the upper one"),
     "infinite": ({"a": constraints.interval(0.0, math.inf)}, ValueError, "'a': expected finite bounds, got inf"),
     "bounds": ({"a": (2, constraints.greater_than(torch.zeros(3)))}, ValueError, "'a': expected bounds that broadcast"),
+    "rows": (
+        {"a": (2, constraints.stack([constraints.real, constraints.positive], 0))},
+        ValueError,
+        "'a': .* whose biject_to makes",
+    ),
     "parts": ({"a": (5, constraints.cat([constraints.real], -1, [2]))}, ValueError, "'a': .* whose biject_to makes"),
 }
 

@@ -355,10 +355,21 @@ def test_bad_numbers_are_refused() -> None:
         wrong = {"count": 2, "shape": (5,), name: 0}
         with pytest.raises(ValueError, match=f"^{name}: expected an int >= 1, got 0$"):
             sandwich(vae, **wrong)
+    wrong = {"count": 2, "shape": 5}
+    with pytest.raises(TypeError, match="^shape: expected the shape of one x, a tuple of ints, got 5$"):
+        sandwich(vae, **wrong)
     with pytest.raises(ValueError, match="^refine: expected an int >= 0, got -1$"):
         importance_estimate(vae, x, refine=-1)
     with pytest.raises(ValueError, match="^steps: expected an int >= 1, got 0$"):
         refine(vae.encode(x), lambda z: -z.square().sum(-1), steps=0)
+
+
+def test_no_examples_have_no_estimates() -> None:
+    """As where none has a large k-hat: ``x[k_hat > 0.7]``."""
+    vae, model = known("diagonal")
+    x = model.draw(2)[1][:0]
+    for found in (annealed_estimate(vae, x, temperatures=20), importance_estimate(vae, x, 50, refine=2)):
+        assert [tuple(each.shape) for each in found] == [(0,)] * 4
 
 
 def test_nothing_is_read_on_the_host() -> None:

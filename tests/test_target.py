@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import Dirichlet, Distribution, LKJCholesky, Normal, constraints
+from torch.distributions import Dirichlet, Distribution, Exponential, LKJCholesky, Normal, Uniform, constraints
 
 from flowpost.variational.calling import trial
 from flowpost.variational.parameters import Parameters, Spec
@@ -205,7 +205,7 @@ def test_a_shape_that_comes_later_is_refused() -> None:
 
 @pytest.mark.parametrize("log_joint", [schools, schools_of_many])
 def test_distributions_read_no_values(log_joint: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Validation reads them on the host; it is as it was afterwards, also where the log joint raises."""
+    """Validation reads them on the host: it is for the 7 draws of the trial, and as it was before afterwards."""
     seen = []
 
     def spied(p: dict[str, Tensor]) -> Tensor:
@@ -216,12 +216,45 @@ def test_distributions_read_no_values(log_joint: Callable, monkeypatch: pytest.M
 
     monkeypatch.setattr(Distribution, "_validate_args", True)  # a compiler may have turned it off for good
     target = made(spied, SCHOOLS)
+    assert sum(seen) == sum(seen[-7:]) == 7
+    seen[-7:] = [False] * 7
     while len(seen) < 24:
         target(torch.zeros(3, 10, dtype=torch.float64))
     with pytest.raises(KeyError):
         target(torch.zeros(3, 10, dtype=torch.float64))
     assert not any(seen)
     assert Distribution._validate_args
+
+
+@pytest.mark.parametrize("vectorised", [False, True])
+def test_a_prior_that_goes_on_beyond_its_support_is_told(vectorised: bool) -> None:  # noqa: FBT001
+    """An exponential's formula is finite at a negative number; torch's validation, off in a fit, refuses it."""
+    x = DATA if not vectorised else DATA.unsqueeze(-1)
+
+    def log_joint(p: dict[str, Tensor], **options: bool) -> Tensor:
+        return Exponential(1.0, **options).log_prob(p["tau"]) + Normal(p["tau"], 10.0).log_prob(x).sum(0)
+
+    with pytest.warns(
+        UserWarning, match=r"^log_joint: has a finite value at tau = -0.*Exponential\(.*\); expected -inf there; give"
+    ):
+        assert made(log_joint, {"tau": ()}).calls == ("vectorised" if vectorised else "vmap")
+    made(log_joint, {"tau": constraints.positive})
+    made(lambda p: log_joint(p, validate_args=False), {"tau": ()})
+    made(lambda p: Uniform(0.0, 1.0).log_prob(p["a"]) - p["a"], {"a": ()})  # -inf there
+
+
+def test_a_log_joint_has_a_mapping_of_its_own() -> None:
+    """What it puts into it, or takes out, is seen by no other call."""
+
+    def log_joint(p: dict[str, Tensor]) -> Tensor:
+        p["tau"] = p["tau"].square()
+        p["sum"] = p.pop("mu") + p["tau"]
+        return -p["sum"].square()
+
+    target = made(log_joint, {"mu": (), "tau": constraints.positive})
+    assert target.calls == "vectorised"
+    free = torch.randn(5, 2, dtype=torch.float64)
+    torch.testing.assert_close(target(free), -(free[:, 0] + (2 * free[:, 1]).exp()).square() + free[:, 1])
 
 
 def test_precision_follows_the_log_joint() -> None:

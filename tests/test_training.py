@@ -114,6 +114,17 @@ def test_on_a_device_without_graphs_the_function_is_called(monkeypatch: pytest.M
         captured(x, 0.5)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.parametrize("graphs", [True, False])
+def test_inputs_are_copies_on_every_device(monkeypatch: pytest.MonkeyPatch, *, graphs: bool) -> None:
+    """What a step does to its batch in place does not reach the data that the batch is a view of."""
+    if not graphs:
+        monkeypatch.delitem(training._BACKENDS, "cpu")
+    data = torch.zeros(6, 3)
+    captured = Captured(lambda x: x.add_(1).sum(), "cpu")
+    assert [captured(data[:2]).item() for _ in range(9)] == [6.0] * 9
+    assert not data.any()
+
+
 def test_results_are_copies_in_every_structure() -> None:
     total = torch.zeros(())
 
@@ -238,6 +249,12 @@ def test_clipping_is_torch_s_to_the_bit(max_norm: float | None) -> None:
     assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
     with pytest.raises(ValueError, match="^optimizer: expected parameters with gradients"):
         step_if_finite(torch.optim.SGD([torch.ones(1, requires_grad=True)]), torch.zeros(()))
+    optimizer = torch.optim.SGD(weights)
+    with pytest.raises(ValueError, match=r"^loss: expected a scalar, got shape \(5,\); write loss.mean\(\)"):
+        step_if_finite(optimizer, torch.zeros(5))
+    for wrong in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="^max_norm: expected a positive number or None, got "):
+            step_if_finite(optimizer, torch.zeros(()), max_norm=wrong)
 
 
 @recipes

@@ -165,6 +165,17 @@ def test_the_elbo_s_terms_alone_are_those_of_a_whole_pass(name: str, sample_shap
     torch.testing.assert_close(*found)
 
 
+def test_an_x_may_be_one_number() -> None:
+    """Of no axes of its own: the same figures as with an axis of one element."""
+    encoder = nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (-1, 1)), nn.Linear(1, 4))
+    vae = VAE(encoder, flowpost.diagonal(4, 2), nn.Linear(2, 1), Bernoulli())
+    x, noise = torch.rand(5).round(), torch.randn(3, 5, 2)
+    found, due = vae(x, (3,), noise=noise), vae(x.unsqueeze(1), (3,), noise=noise)
+    assert torch.equal(found.log_likelihood, due.log_likelihood)
+    assert vae.reconstruct(x).shape == vae.sample(5, ()).shape == (5,)
+    assert log_marginal(vae, x, 10).shape == (5,)
+
+
 def test_a_convolutional_decoder_s_shape() -> None:
     decoder = nn.Sequential(nn.Linear(2, 12), nn.Unflatten(1, (2, 2, 3)))
     vae = VAE(nn.Sequential(Flat(), nn.Linear(6, 5)), flowpost.diagonal(5, 2), decoder, Gaussian())

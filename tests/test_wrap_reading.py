@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,6 +181,44 @@ def test_what_is_hardly_meant_warns_and_both_cures_silence_it() -> None:
         wrap(Returns(Normal(X[:, :4], 1 + X[:, :4].abs() * 9)), 4, example=X, flow="diagonal")
         wrap(wide, 4, example=X, flow="diagonal", features=8)
         wrap(wide, 4, example=X, flow="diagonal", read=lambda out: out)
+
+
+@pytest.mark.parametrize(
+    ("names", "value", "cure"),
+    [
+        ("mean std", STD, "torch.distributions.Normal(*out)"),
+        ("mu sigma", STD, "torch.distributions.Normal(*out)"),
+        ("mu log_std", STD.log(), "(out[0], 2 * out[1])"),
+        ("loc log_scale", STD.log(), "(out[0], 2 * out[1])"),
+        ("mu variance", STD.square(), "(out[0], out[1].log())"),
+        ("mu sigma_sq", STD.square(), "(out[0], out[1].log())"),
+        ("logvar mu", LOC, "(out[1], out[0])"),
+        ("mu logvar", LOG_VAR, ""),
+        ("loc log_sigma2", LOG_VAR, ""),
+        ("first h2", LOG_VAR, ""),
+    ],
+)
+def test_the_names_of_a_pair_are_read(names: str, value: Tensor, cure: str) -> None:
+    """Of one that is not named loc and log_var a warning says what to write, and that gives the encoder's Gaussian."""
+    first = LOG_VAR if names == "logvar mu" else LOC
+    out = namedtuple("Out", names)(first, value)  # noqa: PYI024
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        posterior = wrap(Returns(out), 3, example=X, flow="diagonal")
+    said = [str(each.message) for each in caught]
+    if not cure:
+        assert not said
+    else:
+        listed = ", ".join(names.split())
+        assert said == [
+            f"encoder: expected the pair (loc, log_var), got one named {listed}; pass read=lambda out: {cure}, or, if "
+            f"it is right, read=lambda out: out"
+        ]
+        assert caught[0].filename == __file__
+        posterior = wrap(Returns(out), 3, example=X, flow="diagonal", read=eval(f"lambda out: {cure}"))  # noqa: S307
+    if "h2" not in names:
+        torch.testing.assert_close(posterior.at(X).mean, LOC)
+        torch.testing.assert_close(posterior.at(X).stddev, STD, rtol=1e-4, atol=1e-4)
 
 
 def test_a_method_is_no_module() -> None:

@@ -15,6 +15,7 @@ FEW = 30  # the largest whole number up to which values are taken as counts, rat
 BYTES = 255
 LARGEST = 2**24  # whole number that float32 holds exactly
 DEVIATIONS = (1e-3, 1e4)  # of an element, within reach of a learned scale
+ROUNDED = 0.01  # of the scale: by so much may float32, in which models are trained, round an element
 
 Parts = Mapping[str, np.ndarray]
 
@@ -91,12 +92,17 @@ def guess(parts: Parts) -> tuple[str, str]:
     """The likelihood that values look like, and what of them says so."""
     low, high = min(float(part.min()) for part in parts.values()), max(float(part.max()) for part in parts.values())
     span = f"from {low:g} to {high:g}"
-    if low >= 0 and high <= BYTES and all(_whole(part) for part in parts.values()):
+    whole = all(_whole(part) for part in parts.values())
+    if whole and low >= 0 and high <= BYTES:
         if high <= 1:
             return "bernoulli", "zeros and ones"
         if high <= FEW:
             return f"binomial:{high:.0f}", f"whole numbers {span}, taken as counts"
         return "discretized-logistic", f"whole numbers {span}, taken as levels of a byte"
+    if whole:
+        levels = high - low + 1
+        instead = f"; from 0 on they would do for discretized-logistic:{levels:.0f}" if levels <= LARGEST else ""
+        return "gaussian", f"whole numbers {span}, taken as real, though a density has no bound at them{instead}"
     if low == 0 and high == 1:
         return "continuous-bernoulli", "real numbers from 0 to 1, both among them"
     return "gaussian", f"real numbers {span}"
@@ -129,7 +135,10 @@ def _check_spread(train: np.ndarray, spec: Spec) -> None:
     deviations = train.std(0, dtype=np.float64)
     if not deviations.max():
         raise DataError(f"train: expected rows that differ, got {len(train)} equal ones")
-    if spec.kind != "gaussian" or spec.number is not None:
+    if spec.kind != "gaussian":
+        return
+    _check_rounding(train, deviations if spec.number is None else np.full_like(deviations, spec.number))
+    if spec.number is not None:
         return
     low, high = DEVIATIONS
     out = (deviations < low) | (deviations > high)
@@ -139,6 +148,19 @@ def _check_spread(train: np.ndarray, spec: Spec) -> None:
         raise DataError(
             f"train: expected elements of a deviation from {low:g} to {high:g}, for gaussian learns their scales, "
             f"{got}; drop or rescale these, or fix the scale: --likelihood gaussian:{0.1 * deviations.max():.2g}"
+        )
+
+
+def _check_rounding(train: np.ndarray, scales: np.ndarray) -> None:
+    """Refuse elements far from 0, of whose differences float32 would leave little."""
+    off = np.abs(train.astype(np.float32).astype(np.float64) - train).max(0)
+    out = off > ROUNDED * scales
+    if out.any():
+        first = int(out.argmax())
+        got = f"got {int(out.sum())} of {len(out)} others (the first is rounded by {off[first]:g}: element {first})"
+        raise DataError(
+            f"train: expected elements that float32 rounds by less than {ROUNDED} of their scale, {got}; "
+            f"subtract their means"
         )
 
 

@@ -45,6 +45,21 @@ def check_device(device: torch.device | str) -> torch.device:
         raise ValueError(f"device: expected a torch.device or the name of one, got {device!r}") from error
 
 
+def check_module(name: str, value: object) -> None:
+    """Raise unless `value` is a module: of a function no parameter would be found, nor trained."""
+    if isinstance(value, nn.Module):
+        return
+    owner = getattr(value, "__self__", None)
+    if isinstance(owner, nn.Module):
+        called = getattr(value, "__name__", "it")
+        cure = f"; pass the {type(owner).__name__} itself, or a module of your own whose forward calls {called}"
+    elif isinstance(value, type):
+        cure = f"; write {value.__name__}(...), an instance"
+    else:
+        cure = "; write a torch.nn.Module whose forward calls it, so that its parameters are found"
+    raise TypeError(f"{name}: expected a torch.nn.Module, got {type(value).__name__}{cure}")
+
+
 def check_alpha(alpha: float) -> float:
     """Return the order of a Renyi bound, a Python number in [0, 1), or raise."""
     if isinstance(alpha, Tensor):

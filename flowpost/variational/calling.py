@@ -40,31 +40,32 @@ def trial(parameters: Parameters, device: torch.device | str, dtype: torch.dtype
 
 
 @contextmanager
-def _unvalidated() -> Iterator[None]:
-    """Within it distributions read no values, unless told to: neither vmap nor a CUDA graph can.
+def _validating(*, validate: bool) -> Iterator[None]:
+    """Within it distributions read values, or unless told to do not: neither vmap nor a CUDA graph can.
 
-    A draw that a distribution refuses has the value nan, or -inf, and does not end a fit.
+    Where they do not, a draw that one would refuse has the value nan, or -inf, and does not end a fit; of some it has
+    a finite value, which `beyond` finds.
     """
     before = Distribution._validate_args
-    Distribution.set_default_validate_args(False)
+    Distribution.set_default_validate_args(validate)
     try:
         yield
     finally:
         Distribution.set_default_validate_args(before)
 
 
-@_unvalidated()
+@_validating(validate=False)
 def call(log_joint: LogJoint, values: Values, calls: Calls) -> Tensor:
     """The log joint ``(S,)`` of S draws of the parameters; its distributions do not validate values."""
     if calls == "vectorised":
-        return log_joint(values)
+        return log_joint(_own(values))
     if calls == "vmap":
         return torch.func.vmap(log_joint)(values)
     return torch.stack([log_joint(one) for one in _draws(values)])
 
 
 @torch.no_grad()
-@_unvalidated()
+@_validating(validate=False)
 def find(log_joint: LogJoint, parameters: Parameters, free: Tensor) -> Found:
     """How a log joint is called: the first way in which each draw has the value that it has alone.
 
@@ -74,19 +75,34 @@ def find(log_joint: LogJoint, parameters: Parameters, free: Tensor) -> Found:
     """
     values = parameters.constrain(free)[0]
     batch = _try(log_joint, values)
-    if isinstance(batch, Tensor) and batch.ndim == 1 and _agree(batch, _slices(log_joint, values)):
+    if isinstance(batch, Tensor) and batch.ndim == 1 and agree(batch, _slices(log_joint, values)):
         return Found("vectorised", _checked(batch, free), "")
     singles = torch.stack([_single(log_joint, one, batch) for one in _draws(values)])
     mapped = _try(torch.func.vmap(log_joint), values)
-    if _agree(mapped, singles):
+    if agree(mapped, singles):
         return Found("vmap", _checked(singles, free), "")
     again = call(log_joint, values, "loop")
-    if not _agree(again, singles):
+    if not agree(again, singles):
         raise ValueError(
             f"log_joint: expected one value for one theta, got {singles[0].item()} and then {again[0].item()} at "
             f"{described(next(_draws(values)))}; draw no random numbers in it"
         )
     return Found("loop", _checked(singles, free), _got(mapped))
+
+
+@torch.no_grad()
+@_validating(validate=True)
+def beyond(log_joint: LogJoint, values: Values, calls: Calls, found: Tensor) -> str:
+    """Where a distribution refuses a draw that has a finite value without its validation; empty where none does.
+
+    So is an exponential prior of a parameter that may be negative: its formula goes on beyond its support.
+    """
+    for one, part, value in zip(_draws(values), _parts(values), found, strict=True):
+        refused = _try(log_joint, part if calls == "vectorised" else one)
+        if isinstance(refused, ValueError) and value.isfinite():
+            said = line(refused).removesuffix(", but found invalid values:")
+            return f"{described(one)}, where a distribution refuses it ({said})"
+    return ""
 
 
 def described(values: Values) -> str:
@@ -117,11 +133,22 @@ def _draws(values: Values) -> Iterator[Values]:
             yield dict(zip(values, row, strict=True))
 
 
+def _parts(values: Values) -> Iterator[Values]:
+    """One draw after the other, each a batch of its own."""
+    size = len(values if isinstance(values, Tensor) else next(iter(values.values())))
+    for i in range(size):
+        yield values[i : i + 1] if isinstance(values, Tensor) else {k: v[i : i + 1] for k, v in values.items()}
+
+
+def _own(values: Values) -> Values:
+    """Parameters in a mapping of their own, that a log joint may add to and take from."""
+    return values if isinstance(values, Tensor) else dict(values)
+
+
 def _slices(log_joint: LogJoint, values: Values) -> object:
     """What a vectorised log joint makes of each draw in a batch of its own, ``(S,)``; else what it did instead."""
-    size, found = len(values if isinstance(values, Tensor) else next(iter(values.values()))), []
-    for i in range(size):
-        part = values[i : i + 1] if isinstance(values, Tensor) else {k: v[i : i + 1] for k, v in values.items()}
+    found = []
+    for part in _parts(values):
         found.append(_try(log_joint, part))
         if not (isinstance(found[-1], Tensor) and tuple(found[-1].shape) == (1,)):
             return found[-1]
@@ -131,12 +158,13 @@ def _slices(log_joint: LogJoint, values: Values) -> object:
 def _try(function: Callable[[Any], object], values: Values) -> object:
     """The result, or the error: any that a user's function may raise."""
     try:
-        return function(values)
+        return function(_own(values))
     except Exception as error:  # noqa: BLE001
         return error
 
 
-def _agree(one: object, other: object) -> bool:
+def agree(one: object, other: object) -> bool:
+    """Whether two ways of calling, or two calls, give the same values, but for rounding."""
     if not (isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape):
         return False
     rtol = _RTOL[torch.float64 if torch.float64 in (one.dtype, other.dtype) else torch.float32]

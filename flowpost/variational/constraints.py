@@ -89,11 +89,11 @@ def _given(constraint: Constraint, shape: Shape) -> Given:
         raise ValueError(f"expected a constraint among {KNOWN}, got {constraint!r}") from None
     try:
         made = Given(shape, transform)
-        free = torch.zeros(2, made.size)
-        values, log_det = made.forward(free)
-        if values.shape != (2, *shape) or log_det is None or log_det.shape != (2,):
-            raise ValueError
-    except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
+        for batch in ((), (1 + max(shape, default=0),)):  # of no size that an axis of the shape has
+            values, log_det = made.forward(torch.zeros(*batch, made.size))
+            if values.shape != (*batch, *shape) or log_det is None or log_det.shape != batch:
+                raise ValueError
+    except (AssertionError, IndexError, NotImplementedError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"expected a constraint whose biject_to makes shape {shape} of real numbers and has a log-det, "
             f"got {constraint!r} ({error or type(error).__name__})"

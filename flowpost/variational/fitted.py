@@ -12,6 +12,7 @@ from torch import Tensor
 from flowpost.files import File
 from flowpost.importance import LIMIT, UnreliableEstimateWarning
 from flowpost.numerics.arguments import check_device, check_int
+from flowpost.numerics.products import wide_dtype
 from flowpost.variational.bound import Fitted
 from flowpost.variational.calling import LogJoint
 from flowpost.variational.families import Flow
@@ -22,7 +23,16 @@ from flowpost.variational.stored import Course, Stored, read_fitted, write_fitte
 from flowpost.variational.summary import Summary, summary
 from flowpost.variational.target import Target
 from flowpost.variational.verdict import reasons, verdict
-from flowpost.variational.weighing import Progress, Weighed, device_of, estimate, mean_and_error, weigh, where_lost
+from flowpost.variational.weighing import (
+    Progress,
+    Weighed,
+    device_of,
+    estimate,
+    mean_and_error,
+    weigh,
+    where_endless,
+    where_lost,
+)
 
 if TYPE_CHECKING:
     from flowpost.interop.arviz import DataTree  # pyright: ignore[reportAttributeAccessIssue]
@@ -33,6 +43,8 @@ DRAWS = 10_000
 
 class FittedPosterior:
     """A posterior that `flowpost.fit` made; q is over free coordinates, and all that is read from it over parameters.
+
+    What calls the log joint again raises a ValueError where its data have changed since.
 
     Attributes:
         posterior: q on the free coordinates: a `FlowPosterior`, or where several modes were found a `Mixture`.
@@ -64,8 +76,10 @@ class FittedPosterior:
         self._weighed = weigh(posterior, target, DRAWS, seeded) if weighed is None else weighed
         self.estimate = estimate(self._weighed)
         self._elbo = mean_and_error(self._weighed)
-        lost = where_lost(self._weighed, target)
-        self._said = reasons(self.estimate, self._elbo[0], lost=lost, notes=[*self.left_out, *self.notes])
+        lost, endless = where_lost(self._weighed, target), where_endless(self._weighed, target)
+        changed = target.changed()
+        notes = [*self.left_out, *self.notes, *([f"the log joint was {changed}: it is not one"] if changed else [])]
+        self._said = reasons(self.estimate, self._elbo[0], lost=lost, endless=endless, notes=notes)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.parameters!r}; {self.verdict})"
@@ -78,11 +92,12 @@ class FittedPosterior:
     def log_prob(self, values: Values) -> Tensor:
         """The log density of parameters, with respect to their own volume: ``log q(u) - log|det dtheta/du|``."""
         like = self._weighed.z
-        free = self.parameters.free(values).to(like)
+        free = self.parameters.free(values, wide_dtype(like)).to(like)
         return self.posterior.log_prob(free) - self.parameters.constrain(free)[1]
 
     def elbo(self, samples: int = DRAWS) -> tuple[float, float]:
         """The ELBO in nats from fresh draws, and its standard error."""
+        self.target.check_same()
         generator = torch.Generator(device_of(self.posterior)).manual_seed(int(torch.randint(2**62, (), device="cpu")))
         return mean_and_error(weigh(self.posterior, self.target, check_int("samples", samples, 2), generator))
 
@@ -165,6 +180,7 @@ class FittedPosterior:
         """
         from flowpost.interop.arviz import draws_to_datatree
 
+        self.target.check_same()
         count = check_int("chains", chains, minimum=1) * check_int("draws", draws, minimum=1)
         z, log_q = self._drawn(count)
         with torch.no_grad():
@@ -221,8 +237,11 @@ class FittedPosterior:
     def _resampled(self, n: int, pool: int | None) -> tuple[Tensor, float]:
         """Free coordinates, and k-hat of the weights by which they were taken."""
         n = check_int("n", n, minimum=1)
+        self.target.check_same()
         generator = torch.Generator(device_of(self.posterior)).manual_seed(int(torch.randint(2**62, (), device="cpu")))
-        weighed = weigh(self.posterior, self.target, check_int("pool", pool or 10 * n, minimum=n), generator)
+        weighed = weigh(
+            self.posterior, self.target, check_int("pool", 10 * n if pool is None else pool, minimum=n), generator
+        )
         chances = (weighed.log_ratio + weighed.share.log()).softmax(0)
         taken = torch.multinomial(chances, n, replacement=True, generator=generator)
         return weighed.z[taken], estimate(weighed).k_hat.item()

@@ -103,16 +103,17 @@ class Parameters:
             log_det = term if log_det is None else log_det if term is None else log_det + term
         return values, free.new_zeros(free.shape[:-1]) if log_det is None else log_det
 
-    def free(self, values: Tensor | Mapping[str, Tensor]) -> Tensor:
+    def free(self, values: Tensor | Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
         """The coordinates of given parameters, ``(*batch, dim)``: what `constrain` undoes.
 
         Args:
             values: as `constrain` returns them; batches broadcast, numbers and arrays are taken too.
+            dtype: in which they are read; by default their own, and of numbers torch's default dtype.
 
         Raises:
             ValueError: for values outside their support, other names or other shapes.
         """
-        parts = [self._free(name, value) for name, value in self._read(values).items()]
+        parts = [self._free(name, value) for name, value in self._read(values, dtype).items()]
         batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         return torch.cat([part.expand(*batch, -1) for part in parts], -1)
 
@@ -129,7 +130,7 @@ class Parameters:
         parts = [f"{name}: {each.shape} {self._constraints[name]!r}" for name, each in self._maps.items()]
         return f"{type(self).__name__}({', '.join(parts)}; dim={self.dim})"
 
-    def _read(self, values: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _read(self, values: Tensor | Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Tensors of whole shapes, by their names."""
         if self._bare != (not isinstance(values, Mapping)):
             expected = "a tensor" if self._bare else f"a mapping of {', '.join(self._maps)}"
@@ -137,7 +138,7 @@ class Parameters:
         given = values if isinstance(values, Mapping) else {"theta": values}
         if set(given) != set(self._maps):
             raise ValueError(f"values: expected the names {', '.join(self._maps)}, got {', '.join(map(str, given))}")
-        tensors = {name: _tensor(given[name]) for name in self._maps}
+        tensors = {name: _tensor(given[name], dtype) for name in self._maps}
         for name, value in tensors.items():
             shape = self._maps[name].shape
             if value.ndim < len(shape) or value.shape[value.ndim - len(shape) :] != shape:
@@ -155,8 +156,8 @@ class Parameters:
         return free
 
 
-def _tensor(value: object) -> Tensor:
-    value = torch.as_tensor(value)
+def _tensor(value: object, dtype: torch.dtype | None) -> Tensor:
+    value = torch.as_tensor(value, dtype=dtype)
     return value if value.is_floating_point() else value.to(torch.get_default_dtype())
 
 

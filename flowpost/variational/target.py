@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from flowpost.variational.calling import Calls, LogJoint, call, described, find, line, short, trial
+from flowpost.variational.calling import Calls, LogJoint, agree, beyond, call, described, find, line, short, trial
 from flowpost.variational.parameters import Parameters
 
 
@@ -18,7 +18,8 @@ class Target:
     leading axis of draws and gives each draw what it gives that draw alone. Else it is a function of one draw, that
     returns a scalar: "vmap" if `torch.func.vmap` gives the same values, else "loop", slow, with a warning. Draws of
     the trial come from a generator of their own. Distributions of torch do not validate their values within the log
-    joint, so that vmap and CUDA graphs can follow it.
+    joint, so that vmap and CUDA graphs can follow it; but once they do, on the trial's draws, and a finite value that
+    they refuse there is warned of.
 
     Args:
         log_joint: of the parameters, a mapping or a tensor, as ``parameters.constrain`` gives them, to ``log p(x,
@@ -54,6 +55,7 @@ class Target:
         free = trial(parameters, device, dtype)
         found = find(log_joint, parameters, free)
         self.calls: Calls = found.calls
+        self._trial = free, found.values
         lost = self._without_gradient(free)
         self.check(free, *self.gradient(free))
         self.evaluations = 0
@@ -66,6 +68,13 @@ class Target:
             _warn(
                 f"has no gradient with respect to {', '.join(lost)} at any of {len(free)} draws; expected one that "
                 f"follows every parameter, without .detach(), .item(), .numpy() and no_grad"
+            )
+        with torch.no_grad():
+            outside = beyond(log_joint, parameters.constrain(free)[0], self.calls, found.values)
+        if outside:
+            _warn(
+                f"has a finite value at {outside}; expected -inf there; give the parameters constraints that are the "
+                f"support, or the distribution validate_args=False if this is meant"
             )
 
     def __call__(self, free: Tensor) -> Tensor:
@@ -106,6 +115,31 @@ class Target:
             row = int(fine.int().argmax())
             raise ValueError(
                 f"log_joint: expected a finite gradient, got {short(slope[row])} at {self.describe(free[row])}"
+            )
+
+    @torch.no_grad()
+    def changed(self) -> str:
+        """What a draw of the trial had and has now, where the log joint has changed since; empty where it has not.
+
+        So it has where data are looked up by a name that has been given to others, as in a loop over data sets.
+        """
+        free, before = self._trial
+        now = call(self.log_joint, self.parameters.constrain(free)[0], self.calls)
+        if agree(now, before):
+            return ""
+        row = next((i for i in range(len(free)) if not agree(now[i], before[i])), 0)
+        return f"{before[row].item():.6g} at {self.describe(free[row])}, and now {now[row].sum().item():.6g}"
+
+    def check_same(self) -> None:
+        """Raise if the log joint has changed: what reads it beside what was read before would mix two models.
+
+        Raises:
+            ValueError: with one of its values then and now.
+        """
+        if changed := self.changed():
+            raise ValueError(
+                f"log_joint: expected that which was fitted, whose value was {changed}; keep its data as they were, or "
+                f"give each fit a function with data of its own"
             )
 
     def describe(self, free: Tensor) -> str:

@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flowpost.importance import LIMIT, ImportanceEstimate
+from flowpost.variational.weighing import WIDER
 
 GAP = 0.5
 """Nats between log evidence and ELBO: more of it is a fit that misses something."""
 
 
-def reasons(estimate: ImportanceEstimate, elbo: float, *, lost: str, notes: Sequence[str]) -> list[str]:
+def reasons(
+    estimate: ImportanceEstimate, elbo: float, *, lost: str, endless: tuple[float, str], notes: Sequence[str]
+) -> list[str]:
     """What speaks against a fit, a sentence each; none where nothing does.
 
     Args:
         estimate: of the log evidence, from draws of q.
         elbo: from the same draws.
         lost: how many of them have no finite log p/q, and where; empty where all have.
+        endless: by how many nats the log evidence rises with draws far out, and where.
         notes: what the fit itself had to say.
     """
     said = []
@@ -33,6 +37,12 @@ def reasons(estimate: ImportanceEstimate, elbo: float, *, lost: str, notes: Sequ
         )
     if lost:
         said.append(f"log p/q is not finite at {lost}")
+    if endless[0] > GAP:
+        said.append(
+            f"draws {WIDER:g} times as far out raise the log evidence by {endless[0]:.2f} nats and more, as near "
+            f"{endless[1]}: q misses mass there, or there is no posterior, for its integral is infinite; a proper "
+            f"prior of every parameter helps"
+        )
     return [*said, *notes]
 
 

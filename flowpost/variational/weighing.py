@@ -15,6 +15,8 @@ from flowpost.variational.target import Target
 
 CHUNK = 1000
 """Draws at once."""
+WIDER, LOOKED = 10.0, 1000
+"""How many times as far out draws look for what q misses, and how many of them."""
 SAME = 0.5
 """Nats: where no weight exceeds the mean of all by more, no weight counts much, and the tail's shape means nothing."""
 
@@ -92,3 +94,26 @@ def where_lost(weighed: Weighed, target: Target) -> str:
         value = target(first.unsqueeze(0)).item()
     hint = "; give the parameters constraints that are its support" if value == -math.inf else ""
     return f"{lost.double().mean():.2%} of q's draws; log_joint is {value:.4g} at {target.describe(first)}{hint}"
+
+
+@torch.no_grad()
+def where_endless(weighed: Weighed, target: Target) -> tuple[float, str]:
+    """By how many nats, four standard errors off, the log evidence rises with draws far out, and where one of them is.
+
+    The draws are q's, ten times as far from its mean m in the direction v in which q is widest, ``z' = z + 9 v v'(z -
+    m)``, of the density ``q(z) / 10``. The mean of their weights is the evidence too, so that it rises only if q misses
+    mass. It rises for every q where p has no finite integral, as after an improper prior that the data do not cure.
+    """
+    z, ratio, share = (column[:LOOKED] for column in weighed)
+    share = share / share.sum()
+    try:
+        off = z.double() - share @ z.double()
+        widest = torch.linalg.eigh(off.mT @ (share.unsqueeze(-1) * off)).eigenvectors[:, -1]
+        far = z + ((WIDER - 1) * (off @ widest).unsqueeze(-1) * widest).to(z)
+        log_w = (target(far) - target(z)).double() + ratio + math.log(WIDER)
+    except Exception:  # noqa: BLE001 - whatever a log joint may raise so far out, the fit is done
+        return 0.0, ""
+    log_w = log_w.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+    found = estimate(Weighed(far, log_w, share))
+    sure = found.log_p + torch.log1p(-(4 * found.standard_error).clamp(max=1))
+    return (sure - estimate(weighed).log_p).item(), target.describe(far[int(log_w.argmax())])
