@@ -433,6 +433,31 @@ def test_parts_that_were_cast_before_they_were_put_together(flow: Callable[[], f
     assert posterior(sample_shape=(4,), noise=noise).log_prob.dtype == torch.float64
 
 
+@pytest.mark.parametrize("flow", [lambda: flowpost.Planar(3), lambda: flowpost.Autoregressive(3, 2, (8,))])
+def test_a_head_is_made_where_the_flow_is(flow: Callable[[], flowpost.Bijector]) -> None:
+    posterior = FlowPosterior(5, flow().double())
+    z, log_prob, _ = posterior(features(4))
+    assert z.dtype == log_prob.dtype == torch.float64
+    step = flowpost.Conditioned(flow().double(), 5)
+    assert step(torch.zeros(4, 3, dtype=torch.float64), features(4))[0].dtype == torch.float64
+    moved = FlowPosterior(5, flow().to("meta"))
+    assert moved(torch.zeros(4, 5, device="meta")).z.is_meta
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_features_are_cast_to_the_head_s_dtype(dtype: torch.dtype) -> None:
+    flow, head = flowpost.Autoregressive(3, 2, (8,)).double(), nn.Linear(5, 2)
+    posterior, h, noise = FlowPosterior(5, flow, head), features(4), torch.randn(4, 3, dtype=torch.float64)
+    z, _ = flow(noise, head(h.float()).double())
+    assert torch.equal(posterior(h.to(dtype), noise=noise).z, z)
+
+
+def test_a_half_precision_head_is_refused() -> None:
+    posterior = FlowPosterior(5, flowpost.Autoregressive(3, 2, (8,)), nn.Linear(5, 2).bfloat16())
+    with pytest.raises(TypeError, match=r"^parameters: expected float32 or float64, got torch\.bfloat16"):
+        posterior(torch.zeros(4, 5))
+
+
 def test_a_posterior_without_parameters_is_of_the_features_dtype() -> None:
     posterior = FlowPosterior(6, flowpost.Affine(3), nn.Identity())
     for dtype in (torch.float32, torch.float64):

@@ -76,10 +76,15 @@ def check_tensor(name: str, value: Tensor, size: int, event_ndim: int = 1) -> No
         raise ValueError(f"{name}: expected shape {shape(size, event_ndim)}, got {tuple(value.shape)}{_trap(value)}")
 
 
+def check_wide(parameter: Tensor) -> None:
+    """Raise unless the parameters are float32 or float64."""
+    if parameter.dtype not in FLOATS:
+        raise TypeError(f"parameters: expected float32 or float64, got {parameter.dtype}; call .float() on the module")
+
+
 def check_like(z: Tensor, parameter: Tensor) -> None:
     """Raise unless z has the dtype and device of the parameters, which must be float32 or float64."""
-    if parameter.dtype not in FLOATS:
-        raise TypeError(f"parameters: expected float32 or float64, got {parameter.dtype}; call .float() on the flow")
+    check_wide(parameter)
     if z.dtype != parameter.dtype:
         raise TypeError(
             f"z: expected {parameter.dtype} like the parameters, got {z.dtype}; "
