@@ -160,6 +160,7 @@ class FlowPosterior(nn.Module):
         Raises:
             TypeError: if `sample` is no Sample, and as `forward`.
             ValueError: as `forward`.
+            RuntimeError: under `torch.export`, unless under `torch.no_grad`.
 
         Reference:
             Roeder, Wu & Duvenaud (2017), Sticking the Landing: Simple, Lower-Variance Gradient Estimators for VI.

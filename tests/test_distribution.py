@@ -470,6 +470,35 @@ def test_a_posterior_without_parameters_is_of_the_features_dtype() -> None:
 
 
 @every
+def test_a_sample_of_inference_mode_has_its_log_q(name: str) -> None:
+    posterior, h = make(name), features(4)
+    with torch.inference_mode():
+        sample = posterior(h)
+    assert torch.equal(posterior.path_log_prob(sample, h), sample.log_prob)
+
+
+class PathLogProb(nn.Module):
+    """Features in, log q of a sample as a function of z out."""
+
+    def __init__(self, posterior: FlowPosterior) -> None:
+        super().__init__()
+        self.posterior = posterior
+
+    def forward(self, h: Tensor, noise: Tensor) -> Tensor:
+        return self.posterior.path_log_prob(self.posterior(h, noise=noise), h)
+
+
+@pytest.mark.parametrize("name", ["diagonal", "planar"])
+def test_a_path_gradient_is_not_exported(name: str) -> None:
+    model, h, noise = PathLogProb(make(name)), features(4), torch.randn(4, 3, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"^path_log_prob: .* export it under torch\.no_grad"):
+        torch.export.export(model, (h, noise), strict=False)
+    with torch.no_grad():
+        program = torch.export.export(model, (h, noise), strict=False)
+    assert torch.allclose(program.module()(h, noise), model(h, noise), rtol=1e-12)
+
+
+@every
 def test_a_trace_is_refused(name: str) -> None:
     posterior, h = make(name), features(4)
     message = r"^torch\.jit\.trace: .* use torch\.export or torch\.compile"

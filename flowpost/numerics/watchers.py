@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as modules
 
 _AS_IT_IS = nullcontext()
+_is_exporting = getattr(torch.compiler, "is_exporting", bool)
 
 
 def unwatched(z: Tensor) -> bool:
@@ -18,11 +19,17 @@ def unwatched(z: Tensor) -> bool:
     ``torch.func`` and forward-mode differentiation need to see operations that they know; so does whoever loads an
     exported program. A compiler traces such a function. Autocast is the function's own affair.
     """
-    return not (
-        (torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling())  # an export
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
+    return not (_recording() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+
+
+def exporting() -> bool:
+    """Whether ``torch.export`` sees what is computed; before torch 2.7 not known where a compiler traces it for it."""
+    return _recording() or _is_exporting()
+
+
+def _recording() -> bool:
+    """Whether an export runs the operations to record them, without a compiler."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 def on_host(tensor: Tensor) -> bool:
