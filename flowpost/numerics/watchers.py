@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as modules
 
@@ -36,6 +37,16 @@ def on_host(tensor: Tensor) -> bool:
     """Whether its numbers can be read at once: on the CPU, where nobody watches the operations."""
     traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
     return tensor.device.type == "cpu" and not traced
+
+
+def batched(*tensors: Tensor) -> bool:
+    """Whether autograd runs one backward for many gradients: ``is_grads_batched``, or a vectorized Jacobian.
+
+    It maps by rules of its own, not by those of ``torch.func``: the operations' own backwards have them.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return any(is_legacy_batchedtensor(each) for each in tensors)
 
 
 def watched() -> bool:
