@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -152,6 +153,11 @@ def check_sample_shape(sample_shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sample_shape)
 
 
+def from_list(sample_shape: Sequence[int]) -> tuple[int, ...]:
+    """A list as a tuple, for torch's distributions take one; what is neither is left to `check_sample_shape`."""
+    return tuple(sample_shape) if isinstance(sample_shape, list) else cast("tuple[int, ...]", sample_shape)
+
+
 def check_noise(noise: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
     """Raise unless a draw that is to be mapped has the shape, and the dtype and device of the posterior."""
     if not isinstance(noise, Tensor):
@@ -190,4 +196,4 @@ def refuse_shards(module: nn.Module) -> None:
 
 def _is_int(size: object) -> bool:
     # Of torch's own kinds of int none is turned into a number here: that would fix an export's dynamic size.
-    return isinstance(size, (int, torch.SymInt, Integral))
+    return isinstance(size, (int, torch.SymInt, Integral)) and not isinstance(size, bool)
