@@ -10,7 +10,7 @@ from flowpost.bijectors.wrappers import Learned, linear_head
 from flowpost.checks import active, check_finite
 from flowpost.density import Sample, batch_of, draw, log_density, path_log_density
 from flowpost.distribution import FlowDistribution
-from flowpost.numerics.arguments import check_int, check_untraced, check_wide, refuse_shards
+from flowpost.numerics.arguments import FLOATS, check_int, check_untraced, check_wide, refuse_shards
 from flowpost.numerics.constants import follow, keep_constants
 from flowpost.numerics.watchers import first_parameter, full_precision
 
@@ -116,7 +116,7 @@ class FlowPosterior(nn.Module):
         return FlowDistribution(self.flow, self.context(h), batch_of(h), validate_args=validate_args)
 
     def context(self, h: Tensor | None = None) -> Tensor | None:
-        """The flow's context for features h, which are cast to the head's dtype."""
+        """The flow's context for features h, which are cast to the head's dtype, and never left in half precision."""
         check_untraced()
         refuse_shards(self)
         h = self._check_features(h)
@@ -195,7 +195,7 @@ class FlowPosterior(nn.Module):
         like = None if self.head is None else first_parameter(self.head)
         like = first_parameter(self) if like is None else like
         if like is None:
-            return h
+            return h if h.dtype in FLOATS else h.float()
         check_wide(like)
         if h.device != like.device:
             raise ValueError(f"h: expected device {like.device} like the parameters, got {h.device}")
