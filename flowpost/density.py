@@ -13,7 +13,7 @@ from flowpost.bijectors.base import Bijector
 from flowpost.checks import active, warn_moved
 from flowpost.numerics.arguments import check_noise, check_sample_shape
 from flowpost.numerics.products import wide_dtype
-from flowpost.numerics.watchers import first_parameter, full_precision
+from flowpost.numerics.watchers import exporting, first_parameter, full_precision, watched
 
 _LOG_2PI = math.log(2 * math.pi)
 
@@ -79,8 +79,14 @@ def path_log_density(flow: Bijector, sample: Sample, context: Tensor | None) -> 
     if not isinstance(sample, Sample):
         raise TypeError(f"sample: expected a flowpost.Sample, got {type(sample).__name__}")
     z, log_prob, noise = sample
-    if not torch.is_grad_enabled():
+    # A sample of `torch.inference_mode` has no gradient to anything.
+    if not torch.is_grad_enabled() or (not watched() and z.is_inference()):
         return log_prob
+    if exporting():
+        raise RuntimeError(
+            "path_log_prob: expected a call without gradients under torch.export, which leaves out those within a "
+            "program; export it under torch.no_grad(), where it is sample.log_prob"
+        )
 
     def total(z: Tensor) -> Tensor:
         return _score(*apply_inverse(flow, z, fixed, noise), 1).sum()

@@ -20,6 +20,7 @@ from torch.distributions import (
 from flowpost.bijectors._as_transform import vectors_in
 from flowpost.bijectors.base import Bijector
 from flowpost.density import Sample, draw, like_of, log_density, path_log_density, push
+from flowpost.numerics.arguments import from_list
 
 
 class FlowDistribution(Distribution):
@@ -89,11 +90,11 @@ class FlowDistribution(Distribution):
 
     def rsample_and_log_prob(self, sample_shape: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         """A reparameterized sample and its log-density, in one pass."""
-        return self.draw(tuple(sample_shape))[:2]
+        return self.draw(from_list(sample_shape))[:2]
 
     def rsample(self, sample_shape: tuple[int, ...] = (), noise: Tensor | None = None) -> Tensor:
         """A reparameterized sample ``(*sample_shape, *batch_shape, dim)``, without its log q; `noise` as in `draw`."""
-        return push(self.flow, self.context, self.batch_shape, tuple(sample_shape), noise)[0]
+        return push(self.flow, self.context, self.batch_shape, from_list(sample_shape), noise)[0]
 
     def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
         """A sample without gradient."""

@@ -10,7 +10,7 @@ from flowpost.bijectors.wrappers import Learned, linear_head
 from flowpost.checks import active, check_finite
 from flowpost.density import Sample, batch_of, draw, log_density, path_log_density
 from flowpost.distribution import FlowDistribution
-from flowpost.numerics.arguments import check_int, check_untraced, refuse_shards
+from flowpost.numerics.arguments import FLOATS, check_int, check_untraced, check_wide, refuse_shards
 from flowpost.numerics.constants import follow, keep_constants
 from flowpost.numerics.watchers import first_parameter, full_precision
 
@@ -28,7 +28,8 @@ class FlowPosterior(nn.Module):
     Args:
         features: size of the encoder's features h; 0 for a posterior without an encoder, whose context is learned.
         flow: the bijector from noise to z; the last step listed acts last.
-        head: from h to the flow's context; by default a linear layer that starts the flow near its identity.
+        head: from h to the flow's context; by default a linear layer that starts the flow near its identity, on the
+            flow's device and of its dtype.
 
     Raises:
         TypeError: if `flow` is no Bijector.
@@ -115,7 +116,7 @@ class FlowPosterior(nn.Module):
         return FlowDistribution(self.flow, self.context(h), batch_of(h), validate_args=validate_args)
 
     def context(self, h: Tensor | None = None) -> Tensor | None:
-        """The flow's context for features h, in the posterior's dtype; half-precision features are cast."""
+        """The flow's context for features h, which are cast to the head's dtype, and never left in half precision."""
         check_untraced()
         refuse_shards(self)
         h = self._check_features(h)
@@ -159,6 +160,7 @@ class FlowPosterior(nn.Module):
         Raises:
             TypeError: if `sample` is no Sample, and as `forward`.
             ValueError: as `forward`.
+            RuntimeError: under `torch.export`, unless under `torch.no_grad`.
 
         Reference:
             Roeder, Wu & Duvenaud (2017), Sticking the Landing: Simple, Lower-Variance Gradient Estimators for VI.
@@ -190,9 +192,11 @@ class FlowPosterior(nn.Module):
             raise ValueError(f"h: expected shape (*, {self.features}), got {tuple(h.shape)}")
         if active():
             check_finite("h", h, "; the encoder's output is not finite")
-        like = first_parameter(self)
+        like = None if self.head is None else first_parameter(self.head)
+        like = first_parameter(self) if like is None else like
         if like is None:
-            return h
+            return h if h.dtype in FLOATS else h.float()
+        check_wide(like)
         if h.device != like.device:
             raise ValueError(f"h: expected device {like.device} like the parameters, got {h.device}")
         return h.to(like.dtype)

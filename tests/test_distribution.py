@@ -433,6 +433,31 @@ def test_parts_that_were_cast_before_they_were_put_together(flow: Callable[[], f
     assert posterior(sample_shape=(4,), noise=noise).log_prob.dtype == torch.float64
 
 
+@pytest.mark.parametrize("flow", [lambda: flowpost.Planar(3), lambda: flowpost.Autoregressive(3, 2, (8,))])
+def test_a_head_is_made_where_the_flow_is(flow: Callable[[], flowpost.Bijector]) -> None:
+    posterior = FlowPosterior(5, flow().double())
+    z, log_prob, _ = posterior(features(4))
+    assert z.dtype == log_prob.dtype == torch.float64
+    step = flowpost.Conditioned(flow().double(), 5)
+    assert step(torch.zeros(4, 3, dtype=torch.float64), features(4))[0].dtype == torch.float64
+    moved = FlowPosterior(5, flow().to("meta"))
+    assert moved(torch.zeros(4, 5, device="meta")).z.is_meta
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_features_are_cast_to_the_head_s_dtype(dtype: torch.dtype) -> None:
+    flow, head = flowpost.Autoregressive(3, 2, (8,)).double(), nn.Linear(5, 2)
+    posterior, h, noise = FlowPosterior(5, flow, head), features(4), torch.randn(4, 3, dtype=torch.float64)
+    z, _ = flow(noise, head(h.float()).double())
+    assert torch.equal(posterior(h.to(dtype), noise=noise).z, z)
+
+
+def test_a_half_precision_head_is_refused() -> None:
+    posterior = FlowPosterior(5, flowpost.Autoregressive(3, 2, (8,)), nn.Linear(5, 2).bfloat16())
+    with pytest.raises(TypeError, match=r"^parameters: expected float32 or float64, got torch\.bfloat16"):
+        posterior(torch.zeros(4, 5))
+
+
 def test_a_posterior_without_parameters_is_of_the_features_dtype() -> None:
     posterior = FlowPosterior(6, flowpost.Affine(3), nn.Identity())
     for dtype in (torch.float32, torch.float64):
@@ -442,6 +467,35 @@ def test_a_posterior_without_parameters_is_of_the_features_dtype() -> None:
 
 
 # ----------------------------------------------------------------------------------------------- traced, and sharded
+
+
+@every
+def test_a_sample_of_inference_mode_has_its_log_q(name: str) -> None:
+    posterior, h = make(name), features(4)
+    with torch.inference_mode():
+        sample = posterior(h)
+    assert torch.equal(posterior.path_log_prob(sample, h), sample.log_prob)
+
+
+class PathLogProb(nn.Module):
+    """Features in, log q of a sample as a function of z out."""
+
+    def __init__(self, posterior: FlowPosterior) -> None:
+        super().__init__()
+        self.posterior = posterior
+
+    def forward(self, h: Tensor, noise: Tensor) -> Tensor:
+        return self.posterior.path_log_prob(self.posterior(h, noise=noise), h)
+
+
+@pytest.mark.parametrize("name", ["diagonal", "planar"])
+def test_a_path_gradient_is_not_exported(name: str) -> None:
+    model, h, noise = PathLogProb(make(name)), features(4), torch.randn(4, 3, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"^path_log_prob: .* export it under torch\.no_grad"):
+        torch.export.export(model, (h, noise), strict=False)
+    with torch.no_grad():
+        program = torch.export.export(model, (h, noise), strict=False)
+    assert torch.allclose(program.module()(h, noise), model(h, noise), rtol=1e-12)
 
 
 @every

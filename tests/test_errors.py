@@ -277,6 +277,9 @@ POSTERIOR: list[tuple[Callable[[FlowPosterior], object], type[Exception], str]] 
     (lambda q: q(H, 5), TypeError, "sample_shape: expected a tuple of ints, got 5"),
     (lambda q: q(H, (2.0,)), TypeError, "sample_shape: expected a tuple of ints, got (2.0,)"),
     (lambda q: q(H, [5]), TypeError, "sample_shape: expected a tuple of ints, got [5]"),
+    (lambda q: q(H, (True,)), TypeError, "sample_shape: expected a tuple of ints, got (True,)"),
+    (lambda q: q.at(H).sample(5), TypeError, "sample_shape: expected a tuple of ints, got 5"),  # pyright: ignore
+    (lambda q: q.at(H).rsample_and_log_prob(5), TypeError, "sample_shape: expected a tuple of ints, got 5"),  # pyright: ignore
     (lambda q: q(H, (5,), torch.zeros(6, 4)), ValueError, "noise: expected shape (5, 6, 4), got (6, 4)"),
     (lambda q: q.log_prob(torch.zeros(6, 5), H), ValueError, "z: expected shape (*, 4), got (6, 5)"),
     (

@@ -205,6 +205,17 @@ def test_a_float64_encoder_gets_a_float64_posterior() -> None:
         assert {p.dtype for p in posterior.parameters()} == {torch.float64}
 
 
+def test_a_pair_under_autocast_gets_a_float32_sample() -> None:
+    posterior, noise = wrap(Pair(), 3, flow="diagonal", example=X[:1]), torch.randn(len(X), 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loc, log_var = (part.float() for part in posterior.encoder(X))
+        z, log_prob, _ = posterior(X, noise=noise)
+        assert posterior(X).z.dtype == posterior.at(X).sample().dtype == torch.float32
+    normal = torch.distributions.Normal(loc, (0.5 * log_var).exp())
+    torch.testing.assert_close(z, loc + normal.scale * noise)
+    torch.testing.assert_close(log_prob, normal.log_prob(z).sum(-1))
+
+
 def test_a_half_precision_encoder_gets_a_float32_posterior() -> None:
     for encoder, keywords in [(nn.Linear(6, 7), {"features": 7}), (Pair(), {"example": X[:1].bfloat16()})]:
         posterior = wrap(encoder.bfloat16(), 3, flow="full_covariance", **keywords)

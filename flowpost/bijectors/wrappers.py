@@ -185,7 +185,7 @@ def _inner(steps: Sequence[Bijector]) -> list[Bijector]:
 
 
 def linear_head(features: int, step: Bijector) -> nn.Linear:
-    """A linear layer from features to the step's context that starts at the step's ``initial_context``.
+    """A linear layer from features to the step's context that starts at the step's ``initial_context``, where it is.
 
     Raises:
         ValueError: if the step reads no context, or so much of it that the layer would have over 100 million weights.
@@ -198,9 +198,10 @@ def linear_head(features: int, step: Bijector) -> nn.Linear:
             f"not grow as dim^2 (householder, planar, iaf), a smaller dim, or a head of your own: "
             f"FlowPosterior(features, flow, head)"
         )
-    head = nn.Linear(features, step.context_size)
+    start = step.initial_context()
+    head = nn.Linear(features, step.context_size, device=start.device, dtype=start.dtype)
     with torch.no_grad():
-        head.bias.copy_(step.initial_context())
+        head.bias.copy_(start)
         head.weight.mul_(step.head_scale().unsqueeze(-1))
     return head
 

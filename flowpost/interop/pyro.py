@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flowpost.density import Sample
 from flowpost.distribution import FlowDistribution
+from flowpost.numerics.arguments import from_list
 from flowpost.numerics.remembered import Remembered, remember
 
 try:
@@ -42,7 +43,7 @@ class PyroFlow(FlowDistribution, TorchDistributionMixin):
 
     def rsample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
         """A reparameterized sample ``(*sample_shape, *batch_shape, dim)``, whose log q is remembered."""
-        return self.draw(tuple(sample_shape)).z
+        return self.draw(from_list(sample_shape)).z
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The log q(value|x): of the last own sample as it was drawn, of any other value by the flow's inverse."""

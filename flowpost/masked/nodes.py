@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flowpost.masked import engine, plain
 from flowpost.masked.run import Run, Saved, broadcast, flat
+from flowpost.numerics.watchers import batched
 
 Ctx = Any  # of an autograd function: torch types it without what it stores
 
@@ -59,7 +60,7 @@ class _Pass(torch.autograd.Function):
         run, needs = ctx.run, ctx.needs_input_grad[2:]
         z, context, *rest = ctx.saved_tensors
         parameters, tape = rest[: len(needs) - 2], rest[len(needs) - 2 :]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or batched(*grads):
             return None, None, *_replay(partial(plain.forward, run), (z, context, *parameters), needs, grads)
         return None, None, *engine.engine_on(z).gradients(Saved(run, tape, context, parameters, needs), *grads)
 
@@ -87,7 +88,7 @@ class _Solve(torch.autograd.Function):
         run, needs = ctx.run, ctx.needs_input_grad[3:]
         preimage, z, context, *rest = ctx.saved_tensors
         parameters, tape = rest[: len(needs) - 2], rest[len(needs) - 2 :]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or batched(*grads):
 
             def inverse(z: Tensor, context: Tensor | None, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
                 return plain.inverse(run, z, context, preimage, parameters)
@@ -108,16 +109,18 @@ def _replay(
     needs: Sequence[bool],
     grads: Sequence[Tensor],
 ) -> list[Tensor | None]:
-    """What a backward under ``create_graph`` returns: the plain operations' gradients, in the graph.
+    """What a backward under ``create_graph`` returns, or one of many gradients: the plain operations' gradients.
 
     The inputs may depend on one another: z on a parameter, say, or one parameter may come twice. Each is replaced by a
     view, so that what reaches one through another is left to those who made it so, and not counted twice.
     """
-    own = [None if each is None else each.view_as(each) for each in inputs]
-    z = cast(Tensor, own[0])
-    image, log_det = function(z, own[1], own[2:])
-    pairs = [(image, grads[0]), (_whole(log_det, z).to(grads[1].dtype), grads[1])]
-    outputs, slopes = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)
-    wanted = [cast(Tensor, each) for each, need in zip(own, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(outputs, wanted, slopes, create_graph=True, allow_unused=True))
+    recorded = torch.is_grad_enabled()
+    with torch.enable_grad():
+        own = [None if each is None else each.view_as(each) for each in inputs]
+        z = cast(Tensor, own[0])
+        image, log_det = function(z, own[1], own[2:])
+        pairs = [(image, grads[0]), (_whole(log_det, z).to(grads[1].dtype), grads[1])]
+        outputs, slopes = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)
+        wanted = [cast(Tensor, each) for each, need in zip(own, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(outputs, wanted, slopes, create_graph=recorded, allow_unused=True))
     return [next(found) if need else None for need in needs]

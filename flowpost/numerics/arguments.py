@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -91,10 +92,15 @@ def check_tensor(name: str, value: Tensor, size: int, event_ndim: int = 1) -> No
         raise ValueError(f"{name}: expected shape {shape(size, event_ndim)}, got {tuple(value.shape)}{_trap(value)}")
 
 
+def check_wide(parameter: Tensor) -> None:
+    """Raise unless the parameters are float32 or float64."""
+    if parameter.dtype not in FLOATS:
+        raise TypeError(f"parameters: expected float32 or float64, got {parameter.dtype}; call .float() on the module")
+
+
 def check_like(z: Tensor, parameter: Tensor) -> None:
     """Raise unless z has the dtype and device of the parameters, which must be float32 or float64."""
-    if parameter.dtype not in FLOATS:
-        raise TypeError(f"parameters: expected float32 or float64, got {parameter.dtype}; call .float() on the flow")
+    check_wide(parameter)
     if z.dtype != parameter.dtype:
         raise TypeError(
             f"z: expected {parameter.dtype} like the parameters, got {z.dtype}; "
@@ -162,6 +168,11 @@ def check_sample_shape(sample_shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sample_shape)
 
 
+def from_list(sample_shape: Sequence[int]) -> tuple[int, ...]:
+    """A list as a tuple, for torch's distributions take one; what is neither is left to `check_sample_shape`."""
+    return tuple(sample_shape) if isinstance(sample_shape, list) else cast("tuple[int, ...]", sample_shape)
+
+
 def check_noise(noise: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
     """Raise unless a draw that is to be mapped has the shape, and the dtype and device of the posterior."""
     if not isinstance(noise, Tensor):
@@ -200,4 +211,4 @@ def refuse_shards(module: nn.Module) -> None:
 
 def _is_int(size: object) -> bool:
     # Of torch's own kinds of int none is turned into a number here: that would fix an export's dynamic size.
-    return isinstance(size, (int, torch.SymInt, Integral))
+    return isinstance(size, (int, torch.SymInt, Integral)) and not isinstance(size, bool)

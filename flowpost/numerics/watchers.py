@@ -6,10 +6,12 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as modules
 
 _AS_IT_IS = nullcontext()
+_is_exporting = getattr(torch.compiler, "is_exporting", bool)
 
 
 def unwatched(z: Tensor) -> bool:
@@ -18,17 +20,33 @@ def unwatched(z: Tensor) -> bool:
     ``torch.func`` and forward-mode differentiation need to see operations that they know; so does whoever loads an
     exported program. A compiler traces such a function. Autocast is the function's own affair.
     """
-    return not (
-        (torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling())  # an export
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
+    return not (_recording() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+
+
+def exporting() -> bool:
+    """Whether ``torch.export`` sees what is computed; before torch 2.7 not known where a compiler traces it for it."""
+    return _recording() or _is_exporting()
+
+
+def _recording() -> bool:
+    """Whether an export runs the operations to record them, without a compiler."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 def on_host(tensor: Tensor) -> bool:
     """Whether its numbers can be read at once: on the CPU, where nobody watches the operations."""
     traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
     return tensor.device.type == "cpu" and not traced
+
+
+def batched(*tensors: Tensor) -> bool:
+    """Whether autograd runs one backward for many gradients: ``is_grads_batched``, or a vectorized Jacobian.
+
+    It maps by rules of its own, not by those of ``torch.func``: the operations' own backwards have them.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return any(is_legacy_batchedtensor(each) for each in tensors)
 
 
 def watched() -> bool:

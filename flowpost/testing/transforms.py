@@ -18,7 +18,7 @@ from flowpost.testing.derivatives import with_gradients
 
 
 def transforms(case: Case) -> float:
-    """B17: vmap over points, vmap of jacrev and jacfwd, stacked parameters and functional_call equal the plain call."""
+    """B17: vmap of points, jacrev, jacfwd, a vectorized jacobian, stacked parameters and functional_call, all equal."""
     step, context = case.step(), case.context(3)
     axes = (0, None if context is None else 0)
     bound, worst = 1e-8 if case.dtype == torch.float64 else 1e-4, 0.0
@@ -31,6 +31,8 @@ def transforms(case: Case) -> float:
         for transform in (torch.func.jacrev, torch.func.jacfwd):
             found = torch.func.vmap(transform(lambda *args, f=direction: f(*args)[0]), in_dims=axes)(z, context)
             worst = max(worst, same(f"{transform.__name__}, {name}", (found,), (matrix,), bound, case))
+        found = torch.autograd.functional.jacobian(lambda z, f=direction: f(z, context)[0].sum(0), z, vectorize=True)
+        worst = max(worst, same(f"vectorized, {name}", (found.movedim(0, 1),), (matrix,), bound, case))
     z = case.z(3)
     parameters: dict[str, Tensor] = dict(step.named_parameters())
     called = torch.func.functional_call(step, parameters, (z, context))
