@@ -13,6 +13,7 @@ from test_engines import every_result
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from versions import OLDEST
 
 from flowpost import (
     ActNorm,
@@ -145,7 +146,7 @@ def test_a_closed_solve_is_swept_by_one_launch_each_way(name: str) -> None:
         counts = on_meta(make(dim), "inverse", torch.float32)
         assert (counts[0]["sweep"], counts[1]["transposed_sweep"]) == (1, 1)
         assert counts[0].total() <= there, counts[0]
-        assert counts[1].total() <= back, counts[1]
+        assert counts[1].total() <= back + 2 * OLDEST, counts[1]
 
 
 def test_the_masked_weights_are_not_kept_for_the_way_back() -> None:

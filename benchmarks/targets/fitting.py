@@ -168,7 +168,7 @@ def draw(
 
     def one(parameters: Tensors, buffers: Tensors) -> tuple[Tensor, Tensor]:
         given = {"sample_shape": tuple(noise.shape[:1]), "noise": noise}
-        z, log_q, _ = functional_call(posterior, (parameters, buffers), kwargs=given)
+        z, log_q, _ = functional_call(posterior, (parameters, buffers), (), given)
         return z, log_q
 
     if together:
