@@ -23,6 +23,7 @@ from benchmarks.targets.fitting import Fit, Plan, fit
 from benchmarks.targets.known import energies
 from benchmarks.targets.pictures import DRAWN, Densities, drawn, fitted, one_recipe, overview
 from benchmarks.targets.table import is_impossible, notes, tables
+from flowpost.recipes import RECIPES
 
 FULL, FULL_STEPS = Plan(), (2, 8, 32)
 QUICK, QUICK_STEPS = Plan(iterations=200, starts=2, batch=64, pace=1.5, samples=20_000, cells=60), (2, 8)
@@ -176,9 +177,27 @@ def write(run: Run, fits: Sequence[Fit], plan: Plan) -> None:
 
 
 def shown(content: Content, page: str = "") -> str:
-    """The text of the page, or of a file that has no picture beside it."""
-    fits = [Fit.from_json(each) for each in content["fits"]]
-    found = tables(fits, Plan(**content["plan"]), content["environment"]["threads"])
+    """The text of the page, or of a file that has no picture beside it; of several runs of one plan, too."""
+    runs = content["runs"] if "runs" in content else [content]
+    fits = in_order([Fit.from_json(each) for run in runs for each in run["fits"]])
+    found = tables(fits, Plan(**runs[0]["plan"]), runs[0]["environment"]["threads"])
     caption = "The target and every posterior's density, a row for each energy"
     picture = pictured(page, caption) if page and any(one.dim == DRAWN for one in fits) else ""
-    return "\n\n".join(filter(None, [picture, *(each.markdown() for each in found), origin(content)]))
+    origins = [f"{_rows(run)}{origin(run)}" if len(runs) > 1 else origin(run) for run in runs]
+    return "\n\n".join(filter(None, [picture, *(each.markdown() for each in found), *origins]))
+
+
+def in_order(fits: Sequence[Fit]) -> list[Fit]:
+    """Sizes, then recipes, then libraries, each from few steps to many."""
+    names = [*RECIPES, *PEERS]
+    return sorted(fits, key=lambda one: (one.dim, names.index(one.posterior), one.steps or 0))
+
+
+def _rows(run: Content) -> str:
+    """Which rows of a table of several runs are a run's."""
+    steps: dict[str, list[str]] = {}
+    for one in (Fit.from_json(each) for each in run["fits"]):
+        found = steps.setdefault(one.posterior, [])
+        found += [str(one.steps)] if one.steps is not None and str(one.steps) not in found else []
+    rows = [f"{name} (K = {' and '.join(found)})" if found else name for name, found in steps.items()]
+    return f"{', '.join(rows)}: "
