@@ -52,9 +52,9 @@ def _log_det(numbers: _Numbers, radii: list[Tensor], dim: int) -> Tensor:
     near = 1 / (1 + radius)  # t
     far, move = radius * near, numbers.ratio * near
     gain, bend = numbers.room * near, move * near
-    around = torch.where(numbers.low, torch.log(gain + far), torch.log1p(move.clamp_min(-0.5)))
+    around = torch.where(numbers.low, torch.log(gain + far), torch.log1p(move.clamp_min(-0.75)))
     flat = torch.log(gain * near + far * (1 + near))
-    slope = torch.where(numbers.low, flat, torch.log1p(bend.clamp_min(-0.5)))
+    slope = torch.where(numbers.low, flat, torch.log1p(bend.clamp_min(-0.75)))
     return ((dim - 1) * around + slope).sum((-2, -1), dtype=wide_dtype(radius))
 
 
@@ -90,7 +90,7 @@ def radial_chain_inverse(z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor)
         half = 0.5 * (step.room - image)
         root = torch.sqrt(half * half + image)
         # Of the two forms of the positive root, the one that adds.
-        radius = torch.where(half > 0, image / (root + half.clamp_min(0)), root - half.clamp_max(0))
+        radius = torch.where(half > 0, image / (root + half.clamp_min(0)), root - torch.where(half > 0, 0, half))
         near = 1 / (1 + radius)
         move = step.ratio * near
         gain = torch.where(step.low, (radius + step.room) * near, 1 + move)

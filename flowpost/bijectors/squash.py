@@ -22,7 +22,8 @@ def sigmoid(z: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         z' ``(*batch, dim)``, between 0 and 1, and log_det ``(*batch)``.
     """
-    falling, rising = torch.exp(-z.clamp_min(0)), torch.exp(z.clamp_max(0))
+    above, below = _sides(z)
+    falling, rising = torch.exp(-above), torch.exp(below)
     image = torch.where(z < 0, rising / (1 + rising), 1 / (1 + falling))
     return image, -(_softplus(z) + _softplus(-z)).sum(-1)
 
@@ -76,7 +77,8 @@ def tanh(z: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         z' ``(*batch, dim)``, between -1 and 1, and log_det ``(*batch)``.
     """
-    falling, rising = torch.exp(-2 * z.clamp_min(0)), torch.exp(2 * z.clamp_max(0))
+    above, below = _sides(z)
+    falling, rising = torch.exp(-2 * above), torch.exp(2 * below)
     far = torch.where(z < 0, (rising - 1) / (1 + rising), (1 - falling) / (1 + falling))
     image = torch.where(z.abs() < 0.5, torch.tanh(z.clamp(-0.5, 0.5)), far)
     return image, 2 * (math.log(2) - z - _softplus(-2 * z)).sum(-1)
@@ -93,6 +95,11 @@ def tanh_inverse(z: Tensor) -> tuple[Tensor, Tensor]:
     """
     low, high = torch.log1p(z), torch.log1p(-z)
     return 0.5 * (low - high), -(low + high).sum(-1)
+
+
+def _sides(z: Tensor) -> tuple[Tensor, Tensor]:
+    """z where it is not below 0, z where it is, and 0 elsewhere: a clamp's slope at 0 is 1 or 0, by torch's version."""
+    return torch.where(z < 0, 0, z), torch.where(z < 0, z, 0)
 
 
 def _softplus(z: Tensor) -> Tensor:
