@@ -178,9 +178,9 @@ class FittedPosterior:
         ``log_q`` of q, and ``lp`` of the log joint. The draws are independent, also those of one chain. The evidence,
         the ELBO, k-hat and the verdict are attributes of the tree.
         """
+        self.target.check_same()
         from flowpost.interop.arviz import draws_to_datatree
 
-        self.target.check_same()
         count = check_int("chains", chains, minimum=1) * check_int("draws", draws, minimum=1)
         z, log_q = self._drawn(count)
         with torch.no_grad():
