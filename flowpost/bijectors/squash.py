@@ -98,7 +98,7 @@ def tanh_inverse(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sides(z: Tensor) -> tuple[Tensor, Tensor]:
-    """The z that are not below 0, and those that are, 0 elsewhere: a clamp's slope at 0 is 1 or 0, by torch's version."""
+    """The z from 0 up, and those below, 0 elsewhere: a clamp's slope at 0 is 1 or 0, by torch's version."""
     return torch.where(z < 0, 0, z), torch.where(z < 0, z, 0)
 
 
