@@ -23,7 +23,7 @@ from benchmarks.reliability import command
 from benchmarks.reliability.board import Library, count, markdown, tables
 from benchmarks.reliability.judge import NOT_APPLICABLE, RAW, SILENT, SURVIVED, Model, Pair, is_clear, judge
 from benchmarks.reliability.own import flowpost_models
-from benchmarks.reliability.worker import load, uses
+from benchmarks.reliability.worker import load, placeless, uses
 from benchmarks.run import fill
 from flowpost import bijectors
 from flowpost.recipes import RECIPES
@@ -318,3 +318,8 @@ def test_a_library_that_cannot_be_built_is_said_so(
 def test_an_unknown_library_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["reliability", "--library", "nothing"]) == 2
     assert "library: expected some of flowpost" in capsys.readouterr().err
+
+
+def test_a_reason_does_not_say_where_a_library_lies() -> None:
+    reason = 'File "/home/me/.venv/lib/python3.11/site-packages/nflows/transforms/base.py", line 7: 1.5/2 of /tmp'
+    assert placeless(reason) == 'File "nflows/transforms/base.py", line 7: 1.5/2 of /tmp'

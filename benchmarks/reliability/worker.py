@@ -11,6 +11,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 from dataclasses import replace
 from functools import partial
 from typing import TextIO
@@ -91,8 +92,13 @@ def _try(model: Model, use: Use, out: TextIO) -> None:
     faulthandler.dump_traceback_later(LIMIT, exit=True)
     verdict = judge(use, model)
     faulthandler.cancel_dump_traceback_later()
-    line = {"model": model.name, "use": use.name, "outcome": verdict.outcome, "reason": verdict.reason}
+    line = {"model": model.name, "use": use.name, "outcome": verdict.outcome, "reason": placeless(verdict.reason)}
     print(json.dumps(line), file=out, flush=True)
+
+
+def placeless(reason: str) -> str:
+    """Without where on this machine a library lies, as the compiler's errors have it: the reasons are published."""
+    return re.sub(r"[\w./-]*/site-packages/", "", reason)
 
 
 def _private_stdout() -> TextIO:
