@@ -38,6 +38,7 @@ def test_every_page_says_on_what_it_was_measured() -> None:
             assert f"commit {there['commit']}." in text
             assert f"```bash\n{run['command']}\n```" in text
             assert not there["commit"].endswith("-dirty")
+        assert "site-packages" not in path.read_text(encoding="utf-8")  # where things lie is nobody's business
 
 
 def test_the_readme_s_table_is_of_the_main_job() -> None:
