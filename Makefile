@@ -20,7 +20,7 @@ unexport PYTHONDONTWRITEBYTECODE
 SITE = OMP_NUM_THREADS=1 $(if $(SMOKE),FLOWPOST_DOCS_SMOKE=1) $(BIN)/python -m sphinx -j 2 -W --keep-going -q
 
 .PHONY: bench speed test test-full test-long test-compile test-plain test-peers test-interop test-encoders test-kernels
-.PHONY: test-oldest test-deep mutants mass lint all docs docs-full clean
+.PHONY: test-oldest test-deep mutants mass lint venv docs docs-full clean
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks --jobs 2 $(ARGS)
@@ -60,8 +60,9 @@ test-peers: $(VENV)/.test-peers
 test-interop: $(VENV)/.test-interop
 	$(PYTEST) tests/test_interop_*.py tests/test_layout.py $(ARGS)
 
-# The public libraries, the site's and Triton; where they are, test-full has test-peers and test-kernels in it.
-all: $(VENV)/.all
+# An environment with all that .ci/run needs: where Triton and the public libraries are, test-full has test-kernels and
+# test-peers in it.
+venv: $(VENV)/.all
 
 # Triton's kernels, interpreted on the CPU and compiled for a GPU; Triton takes 700 MB, so it has an extra of its own.
 test-kernels: $(VENV)/.test-kernels
@@ -144,7 +145,7 @@ $(VENV)/.peers: $(FILES) | $(BIN)/python
 	$(INSTALL) -e '.[bench,files,peers]'
 	touch $@
 
-# All that .ci/run needs, at once: pip takes its time to begin.
+# At once, for pip takes its time to begin.
 $(VENV)/.all: $(FILES) | $(BIN)/python
 	$(INSTALL) -e '.[bench,files,test,dev,docs,peers,triton]'
 	touch $@ $(addprefix $(VENV)/,.bench .test .lint .docs .peers .test-peers .test-kernels)

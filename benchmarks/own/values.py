@@ -135,33 +135,33 @@ def _check_spread(train: np.ndarray, spec: Spec) -> None:
     deviations = train.std(0, dtype=np.float64)
     if not deviations.max():
         raise DataError(f"train: expected rows that differ, got {len(train)} equal ones")
-    if spec.kind != "gaussian":
-        return
-    _check_rounding(train, deviations if spec.number is None else np.full_like(deviations, spec.number))
-    if spec.number is not None:
-        return
+    if spec.kind == "gaussian":
+        _check_rounding(train, deviations if spec.number is None else spec.number)
+        if spec.number is None:
+            _check_scales(deviations)
+
+
+def _check_rounding(train: np.ndarray, scales: np.ndarray | float) -> None:
+    """Refuse elements far from 0, of whose differences float32 would leave little."""
+    off = np.abs(train.astype(np.float32).astype(np.float64) - train).max(0)
+    if got := _others(off > ROUNDED * scales, off, "rounded by {:g}: element {}"):
+        wanted = f"expected elements that float32 rounds by less than {ROUNDED} of their scale"
+        raise DataError(f"train: {wanted}, {got}; subtract their means")
+
+
+def _check_scales(deviations: np.ndarray) -> None:
     low, high = DEVIATIONS
-    out = (deviations < low) | (deviations > high)
-    if out.any():
-        first = int(out.argmax())
-        got = f"got {int(out.sum())} of {len(out)} others (the first is {deviations[first]:g} of element {first})"
+    if got := _others((deviations < low) | (deviations > high), deviations, "{:g} of element {}"):
         raise DataError(
             f"train: expected elements of a deviation from {low:g} to {high:g}, for gaussian learns their scales, "
             f"{got}; drop or rescale these, or fix the scale: --likelihood gaussian:{0.1 * deviations.max():.2g}"
         )
 
 
-def _check_rounding(train: np.ndarray, scales: np.ndarray) -> None:
-    """Refuse elements far from 0, of whose differences float32 would leave little."""
-    off = np.abs(train.astype(np.float32).astype(np.float64) - train).max(0)
-    out = off > ROUNDED * scales
-    if out.any():
-        first = int(out.argmax())
-        got = f"got {int(out.sum())} of {len(out)} others (the first is rounded by {off[first]:g}: element {first})"
-        raise DataError(
-            f"train: expected elements that float32 rounds by less than {ROUNDED} of their scale, {got}; "
-            f"subtract their means"
-        )
+def _others(out: np.ndarray, values: np.ndarray, first: str) -> str:
+    """How many elements are `out`, and which is the first, with its value; empty where none is."""
+    at = int(out.argmax())
+    return f"got {out.sum()} of {len(out)} others (the first is {first.format(values[at], at)})" if out.any() else ""
 
 
 def _whole(part: np.ndarray) -> bool:
