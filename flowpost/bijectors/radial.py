@@ -90,7 +90,7 @@ def radial_chain_inverse(z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor)
         half = 0.5 * (step.room - image)
         root = torch.sqrt(half * half + image)
         # Of the two forms of the positive root, the one that adds.
-        radius = torch.where(half > 0, image / (root + half.clamp_min(0)), root - torch.where(half > 0, 0, half))
+        radius = torch.where(half > 0, image / (root + half.clamp_min(0)), root - half)
         near = 1 / (1 + radius)
         move = step.ratio * near
         gain = torch.where(step.low, (radius + step.room) * near, 1 + move)
