@@ -11,7 +11,6 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as modules
 
 _AS_IT_IS = nullcontext()
-_is_exporting = getattr(torch.compiler, "is_exporting", bool)
 
 
 def unwatched(z: Tensor) -> bool:
@@ -24,8 +23,11 @@ def unwatched(z: Tensor) -> bool:
 
 
 def exporting() -> bool:
-    """Whether ``torch.export`` sees what is computed; before torch 2.7 not known where a compiler traces it for it."""
-    return _recording() or _is_exporting()
+    """Whether ``torch.export`` sees what is computed; before torch 2.7 not known where a compiler traces it for it.
+
+    The flag itself is read: some compilers take ``torch.compiler.is_exporting`` for always true.
+    """
+    return _recording() or getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def _recording() -> bool:
