@@ -24,7 +24,7 @@ from benchmarks.config import (
 )
 from benchmarks.data import NAMES, DataError
 from benchmarks.encoders import encoders
-from benchmarks.flows import PRIORS
+from benchmarks.flows import PRIORS, parse_options
 from benchmarks.images import images
 from benchmarks.job import job
 from benchmarks.models import POSTERIORS
@@ -99,6 +99,10 @@ def main_job(
             help=f"Posterior to train: {', '.join(POSTERIORS)}, or {ALL}; repeat it, or list several with commas.  "
             f"[default: {', '.join(BASIC)}]"
         ),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="RECIPE.OPTION=VALUE, as iaf.steps=4 or iaf.hidden=[128,128]; repeat it.", metavar="TEXT"),
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="Number of runs of each posterior.  [default: 3]")] = None,
     first_seed: Annotated[int, typer.Option(help="The first run's seed; the next ones count up.")] = 0,
@@ -191,6 +195,7 @@ def main_job(
         raise typer.Exit(job(Report.resume(resume), jobs=jobs))
     options = context.params | {
         "posteriors": posterior_names(posterior) if posterior else None,
+        "options": parse_options(option) if option else None,
         "seeds": _seeds(seeds, first_seed, quick=quick),
     }
     known = {item.name for item in fields(Config)}

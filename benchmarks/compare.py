@@ -6,35 +6,79 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from benchmarks.config import Config, ConfigError
+from benchmarks.figures import TEST_SAMPLES
+from benchmarks.flows import options_words
 from benchmarks.objective import bound_name
-from benchmarks.report import Report, Result, by_posterior
-from benchmarks.run import terminal
+from benchmarks.report import Report, Result, by_posterior, exact_words, gap_words, trusted_words
+from benchmarks.run import TABLES, Content, Page, as_json, fill, origin, publish, terminal
 from benchmarks.table import Table
 
 # Jobs whose figures of a run mean the same.
 SHARED = ("data", "data_hash", "likelihood", "samples", "gap_images")
+
+TITLES = {
+    "neg_elbo": "-ELBO",
+    "nll": "NLL",
+    "heavy_tails": "k>0.7",
+    "approximation_gap": "approx",
+    "amortization_gap": "amort",
+    "local_nll": "local",
+    "local_heavy_tails": "k local",
+    "exact_nll": "exact",
+    "trusted_nll": "trusted",
+    "trusted_images_nll": "NLL of them",
+}
+CURVES = ("train", "valid", "skips")  # of a run; a page has none
 
 Row = tuple[Config, str, list[Result]]
 
 
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="Folders of finished jobs, on the same data.", file_okay=False)],
+    *,
+    page: Page = None,
+    mark: Annotated[str, typer.Option(help="Between which marks of the page.")] = TABLES,
 ) -> None:
     """One table of several jobs: means and standard errors over seeds, and the difference from the first row.
 
     A difference is that of runs of equal seeds, which begin with equal weights and see the images in the same order.
     """
-    reports = [Report.read(folder) for folder in folders]
+    if page is not None:
+        fill(page, "", mark)
+    content = {"what": "compare", "runs": [_kept(Report.read(folder)) for folder in folders]}
+    terminal().print(_table(content).markdown(), soft_wrap=True)
+    if page is not None:
+        publish(page, f"{as_json(content)}\n", shown, mark)
+
+
+def _kept(report: Report) -> dict[str, Any]:
+    """What a job found, without its curves."""
+    content = report.content()
+    runs = [{key: value for key, value in run.items() if key not in CURVES} for run in report.finished]
+    # As long as it ran, for it may have been stopped since.
+    return {key: content[key] for key in ("started", "command", "environment", "configuration")} | {
+        "seconds": report.run.seconds_before,
+        "runs": runs,
+    }
+
+
+def shown(content: Content, page: str = "") -> str:
+    """A page's text: the table, and where each job's figures are from."""
+    return "\n\n".join([_table(content).markdown(), *(origin(job) for job in content["runs"])])
+
+
+def _table(content: Content) -> Table:
+    reports = [Report.of(job, Path()) for job in content["runs"]]
     rows = [(report.config, name, runs) for report in reports for name, runs in by_posterior(report.finished).items()]
     _check_comparable([report.config for report in reports])
     if not rows:
         raise ConfigError("folders: expected finished runs, got none")
-    terminal().print(table(rows).markdown(), soft_wrap=True)
+    return table(rows)
 
 
 def _check_comparable(configs: Sequence[Config]) -> None:
@@ -46,24 +90,37 @@ def _check_comparable(configs: Sequence[Config]) -> None:
 
 def table(rows: Sequence[Row]) -> Table:
     """A row for each posterior of each job; `mean ± standard error` where there are two seeds."""
-    keys = {"neg_elbo": "-ELBO", "nll": "NLL"}
-    if all(config.gaps for config, _, _ in rows):
-        keys |= {"approximation_gap": "approx", "amortization_gap": "amort"}
-        keys |= {"local_nll": "local", "local_heavy_tails": "k local"}
-    decisive = ("neg_elbo", "local_nll" if "local_nll" in keys else "nll")
+    found = {key for _, _, runs in rows for run in runs for key in run}
+    keys = {key: title for key, title in TITLES.items() if key in found}
+    # The most that can be trusted of what every seed has.
+    best = next(key for key in ("exact_nll", "local_nll", "nll") if key in keys)
+    decisive = ("neg_elbo", best)
     apart = [f"less the first's {keys[key]}" for key in decisive]
-    header = ["posterior", "trained on", "dim", "seeds", *keys.values(), *apart]
+    header = ["posterior", "trained on", "dim", "seeds", *keys.values(), *apart, "params"]
     body = []
     for config, name, runs in rows:
-        figures = [mean_error([run[key] for run in runs]) for key in keys]
+        figures = [mean_error(values(runs, key)) for key in keys]
         figures += [mean_error(differences(runs, rows[0][2], key), signed=True) for key in decisive]
-        body.append([name, _trained(config), str(config.dim), str(len(runs)), *figures])
-    return Table(header, body)
+        parameters = f"{runs[0]['parameters']:,}"
+        body.append([name, _trained(config, name), str(config.dim), str(len(runs)), *figures, parameters])
+    return Table(header, body, caption=_caption([config for config, _, _ in rows]))
 
 
-def _trained(config: Config) -> str:
+def _caption(configs: Sequence[Config]) -> str:
+    """What the table's numbers are."""
+    config = next((config for config in configs if config.gaps), configs[0])
+    return (
+        f"{config.name}, test part; nats per {config.unit}, mean ± standard error over seeds; -ELBO: {TEST_SAMPLES} "
+        f"samples per {config.unit}; NLL: {config.samples} importance samples per {config.unit}; "
+        f"k>0.7: share of {config.unit}s whose NLL is not to be trusted; "
+        f"{gap_words(config)}{exact_words(config)}{trusted_words(config)}differences are of equal seeds; -: not run"
+    )
+
+
+def _trained(config: Config, posterior: str) -> str:
     """The objective, and what of the model is not as usual."""
     words = [bound_name(config)[1:]]
+    words += [options_words(config.options[posterior])] if posterior in config.options else []
     words += [config.gradient] if config.gradient != "standard" else []
     words += [f"prior {config.prior}"] if config.prior else []
     words += [f"encoder {config.encoder_width}"] if config.encoder_width else []
@@ -73,8 +130,13 @@ def _trained(config: Config) -> str:
 
 def differences(runs: Sequence[Result], others: Sequence[Result], key: str) -> list[float]:
     """Of a figure, for each seed that both have."""
-    theirs = {run["seed"]: run[key] for run in others}
-    return [run[key] - theirs[run["seed"]] for run in runs if run["seed"] in theirs]
+    theirs = {run["seed"]: run[key] for run in others if key in run}
+    return [run[key] - theirs[run["seed"]] for run in runs if key in run and run["seed"] in theirs]
+
+
+def values(runs: Sequence[Result], key: str) -> list[float]:
+    """Of a figure, of each run that has it."""
+    return [run[key] for run in runs if key in run]
 
 
 def mean_error(values: Sequence[float], *, signed: bool = False) -> str:

@@ -13,7 +13,7 @@ import torch
 from benchmarks.data import NAMES
 from benchmarks.errors import ConfigError as ConfigError
 from benchmarks.errors import check_choice, check_limit, check_range, tuples
-from benchmarks.flows import LARGE_FLOWS, SMALL_FLOWS, parse_prior
+from benchmarks.flows import LARGE_FLOWS, SMALL_FLOWS, parse_prior, try_options
 from benchmarks.models import POSTERIORS
 from benchmarks.optimizers import RATES, Optimization
 from benchmarks.own.networks import find, source_hash
@@ -82,6 +82,7 @@ class Config:
     device: str = "cpu"
     eager: bool = False  # on a GPU: operation by operation, every step read, and not as one CUDA graph
     flows: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # the recipes' options
+    options: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # those asked for, which go before
     likelihood: str = ""  # of the values of a file; a data set of `NAMES` has its own
     data_hash: str = ""  # SHA-256 of a file of one's own
     networks_hash: str = ""  # and of the file that the networks stand in
@@ -113,6 +114,8 @@ class Config:
             raise ConfigError(f"dropout: expected a share in [0, 1), got {self.dropout}")
         check_range("encoder-width", self.encoder_width, 0)
         parse_prior(self.prior)
+        for name, options in self.options.items():
+            try_options(name, self.dim, options)
         check_choice("log", self.log, LOGS)
         check_choice("device", self.device.partition(":")[0], ("cpu", "cuda"))
         self._check_objective()
@@ -143,12 +146,16 @@ class Config:
             "dim": self.dim,
             "width": self.width,
             "dropout": self.dropout,
-            "options": dict(self.flows.get(posterior, {})),
+            "options": self.options_of(posterior),
             "encoder_width": self.encoder_width,
             "prior": prior,
-            "prior_options": {**self.flows.get(prior, {}), **options},
+            "prior_options": {**self.options_of(prior), **options},
             "networks": find(self.networks) if self.networks else None,
         }
+
+    def options_of(self, posterior: str) -> dict[str, object]:
+        """What a posterior's recipe is told."""
+        return {**self.flows.get(posterior, {}), **self.options.get(posterior, {})}
 
     def _check_data(self) -> None:
         if not is_file(self.data):

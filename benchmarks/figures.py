@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.config import Config
 from benchmarks.data import Data
 from benchmarks.objective import negative_elbo
+from benchmarks.quadrature import quadrature
 from benchmarks.team import Team
 from benchmarks.train import EVALUATION_SEED, seeded
 from flowpost.evaluation import active_units, annealed_estimate, decompose_elbo, importance_estimate
@@ -23,6 +24,7 @@ TEST_SAMPLES = 64  # samples of z for each test image behind -ELBO and the activ
 ACTIVE = 0.01  # a unit is active where Var_x(E_q[z]) exceeds this (Burda et al. 2016)
 LEVELS = ("categorical", "discretized-logistic")  # likelihoods of levels: their figures are told in bits too
 ANNEALED = 8, 100, 5  # chains, temperatures and leapfrogs behind the trusted NLL
+INTEGRATED = 300  # images, from the test part's start, whose log p(x) is integrated where z has two units
 
 Figures = dict[str, float]
 
@@ -33,6 +35,8 @@ def evaluate(vae: VAE, data: Data, config: Config, seed: int = 0) -> Figures:
     with seeded(EVALUATION_SEED, x.device), warnings.catch_warnings():
         warnings.simplefilter("ignore", UnreliableEstimateWarning)  # the table has the share of such images
         figures = _bounds(vae, x, config) | _codes(vae, x, config) | (_gaps(vae, x, config) if config.gaps else {})
+        if config.gaps and config.dim == 2:
+            figures["exact_nll"] = -quadrature(vae, x[:INTEGRATED]).mean().item()
         if config.trusted_images and seed == config.seeds[0]:
             figures |= _trusted(vae, x[: config.trusted_images], config)
         figures |= _valid(vae, data, config) if config.valid_samples else {}

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Mapping
 from inspect import signature
 
-from benchmarks.errors import ConfigError
+import torch
+
+from benchmarks.errors import ConfigError, tuples
 from flowpost.recipes import RECIPES
 
 PRIORS = ("full_covariance", "nice", "realnvp", "maf", "spline_coupling")  # those that score any z fast
@@ -41,3 +45,48 @@ def parse_prior(text: str) -> tuple[str, dict[str, object]]:
     if not steps.isdecimal() or not int(steps) or "steps" not in signature(RECIPES[name]).parameters:
         raise ConfigError(f"prior: expected NAME, or NAME:STEPS of a flow that has steps, got {text!r}")
     return name, {"steps": int(steps)}
+
+
+def parse_options(given: Iterable[str]) -> dict[str, dict[str, object]]:
+    """From `iaf.gain=1` and `iaf.hidden=[128,128]` to each recipe's options; a value is JSON, or a word.
+
+    Raises:
+        ConfigError: there is no such recipe, or it has no such option.
+    """
+    found: dict[str, dict[str, object]] = {}
+    for text in given:
+        path, equals, value = text.partition("=")
+        name, _, option = path.partition(".")
+        known = list(signature(RECIPES[name]).parameters)[2:] if name in RECIPES else []
+        if not equals or option not in known:
+            has = f"; {name} has {', '.join(known) or 'none'}" if name in RECIPES else f", one of {', '.join(RECIPES)}"
+            raise ConfigError(f"option: expected RECIPE.OPTION=VALUE of a recipe{has}, got {text!r}")
+        found.setdefault(name, {})[option] = _value(value)
+    return found
+
+
+def _value(text: str) -> object:
+    try:
+        return tuples(json.loads(text))
+    except ValueError:
+        return text
+
+
+def try_options(name: str, dim: int, options: Mapping[str, object]) -> None:
+    """Refuse what a recipe refuses, before anything runs.
+
+    Raises:
+        ConfigError: it does, with its own words.
+    """
+    try:
+        with torch.device("meta"):
+            RECIPES[name](1, dim, **options)
+    except (TypeError, ValueError) as error:
+        what = str(error).splitlines()[0]
+        raise ConfigError(f"option: expected what {name} takes, got {options_words(options)}: {what}") from error
+
+
+def options_words(options: Mapping[str, object]) -> str:
+    """As they were asked for."""
+    words = {name: value if isinstance(value, str) else json.dumps(value) for name, value in options.items()}
+    return ", ".join(f"{name}={value}" for name, value in words.items())

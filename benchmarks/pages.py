@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import encoders, report, sandwich, speed, targets
+from benchmarks import compare, encoders, report, sandwich, speed, targets
 from benchmarks.config import ConfigError
 from benchmarks.images import page as images
 from benchmarks.posteriors import command as posteriors
@@ -22,6 +22,7 @@ from benchmarks.run import FIGURES, Shown, filled, page_of, replace_text, termin
 from benchmarks.speed import counted
 
 SHOWN: Mapping[str, Shown] = {
+    "compare": compare.shown,
     "encoders": encoders.shown,
     "images": images.shown,
     report.JOB: report.shown,

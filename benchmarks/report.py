@@ -12,14 +12,15 @@ from typing import Any
 
 from benchmarks.config import Config, ConfigError, check_device, from_json
 from benchmarks.environment import versions
-from benchmarks.figures import ACTIVE, ANNEALED, LEVELS, TEST_SAMPLES
+from benchmarks.figures import ACTIVE, ANNEALED, INTEGRATED, LEVELS, TEST_SAMPLES
+from benchmarks.flows import options_words
 from benchmarks.objective import objective_words
 from benchmarks.run import Content, Run, origin
 from benchmarks.table import Table, grouped
 from benchmarks.train import tensor_words
 
 JOB = "job"
-SPREAD = {"neg_elbo", "nll", "local_nll", "neg_elbo_bits", "nll_bits"}  # whose sd the table shows too
+SPREAD = {"neg_elbo", "nll", "local_nll", "exact_nll", "neg_elbo_bits", "nll_bits"}  # whose sd the table shows too
 
 Result = dict[str, Any]
 """One posterior and seed: its figures and curves, or its error."""
@@ -132,7 +133,7 @@ class Report:
             f"{config.name}, test part; {_model_words(config)}trained on {objective_words(config)}; "
             f"nats per {unit}, mean (sd) over seeds ({seeds} runs); "
             f"-ELBO: {TEST_SAMPLES} samples per {unit}; NLL: {config.samples} importance samples per {unit}; "
-            f"gap: -ELBO - NLL; {_gap_words(config)}{_trusted_words(config)}"
+            f"gap: -ELBO - NLL; {gap_words(config)}{exact_words(config)}{trusted_words(config)}"
             f"ESS: effective ones of NLL's samples; k>0.7: share of {unit}s whose NLL is not to be trusted; "
             f"active: units of z's {config.dim} with Var_x(E_q[z]) > {ACTIVE}; "
             f"{_information_words(config, unit)}"
@@ -177,10 +178,12 @@ def _model_words(config: Config) -> str:
         "encoder's width": config.encoder_width,
         "networks": config.networks,
     }
+    words |= {name: options_words(config.options[name]) for name in config.options}
     return "".join(f"{name}: {value}; " for name, value in words.items() if value)
 
 
-def _gap_words(config: Config) -> str:
+def gap_words(config: Config) -> str:
+    """What the columns of the split gap are, where there are any."""
     if not config.gaps:
         return ""
     what = (
@@ -190,7 +193,14 @@ def _gap_words(config: Config) -> str:
     return what
 
 
-def _trusted_words(config: Config) -> str:
+def exact_words(config: Config) -> str:
+    """What the exact column is, where there is one."""
+    what = f"exact: NLL of {INTEGRATED} {config.unit}s, or of all there are, by the integral over z; "
+    return what if config.gaps and config.dim == 2 else ""
+
+
+def trusted_words(config: Config) -> str:
+    """What the trusted columns are, where there are any."""
     if not config.trusted_images:
         return ""
     chains, temperatures, leapfrogs = ANNEALED
@@ -211,6 +221,7 @@ def _columns(config: Config) -> list[tuple[str, str, int]]:
     nats = [("neg_elbo", "-ELBO", 2), ("nll", "NLL", 2), ("gap", "gap", 2)]
     split = [("approximation_gap", "approx", 2), ("amortization_gap", "amort", 2)]
     split += [("local_nll", "local", 2), ("local_heavy_tails", "k local", 2)]
+    split += [("exact_nll", "exact", 2)] if config.dim == 2 else []
     bits = [("neg_elbo_bits", "-ELBO bits/dim", 3), ("nll_bits", "NLL bits/dim", 3)]
     trust = [("ess", "ESS", 0), ("heavy_tails", "k>0.7", 2)]
     rest = [("active_units", "active", 1)] + ([("mutual_information", "MI", 2)] if config.information else [])

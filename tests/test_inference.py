@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import flowpost
 from benchmarks import __main__ as cli
-from benchmarks import plots
+from benchmarks import pages, plots
 from benchmarks.compare import compare, table
 from benchmarks.config import Config, ConfigError, configure, from_json
 from benchmarks.data import Data, load
@@ -267,7 +267,7 @@ def test_a_job_keeps_its_objective_and_splits_the_gap(job_folder: Path) -> None:
 def runs(*figures: float, posterior: str = "diagonal", first: int = 0) -> list[Result]:
     keys = ("neg_elbo", "nll")
     return [
-        {"posterior": posterior, "seed": seed, "error": None, **dict.fromkeys(keys, figure)}
+        {"posterior": posterior, "seed": seed, "error": None, "parameters": 7000, **dict.fromkeys(keys, figure)}
         for seed, figure in enumerate(figures, first)
     ]
 
@@ -277,7 +277,7 @@ def test_compared_rows_are_paired_by_seed() -> None:
     rows = [
         (configure(), "diagonal", runs(9.0, 4.0, 6.0)),
         (configure(objective="iwae", gradient="dreg"), "diagonal", runs(1.0, 2.0, first=1)),
-        (configure(), "iaf", runs(3.0, posterior="iaf", first=7)),
+        (configure(options={"iaf": {"gain": 1, "hidden": (9, 9)}}), "iaf", runs(3.0, posterior="iaf", first=7)),
     ]
     found = table(rows)
     assert found.header == [
@@ -289,11 +289,41 @@ def test_compared_rows_are_paired_by_seed() -> None:
         "NLL",
         "less the first's -ELBO",
         "less the first's NLL",
+        "params",
     ]
     body = found.rows
-    assert body[0] == ["diagonal", "ELBO", "16", "3", "6.33 ± 1.45", "6.33 ± 1.45", *["+0.00 ± 0.00"] * 2]
-    assert body[1] == ["diagonal", "IWAE(5) dreg", "16", "2", "1.50 ± 0.50", "1.50 ± 0.50", *["-3.50 ± 0.50"] * 2]
-    assert body[2] == ["iaf", "ELBO", "16", "1", "3.00", "3.00", "-", "-"]
+    assert body[0] == ["diagonal", "ELBO", "16", "3", "6.33 ± 1.45", "6.33 ± 1.45", *["+0.00 ± 0.00"] * 2, "7,000"]
+    assert body[1] == ["diagonal", "IWAE(5) dreg", "16", "2", *["1.50 ± 0.50"] * 2, *["-3.50 ± 0.50"] * 2, "7,000"]
+    assert body[2] == ["iaf", "ELBO gain=1, hidden=[9, 9]", "16", "1", "3.00", "3.00", "-", "-", "7,000"]
+
+
+def test_a_figure_that_only_some_jobs_have_is_compared_where_it_is() -> None:
+    split = [run | {"local_nll": run["nll"] - 1} for run in runs(9.0, 4.0)]
+    found = table([(configure(gaps=True), "diagonal", split), (configure(), "iaf", runs(3.0, posterior="iaf"))])
+    columns = ["local", "less the first's local"]
+    assert [[row[found.header.index(name)] for name in columns] for row in found.rows] == [
+        ["5.50 ± 2.50", "+0.00 ± 0.00"],
+        ["-", "-"],
+    ]
+
+
+def test_compared_jobs_fill_a_page(job_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The figures are kept beside it without the curves, and give the page again."""
+    page = tmp_path / "some.md"
+    page.write_text("above\n<!-- both -->\n<!-- end of both -->\nbelow\n")
+    assert cli.main(["compare", str(job_folder), str(job_folder), "--page", str(page), "--mark", "both"]) == 0
+    kept = tmp_path / "_figures" / "some" / "both.json"
+    found = json.loads(kept.read_text())
+    job = json.loads((job_folder / "results.json").read_text())
+    assert [each["command"] for each in found["runs"]] == [job["command"]] * 2
+    assert [each["seconds"] for each in found["runs"]] == [job["seconds"]] * 2
+    assert found["runs"][0]["runs"][0]["local_nll"] == job["runs"][0]["local_nll"]
+    assert "train" not in found["runs"][0]["runs"][0]
+    printed = capsys.readouterr().out
+    assert printed.partition("\n\n")[0] in page.read_text()
+    assert pages.text(kept) == page.read_text()
+    assert cli.main(["compare", str(job_folder), "--page", str(page)]) == 2
+    assert "expected the marks <!-- tables -->" in capsys.readouterr().err
 
 
 def test_jobs_are_compared_from_the_command_line(job_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

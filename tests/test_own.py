@@ -5,6 +5,7 @@ import json
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from benchmarks import job, plots
 from benchmarks.config import ConfigError, configure, from_json
 from benchmarks.data import Data, DataError, load
 from benchmarks.figures import evaluate
+from benchmarks.flows import parse_options
 from benchmarks.models import build, count_parameters
 from benchmarks.own import archive, rows, values
 from benchmarks.own.setup import configure_own, load_own, sizes
@@ -300,6 +302,11 @@ def test_values_outside_a_likelihood_are_named(likelihood: str, x: np.ndarray, m
         ),
         (["--prior", "maf:0"], "prior: expected NAME, or NAME:STEPS of a flow that has steps, got 'maf:0'"),
         (["--prior", "full_covariance:2"], "prior: expected NAME, or NAME:STEPS of a flow that has steps, got 'full_"),
+        (["--option", "iaf.gate=1"], "option: expected RECIPE.OPTION=VALUE of a recipe; iaf has steps, hidden, "),
+        (["--option", "nvp.steps=1"], "option: expected RECIPE.OPTION=VALUE of a recipe, one of diagonal, "),
+        (["--option", "iaf.steps"], "option: expected RECIPE.OPTION=VALUE of a recipe; iaf has "),
+        (["--option", "iaf.steps=0"], "option: expected what iaf takes, got steps=0: steps: expected "),
+        (["--option", "iaf.steps=two"], "option: expected what iaf takes, got steps=two: steps: expected "),
         (["--encoder-width", "-1"], "encoder-width: expected an integer of at least 0, got -1"),
         (["--networks", "own_nets:pair", "--width", "3"], "width: expected none beside networks of your own, got 3"),
         (["--networks", "own_nets"], "networks: expected module:function, got 'own_nets'; write nets:networks for"),
@@ -426,6 +433,15 @@ def test_a_wider_encoder_and_a_prior_leave_the_rest_alone() -> None:
     assert prior.prior.is_gaussian
     config = configure(prior="maf:3", posteriors=("diagonal",))
     assert config.model("diagonal")["prior_options"] == {"hidden": (64, 64), "context_size": 32, "steps": 3}
+
+
+def test_options_of_a_recipe_go_before_the_benchmark_s_own() -> None:
+    given = parse_options(["iaf.hidden=[20,30]", "iaf.gain=1", "planar.steps=7", "maf.steps=5"])
+    config = configure(prior="maf", options=given)
+    assert config.model("iaf")["options"] == {"hidden": (20, 30), "context_size": 32, "steps": 2, "gain": 1}
+    assert config.model("planar")["options"] == {"steps": 7}
+    assert config.model("iaf")["prior_options"] == {"hidden": (64, 64), "context_size": 32, "steps": 5}
+    assert from_json(json.loads(json.dumps(asdict(config)))) == config
 
 
 # ---------------------------------------------------------------------------------------------------------- the job

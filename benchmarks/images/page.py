@@ -55,7 +55,7 @@ def _preset(report: Report) -> Preset:
 def _row(report: Report, posterior: str, runs: Sequence[Result]) -> list[str]:
     preset, config = _preset(report), report.config
     published = preset.row(config, posterior)
-    depth = config.flows.get(posterior, {}).get("steps", "")
+    depth = config.options_of(posterior).get("steps", "")
     what = [config.preset, config.data, f"{title(posterior)} {depth}".strip(), str(len(runs))]
     bits = "_bits" if config.data == "freyfaces" else ""
     bounds = [cell for key in ("neg_elbo", "nll") for cell in _beside(runs, f"{key}{bits}", published)]

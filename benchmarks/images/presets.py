@@ -35,7 +35,7 @@ class Preset:
     def row(self, config: Config, posterior: str) -> Mapping[str, Any]:
         """What was published of a posterior on a configuration's data; nothing where nothing was."""
         rows = self.published.get(config.data, {})
-        depth = config.flows.get(posterior, {}).get("steps")
+        depth = config.options_of(posterior).get("steps")
         return rows.get(f"{posterior}-{depth}", rows.get(posterior, {}))
 
     def changes(self, config: Config) -> list[str]:
