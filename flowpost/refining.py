@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from torch.distributions import Gamma
 
-from flowpost.annealed import PILOT_CHAINS, anneal, pilot, schedule, vary
-from flowpost.annealing import Gradient, noise_target
+from flowpost.annealed import PILOT_CHAINS, Walk, anneal, pilot, schedule, vary
+from flowpost.annealing import Gradient, State, noise_target
 from flowpost.density import like_of, standard_normal_log_prob
 from flowpost.distribution import FlowDistribution
 from flowpost.numerics.arguments import check_int
 from flowpost.numerics.products import wide_dtype
 
 CHAINS, LEAPFROGS = 32, 3  # of a fitted proposal, for each example
+PRIOR_CHAINS = 16  # that begin at p(z)
 TAIL = 8.0  # degrees of freedom: lighter tails than p's would make k-hat large again
 DEFENCE = 0.1  # share of draws from q itself: no weight is more than ten times that of q's own
 
@@ -86,13 +87,33 @@ def wander(gradient: Gradient, start: Tensor, steps: int, leapfrogs: int, *, kee
         leapfrogs: of each step, at least 1.
         keep: at most `steps`.
     """
+    walk, size = _annealed(gradient, start, steps, leapfrogs)
+    return _moved(walk.state, gradient, size, steps, leapfrogs, keep)
+
+
+def drawn_from(gradient: Gradient, chains: int, like: Tensor, steps: int) -> Tensor:
+    """Rough draws ``(chains, *batch, dim)`` of a density: chains annealed to it, drawn again by their weights."""
+    walk, _ = _annealed(gradient, torch.randn_like(like.expand(chains, *like.shape)), steps, LEAPFROGS)
+    weights = walk.log_weight.nan_to_num(-math.inf, posinf=-math.inf)
+    nowhere = weights.amax(0) == -math.inf
+    shares = weights.masked_fill(nowhere, 0.0).softmax(0).flatten(1).mT  # (B, chains)
+    chosen = torch.multinomial(shares, chains, replacement=True).mT.view(walk.log_weight.shape)
+    return walk.state.position.take_along_dim(chosen.unsqueeze(-1), 0)
+
+
+def _annealed(gradient: Gradient, start: Tensor, steps: int, leapfrogs: int) -> tuple[Walk, Tensor]:
+    """Chains annealed to a density, and a step size that suits it."""
     steps = check_int("steps", steps, minimum=1)
     draft = torch.randn_like(start[:1].expand(PILOT_CHAINS, *start.shape[1:]))
     sizes = pilot(gradient, draft, steps + 1, "linear", leapfrogs)
-    state = anneal(gradient, start, schedule(steps + 1, "linear"), sizes, leapfrogs).state
+    return anneal(gradient, start, schedule(steps + 1, "linear"), sizes, leapfrogs), sizes[-1]
+
+
+def _moved(state: State, gradient: Gradient, size: Tensor, steps: int, leapfrogs: int, keep: int) -> Tensor:
+    """The last `keep` states of so many steps at a density."""
     kept = [state]
     for _ in range(steps):
-        kept.append(vary(kept[-1], gradient, sizes[-1], leapfrogs)[0])
+        kept.append(vary(kept[-1], gradient, size, leapfrogs)[0])
         kept = kept[-keep:]
     return torch.stack([state.position for state in kept])
 
@@ -104,46 +125,80 @@ def noise_like(q: FlowDistribution) -> Tensor:
 
 
 class Proposal(NamedTuple):
-    """A density of noise e for each example: nine tenths Student's t, fitted to chains, and one tenth N(0, I)."""
+    """A density of noise e for each example: Student's t's, each fitted to chains, and for one tenth N(0, I)."""
 
     loc: Tensor
-    """``(*batch, dim)``"""
+    """Of each t, ``(T, *batch, dim)``."""
     tril: Tensor
-    """Cholesky factor of the t's scale matrix, ``(*batch, dim, dim)``."""
+    """Cholesky factor of each t's scale matrix, ``(T, *batch, dim, dim)``."""
 
     def draw(self, samples: int) -> Tensor:
         """Noise ``(samples, *batch, dim)``."""
-        normal = torch.randn(samples, *self.loc.shape, dtype=self.loc.dtype, device=self.loc.device)
+        normal = torch.randn(samples, *self.loc.shape[1:], dtype=self.loc.dtype, device=self.loc.device)
         half = torch.full_like(normal[..., :1], TAIL / 2)
         spread = Gamma(half, half, validate_args=False).sample().rsqrt()
-        fitted = self.loc + spread * torch.einsum("...ij,s...j->s...i", self.tril, normal)
-        return torch.where(torch.rand_like(spread) < DEFENCE, torch.randn_like(normal), fitted)
+        noise, which, below = torch.randn_like(normal), torch.rand_like(spread), 0.0
+        for share, loc, tril in zip(self._shares(), self.loc, self.tril, strict=True):
+            fitted = loc + spread * torch.einsum("...ij,s...j->s...i", tril, normal)
+            noise = torch.where((below <= which) & (which < below + share), fitted, noise)
+            below += share
+        return noise
 
     def log_prob(self, noise: Tensor) -> Tensor:
         """The log density of noise ``(samples, *batch, dim)``, wide."""
-        away, dim = (noise - self.loc).to(wide_dtype(noise)), noise.shape[-1]
-        tril = self.tril.to(away.dtype)
-        white = torch.einsum("...ij,s...j->s...i", torch.linalg.inv(tril), away)
-        constant = math.lgamma((TAIL + dim) / 2) - math.lgamma(TAIL / 2) - 0.5 * dim * math.log(TAIL * math.pi)
-        fitted = constant - tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        fitted = fitted - 0.5 * (TAIL + dim) * torch.log1p(white.square().sum(-1) / TAIL)
-        normal = standard_normal_log_prob(noise.to(away.dtype))
-        return torch.logaddexp(math.log1p(-DEFENCE) + fitted, math.log(DEFENCE) + normal)
+        noise = noise.to(wide_dtype(noise))
+        parts = [math.log(DEFENCE) + standard_normal_log_prob(noise)]
+        for share, loc, tril in zip(self._shares(), self.loc, self.tril, strict=True):
+            parts.append(math.log(share) + _student_log_prob(noise - loc, tril.to(noise.dtype)))
+        return torch.stack(parts).logsumexp(0)
+
+    def _shares(self) -> list[float]:
+        """Of the t's; each has half of what it would have alone if it is not the first."""
+        count = len(self.loc)
+        return [(1 - DEFENCE) * (2 if i == 0 else 1) / (count + 1) for i in range(count)]
 
 
-def fit_proposal(gradient: Gradient, like: Tensor, steps: int) -> Proposal:
-    """One fitted to the states of 32 chains over their last `steps` steps; `like` is one e for each example.
+def _student_log_prob(away: Tensor, tril: Tensor) -> Tensor:
+    """The log density of Student's t, ``(samples, *batch)``, at a distance from its location."""
+    dim = away.shape[-1]
+    white = torch.einsum("...ij,s...j->s...i", torch.linalg.inv(tril), away)
+    constant = math.lgamma((TAIL + dim) / 2) - math.lgamma(TAIL / 2) - 0.5 * dim * math.log(TAIL * math.pi)
+    scale = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return constant - scale - 0.5 * (TAIL + dim) * torch.log1p(white.square().sum(-1) / TAIL)
 
-    Its mean and covariance are theirs, the covariance drawn towards I as much as dim more states at N(0, I)'s would. An
-    example whose chains are not finite gets N(0, I).
+
+def fit_proposal(gradient: Gradient, like: Tensor, steps: int, elsewhere: Tensor | None = None) -> Proposal:
+    """Student's t's fitted to the states of chains over their last `steps` steps.
+
+    The mean and covariance of each are those of its chains, the covariance drawn towards I as much as dim more states
+    at N(0, I)'s would. An example whose chains are not finite gets N(0, I).
+
+    Args:
+        gradient: of the density, as `noise_target` makes it.
+        like: one e for each example, ``(*batch, dim)``, whose values mean nothing.
+        steps: of the 32 chains from N(0, I), as `wander` takes them, and of the others.
+        elsewhere: where other chains begin, ``(chains, *batch, dim)``, which move by steps at the density alone and get
+            a t of their own: they may be at a mode that the first ones do not see.
     """
-    start = torch.randn_like(like.expand(CHAINS, *like.shape))
-    states = wander(gradient, start, steps, LEAPFROGS, keep=steps).flatten(0, 1).to(wide_dtype(like))
-    loc, eye = states.mean(0), torch.eye(like.shape[-1], dtype=states.dtype, device=like.device)
+    walk, size = _annealed(gradient, torch.randn_like(like.expand(CHAINS, *like.shape)), steps, LEAPFROGS)
+    groups = [_moved(walk.state, gradient, size, steps, LEAPFROGS, steps)]
+    if elsewhere is not None:
+        # A way back that is not finite has found nothing: the chain goes on where one of the first ones is.
+        lost = ~elsewhere.isfinite().all(-1, keepdim=True)
+        position = torch.where(lost, walk.state.position[: len(elsewhere)], elsewhere)
+        groups.append(_moved(State(position, *gradient(position)), gradient, size, steps, LEAPFROGS, steps))
+    fitted = [_moments(group.flatten(0, 1).to(wide_dtype(like))) for group in groups]
+    loc, tril = (torch.stack(each).to(like.dtype) for each in zip(*fitted, strict=True))
+    return Proposal(loc, tril)
+
+
+def _moments(states: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and Cholesky factor of the covariance of states ``(n, *batch, dim)``."""
+    loc, dim = states.mean(0), states.shape[-1]
+    eye = torch.eye(dim, dtype=states.dtype, device=states.device)
     away = states - loc
-    scatter = torch.einsum("n...i,n...j->...ij", away, away)
-    covariance = (scatter + like.shape[-1] * eye) / (len(states) + like.shape[-1])
+    covariance = (torch.einsum("n...i,n...j->...ij", away, away) + dim * eye) / (len(states) + dim)
     fine = covariance.isfinite().all(-1).all(-1)[..., None]
     loc, covariance = torch.where(fine, loc, 0.0), torch.where(fine[..., None], covariance, eye)
     tril, _ = torch.linalg.cholesky_ex(covariance)
-    return Proposal(loc.to(like.dtype), tril.to(like.dtype))
+    return loc, tril

@@ -231,9 +231,8 @@ class Folded(nn.Module):
         return torch.cat([2 * (z.square() - 4), math.sqrt(12) * torch.sigmoid(9 * z)], -1)
 
 
-@pytest.mark.parametrize("learned", [False, True])
-def test_a_mode_that_q_does_not_reach_is_found_from_the_prior(learned: bool) -> None:  # noqa: FBT001
-    """Chains in q's noise alone are short by six nats; with some from the prior, by the eighth that these count."""
+def folded(*, learned: bool) -> tuple[VAE, Tensor, Tensor]:
+    """With a q at the mode that has a 400th of p(z|x); x, and log p(x) by quadrature."""
     torch.manual_seed(0)
     prior = small("realnvp", 0, 1, push=0.05) if learned else None
     q = flowpost.diagonal(2, 1).double()
@@ -244,9 +243,28 @@ def test_a_mode_that_q_does_not_reach_is_found_from_the_prior(learned: bool) -> 
     z = torch.linspace(-7, 7, 5001, dtype=torch.float64).view(-1, 1, 1)
     with torch.no_grad():
         truth = sum(vae.log_joint(x, z.expand(-1, 3, -1), None)).logsumexp(0) + math.log(14 / 5000)  # pyright: ignore[reportAttributeAccessIssue]
+    return vae, x, truth
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_mode_that_q_does_not_reach_is_found_from_the_prior(learned: bool) -> None:  # noqa: FBT001
+    """Chains in q's noise alone are short by six nats; with some from the prior, by the eighth that these count."""
+    vae, x, truth = folded(learned=learned)
     for prior_chains, expected in ((0, 6.0), (30, math.log(8))):
         found = annealed_estimate(vae, x, 30, 40, 2, prior_chains=prior_chains).log_p
         torch.testing.assert_close(truth - found, torch.full_like(truth, expected), rtol=0, atol=0.8)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_refined_proposal_reaches_a_mode_that_q_does_not(learned: bool) -> None:  # noqa: FBT001
+    """Samples of q alone are short by six nats, and their k-hat says nothing of it."""
+    vae, x, truth = folded(learned=learned)
+    alone, refined = importance_estimate(vae, x, 1000), importance_estimate(vae, x, 1000, refine=10)
+    torch.testing.assert_close(truth - alone.log_p, torch.full_like(truth, 6.0), rtol=0, atol=0.8)
+    assert (alone.k_hat < 0.7).all()
+    assert (refined.k_hat < 0.7).all()
+    assert ((truth - refined.log_p).abs() < 5 * refined.standard_error).all()
+    assert (refined.standard_error < 0.1).all()
 
 
 @pytest.mark.full
@@ -417,11 +435,12 @@ def test_refined_draws_are_the_posterior_s(name: str) -> None:
     assert away(vae.encode(x).sample((2000,))).max() > 15
 
 
-def test_a_refined_proposal_is_a_density_and_draws_from_it() -> None:
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_refined_proposal_is_a_density_and_draws_from_it(count: int) -> None:
     """Its integral is 1, and its draws have the mean and variance of its own density on a grid."""
     generator = torch.Generator().manual_seed(0)
-    loc = torch.randn(1, 2, dtype=torch.float64, generator=generator)
-    tril = torch.tensor([[[0.7, 0.0], [0.5, 0.3]]], dtype=torch.float64)
+    loc = torch.randn(count, 1, 2, dtype=torch.float64, generator=generator)
+    tril = torch.tensor([[0.7, 0.0], [0.5, 0.3]], dtype=torch.float64) * torch.ones(count, 1, 1, 1)
     proposal = Proposal(loc, tril)
     line = torch.linspace(-14, 14, 701, dtype=torch.float64)
     grid = torch.cartesian_prod(line, line).unsqueeze(1)
