@@ -17,8 +17,7 @@ from flowpost.distribution import FlowDistribution
 from flowpost.numerics.arguments import check_int
 from flowpost.numerics.products import wide_dtype
 
-CHAINS, LEAPFROGS = 32, 3  # of a fitted proposal, for each example
-PRIOR_CHAINS = 16  # that begin at p(z)
+CHAINS, LEAPFROGS = 32, 3  # of each start of a fitted proposal, for each example
 TAIL = 8.0  # degrees of freedom: lighter tails than p's would make k-hat large again
 DEFENCE = 0.1  # share of draws from q itself: no weight is more than ten times that of q's own
 
@@ -91,13 +90,13 @@ def wander(gradient: Gradient, start: Tensor, steps: int, leapfrogs: int, *, kee
     return _moved(walk.state, gradient, size, steps, leapfrogs, keep)
 
 
-def drawn_from(gradient: Gradient, chains: int, like: Tensor, steps: int) -> Tensor:
-    """Rough draws ``(chains, *batch, dim)`` of a density: chains annealed to it, drawn again by their weights."""
-    walk, _ = _annealed(gradient, torch.randn_like(like.expand(chains, *like.shape)), steps, LEAPFROGS)
+def drawn_from(gradient: Gradient, like: Tensor, steps: int) -> Tensor:
+    """Rough draws ``(32, *batch, dim)`` of a density: chains annealed to it, drawn again by their weights."""
+    walk, _ = _annealed(gradient, torch.randn_like(like.expand(CHAINS, *like.shape)), steps, LEAPFROGS)
     weights = walk.log_weight.nan_to_num(-math.inf, posinf=-math.inf)
     nowhere = weights.amax(0) == -math.inf
     shares = weights.masked_fill(nowhere, 0.0).softmax(0).flatten(1).mT  # (B, chains)
-    chosen = torch.multinomial(shares, chains, replacement=True).mT.view(walk.log_weight.shape)
+    chosen = torch.multinomial(shares, CHAINS, replacement=True).mT.view(walk.log_weight.shape)
     return walk.state.position.take_along_dim(chosen.unsqueeze(-1), 0)
 
 
@@ -176,16 +175,16 @@ def fit_proposal(gradient: Gradient, like: Tensor, steps: int, elsewhere: Tensor
     Args:
         gradient: of the density, as `noise_target` makes it.
         like: one e for each example, ``(*batch, dim)``, whose values mean nothing.
-        steps: of the 32 chains from N(0, I), as `wander` takes them, and of the others.
-        elsewhere: where other chains begin, ``(chains, *batch, dim)``, which move by steps at the density alone and get
-            a t of their own: they may be at a mode that the first ones do not see.
+        steps: of the chains from N(0, I), as `wander` takes them, and of the others.
+        elsewhere: where as many others begin, ``(32, *batch, dim)``, which move by steps at the density alone and get a
+            t of their own: they may be at a mode that the first ones do not see.
     """
     walk, size = _annealed(gradient, torch.randn_like(like.expand(CHAINS, *like.shape)), steps, LEAPFROGS)
     groups = [_moved(walk.state, gradient, size, steps, LEAPFROGS, steps)]
     if elsewhere is not None:
         # A way back that is not finite has found nothing: the chain goes on where one of the first ones is.
         lost = ~elsewhere.isfinite().all(-1, keepdim=True)
-        position = torch.where(lost, walk.state.position[: len(elsewhere)], elsewhere)
+        position = torch.where(lost, walk.state.position, elsewhere)
         groups.append(_moved(State(position, *gradient(position)), gradient, size, steps, LEAPFROGS, steps))
     fitted = [_moments(group.flatten(0, 1).to(wide_dtype(like))) for group in groups]
     loc, tril = (torch.stack(each).to(like.dtype) for each in zip(*fitted, strict=True))

@@ -14,7 +14,7 @@ from flowpost.conditions import Data, prior_at, split
 from flowpost.density import standard_normal_log_prob
 from flowpost.distribution import FlowDistribution
 from flowpost.numerics.arguments import check_int
-from flowpost.refining import CHAINS, PRIOR_CHAINS, Proposal, drawn_from, fit_proposal, noise_like
+from flowpost.refining import CHAINS, Proposal, drawn_from, fit_proposal, noise_like
 from flowpost.vae import VAE
 
 EXAMPLES = 100
@@ -53,9 +53,9 @@ def _proposal(vae: VAE, q: FlowDistribution, data: Data, steps: int) -> Proposal
     """Fitted to chains that begin at q(z|x), and to others that begin at p(z), for modes of p(z|x) that q misses."""
     like, prior = noise_like(q), prior_rows(vae, q, data[1])
     with frozen(vae):
-        start = drawn_from(joint_target(vae, prior, data), PRIOR_CHAINS, like, steps)
+        start = drawn_from(joint_target(vae, prior, data), like, steps)
         with torch.no_grad():
-            elsewhere, _ = q.flow.inverse(prior.rsample((PRIOR_CHAINS,), start), q.context)
+            elsewhere, _ = q.flow.inverse(prior.rsample(start.shape[:1], start), q.context)
         return fit_proposal(joint_target(vae, q, data), like, steps, elsewhere)
 
 
