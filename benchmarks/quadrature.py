@@ -17,7 +17,7 @@ CHUNK = 2000  # points decoded at once
 @torch.no_grad()
 def quadrature(vae: VAE, x: Tensor, points: int = POINTS) -> Tensor:
     """The log of the sum of p(x|z) p(z) over a grid, ``(B,)``, float64, for x ``(B, *event)``."""
-    line = torch.linspace(-LIMIT, LIMIT, points, device=x.device)
+    line = torch.linspace(-LIMIT, LIMIT, points, dtype=x.dtype, device=x.device)
     z = torch.cartesian_prod(line, line)
     total = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
     for part in z.split(CHUNK):

@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.config import Config, ConfigError, check_device, from_json
 from benchmarks.environment import versions
-from benchmarks.figures import ACTIVE, ANNEALED, INTEGRATED, LEVELS, TEST_SAMPLES
+from benchmarks.figures import ACTIVE, ANNEALED, INTEGRATED, LEVELS, TEST_SAMPLES, is_integrated
 from benchmarks.flows import options_words
 from benchmarks.objective import objective_words
 from benchmarks.run import Content, Run, origin
@@ -196,7 +196,7 @@ def gap_words(config: Config) -> str:
 def exact_words(config: Config) -> str:
     """What the exact column is, where there is one."""
     what = f"exact: NLL of {INTEGRATED} {config.unit}s, or of all there are, by the integral over z; "
-    return what if config.gaps and config.dim == 2 else ""
+    return what if is_integrated(config) else ""
 
 
 def trusted_words(config: Config) -> str:
@@ -221,7 +221,7 @@ def _columns(config: Config) -> list[tuple[str, str, int]]:
     nats = [("neg_elbo", "-ELBO", 2), ("nll", "NLL", 2), ("gap", "gap", 2)]
     split = [("approximation_gap", "approx", 2), ("amortization_gap", "amort", 2)]
     split += [("local_nll", "local", 2), ("local_heavy_tails", "k local", 2)]
-    split += [("exact_nll", "exact", 2)] if config.dim == 2 else []
+    split += [("exact_nll", "exact", 2)] if is_integrated(config) else []
     bits = [("neg_elbo_bits", "-ELBO bits/dim", 3), ("nll_bits", "NLL bits/dim", 3)]
     trust = [("ess", "ESS", 0), ("heavy_tails", "k>0.7", 2)]
     rest = [("active_units", "active", 1)] + ([("mutual_information", "MI", 2)] if config.information else [])

@@ -128,9 +128,9 @@ class Images(nn.Module):
         return x.flatten(1)
 
 
-def linear(*, shift: float = 0.0, name: str = "full_covariance") -> tuple[VAE, Data, LinearGaussian]:
+def linear(*, shift: float = 0.0, name: str = "full_covariance", dim: int = 3) -> tuple[VAE, Data, LinearGaussian]:
     torch.manual_seed(5)
-    model = LinearGaussian(3)
+    model = LinearGaussian(dim)
     vae = fitted(model, name, shift=shift)
     vae.encoder = Images()
     x = model.draw(200)[1].unsqueeze(1)
@@ -178,6 +178,15 @@ def test_the_gap_is_split_as_its_closed_form_says() -> None:
     without = evaluate(vae, data, replace(SETTINGS, gaps=False))
     assert without == {key: figures[key] for key in without}
     assert set(figures) - set(without) == {"approximation_gap", "amortization_gap", "local_nll", "local_heavy_tails"}
+
+
+def test_two_latents_are_integrated_under_a_prior_whose_reach_is_known() -> None:
+    vae, data, model = linear(dim=2)
+    settings = replace(SETTINGS, dim=2, gap_steps=1, gap_images=2)
+    evidence = model.evidence(data.test.flatten(1)).mean().item()
+    assert evaluate(vae, data, settings)["exact_nll"] == pytest.approx(-evidence, abs=1e-4)
+    for other in ({"prior": "maf:3"}, {"gaps": False}, {"dim": 3}):
+        assert "exact_nll" not in evaluate(vae, data, replace(settings, **other))
 
 
 class Constant(nn.Module):
