@@ -37,7 +37,7 @@ speed() {
     [ -e "$page" ] || printf '# Speed on a GPU\n\nAs [on a CPU](speed.md), by `benchmarks/gpu_check.sh`.\n\n%s\n%s\n' \
         '<!-- tables -->' '<!-- end of tables -->' >"$page"
     # shellcheck disable=SC2086  # several options
-    timeout 220 "$python" -m benchmarks speed --device cuda --page "$page" ${SPEED:---reps 20}
+    timeout -s INT -k 10 220 "$python" -m benchmarks speed --device cuda --page "$page" ${SPEED:---reps 20}
 }
 
 main_job() {

@@ -5,6 +5,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -130,6 +131,16 @@ def test_a_map_reads_slices_and_expanded_gradients() -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("shape", [(), (1,), (4,)], ids=str)
+def test_a_log_det_of_fewer_axes_counts_for_every_row(shape: tuple[int, ...]) -> None:
+    """As a shift's before, which is a constant."""
+    z, numbers, total = torch.randn(4, DIM), torch.randn(4, 2 * DIM), torch.full(shape, 3.0, dtype=torch.float64)
+    _, alone = fused.element(z, numbers, None, column_of(Gate(DIM)), inverse=False)
+    _, both = fused.element(z, numbers, total, column_of(Gate(DIM)), inverse=False)
+    torch.testing.assert_close(both, alone + 3.0)
+
+
+@interpreted
 def test_a_row_without_a_value_spoils_no_other() -> None:
     z, numbers = torch.randn(3, DIM), torch.randn(3, 2 * DIM)
     z[1, 2] = torch.nan
@@ -209,6 +220,21 @@ def test_the_engine_by_kernels_is_the_plain_operations_in_float64(
     exact = every_result(flow.double(), direction, z.double(), double, known.double())
     for each in zip(found, exact, by_torch, strict=True):
         assert_rounded(*each)
+
+
+@interpreted
+@pytest.mark.parametrize("direction", ["forward", "inverse", "known"])
+def test_parameters_may_lie_in_any_way(direction: str) -> None:
+    """Column by column, and with gaps."""
+    flow = FLOWS["gates"]()
+    push(flow, Case(seed=1, push=0.2))
+    known, context = torch.randn(3, DIM), torch.randn(3, 3)
+    z = flow(known, context)[0].detach() if direction == "known" else known
+    expected = every_result(flow, direction, z, context, known)
+    for parameter in flow.parameters():
+        parameter.data = torch.stack([parameter.data.t()] * 2, -1)[..., 0].t()
+    for found, each in zip(every_result(flow, direction, z, context, known), expected, strict=True):
+        assert_rounded(found, each.double(), each)
 
 
 @interpreted
@@ -302,6 +328,20 @@ def test_the_operators_fakes_hold() -> None:
         (maps.transposed_sweep, (z, numbers, numbers, [first.t(), last.t()], [hidden], None, range(DIM), "elu")),
     ]:
         torch.library.opcheck(operator, inputs, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_sweep_s_result_lies_as_its_fake_s_does() -> None:
+    """Of points that lie column by column, and in float64, which no kernel knows: a compiler asserts it."""
+    hidden, first, last = (each.double() for each in _network())
+    z, (name, constants) = torch.randn(DIM, 4, dtype=torch.float64).t(), column_of(Gate(DIM))
+    found = torch.ops.flowpost.sweep(z, hidden, [first, last], [last[:, 0]], None, range(DIM), "elu", name, constants)
+    assert found.is_contiguous()
+
+
+@pytest.mark.parametrize(("release", "fit"), [("2.6.0+cu124", False), ("2.7.0", True), ("2.11.0+cu130", True)])
+def test_a_triton_without_tuples_is_left_alone(release: str, fit: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: FBT001
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)(release))
+    assert runpy.run_path(fusing.__file__)["_TRITON"] is fit
 
 
 def _network() -> tuple[Tensor, Tensor, Tensor]:

@@ -295,6 +295,13 @@ def test_everyone_has_a_turn_in_each_round(monkeypatch: pytest.MonkeyPatch) -> N
     assert len({tuple(turns[i : i + 2]) for i in range(len(turns))}) > 3
 
 
+def test_no_kernel_s_compilation_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first call of all on a GPU, which is no round's."""
+    seconds = iter([9.0, 0.001, 0.001, 0.001, 0.001])
+    monkeypatch.setattr(timing, "timed", lambda call, times, device: next(seconds))
+    assert contest({"any": lambda: None}, torch.device("cuda"), Rounds(1e9, 2, 2)) == {"any": [0.001, 0.001]}
+
+
 def test_rounds_end_with_the_budget() -> None:
     rounds = Rounds(budget=10, least=3, most=5)
     assert not rounds.enough(1, 1000)
@@ -444,6 +451,37 @@ def test_one_contest_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert one["what"] == "full covariance"
     assert one["rounds"] == 23  # more than the plan would have
     assert not (tmp_path / "speed.png").exists()
+
+
+def test_a_contest_that_fails_ends_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> Contest:
+        raise RuntimeError("no compiler")
+
+    one = example(Goal(0.4, "dense"))
+    held = [("first", fails), ("second", lambda: one)], [("training", "dim", fails)]
+    monkeypatch.setattr(speed, "programme", lambda hall: held[0])
+    monkeypatch.setattr(speed, "curves", lambda hall: held[1])
+    assert cli.main(["speed", "--quick", "--out", str(tmp_path)]) == 1
+    written = json.loads((tmp_path / "speed.json").read_text())
+    assert [each["what"] for each in written["contests"]] == [one.what]
+    out = capsys.readouterr().out
+    assert "first failed: RuntimeError: no compiler" in out
+    assert "training against dim failed" in out
+
+
+def test_a_stopped_run_s_contests_are_on_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped() -> Contest:
+        raise KeyboardInterrupt
+
+    page = tmp_path / "page.md"
+    page.write_text("<!-- tables -->\n<!-- end of tables -->\n")
+    held = [("first", lambda: example(Goal(0.4, "dense"))), ("second", stopped)]
+    monkeypatch.setattr(speed, "programme", lambda hall: held)
+    stop = cli.main(["speed", "--quick", "--out", str(tmp_path / "run"), "--page", str(page)])
+    assert stop == 130
+    assert "training step" in page.read_text()
 
 
 @pytest.mark.parametrize(

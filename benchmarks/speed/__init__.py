@@ -19,7 +19,7 @@ from benchmarks.run import Content, Out, Page, Run, cpu_threads, origin, picture
 from benchmarks.speed import counted
 from benchmarks.speed.hall import Hall
 from benchmarks.speed.plot import Curves, draw
-from benchmarks.speed.programme import curves, programme
+from benchmarks.speed.programme import Held, curves, programme
 from benchmarks.speed.results import Contest
 from benchmarks.speed.sizes import FULL, QUICK
 from benchmarks.speed.table import absences, goals, markdown, times
@@ -73,28 +73,48 @@ def speed(
         raise ConfigError(f"only: expected a part of a contest's title, got {only!r}")
     run = Run.begin("speed", out, device=device, threads=threads, libraries=installed(), page=page)
     with cpu_threads(threads):
-        hold(run, hall, only)
-        run.publish("speed.json", shown, "speed.png")
+        try:
+            failed = hold(run, hall, only)
+        finally:  # what was held before a stop, too
+            if (run.folder / "speed.json").exists():
+                run.publish("speed.json", shown, "speed.png")
+    raise typer.Exit(int(failed > 0))
 
 
-def hold(run: Run, hall: Hall, only: str = "") -> None:
-    """Hold every contest, print its table, and write after each, so that a stop loses nothing."""
+def hold(run: Run, hall: Hall, only: str = "") -> int:
+    """Hold every contest, print its table, and write after each, so that a stop loses nothing.
+
+    One that fails is told of, and the others are held: how many failed is returned.
+    """
     console = terminal()
     contests: list[Contest] = []
     drawn: Curves = {}
+    failed = 0
+
+    def tried(title: str, held: Held) -> list[Contest]:
+        nonlocal failed
+        try:
+            return [held()]
+        except Exception as error:  # a compiler's, say, or the device's
+            failed += 1
+            console.print(f"{title} failed: {type(error).__name__}: {error}", soft_wrap=True)
+            return []
+
     for title, held in programme(hall):
         if only in title:
             console.print(title)
-            contests.append(held())
+            contests += tried(title, held)
             write(run, contests, drawn)
     for what, axis, held in () if only else curves(hall):
-        drawn.setdefault((what, axis), []).append(held())
+        drawn.setdefault((what, axis), []).extend(tried(f"{what} against {axis}", held))
+    drawn = {key: group for key, group in drawn.items() if group}
     if drawn:
         draw(drawn, run.folder / "speed.png")
     write(run, contests, drawn)
     for each in filter(None, (*times(contests), *goals(contests), *absences(contests), missing("timed"))):
         console.print(each, soft_wrap=isinstance(each, str))
     console.print(f"Every round, tables and the plot: {run.folder}", soft_wrap=True)
+    return failed
 
 
 def write(run: Run, contests: Sequence[Contest], drawn: Curves) -> None:

@@ -51,6 +51,8 @@ def contest(calls: Mapping[str, Call], device: torch.device, rounds: Rounds, see
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     times: dict[str, int] = {}
     order, shuffle = list(calls), random.Random(seed)
+    for name in order if device.type == "cuda" else ():
+        timed(calls[name], 1, device)  # which compiles kernels, for seconds that are no round's
     done, start = 0, time.perf_counter()
     while not (done and rounds.enough(done, time.perf_counter() - start)):
         shuffle.shuffle(order)

@@ -125,7 +125,8 @@ def element(
     flat, rows = _rows(z).contiguous(), _rows(numbers)
     image = torch.empty_like(flat)
     log_det = flat.new_empty(len(flat), dtype=torch.float64)
-    before = None if total is None else total.reshape(-1).contiguous()
+    # A shift's log-det has no axes, and a kernel would read on behind it.
+    before = None if total is None else total.expand(z.shape[:-1]).reshape(-1).contiguous()
     _by_rows(element_kernel, flat, rows, rows.stride(0), before, image, log_det, len(flat), *_pair(constants),
             DIM=flat.shape[1], KIND=MAPS.index(name), INVERSE=inverse)  # fmt: skip
     return image.view(z.shape), log_det.view(z.shape[:-1])

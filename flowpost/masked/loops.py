@@ -33,7 +33,8 @@ def solve(
         activation: its name.
         column: the step's inverse for one variable, as `Solve`.
     """
-    known, x, dim = NAMED[activation], torch.zeros_like(images), len(order)
+    known, dim = NAMED[activation], len(order)
+    x = torch.zeros_like(images, memory_format=torch.contiguous_format)  # as a compiler has been told
     *sums, outs = [start, *biases]
     values = [each.expand(len(images), -1).clone(memory_format=torch.contiguous_format) for each in sums]
     for k, variable in enumerate(order):

@@ -99,8 +99,14 @@ class _Solve(torch.autograd.Function):
 
 
 def _whole(log_det: Tensor, z: Tensor) -> Tensor:
-    """A log-det for each point, also where it is a constant."""
-    return log_det if log_det.shape == z.shape[:-1] else log_det.expand(z.shape[:-1]).clone()
+    """A log-det for each point, also where it is a constant.
+
+    For a compiler a copy: that of torch 2.11 loses the gradient of an output that some operation before gave already,
+    as that of a cast to its own dtype is.
+    """
+    if log_det.shape == z.shape[:-1] and not torch.compiler.is_compiling():
+        return log_det
+    return log_det.expand(z.shape[:-1]).clone()
 
 
 def _replay(

@@ -42,7 +42,7 @@ def _root(gain, target):
 @triton.jit
 def root_kernel(gain_ptr, target_ptr, found_ptr, count, BLOCK: tl.constexpr):  # noqa: N803
     """One equation an entry."""
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count
     target = tl.load(target_ptr + index, mask=inside, other=0.0).to(tl.float64)
     x = _root(tl.load(gain_ptr + index, mask=inside, other=0.0).to(tl.float64), target)
@@ -52,8 +52,8 @@ def root_kernel(gain_ptr, target_ptr, found_ptr, count, BLOCK: tl.constexpr):  #
 @triton.jit
 def roots_kernel(gain_ptr, target_ptr, found_ptr, gains, SIZE: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
     """A triangle of equations a program, from the last to the first; `gains` matrices in turn serve all programs."""
-    row, index = tl.program_id(0), tl.arange(0, BLOCK)
-    matrix = gain_ptr + (row % gains).to(tl.int64) * SIZE * SIZE
+    row, index = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    matrix = gain_ptr + row % gains * SIZE * SIZE
     rest = tl.load(target_ptr + row * SIZE + index, mask=index < SIZE, other=0.0).to(tl.float64)
     found = tl.zeros([BLOCK], tl.float64)
     for step in range(SIZE):
