@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Protocol, TypeVar
 
 import torch
@@ -48,12 +48,12 @@ class CUDAGraphs:
 
     def capture(self, call: Callable[[], T]) -> Callable[[], T]:
         """The replay of a graph of its own memory; the tensors that it returns live there."""
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         for generator in self.generators:
             graph.register_generator_state(generator)
         # The outer `stream` brings the current one back where a capture fails. Other threads may go on pinning memory.
-        with torch.cuda.stream(self.stream):
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+        with cleaned_up(self.device, pool, self.generators), torch.cuda.stream(self.stream):
+            with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
                 found = call()
 
         def replay() -> T:
@@ -61,6 +61,40 @@ class CUDAGraphs:
             return found
 
         return replay
+
+
+@contextmanager
+def cleaned_up(
+    device: torch.device, pool: tuple[int, int], generators: Sequence[torch.Generator] = ()
+) -> Iterator[None]:
+    """Where a capture inside fails, torch ends neither its stream, nor its counting of random numbers, nor its pool.
+
+    Args:
+        device: of the capture.
+        pool: of its memory.
+        generators: that it drew from, besides the device's own one.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    stream = torch.cuda.current_stream(index)
+    try:
+        yield
+    except RuntimeError:
+        torch.cuda.set_stream(stream)
+        for generator in (torch.cuda.default_generators[index], *generators):
+            if not _draws(generator):
+                generator.graphsafe_set_state(generator.clone_state())  # one that counts for no graph
+        with suppress(RuntimeError):  # a torch that has ended it says so
+            torch._C._cuda_endAllocateToPool(index, pool)  # pyright: ignore[reportAttributeAccessIssue]
+        raise
+
+
+def _draws(generator: torch.Generator) -> bool:
+    """Whether numbers can be drawn from it, as they cannot while it counts for a graph that was not ended."""
+    try:
+        torch.rand(1, generator=generator, device=generator.device)
+    except RuntimeError:
+        return False
+    return True
 
 
 @contextmanager

@@ -53,7 +53,7 @@ class Captured(Generic[T]):
         TypeError: an input is no tensor.
         ValueError: `warmup` is below 2, or a generator is of another device.
         RuntimeError: the function cannot be captured. The message says what to look for. After a capture that failed,
-            as opposed to a host read found before it, PyTorch's own generator cannot be used: start a new process.
+            as opposed to a host read found before it, make anew what was captured before: the generator is another.
 
     Example:
         >>> weight = torch.zeros(2, requires_grad=True)

@@ -179,11 +179,14 @@ try:
 except RuntimeError as error:
     print(error)
 assert torch.cuda.current_stream() == outside
+assert len(torch.randn(9, device="cuda").unique()) == 9
+right = Captured(lambda x: x + torch.rand_like(x), "cuda")
+assert len(torch.stack([right(torch.zeros(2, device="cuda")) for _ in range(6)]).unique()) == 12
 """
 
 
 def test_a_capture_that_fails_says_what_to_look_for() -> None:
-    """In a process of its own, whose generators it spoils: here one that the graph does not know."""
+    """In a process of its own, which goes on afterwards: the graph does not know a generator."""
     done = subprocess.run(
         [sys.executable, "-c", FAILING], capture_output=True, text=True, cwd=Path(__file__).parents[1]
     )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.speed.flows import Flow, features, training_loss
 from benchmarks.speed.timing import Call
+from flowpost._graphs import cleaned_up
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def captured(step: Step) -> Call:
         _refuse_waits(step)
     torch.cuda.current_stream().wait_stream(side)
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-    with _cleaned_up(pool), torch.cuda.graph(graph, pool=pool):
+    with cleaned_up(torch.device("cuda"), pool), torch.cuda.graph(graph, pool=pool):
         step()
     return graph.replay
 
@@ -101,18 +101,3 @@ def _refuse_waits(step: Step) -> None:
             step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-
-
-@contextmanager
-def _cleaned_up(pool: tuple[int, int]) -> Iterator[None]:
-    """Where a capture fails, torch ends neither its stream, nor its counting of random numbers, nor its pool."""
-    device, stream = torch.cuda.current_device(), torch.cuda.current_stream()
-    try:
-        yield
-    except RuntimeError:
-        torch.cuda.set_stream(stream)
-        generator = torch.cuda.default_generators[device]
-        generator.graphsafe_set_state(generator.clone_state())  # one that counts for no graph
-        with suppress(RuntimeError):  # a torch that has ended it says so
-            torch._C._cuda_endAllocateToPool(device, pool)  # pyright: ignore[reportAttributeAccessIssue]
-        raise
