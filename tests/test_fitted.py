@@ -182,6 +182,7 @@ def estimated(log_p: float, k_hat: float) -> ImportanceEstimate:
         (math.nan, -0.4, "", [], ["Pareto k-hat is nan, above 0.7: "]),
         (0.7, -0.6, "", [], ["the importance-sampled log evidence is 0.60 nats above the ELBO, so KL"]),
         (0.3, -math.inf, "2% of q's draws", [], ["log p/q is not finite at 2% of q's draws"]),
+        (math.nan, -math.inf, "100% of q's draws", [], ["log p/q is not finite at 100% of q's draws"]),
         (0.3, -0.4, "", ["a mode is lost"], ["a mode is lost"]),
         (2.0, -9.0, "", ["a", "b"], ["Pareto k-hat is 2.00", "the importance-sampled log evidence is 9.00", "a", "b"]),
     ],
