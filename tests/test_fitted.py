@@ -89,9 +89,14 @@ def test_equal_weights_have_no_tail() -> None:
     assert fitted.is_trusted
 
 
-@pytest.mark.parametrize(("size", "k_hat"), [(2e-5, -math.inf), (1e-3, pytest.approx(0.95, abs=0.05))])
+@pytest.mark.parametrize(
+    ("size", "k_hat"), [(2e-5, -math.inf), (1e-4, -math.inf), (1e-3, pytest.approx(0.95, abs=0.05))]
+)
 def test_a_tail_counts_where_its_weights_do(size: float, k_hat: float) -> None:
-    """Weights with a Pareto tail of shape 1, which weighs next to nothing at the first size, and not at the other."""
+    """Weights with a Pareto tail of shape 1, which weighs next to nothing at the first sizes, and not at the last.
+
+    Of 20,000 weights at the second, three are above 1.65 times the mean, and none above 3.
+    """
     log_ratio = (1 + size * 20_000 / torch.arange(1, 20_001, dtype=torch.float64)).log()
     found = estimate(Weighed(log_ratio.unsqueeze(-1), log_ratio, torch.full((20_000,), 5e-5, dtype=torch.float64)))
     assert found.k_hat.item() == k_hat
@@ -177,6 +182,7 @@ def estimated(log_p: float, k_hat: float) -> ImportanceEstimate:
         (math.nan, -0.4, "", [], ["Pareto k-hat is nan, above 0.7: "]),
         (0.7, -0.6, "", [], ["the importance-sampled log evidence is 0.60 nats above the ELBO, so KL"]),
         (0.3, -math.inf, "2% of q's draws", [], ["log p/q is not finite at 2% of q's draws"]),
+        (math.nan, -math.inf, "100% of q's draws", [], ["log p/q is not finite at 100% of q's draws"]),
         (0.3, -0.4, "", ["a mode is lost"], ["a mode is lost"]),
         (2.0, -9.0, "", ["a", "b"], ["Pareto k-hat is 2.00", "the importance-sampled log evidence is 9.00", "a", "b"]),
     ],

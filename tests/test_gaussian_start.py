@@ -250,6 +250,33 @@ def test_more_modes_than_are_asked_for_are_not_forgotten() -> None:
     assert max(found.elbos) - min(found.elbos) < 0.3
 
 
+def far_away(z: Tensor) -> Tensor:
+    """Twenty draws about 90,000 +- 30,000, under a flat prior of their mean and of the logarithm of their scale."""
+    x = 30_000 * (3 + torch.linspace(-1.7, 1.7, 20, dtype=torch.float64))
+    return -20 * z[..., 1] - 0.5 * ((x - z[..., :1]) * (-z[..., 1:]).exp()).square().sum(-1)
+
+
+@pytest.mark.parametrize(("budget", "far"), [(20_000, True), (1_000_000, False)])
+def test_a_climb_that_has_not_arrived_goes_on(budget: int, far: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: FBT001
+    """Where a model of data in large units has no highest point; where the budget does not lead there, this is told."""
+    monkeypatch.setattr("flowpost.variational.starts.laplace", lambda *_: None)
+    points = []
+
+    def counted(z: Tensor) -> tuple[Tensor, Tensor]:
+        points.append(len(z))
+        return slopes(far_away)(z)
+
+    found = find_start(counted, torch.zeros(2, dtype=torch.float64), budget, seeded(), diagonal=False)
+    assert found.far is far
+    assert sum(points) < max(20_000, 0.6 * budget)
+    if not far:
+        assert found.gaussians[0].loc[0].item() == pytest.approx(90_000, rel=0.01)
+
+
+def test_one_that_has_arrived_goes_no_further() -> None:
+    assert not start(normal(), dim=3).far
+
+
 def test_distinct_keeps_one_of_each_mode_the_best_first() -> None:
     """Guesses 0 and 2 are in one mode; a barrier is what two normals have between them, known in closed form."""
     locs = torch.tensor([[-5.0, 0.1], [5.0, 0.0], [-5.0, 0.0]], dtype=torch.float64)

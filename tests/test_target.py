@@ -129,7 +129,18 @@ WRONG: dict[str, tuple[Callable[[Any], Any], Any, type[Exception], str]] = {
     "float": (lambda z: -float(z.square().sum()), 2, TypeError, "got float and float at theta"),
     "numpy": (lambda z: np.square(z.numpy()).sum(-1), 2, TypeError, "got ndarray and float64 at theta"),
     "nothing": (lambda z: None, 2, TypeError, "got NoneType and NoneType at theta"),
-    "error": (lambda p: p["b"], {"a": 2}, ValueError, "got KeyError: 'b' and KeyError: 'b' at a = "),
+    "error": (
+        lambda p: p["b"],
+        {"a": 2},
+        ValueError,
+        r"expected a value of one draw, got KeyError: 'b' at a = \[[^]]*\]$",
+    ),
+    "two errors": (
+        lambda z: z.missing if z.ndim == 1 else z.view(5, 5),
+        3,
+        ValueError,
+        r"got AttributeError: .* at theta = \[[^]]*\], and RuntimeError: .* of many draws at once$",
+    ),
     "integers": (lambda z: z.sum(-1).long(), 2, TypeError, "expected a floating dtype, got torch.int64"),
     "detached": (
         lambda z: short_of(z.detach()),

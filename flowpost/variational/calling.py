@@ -176,6 +176,11 @@ def _single(log_joint: LogJoint, values: Values, batch: object) -> Tensor:
     value = _try(log_joint, values)
     if isinstance(value, Tensor) and value.ndim == 0:
         return value
+    if isinstance(value, Exception) and isinstance(batch, Exception):  # its own fault, and not that of a shape
+        both = "" if _got(batch) == _got(value) else f", and {_got(batch)} of many draws at once"
+        raise ValueError(
+            f"log_joint: expected a value of one draw, got {_got(value)} at {described(values)}{both}"
+        ) from value
     kind = TypeError if not isinstance(value, (Tensor, Exception)) else ValueError
     raise kind(
         f"log_joint: expected a tensor (S,) of parameters with a leading axis of S draws, each the value of its draw, "

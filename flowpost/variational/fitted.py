@@ -108,7 +108,7 @@ class FittedPosterior:
 
     @property
     def k_hat(self) -> float:
-        """Pareto k of the importance weights: above 0.7 neither the evidence nor weighted means are to be trusted."""
+        """Pareto k of the importance weights: above 0.7 they are not to be trusted, -inf where none stands out."""
         return self.estimate.k_hat.item()
 
     @property

@@ -14,7 +14,7 @@ from flowpost.variational.ascent import BLOCK, RATE, Ascent, Reading
 from flowpost.variational.bound import Fitted, bound, noise_for
 from flowpost.variational.fitted import FittedPosterior
 from flowpost.variational.gaussian import Gaussian, rise
-from flowpost.variational.starts import MOST, Start, find_start
+from flowpost.variational.starts import MOST, Start, climbs, find_start
 from flowpost.variational.target import Target
 from flowpost.variational.weighing import Progress, device_of, estimate, weigh
 
@@ -24,6 +24,11 @@ RESTARTS = 8
 """After so many a fit is given up; q is what it was at its best."""
 AGAIN = 0.25
 """Of the rate, where a fit goes on."""
+RISING = "the ELBO still rose when the budget was spent; a larger budget, or resume=, helps"
+FAR = (
+    "the posterior is far from the origin of the free coordinates, where the search for it begins; units or a shift "
+    "that make parameters about 1 help"
+)
 INTERRUPTED = "the fit was interrupted; pass resume= to go on"
 
 
@@ -40,6 +45,7 @@ class Running:
     temperature: float = 1.0
     peak: float = RATE
     spent: int = 0
+    far: bool = False
     history: list[Progress] = field(default_factory=list)
 
     def start(self, most: int, *, diagonal: bool) -> Start:
@@ -47,6 +53,7 @@ class Running:
         origin = torch.zeros(self.target.parameters.dim, dtype=self.target.dtype, device=self.generator.device)
         found = find_start(self._gradient, origin, self.budget, self.generator, diagonal=diagonal, most=max(most, MOST))
         self._tell(Progress("start", self.spent, self.budget, found.elbos[0], 0.0, math.nan))
+        self.far = found.far
         return found
 
     def after(self, earlier: FittedPosterior) -> Running:
@@ -68,7 +75,7 @@ class Running:
             self._tell(Progress("start", self.spent, self.budget, elbos[-BLOCK:].mean().item(), 0.0, math.nan))
         except KeyboardInterrupt:
             return best, [INTERRUPTED]
-        return best, []
+        return best, self._rising() if climbs(elbos.unsqueeze(-1)) else []
 
     def ascend(self, fitted: Fitted, lost: Sequence[str]) -> FittedPosterior:
         """Train a flow, or a mixture of them, until nothing is to be gained, the budget is spent, or Ctrl-C."""
@@ -96,7 +103,7 @@ class Running:
             said.append(INTERRUPTED)
         ascent.settle()
         if ascent.unsettled:
-            said.append("the ELBO still rose when the budget was spent; a larger budget, or resume=, helps")
+            said += self._rising()
         return self.finish(fitted, lost, said)
 
     def finish(self, fitted: Fitted, lost: Sequence[str], said: Sequence[str]) -> FittedPosterior:
@@ -107,6 +114,10 @@ class Running:
         return FittedPosterior(
             fitted, self.target, evaluations=spent, seconds=seconds, history=history, notes=said, left_out=lost
         )
+
+    def _rising(self) -> list[str]:
+        """What is said of a fit whose ELBO has not come to rest: also why, where its start had a long way to go."""
+        return [RISING, FAR] if self.far else [RISING]
 
     def _gradient(self, points: Tensor) -> tuple[Tensor, Tensor]:
         self.spent += len(points)

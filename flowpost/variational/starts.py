@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ NEGLIGIBLE = 7.0
 """Nats: a mode whose ELBO is so far below the best one's has less than a thousandth of the mass, and is left out."""
 DOUBTFUL = 30.0
 """Nats: the same of the search, whose factorized Gaussians may leave more of one mode's mass than of another's."""
+CLIMBING = 1.0
+"""Nats by which the ELBO rises from one eighth of a climb's steps to the next, its last, if it has not arrived."""
 MOST = 4
 """Modes that q has, the best ones, where nothing else is said."""
 
@@ -33,6 +36,8 @@ class Start(NamedTuple):
     elbos: list[float]
     name: str
     """The first guess that led to the best one: "origin", "random" or "laplace"."""
+    far: bool
+    """Whether the best one still climbed when no more steps were allowed: the mass is far from every guess."""
 
 
 class Steps(NamedTuple):
@@ -59,7 +64,8 @@ def find_start(
     Args:
         gradient: of log p.
         origin: zeros, ``(dim,)``.
-        budget: of gradients of the whole fit, of which this takes about a sixth.
+        budget: of gradients of the whole fit, of which this takes about a sixth; up to a half of it where the best
+            Gaussian has not yet arrived, as at a posterior that is far from every guess.
         generator: of all draws.
         diagonal: whether the Gaussians stay factorized.
         most: how many are given a full covariance, the best ones; the others stay as the search left them.
@@ -78,11 +84,15 @@ def find_start(
         names.append("laplace")
     kept = distinct(gradient, found, elbo(gradient, found, FINE, generator), DOUBTFUL)
     first, best, others = kept[0], _taken(found, kept[:most]), _taken(found, kept[most:])
-    best, _ = natural_ascent(gradient, best, steps.full, FINE, generator, diagonal=diagonal)
+    for made in itertools.count(1):
+        best, risen = natural_ascent(gradient, best, steps.full, FINE, generator, diagonal=diagonal)
+        far = climbs(risen)
+        if not far or 2 * (made + 1) * steps.full * FINE * len(best.loc) > budget:
+            break
     found = Gaussian(torch.cat([best.loc, others.loc]), torch.cat([best.scale_tril, others.scale_tril]))
     elbos = elbo(gradient, found, 4 * FINE, generator)
     kept = distinct(gradient, found, elbos)
-    return Start([found.at(index) for index in kept], [elbos[index].item() for index in kept], names[first])
+    return Start([found.at(index) for index in kept], [elbos[index].item() for index in kept], names[first], far)
 
 
 def distinct(gradient: Gradient, found: Gaussian, elbos: Tensor, below: float = NEGLIGIBLE) -> list[int]:
@@ -94,6 +104,14 @@ def distinct(gradient: Gradient, found: Gaussian, elbos: Tensor, below: float = 
         if enough and all(_barrier(gradient, found.loc[index], found.loc[k]) for k in kept):
             kept.append(index)
     return kept
+
+
+def climbs(elbos: Tensor) -> bool:
+    """Whether the best of several Gaussians still rises fast, by its ELBO before every step, ``(steps, K)``."""
+    size = max(1, len(elbos) // 8)
+    before, after = elbos[-2 * size : -size].mean(0), elbos[-size:].mean(0)
+    best = after.argmax()
+    return bool(after[best] - before[best] > CLIMBING)
 
 
 def _taken(found: Gaussian, places: list[int]) -> Gaussian:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from flowpost.importance import LIMIT, ImportanceEstimate
@@ -25,7 +26,7 @@ def reasons(
     """
     said = []
     k_hat, gap = estimate.k_hat.item(), estimate.log_p.item() - elbo
-    if not k_hat <= LIMIT:
+    if not k_hat <= LIMIT and not (lost and math.isnan(k_hat)):  # nan where no draw has a weight: no tail is to blame
         said.append(
             f"Pareto k-hat is {k_hat:.2f}, above {LIMIT}: q's tails are too light somewhere, and means over its draws, "
             f"importance-sampled ones too, may be wrong there; a richer flow, more steps or budget, or refine() helps"

@@ -17,8 +17,9 @@ CHUNK = 1000
 """Draws at once."""
 WIDER, LOOKED = 10.0, 1000
 """How many times as far out draws look for what q misses, and how many of them."""
-SAME = 0.5
-"""Nats: where no weight exceeds the mean of all by more, no weight counts much, and the tail's shape means nothing."""
+SAME, LITTLE = 0.5, 1e-3
+"""Nats by which a weight may exceed the mean of all, and the share of all weight that those of more may have together:
+where they have less, no weight counts much, and the tail's shape means nothing."""
 
 
 class Progress(NamedTuple):
@@ -70,10 +71,15 @@ def weigh(fitted: Fitted, target: Target, samples: int, generator: torch.Generat
 
 
 def estimate(weighed: Weighed) -> ImportanceEstimate:
-    """Of the log evidence; k-hat is minus infinity where no draw weighs much more than others."""
+    """Of the log evidence; k-hat is minus infinity where draws that weigh much more than others have next to nothing.
+
+    A q so near to p that its weights are almost equal has a tail too, of any shape, and would be blamed for it.
+    """
     log_w = weighed.log_ratio + (weighed.share * len(weighed.share)).log()
     found = summarize([log_w.unsqueeze(-1)], len(log_w))
-    k_hat = torch.where(log_w.max() - found.log_p < SAME, -math.inf, found.k_hat)
+    above = log_w - found.log_p
+    heavy = torch.where(above < SAME, 0.0, above.exp()).mean()
+    k_hat = torch.where(heavy < LITTLE, -math.inf, found.k_hat)
     return ImportanceEstimate(*(value.squeeze(0) for value in found._replace(k_hat=k_hat)))
 
 
