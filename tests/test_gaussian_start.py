@@ -229,6 +229,30 @@ def test_two_modes_are_found_with_their_evidence() -> None:
     torch.testing.assert_close(torch.tensor(found.elbos, dtype=torch.float64), due, rtol=0, atol=0.2)
 
 
+@pytest.mark.parametrize("apart", [8.0, 20.0])
+def test_a_narrow_mode_is_found_beside_a_wide_one_that_all_near_guesses_climb_to(apart: float) -> None:
+    """Of 0.3 N(-apart, I) + 0.7 N(apart, I / 4); what has its budget's search too short for far guesses finds one."""
+    one = torch.ones(2, dtype=torch.float64)
+    wide, narrow = MultivariateNormal(-apart * one, one.diag()), MultivariateNormal(apart * one, one.diag() / 4)
+    gradient = slopes(lambda z: torch.logaddexp(wide.log_prob(z) + math.log(0.3), narrow.log_prob(z) + math.log(0.7)))
+    found = find_start(gradient, torch.zeros(2).double(), 1_000_000, seeded(), diagonal=False)
+    torch.testing.assert_close(torch.tensor(found.elbos), torch.tensor([0.7, 0.3]).log(), rtol=0, atol=0.2)
+    assert len(start(gradient).gaussians) == 1
+
+
+def test_guesses_that_stop_at_different_places_of_a_mode_cost_no_long_climb_each() -> None:
+    """On a bent ridge there is a valley on the line between them; a long climb has 102,400 gradients."""
+    points = []
+
+    def counted(z: Tensor) -> tuple[Tensor, Tensor]:
+        points.append(len(z))
+        return slopes(lambda z: -0.5 * ((z[..., 0] / 2).square() + (2 * z[..., 1] - z[..., 0].square()).square()))(z)
+
+    found = find_start(counted, torch.zeros(2).double(), 1_000_000, seeded(), diagonal=False)
+    assert len(found.gaussians) == 1
+    assert sum(points) < 230_000
+
+
 def test_one_mode_is_found_once() -> None:
     found = start(normal(), dim=3)
     assert len(found.gaussians) == 1

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from flowpost.variational.gaussian import Gaussian, Gradient, elbo, laplace, natural_ascent, standard_gaussian
 
-GUESSES = 8
-"""First guesses: the origin, and points around it, `SPREAD` away in each coordinate."""
-SPREAD = 2.0
+GUESSES, SPREAD = 8, 2.0
+"""First guesses: the origin, and points around it, so far away in each coordinate."""
+FARTHER, WIDE, LONG = 4, 10.0, 100
+"""More guesses, farther out, for modes that none of those climbs to; only in a search of so many steps can they."""
 ROUGH, FINE = 32, 256
 """Draws for each Gaussian and step, of the search and of what follows."""
 BARRIER = 2.0
@@ -71,12 +72,12 @@ def find_start(
         most: how many are given a full covariance, the best ones; the others stay as the search left them.
     """
     steps = Steps.of(budget)
-    random = SPREAD * torch.randn(
-        GUESSES - 1, len(origin), dtype=origin.dtype, device=origin.device, generator=generator
-    )
+    away = [SPREAD] * (GUESSES - 1) + [WIDE] * (FARTHER if steps.search >= LONG else 0)
+    random = torch.randn(len(away), len(origin), dtype=origin.dtype, device=origin.device, generator=generator)
+    random *= origin.new_tensor(away).unsqueeze(-1)
     guesses = standard_gaussian(torch.cat([origin.unsqueeze(0), random]))
     found, _ = natural_ascent(gradient, guesses, steps.search, ROUGH, generator, diagonal=True)
-    names = ["origin"] + ["random"] * (GUESSES - 1)
+    names = ["origin"] + ["random"] * len(away)
     mode = laplace(gradient, origin)
     if mode is not None:
         mode = Gaussian(mode.loc, mode.scale_tril.diagonal().diag()) if diagonal else mode
@@ -84,6 +85,9 @@ def find_start(
         names.append("laplace")
     kept = distinct(gradient, found, elbo(gradient, found, FINE, generator), DOUBTFUL)
     first, best, others = kept[0], _taken(found, kept[:most]), _taken(found, kept[most:])
+    if len(kept) > 1:  # of one mode, some of them: a short climb brings these together, before each has a long one
+        best, _ = natural_ascent(gradient, best, steps.full // 4, FINE, generator, diagonal=diagonal)
+        best = _taken(best, distinct(gradient, best, elbo(gradient, best, FINE, generator), DOUBTFUL))
     for made in itertools.count(1):
         best, risen = natural_ascent(gradient, best, steps.full, FINE, generator, diagonal=diagonal)
         far = climbs(risen)
