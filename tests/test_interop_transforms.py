@@ -11,6 +11,7 @@ from small import DIM, FEATURES, small
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal, TransformedDistribution, constraints
 from torch.distributions import transforms as T
+from versions import walked
 
 import flowpost
 from flowpost import Affine, Bijector, Chain, FlowPosterior, Inverse, Learned, Planar, Sigmoid, Softplus, Tanh
@@ -278,6 +279,7 @@ def test_a_transform_as_a_step_holds_the_contract(name: str) -> None:
     assert worst["log_det"] < 1e-3
 
 
+@walked
 @pytest.mark.compile
 @pytest.mark.parametrize("name", GIVEN)
 def test_a_transform_as_a_step_compiles(name: str) -> None:

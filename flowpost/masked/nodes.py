@@ -104,8 +104,8 @@ def _whole(log_det: Tensor, z: Tensor) -> Tensor:
     For a compiler a copy: that of torch 2.11 loses the gradient of an output that some operation before gave already,
     as that of a cast to its own dtype is.
     """
-    if log_det.shape == z.shape[:-1] and not torch.compiler.is_compiling():
-        return log_det
+    if log_det.shape == z.shape[:-1]:
+        return log_det.clone() if torch.compiler.is_compiling() else log_det
     return log_det.expand(z.shape[:-1]).clone()
 
 
