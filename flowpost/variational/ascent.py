@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,10 @@ NEAR = 0.05
 """Nats: a fit that comes so near is not said to need more."""
 PATIENCE = 12
 """Readings before and after which the ELBO is compared, at least."""
+
+
+Step: TypeAlias = Callable[[Tensor], Tensor]
+"""From noise to what `Ascent` reads of a step."""
 
 
 class Reading(NamedTuple):
@@ -76,13 +80,12 @@ class Ascent:
         self.readings: list[Reading] = []
         self.best = self._copy()
         self.top: Reading | None = None
-        graphs = device.type == "cuda"
+        self.device = device
         self.cold = steps // 3 if temperature > 1 else 0
         self.heat = temperature
         self.rate, self.weight = torch.tensor(RATE, device=device), torch.tensor(1.0, device=device)
         self.usual = torch.zeros((), dtype=torch.float64, device=device)  # a running mean of the gradient's norm
         self.adam = self._fresh()
-        self._run = Captured(self._step, device) if graphs else self._step
 
     def run(self) -> Iterator[Reading]:
         """Make the steps, a block at a time; each block's reading is yielded, and nothing is lost between two.
@@ -91,13 +94,15 @@ class Ascent:
         """
         if self._is_exact():
             return
+        step = self._launched()
         while self.made < self.steps:
             count = min(BLOCK, self.steps - self.made)
             before, rows = self._copy(), []
             for _ in range(count):
                 self.rate.fill_(self._rate())
                 self.weight.fill_(self._weight())
-                rows.append(self._once(self.noise()))
+                step, row = self._once(step, self.noise())
+                rows.append(row)
                 self.made += 1
             elbo, variance, lost = torch.stack(rows).double().cpu().nanmedian(0).values.tolist()
             reading = Reading(elbo, variance, lost)
@@ -120,14 +125,18 @@ class Ascent:
         ratio = self.objective(self.noise(), self.weight).ratio.detach()
         return bool(ratio.isfinite().all()) and ratio.var().item() < 2 * EXACT
 
-    def _once(self, noise: Tensor) -> Tensor:
+    def _launched(self) -> Step:
+        """A step, on CUDA as one graph; it is not held here: a cycle would keep the graph's memory of the device."""
+        return Captured(self._step, self.device) if self.device.type == "cuda" else self._step
+
+    def _once(self, step: Step, noise: Tensor) -> tuple[Step, Tensor]:
+        """One step, and how the next ones are made: a log joint that reads values on the host makes no graph."""
         try:
-            return self._run(noise)
+            return step, step(noise)
         except RuntimeError:
-            if self._run == self._step:
+            if step == self._step:
                 raise
-            self._run = self._step  # a log joint that reads values on the host makes no graph
-            return self._step(noise)
+            return self._step, self._step(noise)
 
     def _step(self, noise: Tensor) -> Tensor:
         self.adam.zero_grad()
