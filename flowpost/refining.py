@@ -71,23 +71,10 @@ def refine(
     moved = []
     for start in range(0, samples, size):
         noise = torch.randn_like(like.expand(min(size, samples - start), *like.shape))
-        moved.append(wander(gradient, noise, steps, leapfrogs)[-1])
+        walk, step_size = _annealed(gradient, noise, steps, leapfrogs)
+        moved.append(_moved(walk.state, gradient, step_size, steps, leapfrogs)[-1])
     with torch.no_grad():
         return q.rsample((samples,), torch.cat(moved))
-
-
-def wander(gradient: Gradient, start: Tensor, steps: int, leapfrogs: int, *, keep: int = 1) -> Tensor:
-    """The last `keep` states, ``(keep, chains, *batch, dim)``, of chains annealed to a density and moved on at it.
-
-    Args:
-        gradient: of the density, as `noise_target` makes it.
-        start: draws of N(0, I), ``(chains, *batch, dim)``.
-        steps: temperatures of the annealing, and steps after it; at least 1.
-        leapfrogs: of each step, at least 1.
-        keep: at most `steps`.
-    """
-    walk, size = _annealed(gradient, start, steps, leapfrogs)
-    return _moved(walk.state, gradient, size, steps, leapfrogs, keep)
 
 
 def drawn_from(gradient: Gradient, like: Tensor, steps: int) -> Tensor:
@@ -101,15 +88,15 @@ def drawn_from(gradient: Gradient, like: Tensor, steps: int) -> Tensor:
 
 
 def _annealed(gradient: Gradient, start: Tensor, steps: int, leapfrogs: int) -> tuple[Walk, Tensor]:
-    """Chains annealed to a density, and a step size that suits it."""
+    """Chains ``(chains, *batch, dim)`` annealed from N(0, I) to a density, and a step size that suits it."""
     steps = check_int("steps", steps, minimum=1)
     draft = torch.randn_like(start[:1].expand(PILOT_CHAINS, *start.shape[1:]))
     sizes = pilot(gradient, draft, steps + 1, "linear", leapfrogs)
     return anneal(gradient, start, schedule(steps + 1, "linear"), sizes, leapfrogs), sizes[-1]
 
 
-def _moved(state: State, gradient: Gradient, size: Tensor, steps: int, leapfrogs: int, keep: int) -> Tensor:
-    """The last `keep` states of so many steps at a density."""
+def _moved(state: State, gradient: Gradient, size: Tensor, steps: int, leapfrogs: int, *, keep: int = 1) -> Tensor:
+    """The last `keep` of so many steps at a density, ``(keep, chains, *batch, dim)``."""
     kept = [state]
     for _ in range(steps):
         kept.append(vary(kept[-1], gradient, size, leapfrogs)[0])
@@ -175,17 +162,17 @@ def fit_proposal(gradient: Gradient, like: Tensor, steps: int, elsewhere: Tensor
     Args:
         gradient: of the density, as `noise_target` makes it.
         like: one e for each example, ``(*batch, dim)``, whose values mean nothing.
-        steps: of the chains from N(0, I), as `wander` takes them, and of the others.
+        steps: temperatures of the chains from N(0, I), and again as many steps at the density, of the others too.
         elsewhere: where as many others begin, ``(32, *batch, dim)``, which move by steps at the density alone and get a
             t of their own: they may be at a mode that the first ones do not see.
     """
     walk, size = _annealed(gradient, torch.randn_like(like.expand(CHAINS, *like.shape)), steps, LEAPFROGS)
-    groups = [_moved(walk.state, gradient, size, steps, LEAPFROGS, steps)]
+    groups = [_moved(walk.state, gradient, size, steps, LEAPFROGS, keep=steps)]
     if elsewhere is not None:
         # A way back that is not finite has found nothing: the chain goes on where one of the first ones is.
         lost = ~elsewhere.isfinite().all(-1, keepdim=True)
         position = torch.where(lost, walk.state.position, elsewhere)
-        groups.append(_moved(State(position, *gradient(position)), gradient, size, steps, LEAPFROGS, steps))
+        groups.append(_moved(State(position, *gradient(position)), gradient, size, steps, LEAPFROGS, keep=steps))
     fitted = [_moments(group.flatten(0, 1).to(wide_dtype(like))) for group in groups]
     loc, tril = (torch.stack(each).to(like.dtype) for each in zip(*fitted, strict=True))
     return Proposal(loc, tril)
