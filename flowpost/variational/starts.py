@@ -23,6 +23,8 @@ NEGLIGIBLE = 7.0
 """Nats: a mode whose ELBO is so far below the best one's has less than a thousandth of the mass, and is left out."""
 DOUBTFUL = 30.0
 """Nats: the same of the search, whose factorized Gaussians may leave more of one mode's mass than of another's."""
+UNSETTLED = 20.0
+"""Nats: the same of Gaussians that have climbed a short way."""
 CLIMBING = 1.0
 """Nats by which the ELBO rises from one eighth of a climb's steps to the next, its last, if it has not arrived."""
 MOST = 4
@@ -87,7 +89,7 @@ def find_start(
     first, best, others = kept[0], _taken(found, kept[:most]), _taken(found, kept[most:])
     if len(kept) > 1:  # of one mode, some of them: a short climb brings these together, before each has a long one
         best, _ = natural_ascent(gradient, best, steps.full // 4, FINE, generator, diagonal=diagonal)
-        best = _taken(best, distinct(gradient, best, elbo(gradient, best, FINE, generator), DOUBTFUL))
+        best = _taken(best, distinct(gradient, best, elbo(gradient, best, FINE, generator), UNSETTLED))
     for made in itertools.count(1):
         best, risen = natural_ascent(gradient, best, steps.full, FINE, generator, diagonal=diagonal)
         far = climbs(risen)
