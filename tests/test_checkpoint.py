@@ -310,9 +310,9 @@ def kill_in_training(folder: Path, job: subprocess.Popen, delay: float) -> None:
 def test_a_killed_job_goes_on_to_the_same_results(tmp_path: Path) -> None:
     """SIGKILL at random times, in different runs of the job, one after the other; the last right after a checkpoint."""
     draws, killed, whole_job, tmp_path = random.Random(0), 0, tmp_path / "whole", tmp_path / "killed"
-    _, err = (job := process(*JOB, "--epochs", 14, "--out", whole_job)).communicate(timeout=60)
+    _, err = (job := process(*JOB, "--epochs", 40, "--out", whole_job)).communicate(timeout=60)
     assert (job.returncode, err) == (0, "")
-    job = process(*JOB, "--epochs", 14, "--out", tmp_path)
+    job = process(*JOB, "--epochs", 40, "--out", tmp_path)
     for delay in (draws.uniform(0, 1.2), draws.uniform(0, 1.2), 0.0):
         kill_in_training(tmp_path, job, delay)
         killed += job.returncode != 0
