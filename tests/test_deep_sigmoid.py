@@ -4,6 +4,7 @@ import math
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from mpmath import mp, mpf
@@ -12,6 +13,7 @@ from torch import Tensor
 from flowpost import DeepSigmoid, Learned
 from flowpost.bijectors import deep_sigmoid as module
 from flowpost.functional import deep_sigmoid, deep_sigmoid_inverse, deep_sigmoid_parameters
+from flowpost.numerics.mixtures import mixture_root
 from flowpost.numerics.roots import correct, increasing_root
 
 LEAST = math.exp(-4) / (1 + math.exp(6))
@@ -161,6 +163,17 @@ def test_the_bracket_holds_the_root() -> None:
     for end, sign in ((ends.amin(-2), -1), (ends.amax(-2), 1)):
         image, _ = deep_sigmoid(end, a, b, log_w)
         assert (sign * (image - z) >= -1e-12 * (1 + z.abs())).all()
+
+
+def test_a_root_on_numpy_s_arrays_is_the_same_beside_harder_ones_and_alone() -> None:
+    """To the last bit: one that is there is not moved while others are sought."""
+    generator = np.random.default_rng(0)
+    scale, shift = np.exp(3 * generator.normal(size=(6, 60))), 5 * generator.normal(size=(6, 60))
+    image, weight = 4 * generator.normal(size=60), 2 * generator.normal(size=(6, 60))
+    image[7], image[20] = np.nan, 1e6
+    together = mixture_root(image, scale, shift, weight)
+    for i in set(range(60)) - {7}:
+        assert mixture_root(*(each[..., i : i + 1] for each in (image, scale, shift, weight)))[0] == together[i]
 
 
 def test_increasing_root_bisects_where_newton_cannot() -> None:

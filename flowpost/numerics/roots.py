@@ -86,13 +86,14 @@ def increasing_root_by_array(
         The roots ``(N,)``; nan where the function is.
     """
     found, rows, x, last = start.copy(), slice(None), start, 2 * (high - low)
-    rounding = 4 * np.finfo(x.dtype).eps
+    rounding, going = 4 * np.finfo(x.dtype).eps, np.ones(len(x), dtype=bool)
     for _ in range(_MOST):
         value, slope = residual(x, rows)
         step = value / slope
         moved = x - step
-        found[rows] = moved
-        going = (np.abs(step) > np.maximum(near, rounding * np.abs(x))) & (np.abs(value) > noise)
+        # A root that is there stays, to the last bit: how long the others take is not its affair.
+        found[rows] = np.where(going, moved, found[rows])
+        going &= (np.abs(step) > np.maximum(near, rounding * np.abs(x))) & (np.abs(value) > noise)
         if not going.any():
             break
         above = value > 0
@@ -102,7 +103,7 @@ def increasing_root_by_array(
         last = np.where(halved, 2 * (high - low), np.abs(step))
         if 2 * np.count_nonzero(going) <= len(x):
             rows = np.arange(len(found))[rows][going]
-            x, low, high, last, near, noise = (each[going] for each in (x, low, high, last, near, noise))
+            x, low, high, last, near, noise, going = (each[going] for each in (x, low, high, last, near, noise, going))
     return found
 
 
