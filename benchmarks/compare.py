@@ -92,7 +92,7 @@ def table(rows: Sequence[Row]) -> Table:
     """A row for each posterior of each job; `mean ± standard error` where there are two seeds."""
     found = {key for _, _, runs in rows for run in runs for key in run}
     keys = {key: title for key, title in TITLES.items() if key in found}
-    # The most that can be trusted of what every seed has.
+    # What can be trusted most; `trusted` itself is of the first seed alone.
     best = next(key for key in ("exact_nll", "local_nll", "nll") if key in keys)
     decisive = ("neg_elbo", best)
     apart = [f"less the first's {keys[key]}" for key in decisive]

@@ -139,7 +139,7 @@ class Proposal(NamedTuple):
         return torch.stack(parts).logsumexp(0)
 
     def _shares(self) -> list[float]:
-        """Of the t's; each has half of what it would have alone if it is not the first."""
+        """Of the t's: the first, whose chains began at q, counts twice as much as any other."""
         count = len(self.loc)
         return [(1 - DEFENCE) * (2 if i == 0 else 1) / (count + 1) for i in range(count)]
 
