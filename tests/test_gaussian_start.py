@@ -14,6 +14,7 @@ from flowpost.variational.gaussian import (
     RATE,
     Gaussian,
     elbo,
+    factorized,
     laplace,
     natural_ascent,
     rise,
@@ -251,6 +252,32 @@ def test_guesses_that_stop_at_different_places_of_a_mode_cost_no_long_climb_each
     found = find_start(counted, torch.zeros(2).double(), 1_000_000, seeded(), diagonal=False)
     assert len(found.gaussians) == 1
     assert sum(points) < 230_000
+
+
+@pytest.mark.parametrize("guessed", [True, False])
+def test_a_narrow_ridge_is_walked_to_its_end(guessed: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: FBT001
+    """A thousand times as long as wide; with the mode given by L-BFGS, and without. The optimum is a closed form."""
+    if not guessed:
+        monkeypatch.setattr("flowpost.variational.starts.laplace", lambda *_: None)
+    along = torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64) / math.sqrt(3)
+    cov = 1e-4 * torch.eye(3).double() + 100 * torch.outer(along, along)
+    tril, loc = torch.linalg.cholesky(cov), 20 * along
+    found = find_start(normal(loc, tril), ZERO, 1_000_000, seeded(), diagonal=True)
+    due = torch.linalg.inv(cov).diagonal().rsqrt()
+    assert found.gaussians[0].scale_tril.tril(-1).abs().max() == 0
+    torch.testing.assert_close(found.gaussians[0].scale_tril.diagonal(), due, rtol=1e-4, atol=0)
+    assert ((found.gaussians[0].loc - loc) / due).abs().max() < 0.01
+    gap = tril.diagonal().log().sum() - due.log().sum()
+    assert abs(found.elbos[0] + gap) < 0.2
+
+
+def test_a_factorized_gaussian_has_the_precision_s_diagonal() -> None:
+    """Also where there are several."""
+    loc, tril = torch.stack([LOC, ZERO]), torch.stack([TRIL, TRIL.square().tril()])
+    found = factorized(Gaussian(loc, tril))
+    due = torch.linalg.inv(tril @ tril.mT).diagonal(dim1=-2, dim2=-1).rsqrt().diag_embed()
+    torch.testing.assert_close(found.scale_tril, due)
+    assert found.loc is loc
 
 
 def test_one_mode_is_found_once() -> None:

@@ -41,6 +41,17 @@ class Gaussian(NamedTuple):
         return Gaussian(self.loc[index], self.scale_tril[index])
 
 
+def factorized(gaussian: Gaussian) -> Gaussian:
+    """Of the factorized Gaussians q the one with the least KL(q || p), where p is the given one.
+
+    It has p's mean and the diagonal of p's precision: the variances given all other coordinates, which are at most the
+    marginal ones.
+    """
+    eye = torch.eye(gaussian.loc.shape[-1], dtype=gaussian.loc.dtype, device=gaussian.loc.device)
+    inverse = torch.linalg.solve_triangular(gaussian.scale_tril, eye, upper=False)
+    return Gaussian(gaussian.loc, torch.diag_embed(inverse.square().sum(-2).rsqrt()))
+
+
 def standard_gaussian(loc: Tensor) -> Gaussian:
     """``N(loc, I)``."""
     eye = torch.eye(loc.shape[-1], dtype=loc.dtype, device=loc.device)

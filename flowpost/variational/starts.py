@@ -9,7 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowpost.variational.gaussian import Gaussian, Gradient, elbo, laplace, natural_ascent, standard_gaussian
+from flowpost.variational.gaussian import (
+    Gaussian,
+    Gradient,
+    elbo,
+    factorized,
+    laplace,
+    natural_ascent,
+    standard_gaussian,
+)
 
 GUESSES, SPREAD = 8, 2.0
 """First guesses: the origin, and points around it, so far away in each coordinate."""
@@ -37,8 +45,6 @@ class Start(NamedTuple):
     gaussians: list[Gaussian]
     """One for each mode, the best first."""
     elbos: list[float]
-    name: str
-    """The first guess that led to the best one: "origin", "random" or "laplace"."""
     far: bool
     """Whether the best one still climbed when no more steps were allowed: the mass is far from every guess."""
 
@@ -70,7 +76,7 @@ def find_start(
         budget: of gradients of the whole fit, of which this takes about a sixth; up to a half of it where the best
             Gaussian has not yet arrived, as at a posterior that is far from every guess.
         generator: of all draws.
-        diagonal: whether the Gaussians stay factorized.
+        diagonal: whether the Gaussians stay factorized; a tenth more of the budget finds the ends of narrow ridges.
         most: how many are given a full covariance, the best ones; the others stay as the search left them.
     """
     steps = Steps.of(budget)
@@ -79,14 +85,12 @@ def find_start(
     random *= origin.new_tensor(away).unsqueeze(-1)
     guesses = standard_gaussian(torch.cat([origin.unsqueeze(0), random]))
     found, _ = natural_ascent(gradient, guesses, steps.search, ROUGH, generator, diagonal=True)
-    names = ["origin"] + ["random"] * len(away)
     mode = laplace(gradient, origin)
     if mode is not None:
-        mode = Gaussian(mode.loc, mode.scale_tril.diagonal().diag()) if diagonal else mode
+        mode = factorized(mode) if diagonal else mode
         found = Gaussian(torch.cat([found.loc, mode.loc[None]]), torch.cat([found.scale_tril, mode.scale_tril[None]]))
-        names.append("laplace")
     kept = distinct(gradient, found, elbo(gradient, found, FINE, generator), DOUBTFUL)
-    first, best, others = kept[0], _taken(found, kept[:most]), _taken(found, kept[most:])
+    best, others = _taken(found, kept[:most]), _taken(found, kept[most:])
     if len(kept) > 1:  # of one mode, some of them: a short climb brings these together, before each has a long one
         best, _ = natural_ascent(gradient, best, steps.full // 4, FINE, generator, diagonal=diagonal)
         best = _taken(best, distinct(gradient, best, elbo(gradient, best, FINE, generator), UNSETTLED))
@@ -95,10 +99,12 @@ def find_start(
         far = climbs(risen)
         if not far or 2 * (made + 1) * steps.full * FINE * len(best.loc) > budget:
             break
+    if diagonal:
+        best = _along_ridges(gradient, best, steps.full, generator)
     found = Gaussian(torch.cat([best.loc, others.loc]), torch.cat([best.scale_tril, others.scale_tril]))
     elbos = elbo(gradient, found, 4 * FINE, generator)
     kept = distinct(gradient, found, elbos)
-    return Start([found.at(index) for index in kept], [elbos[index].item() for index in kept], names[first], far)
+    return Start([found.at(index) for index in kept], [elbos[index].item() for index in kept], far)
 
 
 def distinct(gradient: Gradient, found: Gaussian, elbos: Tensor, below: float = NEGLIGIBLE) -> list[int]:
@@ -118,6 +124,20 @@ def climbs(elbos: Tensor) -> bool:
     before, after = elbos[-2 * size : -size].mean(0), elbos[-size:].mean(0)
     best = after.argmax()
     return bool(after[best] - before[best] > CLIMBING)
+
+
+def _along_ridges(gradient: Gradient, best: Gaussian, steps: int, generator: torch.Generator) -> Gaussian:
+    """Factorized Gaussians, or those that a climb with a full covariance from there leads to, where these are better.
+
+    On a narrow ridge a factorized Gaussian is as narrow as the ridge in every coordinate, and has a long way to go.
+    """
+    climbed, _ = natural_ascent(gradient, best, steps, FINE, generator)
+    turned = factorized(climbed)
+    better = elbo(gradient, turned, FINE, generator) > elbo(gradient, best, FINE, generator)
+    return Gaussian(
+        torch.where(better.unsqueeze(-1), turned.loc, best.loc),
+        torch.where(better[:, None, None], turned.scale_tril, best.scale_tril),
+    )
 
 
 def _taken(found: Gaussian, places: list[int]) -> Gaussian:
