@@ -137,6 +137,21 @@ def test_log_densities_are_a_cuda_graph(name: str) -> None:
 
 
 @recipes
+def test_deterministic_algorithms_are_allowed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of samples, log q and their gradients, twice the same bits; with the workspace that torch asks for."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    posterior, given, x = made(name), inputs(), torch.rand(5, 6, device="cuda").round()
+    torch.use_deterministic_algorithms(True)  # noqa: FBT003
+    try:
+        first, again = (densities(posterior, *given) for _ in range(2))
+        vae_step(vae_of(name), x)()
+    finally:
+        torch.use_deterministic_algorithms(False)  # noqa: FBT003
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one, other)
+
+
+@recipes
 @pytest.mark.parametrize("kernel", [False, True], ids=["foreach", "fused"])
 def test_a_vae_s_training_step_is_a_cuda_graph(name: str, kernel: bool) -> None:  # noqa: FBT001
     """With noise of the default generator, and Adam: the losses and the weights of as many steps without a graph."""

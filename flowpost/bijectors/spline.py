@@ -13,7 +13,7 @@ from torch import Tensor
 from flowpost.bijectors.base import Bijector
 from flowpost.masked.run import COLUMNS, Array, Column, Solve
 from flowpost.numerics.arguments import check_int
-from flowpost.numerics.arrays import like, take, wide
+from flowpost.numerics.arrays import cumulated, like, take, wide
 from flowpost.numerics.constants import Constant
 from flowpost.numerics.knots import SHARE, SHIFT, SLOPE, STEEP, find_bin, knot_frame, knot_table
 from flowpost.numerics.products import wide_dtype
@@ -154,7 +154,7 @@ def _column(xp: Any, constants: Sequence[float]) -> Solve:  # noqa: ANN401
         shares = shares.reshape(2, bins, -1)
         shares = xp.exp(shares - xp.amax(shares, 1)[:, None])
         sizes = 2 * bound * (SHARE + (1 - SHARE * bins) * (shares / shares.sum(1)[:, None]))
-        tops = xp.cumsum(sizes, 1) - bound
+        tops = cumulated(sizes, 1) - bound
         place = (y >= tops[1, :-1]).sum(0)[None]
         (width, height), (x1, y1) = (take(each, place[None], 1)[:, 0] for each in (sizes, tops))
         knots = xp.concatenate([place - 1, place])

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowpost.numerics import sums
 from flowpost.numerics.products import wide_dtype
 
 Array = Any
@@ -29,3 +30,8 @@ def take(array: Array, index: Array, axis: int) -> Array:
     if isinstance(array, Tensor):
         return torch.take_along_dim(array, index, axis)
     return np.take_along_axis(array, index, axis)
+
+
+def cumulated(array: Array, axis: int) -> Array:
+    """Running sums along an axis."""
+    return sums.cumulated(array, axis) if isinstance(array, Tensor) else array.cumsum(axis)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowpost.numerics.sums import cumulated
+
 SHARE = 1e-2
 """The least share of a bin."""
 SLOPE = 1e-3
@@ -35,7 +37,7 @@ def knot_table(shares: Tensor, slopes: Tensor, frame: Tensor, units: Tensor) -> 
 
     Of the shares of x and of y, ``(*batch, 2, bins, dim)``, the slopes at the inner knots, and what `knot_frame` gives.
     """
-    inner = torch.cat([torch.cumsum(shares[..., :-1, :], dim=-2), slopes.unsqueeze(-3)], dim=-3)
+    inner = torch.cat([cumulated(shares[..., :-1, :], -2), slopes.unsqueeze(-3)], dim=-3)
     return torch.addcmul(frame, F.pad(inner, (0, 0, 1, 1)), units)
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowpost.numerics.constants import Constant
+from flowpost.numerics.sums import cumulated
 
 Shape = tuple[int, ...]
 
@@ -118,12 +119,12 @@ class Simplex(Map):
     def _forward(self, free: Tensor) -> tuple[Tensor, Tensor]:
         logit = free - self._offset.on(free)
         left = F.logsigmoid(-logit)
-        before = F.pad(left.cumsum(-1), (1, 0))
+        before = F.pad(cumulated(left, -1), (1, 0))
         log_values = before + F.pad(F.logsigmoid(logit), (0, 1))
         return positive_exp(log_values), log_values[..., :-1] + left
 
     def _inverse(self, values: Tensor) -> Tensor:
-        rest = values.flip(-1).cumsum(-1).flip(-1)[..., 1:]
+        rest = cumulated(values.flip(-1), -1).flip(-1)[..., 1:]
         return values[..., :-1].log() - rest.log() + self._offset.on(values)
 
 
@@ -135,7 +136,7 @@ class Ascending(Map):
 
     def _forward(self, free: Tensor) -> tuple[Tensor, Tensor]:
         first, others = free[..., :1], free[..., 1:]
-        return torch.cat([first, others.exp()], -1).cumsum(-1), others
+        return cumulated(torch.cat([first, others.exp()], -1), -1), others
 
     def _inverse(self, values: Tensor) -> Tensor:
         return torch.cat([values[..., :1], values.diff(dim=-1).log()], -1)

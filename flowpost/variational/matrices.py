@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowpost.numerics.constants import Constant
+from flowpost.numerics.sums import cumulated
 from flowpost.variational.maps import Map, Shape, positive_exp
 
 
@@ -51,12 +52,12 @@ class CorrCholesky(Map):
 
     def _forward(self, free: Tensor) -> tuple[Tensor, Tensor]:
         n, log_sech = self.shape[-1], math.log(2) - free + F.logsigmoid(2 * free)
-        before = F.pad(_square(log_sech, self._places, n).cumsum(-1)[..., :-1], (1, 0))
+        before = F.pad(cumulated(_square(log_sech, self._places, n), -1)[..., :-1], (1, 0))
         shares = _square(free.tanh(), self._places, n) + torch.eye(n, dtype=free.dtype, device=free.device)
         return shares * positive_exp(before), log_sech * self._weights.on(free)
 
     def _inverse(self, values: Tensor) -> Tensor:
-        tails = values.square().flip(-1).cumsum(-1).flip(-1)
+        tails = cumulated(values.square().flip(-1), -1).flip(-1)
         rest = F.pad(tails[..., 1:], (0, 1)).sqrt()
         entries, rest = (each.flatten(-2).index_select(-1, self._places.on(values)) for each in (values, rest))
         return (entries / rest).asinh()

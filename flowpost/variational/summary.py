@@ -62,7 +62,8 @@ def summary(parameters: Parameters, draws: Weighed, *, weighted: bool) -> Summar
     mean = (weight * columns).sum(0)
     off = columns - mean
     order = columns.argsort(0)
-    reached = weight.expand_as(columns).gather(0, order).cumsum(0)
+    ordered = weight.expand_as(columns).gather(0, order)
+    reached = ordered.cpu().cumsum(0).to(ordered.device)  # a GPU has no deterministic one
     places = [(reached < level).sum(0, keepdim=True).clamp_max(len(columns) - 1) for level in LEVELS]
     quantiles = torch.cat([columns.gather(0, order.gather(0, place)) for place in places])
     error = (weight * off).square().sum(0).sqrt()
