@@ -98,8 +98,9 @@ def fit(
     if resume is not None:
         _check_resume(resume, parameters, flow_options)
         dtype = resume.target.dtype
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    # On the host: equal seeds are equal weights on all devices, and the generator of no GPU is touched.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
         built = build_flow(flow, parameters.dim, flow_options)
     # Whatever the caller has switched on or off: gradients are taken, and in full precision.
     with torch.inference_mode(mode=False), torch.enable_grad(), full_precision(device.type):
