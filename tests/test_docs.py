@@ -113,6 +113,22 @@ def test_a_page_is_run_block_by_block() -> None:
 
 def test_a_page_that_warns_fails() -> None:
     with pytest.raises(UserWarning, match="stop"):
+def test_a_picture_has_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("sphinx")
+    executed = importlib.import_module("executed")
+    monkeypatch.setattr(executed, "PICTURES", tmp_path)
+    outputs = [runner.Output("", [b"PNG"]), runner.Output("", [b"PNG"])]
+    page = executed.shown("a/page", "```python picture Two arcs\npass\n```\n```python\npass\n```\n", outputs, "")
+    assert f"![Two arcs](/{tmp_path.name}/a-page-0.png)" in page
+    assert f"![{executed.UNSEEN}](/{tmp_path.name}/a-page-1.png)" in page
+    assert page.count("<details") == 1
+
+
+def test_every_folded_picture_of_a_page_has_words() -> None:
+    for page in PAGES:
+        assert not re.search(r"^```python picture *$", page.read_text(), re.MULTILINE), page
+
+
         runner.run("page", "```python\nimport warnings\nwarnings.warn('stop')\n```\n")
 
 
