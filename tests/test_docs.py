@@ -164,7 +164,8 @@ def test_llms_txt_has_every_page() -> None:
     pytest.importorskip("sphinx")
     text = importlib.import_module("llms").written(DOCS)
     assert text.startswith("# flowpost\n\n> Flexible posteriors")
-    assert len(re.findall(r"^- \[.+\]\(_sources/.+\.md\.txt\): ", text, re.MULTILINE)) == len(PAGES) - 1
+    assert len(re.findall(r"^- \[.+\]\(_sources/.+\.md\.txt\): \S", text, re.MULTILINE)) == len(PAGES) - 1
+    assert "```" not in text  # a page is described by its prose
 
 
 # --------------------------------------------------------------------------------------------------------- results
