@@ -156,6 +156,12 @@ def publish(page: Path, figures: str, shown: Shown, mark: str = TABLES) -> None:
     replace_text(page, filled(kept, shown))
 
 
+def lasting(seconds: float) -> str:
+    """A time in whole minutes, in words."""
+    minutes = round(seconds / 60)
+    return {0: "less than a minute", 1: "1 minute"}.get(minutes, f"{minutes} minutes")
+
+
 def where(content: Content) -> str:
     """When, how long and on what a run was measured, in a sentence."""
     there = content["environment"]
@@ -164,7 +170,7 @@ def where(content: Content) -> str:
     names = ("torch", "flowpost", *there["libraries"])
     versions = ", ".join(f"{name} {(there | there['libraries'])[name]}" for name in names)
     return (
-        f"Measured on {content['started'][:10]}, {content['seconds'] / 60:.0f} minutes, on {device} "
+        f"Measured on {content['started'][:10]}, {lasting(content['seconds'])}, on {device} "
         f"({there['cores']} cores, {threads}); Python {there['python']}, {versions}; commit {there['commit']}."
     )
 

@@ -1,6 +1,7 @@
 """The site: `make docs`. Pages are Markdown and run as they are built; see `_site/`."""
 
 import sys
+from importlib.metadata import distribution
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -27,7 +28,7 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-napoleon_custom_sections = ["Shapes"]
+napoleon_custom_sections = ["Shapes", "Reference"]
 add_module_names = False
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
@@ -35,7 +36,11 @@ default_role = "py:obj"
 
 html_theme = "furo"
 html_title = f"flowpost {release}"
-html_static_path = ["_static"]
+
+# MathJax comes with the site, for readers without a network. Of its package this one file is enough: it has the fonts.
+MATHJAX = distribution("sphinx-mathjax-offline").locate_file("sphinx-mathjax-offline/static/mathjax/tex-svg.js")
+html_static_path = ["_static", str(MATHJAX)]
+mathjax_path = Path(str(MATHJAX)).name
 html_css_files = ["site.css"]
 html_show_sphinx = False
 pygments_style = "friendly"

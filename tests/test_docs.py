@@ -57,6 +57,8 @@ def test_every_page_is_on_the_site_once() -> None:
 def test_every_public_name_is_in_the_reference() -> None:
     """Recipes and pure functions are there by their module."""
     text = "".join(path.read_text() for path in (DOCS / "reference").glob("*.md"))
+    for name in ("annealed_estimate", "sandwich", "refine", "decompose_elbo"):  # no automodule shows them
+        assert f"autofunction:: flowpost.evaluation.{name}\n" in text, name
     for name in vars(flowpost)["__all__"]:
         if inspect.isclass(getattr(flowpost, name)) or name in ("wrap", "save", "load", "fit", "checking"):
             assert re.search(rf"\bflowpost\.{name}\n", text), name
@@ -111,6 +113,22 @@ def test_a_page_is_run_block_by_block() -> None:
     assert second.pictures[0].startswith(b"\x89PNG")
 
 
+def test_a_picture_has_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("sphinx")
+    executed = importlib.import_module("executed")
+    monkeypatch.setattr(executed, "PICTURES", tmp_path)
+    outputs = [runner.Output("", [b"PNG"]), runner.Output("", [b"PNG"])]
+    page = executed.shown("a/page", "```python picture Two arcs\npass\n```\n```python\npass\n```\n", outputs, "")
+    assert f"![Two arcs](/{tmp_path.name}/a-page-0.png)" in page
+    assert f"![{executed.UNSEEN}](/{tmp_path.name}/a-page-1.png)" in page
+    assert page.count("<details") == 1
+
+
+def test_every_folded_picture_of_a_page_has_words() -> None:
+    for page in PAGES:
+        assert not re.search(r"^```python picture *$", page.read_text(), re.MULTILINE), page
+
+
 def test_a_page_that_warns_fails() -> None:
     with pytest.raises(UserWarning, match="stop"):
         runner.run("page", "```python\nimport warnings\nwarnings.warn('stop')\n```\n")
@@ -148,7 +166,8 @@ def test_llms_txt_has_every_page() -> None:
     pytest.importorskip("sphinx")
     text = importlib.import_module("llms").written(DOCS)
     assert text.startswith("# flowpost\n\n> Flexible posteriors")
-    assert len(re.findall(r"^- \[.+\]\(_sources/.+\.md\.txt\): ", text, re.MULTILINE)) == len(PAGES) - 1
+    assert len(re.findall(r"^- \[.+\]\(_sources/.+\.md\.txt\): \S", text, re.MULTILINE)) == len(PAGES) - 1
+    assert "```" not in text  # a page is described by its prose
 
 
 # --------------------------------------------------------------------------------------------------------- results

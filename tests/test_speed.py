@@ -390,9 +390,12 @@ def test_durations() -> None:
     assert found == ["12.3 s", "100 ms", "1.23 ms", "45.6 µs", "7.00 ns"]
 
 
-def test_markdown_names_who_is_left_out() -> None:
-    text = markdown([replace(example(Goal(0.4, "dense")), left_out={"normflows": "because"})], "head")
-    assert "- training step: normflows is left out. because" in text
+def test_markdown_names_who_is_left_out_once_for_each_check() -> None:
+    first = replace(example(Goal(0.4, "dense")), left_out={"normflows": "shapes: expected 1, got 2", "zuko": "because"})
+    second = replace(example(), left_out={"normflows": "shapes: expected 3, got 4"})
+    text = markdown([first, second, replace(second, what="NLL")], "head")
+    assert "- normflows is left out of: training step; NLL. shapes: expected 1, got 2\n" in text
+    assert "- zuko is left out of: training step. because" in text
     assert "| training step | (1, 2) | eager | <= 0.4 | dense | 0.38 (0.31 to 0.44) | yes |" in text
     assert "peak MB" not in text  # nobody has one here
 

@@ -63,9 +63,13 @@ def time_rows(contests: Iterable[Contest]) -> list[list[str]]:
 
 
 def absences(contests: Iterable[Contest]) -> list[str]:
-    """Who is not timed and why, once each."""
-    found = {f"{one.what}: {name} is left out. {why}" for one in contests for name, why in one.left_out.items()}
-    return sorted(found)
+    """Who is not timed in what, and why: what was found at the first size, where others fail in the same check."""
+    found: dict[tuple[str, str], tuple[list[str], str]] = {}
+    for one in contests:
+        for name, why in one.left_out.items():
+            whats, _ = found.setdefault((name, why.partition(": expected")[0]), ([], why))
+            whats += [one.what] if one.what not in whats else []
+    return [f"{name} is left out of: {'; '.join(whats)}. {why}" for (name, _), (whats, why) in sorted(found.items())]
 
 
 def goals(contests: Iterable[Contest]) -> list[Table]:

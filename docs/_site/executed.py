@@ -22,6 +22,7 @@ PICTURES = HERE / "_pictures"
 COMMITTED = HERE / "_outputs"
 OUTSIDE = re.compile(r"\[[^\]]*\]\(\.\./((?:benchmarks|flowpost|tests)/[^)#]*)\)")
 FOLDED = {"picture", "table"}
+UNSEEN = "A picture that the code above draws"
 
 
 def library() -> str:
@@ -97,10 +98,10 @@ def shown(name: str, text: str, outputs: list[Output], note: str) -> str:
     def one(match: re.Match[str]) -> str:
         code = f"```python\n{smoked(match['code'])}```\n"
         output = next(left)
-        info = match["info"].strip()
-        parts = [_folded(code) if info in FOLDED else code]
-        parts += [f"\n{output.text}\n"] if info == "table" else _printed(output.text)
-        return "\n".join([*parts, *_drawn(name, output, index)])
+        kind, _, words = match["info"].strip().partition(" ")
+        parts = [_folded(code) if kind in FOLDED else code]
+        parts += [f"\n{output.text}\n"] if kind == "table" else _printed(output.text)
+        return "\n".join([*parts, *_drawn(name, output, index, words or UNSEEN)])
 
     page = BLOCK.sub(one, text)
     return f"{page}\n{note}\n" if note else page
@@ -115,12 +116,12 @@ def _printed(text: str) -> Iterator[str]:
         yield f"\n````{{code-block}} text\n:class: output\n\n{text.rstrip()}\n````\n"
 
 
-def _drawn(name: str, output: Output, index: Iterator[int]) -> Iterator[str]:
+def _drawn(name: str, output: Output, index: Iterator[int], words: str) -> Iterator[str]:
     for picture in output.pictures:
         file = PICTURES / f"{name.replace('/', '-')}-{next(index)}.png"
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(picture)
-        yield f"\n![A picture that the code above draws](/{PICTURES.name}/{file.name})\n"
+        yield f"\n![{words}](/{PICTURES.name}/{file.name})\n"
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sphinx.application import Sphinx
 
+FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 TREE = re.compile(r"^```\{toctree\}\n(?P<body>.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -22,7 +23,7 @@ def sections(index: str) -> Iterator[tuple[str, list[str]]]:
 def described(page: str) -> tuple[str, str]:
     """A page's title, and its first paragraph of prose on one line."""
     title = re.findall(r"^# (.+)$", page, re.MULTILINE)[0]
-    prose = [part for part in page.split("\n\n")[1:] if re.match(r"[A-Za-z*`\[(]", part)]
+    prose = [part for part in FENCED.sub("", page).split("\n\n")[1:] if re.match(r"[A-Za-z*`\[(]", part)]
     return title, re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(prose[0].split()) if prose else "")
 
 

@@ -2,8 +2,8 @@
 
 A page is plain Markdown, so that it also reads well where nothing runs it. What is its own:
 
-- ```` ```python picture ```` is code of a picture: the site folds it, and shows the picture. In the same way
-  ```` ```python table ```` prints a table in Markdown.
+- ```` ```python picture WORDS ```` is code of a picture: the site folds it, and shows the picture, with the words for
+  those who cannot see it. In the same way ```` ```python table ```` prints a table in Markdown.
 - A line that ends in ``# smoke: 20`` takes that value in place of its own in smoke mode, which is for a quick build.
 """
 
