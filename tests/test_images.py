@@ -78,6 +78,14 @@ def test_a_file_extends_another() -> None:
     assert presets.load("iwae-50").config.train_samples == 50
 
 
+def test_parts_of_a_protocol_can_be_changed_and_are_named() -> None:
+    preset = presets.load("small-iaf")
+    config = adapt(preset, None, gradient="stl", optimizer="adam", decay="linear")
+    assert (config.gradient, config.optimization.optimizer, config.optimization.decay) == ("stl", "adam", "linear")
+    assert preset.changes(config) == ["gradient stl (standard)", "optimizer adam (rmsprop)", "decay linear (constant)"]
+    assert preset.changes(preset.config) == []
+
+
 def test_the_small_model_has_the_published_sizes(digits: Data) -> None:
     config = presets.load("small-meanfield").config
     mnist = replace(digits, train=torch.zeros(2, 28, 28), levels=1, likelihood="bernoulli")
@@ -224,7 +232,7 @@ def test_the_page_has_ours_theirs_and_what_was_changed(whole: Path, tmp_path: Pa
     report = Report.read(whole)
     (run,) = report.results
     (row,) = table([report]).rows
-    assert row[:4] == ["small-meanfield", "digits", "diagonal", "1"]
+    assert row[:4] == ["small-meanfield*", "digits", "diagonal", "1"]
     assert row[4:7] == [f"{run['neg_elbo']:.2f}", "-", "-"]  # nothing was published on digits
     report.config = replace(report.config, data="mnist-static")
     (row,) = table([report]).rows
@@ -245,7 +253,9 @@ def test_remembered_numbers_are_marked_and_depths_have_their_own() -> None:
     frey = adapt(presets.load("sylvester-vae"), None, data="freyfaces")
     report = Report(Run(Path(), {}), frey, [{"posterior": "diagonal", "seed": 0, "error": None, "heavy_tails": 0.5}])
     report.results[0] |= {"neg_elbo_bits": 4.6, "nll_bits": 4.5}
-    assert table([report]).rows[0][4:] == ["4.60", "4.53", "+0.07", "4.50", "~4.40", "+0.10", "0.50"]
+    assert table([report]).rows[0][4:] == ["4.60", "4.53", "+0.07", "4.50", "~4.40", "+0.10", "0.50", "-"]
+    report.results[0] |= {"trusted_nll": 97.5, "trusted_images_nll": 99.0}
+    assert table([report]).rows[0][-1] == "-1.50"
 
 
 def test_a_run_that_diverges_is_named(

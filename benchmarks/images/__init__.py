@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.config import LOGS, ConfigError, check_device, posterior_names
+from benchmarks.config import GRADIENTS, LOGS, ConfigError, check_device, posterior_names
 from benchmarks.data import NAMES as DATA
 from benchmarks.data import load as load_data
 from benchmarks.images.page import publish
 from benchmarks.images.presets import NAMES, adapt, load
 from benchmarks.images.toys import draw
 from benchmarks.job import job
-from benchmarks.optimizers import PRECISIONS
+from benchmarks.optimizers import OPTIMIZERS, PRECISIONS, RATES
 from benchmarks.report import Report
 from benchmarks.run import Out, terminal
 
@@ -45,6 +45,9 @@ def images(
         int | None, typer.Option(help="Test images whose NLL is annealed too; 0 for none.")
     ] = None,
     pairs: Annotated[int | None, typer.Option(help="(Sample, image) pairs evaluated at once: memory.")] = None,
+    gradient: Annotated[str | None, typer.Option(help=f"Of the objective: {', '.join(GRADIENTS)}.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")] = None,
+    decay: Annotated[str | None, typer.Option(help=f"Of the learning rate: {', '.join(RATES)}.")] = None,
     precision: Annotated[
         str | None, typer.Option(help=f"Of the networks in training: {', '.join(PRECISIONS)}.")
     ] = None,
@@ -92,6 +95,9 @@ def images(
         images=count,
         trusted_images=trusted_images,
         pairs=pairs,
+        gradient=gradient,
+        optimizer=optimizer,
+        decay=decay,
         precision=precision,
         device=device,
         eager=eager,
