@@ -262,6 +262,25 @@ def test_draws_without_a_value_are_said_with_their_place(bad: float, hint: str) 
     assert not fitted.is_trusted
 
 
+def test_draws_at_which_the_log_joint_fails_are_said_with_what_it_raises() -> None:
+    """A matrix that is none beyond 2, where q has 4.55 % of its mass."""
+
+    def log_joint(z: Tensor) -> Tensor:
+        corner = z.unsqueeze(-1) / 2
+        factor = torch.linalg.cholesky(corner + (1 - corner) * torch.eye(2, dtype=z.dtype))
+        return standard(z) + 0 * factor.sum((-2, -1))
+
+    fitted = made(log_joint, 1, (0.0, 1.0))
+    found = re.search(
+        r"not finite at ([\d.]+)% of q's draws; log_joint raises _?LinAlgError: linalg.cholesky: .* at theta "
+        r"= \[(-?[\d.]+)\]; add a small number to the diagonal of a matrix",
+        fitted.verdict,
+    )
+    assert found
+    assert float(found[1]) == pytest.approx(4.55, abs=4 * 0.21)
+    assert abs(float(found[2])) > 2
+
+
 # ---------------------------------------------------------------------------------------------------- draws, density
 
 
