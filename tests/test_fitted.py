@@ -192,6 +192,7 @@ def test_what_speaks_against_a_fit(k_hat: float, elbo: float, lost: str, notes: 
     assert len(found) == len(said)
     assert all(one.startswith(other) for one, other in zip(found, said, strict=True))
     text = verdict(found, estimated(0.0, k_hat), elbo)
+    assert ("where a prior is improper" in text) == ("Pareto" in text)
     figures = f"ELBO {elbo:.3f}, log evidence 0.000 (standard error 0.010), k-hat {k_hat:.2f}"
     assert figures in text
     if said:
@@ -279,6 +280,16 @@ def test_draws_at_which_the_log_joint_fails_are_said_with_what_it_raises() -> No
     assert found
     assert float(found[1]) == pytest.approx(4.55, abs=4 * 0.21)
     assert abs(float(found[2])) > 2
+
+
+def test_a_scale_that_has_run_off_to_infinity_is_no_fault_of_constraints() -> None:
+    """As where its prior is flat and it has no data; exp(710) is infinite."""
+    fitted = made(lambda p: -1e-9 * p["s"].log(), {"s": constraints.positive}, (710.0, 1.0))
+    assert re.search(
+        r"log_joint is -inf at s = inf; there may be no posterior, for its integral is infinite; a proper",
+        fitted.verdict,
+    )
+    assert "support" not in fitted.verdict
 
 
 # ---------------------------------------------------------------------------------------------------- draws, density

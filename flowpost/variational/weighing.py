@@ -99,6 +99,8 @@ def where_lost(weighed: Weighed, target: Target) -> str:
     with torch.no_grad():
         value = target(first.unsqueeze(0)).item()
     hint = "; give the parameters constraints that are its support" if value == -math.inf else ""
+    if not target.parameters.flat(target.parameters.constrain(first)[0]).isfinite().all():
+        hint = "; there may be no posterior, for its integral is infinite; a proper prior of every parameter helps"
     said = f"is {value:.4g} at {target.describe(first)}"
     if raised := target.refusal(first):
         said = f"raises {raised}"
