@@ -442,7 +442,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "shape": ({"log_joint": lambda z: -z.square()}, ValueError, r"log_joint: expected a tensor \(S,\) .* at theta = "),
     "nan": ({"log_joint": lambda z: gaussian(z) * math.nan}, ValueError, "log_joint: expected a finite value, got nan"),
     "no slope": ({"log_joint": lambda z: gaussian(z.detach())}, TypeError, "log_joint: expected a value with a grad"),
-    "no spec": ({"dim_or_spec": 2.5}, TypeError, "dim_or_spec: expected an int, got float"),
+    "no spec": ({"dim_or_spec": 2.5}, TypeError, "dim_or_spec: expected an int, or a mapping .*, got float"),
     "no dim": ({"dim_or_spec": 0}, ValueError, "dim_or_spec: expected an int >= 1, got 0"),
     "bad name": ({"dim_or_spec": {1: 2}}, TypeError, "dim_or_spec: expected names that are strings, got 1"),
     "flow": ({"flow": "nvp"}, ValueError, "flow: expected one of diagonal, .*, got 'nvp'"),

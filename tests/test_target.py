@@ -173,6 +173,12 @@ WRONG: dict[str, tuple[Callable[[Any], Any], Any, type[Exception], str]] = {
         ValueError,
         r"expected a finite gradient, got \[nan, nan\] at theta",
     ),
+    "in place": (
+        lambda p: short_of(p["a"].mul_(2).unsqueeze(-1)),
+        {"a": ()},
+        ValueError,
+        "expected one value for one theta, got .* and then .*, and change no parameter in place",
+    ),
     "random": (
         lambda z: short_of(z) + torch.randn(()).item(),
         2,
