@@ -51,6 +51,8 @@ def fit(
         log_joint: from parameters to ``log p(x, theta)``, up to a constant that is then missing in the evidence. It
             takes S draws at once, ``(S, dim)`` or a mapping of ``(S, *shape)``, and returns ``(S,)``; or it takes one
             draw and returns a scalar, and is run by `torch.func.vmap`, or where that fails in a loop, with a warning.
+            Draws at which it is nan or raises a numeric error are left out: `torch.linalg.LinAlgError`,
+            ArithmeticError, AssertionError or ValueError.
         dim_or_spec: the number of real parameters, or a mapping of each name to a shape, a constraint of
             `torch.distributions.constraints` (or `ordered`), or a pair ``(shape, constraint)``. The prior is one over
             the constrained values: the log-det is added here.

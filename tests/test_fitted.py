@@ -192,6 +192,7 @@ def test_what_speaks_against_a_fit(k_hat: float, elbo: float, lost: str, notes: 
     assert len(found) == len(said)
     assert all(one.startswith(other) for one, other in zip(found, said, strict=True))
     text = verdict(found, estimated(0.0, k_hat), elbo)
+    assert ("where a prior is improper" in text) == ("Pareto" in text)
     figures = f"ELBO {elbo:.3f}, log evidence 0.000 (standard error 0.010), k-hat {k_hat:.2f}"
     assert figures in text
     if said:
@@ -260,6 +261,35 @@ def test_draws_without_a_value_are_said_with_their_place(bad: float, hint: str) 
     assert "ELBO -inf, " in fitted.verdict
     assert fitted.log_evidence == pytest.approx(math.log1p(-0.02275), abs=0.01)
     assert not fitted.is_trusted
+
+
+def test_draws_at_which_the_log_joint_fails_are_said_with_what_it_raises() -> None:
+    """A matrix that is none beyond 2, where q has 4.55 % of its mass."""
+
+    def log_joint(z: Tensor) -> Tensor:
+        corner = z.unsqueeze(-1) / 2
+        factor = torch.linalg.cholesky(corner + (1 - corner) * torch.eye(2, dtype=z.dtype))
+        return standard(z) + 0 * factor.sum((-2, -1))
+
+    fitted = made(log_joint, 1, (0.0, 1.0))
+    found = re.search(
+        r"not finite at ([\d.]+)% of q's draws; log_joint raises _?LinAlgError: linalg.cholesky: .* at theta "
+        r"= \[(-?[\d.]+)\]; add a small number to the diagonal of a matrix",
+        fitted.verdict,
+    )
+    assert found
+    assert float(found[1]) == pytest.approx(4.55, abs=4 * 0.21)
+    assert abs(float(found[2])) > 2
+
+
+def test_a_scale_that_has_run_off_to_infinity_is_no_fault_of_constraints() -> None:
+    """As where its prior is flat and it has no data; exp(710) is infinite."""
+    fitted = made(lambda p: -1e-9 * p["s"].log(), {"s": constraints.positive}, (710.0, 1.0))
+    assert re.search(
+        r"log_joint is -inf at s = inf; there may be no posterior, for its integral is infinite; a proper",
+        fitted.verdict,
+    )
+    assert "support" not in fitted.verdict
 
 
 # ---------------------------------------------------------------------------------------------------- draws, density

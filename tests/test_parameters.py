@@ -296,10 +296,13 @@ def test_free_refuses_what_lies_outside(name: str) -> None:
 
 
 WRONG = {
-    "float": (2.0, TypeError, "expected an int, got float"),
+    "float": (2.0, TypeError, "expected an int, or a mapping of names to shapes and constraints, got float; write 3"),
+    "list": ([2, 3], TypeError, "expected an int, or a mapping .*, got list; write 3, or {'mu': "),
+    "alone": (constraints.positive, TypeError, "expected an int, or a mapping .*, got _GreaterThan; write 3"),
+    "clash": ({"a": 2, "a[0]": ()}, ValueError, r"expected names apart, got 'a\[0\]', which is an entry of another"),
     "zero": (0, ValueError, "expected an int >= 1, got 0"),
-    "empty": ({}, ValueError, "expected at least one parameter"),
-    "nothing": ({"w": (1, constraints.simplex)}, ValueError, "expected at least one parameter"),
+    "empty": ({}, ValueError, "expected at least one free coordinate"),
+    "nothing": ({"w": (1, constraints.simplex)}, ValueError, "expected at least one free coordinate"),
     "name": ({3: 2}, TypeError, "expected names that are strings, got 3"),
     "word": ({"a": "positive"}, TypeError, "'a': expected a shape or a constraint, got 'positive'; write a shape"),
     "class": ({"a": constraints.interval}, TypeError, "'a': expected a shape or a constraint, got <class"),

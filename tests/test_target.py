@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Dirichlet, Distribution, Exponential, LKJCholesky, Normal, Uniform, constraints
 
-from flowpost.variational.calling import trial
+from flowpost.variational.calling import REFUSALS, trial
 from flowpost.variational.parameters import Parameters, Spec
 from flowpost.variational.target import Target, precision
 
@@ -173,6 +173,12 @@ WRONG: dict[str, tuple[Callable[[Any], Any], Any, type[Exception], str]] = {
         ValueError,
         r"expected a finite gradient, got \[nan, nan\] at theta",
     ),
+    "in place": (
+        lambda p: short_of(p["a"].mul_(2).unsqueeze(-1)),
+        {"a": ()},
+        ValueError,
+        "expected one value for one theta, got .* and then .*, and change no parameter in place",
+    ),
     "random": (
         lambda z: short_of(z) + torch.randn(()).item(),
         2,
@@ -206,6 +212,58 @@ def test_draws_outside_the_support_are_no_fault() -> None:
     target.check(free, value, slope)
     with pytest.raises(ValueError, match=r"^log_joint: expected a finite value, got -inf at theta = \[-1, 2\]"):
         target.check(free[1:], value[1:])
+
+
+@pytest.mark.parametrize("error", [*REFUSALS[:1], ZeroDivisionError, AssertionError, ValueError])
+@pytest.mark.parametrize("calls", ["vectorised", "loop"])
+def test_a_draw_that_is_refused_has_no_value(calls: str, error: type[Exception]) -> None:
+    """The other draws' values and slopes are theirs; what is raised is told, and any other error comes through."""
+    kind, seen = [error], []
+
+    def log_joint(z: Tensor) -> Tensor:
+        seen.append(z)
+        if (z[..., 0] < -0.3).any():
+            raise kind[0]("too far")
+        if calls == "vectorised":
+            return short_of(z)
+        return short_of(z) if z[0].item() else z[0]
+
+    said = f"^log_joint: raises _?{error.__name__}: too far at theta = .*; such draws are left out"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "log_joint: is called in a Python loop")
+        with pytest.warns(UserWarning, match=said):
+            target = made(log_joint, 2)
+    assert target.calls == calls
+    free = torch.tensor([[0.1, 1.0], [-1.0, 0.0], [0.2, 2.0], [0.3, 1.0], [0.4, 3.0]], dtype=torch.float64)
+    kept = torch.tensor([0, 2, 3, 4])
+    seen.clear()
+    value, slope = target.gradient(free)
+    assert len(seen) <= 9
+    torch.testing.assert_close(value[kept], short_of(free[kept]))
+    torch.testing.assert_close(slope[kept], -2 * free[kept])
+    assert value[1].isnan()
+    assert target.gradient(free[1:2])[0].isnan().all()
+    assert target.refusal(free[1]) == f"{error.__name__}: too far at theta = [-1, 0]"
+    assert not target.refusal(free[0])
+    kind[0] = LookupError
+    with pytest.raises(LookupError, match="^too far$"):
+        target(free)
+
+
+def test_a_factorization_that_fails_under_vmap_is_left_out() -> None:
+    """The matrix of 1 and x is positive definite between -1 and 1."""
+
+    def log_joint(p: dict[str, Tensor]) -> Tensor:
+        ones = torch.ones(2, dtype=p["x"].dtype)
+        return torch.linalg.cholesky(p["x"] + (1 - p["x"]) * ones.diag()).diagonal().log().sum()
+
+    with pytest.warns(UserWarning, match=r"^log_joint: raises _?LinAlgError: .* at x = -?1\.\d+; such draws"):
+        target = made(log_joint, {"x": ()})
+    assert target.calls == "vmap"
+    x = torch.tensor([0.5, 1.5, -0.2, -3.0], dtype=torch.float64)
+    value, slope = target.gradient(x.unsqueeze(-1))
+    torch.testing.assert_close(value, 0.5 * (1 - x.square()).log(), equal_nan=True)
+    torch.testing.assert_close(slope[[0, 2], 0], -x[[0, 2]] / (1 - x[[0, 2]].square()))
 
 
 def test_a_shape_that_comes_later_is_refused() -> None:

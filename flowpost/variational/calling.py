@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -11,12 +12,15 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from flowpost.variational.draws import described, draws, named, parts
 from flowpost.variational.parameters import Parameters, Values
 
 LogJoint: TypeAlias = Callable[[Any], Tensor]
 Calls: TypeAlias = Literal["vectorised", "vmap", "loop"]
-_FEWEST, _SHOWN = 7, 6
-"""On how many draws a log joint is tried at least, and how many numbers of a parameter a message shows."""
+_FEWEST = 7
+"""On how many draws a log joint is tried at least."""
+REFUSALS = (torch.linalg.LinAlgError, ArithmeticError, AssertionError, ValueError)  # pyright: ignore[reportPrivateImportUsage]
+"""What a log joint raises at draws that it has no value for, as at a matrix that is not positive definite."""
 _ATOL, _RTOL = 1e-3, {torch.float32: 1e-4, torch.float64: 1e-6}
 """How near two ways of calling agree: what rounding, or a solver of differential equations, leaves between them."""
 
@@ -56,12 +60,26 @@ def _validating(*, validate: bool) -> Iterator[None]:
 
 @_validating(validate=False)
 def call(log_joint: LogJoint, values: Values, calls: Calls) -> Tensor:
-    """The log joint ``(S,)`` of S draws of the parameters; its distributions do not validate values."""
-    if calls == "vectorised":
-        return log_joint(_own(values))
-    if calls == "vmap":
-        return torch.func.vmap(log_joint)(values)
-    return torch.stack([log_joint(one) for one in _draws(values)])
+    """The log joint ``(S,)`` of S draws of the parameters; its distributions do not validate values.
+
+    A draw at which it raises one of `REFUSALS` has the value nan. Such draws are found by halves.
+    """
+    try:
+        return _called(log_joint, values, calls)
+    except REFUSALS:
+        size = len(next(iter(named(values).values())))
+    if size == 1:
+        return math.nan * torch.stack([part.sum() for part in named(values).values()]).sum(0, keepdim=True)
+    fewer = 1 if calls == "loop" else -(-size // 2)
+    return torch.cat([call(log_joint, part, calls) for part in parts(values, fewer)])
+
+
+@torch.no_grad()
+@_validating(validate=False)
+def refusal(log_joint: LogJoint, values: Values, calls: Calls) -> str:
+    """What a log joint raises at one draw, in a batch of its own; empty where it has a value."""
+    found = _try(lambda given: _called(log_joint, given, calls), values)
+    return line(found) if isinstance(found, Exception) else ""
 
 
 @torch.no_grad()
@@ -75,17 +93,20 @@ def find(log_joint: LogJoint, parameters: Parameters, free: Tensor) -> Found:
     """
     values = parameters.constrain(free)[0]
     batch = _try(log_joint, values)
-    if isinstance(batch, Tensor) and batch.ndim == 1 and agree(batch, _slices(log_joint, values)):
-        return Found("vectorised", _checked(batch, free), "")
-    singles = torch.stack([_single(log_joint, one, batch) for one in _draws(values)])
+    many = isinstance(batch, REFUSALS) or (isinstance(batch, Tensor) and batch.ndim == 1)
+    slices = _slices(log_joint, values) if many else None
+    if slices is not None and _same(log_joint, values, "vectorised", batch, slices):
+        return Found("vectorised", _checked(slices, free), "")
+    singles = _singles(log_joint, values, batch)
     mapped = _try(torch.func.vmap(log_joint), values)
-    if agree(mapped, singles):
+    if _same(log_joint, values, "vmap", mapped, singles):
         return Found("vmap", _checked(singles, free), "")
     again = call(log_joint, values, "loop")
     if not agree(again, singles):
         raise ValueError(
             f"log_joint: expected one value for one theta, got {singles[0].item()} and then {again[0].item()} at "
-            f"{described(next(_draws(values)))}; draw no random numbers in it"
+            f"{described(next(draws(values)))}; draw no random numbers in it, and "
+            f"change no parameter in place"
         )
     return Found("loop", _checked(singles, free), _got(mapped))
 
@@ -97,7 +118,7 @@ def beyond(log_joint: LogJoint, values: Values, calls: Calls, found: Tensor) -> 
 
     So is an exponential prior of a parameter that may be negative: its formula goes on beyond its support.
     """
-    for one, part, value in zip(_draws(values), _parts(values), found, strict=True):
+    for one, part, value in zip(draws(values), parts(values, 1), found, strict=True):
         refused = _try(log_joint, part if calls == "vectorised" else one)
         if isinstance(refused, ValueError) and value.isfinite():
             said = line(refused).removesuffix(", but found invalid values:")
@@ -105,39 +126,9 @@ def beyond(log_joint: LogJoint, values: Values, calls: Calls, found: Tensor) -> 
     return ""
 
 
-def described(values: Values) -> str:
-    """The parameters of one draw, in short."""
-    parts = values if isinstance(values, dict) else {"theta": values}
-    return ", ".join(f"{name} = {short(value)}" for name, value in parts.items())
-
-
-def short(value: Tensor) -> str:
-    """A tensor's first numbers, to four digits."""
-    flat = [f"{number:.4g}" for number in value.detach().flatten()[: _SHOWN + 1].tolist()]
-    if not value.ndim:
-        return flat[0]
-    return f"[{', '.join(flat[:_SHOWN])}{', ...' if len(flat) > _SHOWN else ''}]"
-
-
 def line(error: BaseException) -> str:
     """The kind of an error, and its first line."""
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
-
-
-def _draws(values: Values) -> Iterator[Values]:
-    """One draw after the other, without an axis of draws."""
-    if isinstance(values, Tensor):
-        yield from values.unbind()
-    else:
-        for row in zip(*(value.unbind() for value in values.values()), strict=True):
-            yield dict(zip(values, row, strict=True))
-
-
-def _parts(values: Values) -> Iterator[Values]:
-    """One draw after the other, each a batch of its own."""
-    size = len(values if isinstance(values, Tensor) else next(iter(values.values())))
-    for i in range(size):
-        yield values[i : i + 1] if isinstance(values, Tensor) else {k: v[i : i + 1] for k, v in values.items()}
 
 
 def _own(values: Values) -> Values:
@@ -145,14 +136,35 @@ def _own(values: Values) -> Values:
     return values if isinstance(values, Tensor) else dict(values)
 
 
-def _slices(log_joint: LogJoint, values: Values) -> object:
-    """What a vectorised log joint makes of each draw in a batch of its own, ``(S,)``; else what it did instead."""
-    found = []
-    for part in _parts(values):
-        found.append(_try(log_joint, part))
-        if not (isinstance(found[-1], Tensor) and tuple(found[-1].shape) == (1,)):
-            return found[-1]
-    return torch.cat(found)
+def _called(log_joint: LogJoint, values: Values, calls: Calls) -> Tensor:
+    if calls == "vectorised":
+        return log_joint(_own(values))
+    if calls == "vmap":
+        return torch.func.vmap(log_joint)(values)
+    return torch.stack([log_joint(one) for one in draws(values)])
+
+
+def _same(log_joint: LogJoint, values: Values, calls: Calls, got: object, alone: Tensor) -> bool:
+    """Whether draws have together the values that they have alone; those that are refused are left out."""
+    if isinstance(got, REFUSALS):
+        kept = ~alone.isnan()
+        taken = values[kept] if isinstance(values, Tensor) else {name: part[kept] for name, part in values.items()}
+        got, alone = _try(lambda given: _called(log_joint, given, calls), taken), alone[kept]
+    return agree(got, alone)
+
+
+def _each(log_joint: LogJoint, batches: Iterator[Values]) -> list[object]:
+    """What a log joint makes of one draw after the other: nan where it refuses one, if it takes another."""
+    found = [_try(log_joint, one) for one in batches]
+    taken = next((each for each in found if isinstance(each, Tensor)), None)
+    return [math.nan * taken if isinstance(each, REFUSALS) and taken is not None else each for each in found]
+
+
+def _slices(log_joint: LogJoint, values: Values) -> Tensor | None:
+    """What a vectorised log joint makes of each draw in a batch of its own, ``(S,)``; None of one that is not."""
+    found = _each(log_joint, parts(values, 1))
+    rows = [each for each in found if isinstance(each, Tensor) and tuple(each.shape) == (1,)]
+    return torch.cat(rows) if len(rows) == len(found) else None
 
 
 def _try(function: Callable[[Any], object], values: Values) -> object:
@@ -171,9 +183,14 @@ def agree(one: object, other: object) -> bool:
     return bool(torch.isclose(one.double(), other.double(), rtol=rtol, atol=_ATOL, equal_nan=True).all())
 
 
-def _single(log_joint: LogJoint, values: Values, batch: object) -> Tensor:
-    """The log joint of one draw, a scalar; else an error that says what came of a batch and of one draw."""
-    value = _try(log_joint, values)
+def _singles(log_joint: LogJoint, values: Values, batch: object) -> Tensor:
+    """The log joint of each draw alone, ``(S,)``."""
+    found = _each(log_joint, draws(values))
+    return torch.stack([_scalar(value, one, batch) for value, one in zip(found, draws(values), strict=True)])
+
+
+def _scalar(value: object, values: Values, batch: object) -> Tensor:
+    """A log joint's value of one draw; else an error that says what came of a batch and of one draw."""
     if isinstance(value, Tensor) and value.ndim == 0:
         return value
     if isinstance(value, Exception) and isinstance(batch, Exception):  # its own fault, and not that of a shape

@@ -62,6 +62,11 @@ class Parameters:
 
     def __init__(self, spec: Spec) -> None:
         self._bare = not isinstance(spec, Mapping)
+        if self._bare and not hasattr(spec, "__index__"):
+            raise TypeError(
+                f"dim_or_spec: expected an int, or a mapping of names to shapes and constraints, got "
+                f"{type(spec).__name__}; write 3, or {{'mu': (), 'tau': constraints.positive}}"
+            )
         entries = spec if isinstance(spec, Mapping) else {"theta": check_int("dim_or_spec", spec, minimum=1)}
         self._maps: dict[str, Map] = {}
         self._constraints: dict[str, Constraint] = {}
@@ -73,8 +78,10 @@ class Parameters:
         self._sizes = [each.size for each in self._maps.values()]
         self.dim = sum(self._sizes)
         if not self.dim:
-            raise ValueError(f"dim_or_spec: expected at least one parameter, got {spec!r}")
+            raise ValueError(f"dim_or_spec: expected at least one free coordinate, got none of {spec!r}")
         self.names = tuple(column for name, each in self._maps.items() for column in _columns(name, each.shape))
+        if twice := [name for name in self._maps if self.names.count(name) > 1]:
+            raise ValueError(f"dim_or_spec: expected names apart, got {twice[0]!r}, which is an entry of another too")
 
     @property
     def shapes(self) -> dict[str, Shape]:

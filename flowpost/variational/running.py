@@ -144,5 +144,6 @@ def left_out(start: Start, most: int, target: Target) -> str:
     where = target.describe(start.gaussians[most].loc)
     return (
         f"{what} found that q leaves out, of about {share:.0%} of the mass, near {where}; "
-        f"a mixture holds them, of flow='realnvp', 'spline_coupling' or 'maf' and modes={len(elbos)} or more"
+        f"a mixture holds them, of flow='realnvp', 'spline_coupling' or 'maf' and modes={len(elbos)} or more; "
+        f"if they differ only in the labels of like components, make a parameter of these `ordered`, which leaves one"
     )

@@ -21,6 +21,8 @@ from flowpost.variational.gaussian import (
 
 GUESSES, SPREAD = 8, 2.0
 """First guesses: the origin, and points around it, so far away in each coordinate."""
+MORE = 4
+"""More of them for each mode above `MOST`: of random guesses several climb to the same mode."""
 FARTHER, WIDE, LONG = 4, 10.0, 100
 """More guesses, farther out, for modes that none of those climbs to; only in a search of so many steps can they."""
 ROUGH, FINE = 32, 256
@@ -61,6 +63,10 @@ class Steps(NamedTuple):
         search = min(150, max(10, budget // (20 * GUESSES * ROUGH)))
         return Steps(search, min(400, max(20, budget // (10 * FINE))))
 
+    def each(self, modes: int) -> int:
+        """What follows, for each of several modes: those above `MOST` have the steps of `MOST` between them."""
+        return max(20, self.full * MOST // max(MOST, modes))
+
 
 def find_start(
     gradient: Gradient, origin: Tensor, budget: int, generator: torch.Generator, *, diagonal: bool, most: int = MOST
@@ -80,11 +86,14 @@ def find_start(
         most: how many are given a full covariance, the best ones; the others stay as the search left them.
     """
     steps = Steps.of(budget)
-    away = [SPREAD] * (GUESSES - 1) + [WIDE] * (FARTHER if steps.search >= LONG else 0)
+    guesses = GUESSES + MORE * max(0, most - MOST)
+    away = [SPREAD] * (guesses - 1) + [WIDE] * (FARTHER if steps.search >= LONG else 0)
     random = torch.randn(len(away), len(origin), dtype=origin.dtype, device=origin.device, generator=generator)
+    if guesses > GUESSES:  # with their opposites, which miss fewer directions than as many others would
+        random[guesses // 2 : guesses - 1] = -random[: (guesses - 1) // 2]
     random *= origin.new_tensor(away).unsqueeze(-1)
-    guesses = standard_gaussian(torch.cat([origin.unsqueeze(0), random]))
-    found, _ = natural_ascent(gradient, guesses, steps.search, ROUGH, generator, diagonal=True)
+    first = standard_gaussian(torch.cat([origin.unsqueeze(0), random]))
+    found, _ = natural_ascent(gradient, first, steps.search, ROUGH, generator, diagonal=True)
     mode = laplace(gradient, origin)
     if mode is not None:
         mode = factorized(mode) if diagonal else mode
@@ -92,15 +101,16 @@ def find_start(
     kept = distinct(gradient, found, elbo(gradient, found, FINE, generator), DOUBTFUL)
     best, others = _taken(found, kept[:most]), _taken(found, kept[most:])
     if len(kept) > 1:  # of one mode, some of them: a short climb brings these together, before each has a long one
-        best, _ = natural_ascent(gradient, best, steps.full // 4, FINE, generator, diagonal=diagonal)
+        best, _ = natural_ascent(gradient, best, steps.each(len(best.loc)) // 4, FINE, generator, diagonal=diagonal)
         best = _taken(best, distinct(gradient, best, elbo(gradient, best, FINE, generator), UNSETTLED))
+    full = steps.each(len(best.loc))
     for made in itertools.count(1):
-        best, risen = natural_ascent(gradient, best, steps.full, FINE, generator, diagonal=diagonal)
+        best, risen = natural_ascent(gradient, best, full, FINE, generator, diagonal=diagonal)
         far = climbs(risen)
-        if not far or 2 * (made + 1) * steps.full * FINE * len(best.loc) > budget:
+        if not far or 2 * (made + 1) * full * FINE * len(best.loc) > budget:
             break
     if diagonal:
-        best = _along_ridges(gradient, best, steps.full, generator)
+        best = _along_ridges(gradient, best, full, generator)
     found = Gaussian(torch.cat([best.loc, others.loc]), torch.cat([best.scale_tril, others.scale_tril]))
     elbos = elbo(gradient, found, 4 * FINE, generator)
     kept = distinct(gradient, found, elbos)

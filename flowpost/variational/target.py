@@ -7,7 +7,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from flowpost.variational.calling import Calls, LogJoint, agree, beyond, call, described, find, line, short, trial
+from flowpost.variational.calling import Calls, LogJoint, agree, beyond, call, find, line, refusal, trial
+from flowpost.variational.draws import described, named, short
 from flowpost.variational.parameters import Parameters
 
 
@@ -23,7 +24,9 @@ class Target:
 
     Args:
         log_joint: of the parameters, a mapping or a tensor, as ``parameters.constrain`` gives them, to ``log p(x,
-            theta)`` up to a constant; ``-inf`` where theta is impossible.
+            theta)`` up to a constant; ``-inf`` where theta is impossible. A draw at which it raises a `LinAlgError`,
+            ArithmeticError, AssertionError or ValueError, as at a matrix that is not positive definite, has the value
+            nan, as long as some draw of the trial has another.
         parameters: what it is a function of.
         device: of the draws.
         dtype: of the draws; `precision` chooses one.
@@ -68,6 +71,11 @@ class Target:
             _warn(
                 f"has no gradient with respect to {', '.join(lost)} at any of {len(free)} draws; expected one that "
                 f"follows every parameter, without .detach(), .item(), .numpy() and no_grad"
+            )
+        if raised := next(filter(None, map(self.refusal, free[found.values.isnan()])), ""):
+            _warn(
+                f"raises {raised}; such draws are left out, and take many calls to find; make its value -inf there, or "
+                f"add a small number to the diagonal of a matrix that is not positive definite"
             )
         with torch.no_grad():
             outside = beyond(log_joint, parameters.constrain(free)[0], self.calls, found.values)
@@ -147,11 +155,17 @@ class Target:
         with torch.no_grad():
             return described(self.parameters.constrain(free)[0])
 
+    def refusal(self, free: Tensor) -> str:
+        """What the log joint raises at one draw's coordinates ``(dim,)``, and where; empty where it has a value."""
+        with torch.no_grad():
+            raised = refusal(self.log_joint, self.parameters.constrain(free.unsqueeze(0))[0], self.calls)
+        return f"{raised} at {self.describe(free)}" if raised else ""
+
     @torch.enable_grad()
     def _without_gradient(self, free: Tensor) -> list[str]:
         """The parameters that the log joint does not follow; an error where it follows none."""
         values, _ = self.parameters.constrain(free.detach().requires_grad_())
-        parts = values if isinstance(values, dict) else {"theta": values}
+        parts = named(values)
         try:
             total = call(self.log_joint, values, self.calls).sum()
             slopes = torch.autograd.grad(total, list(parts.values()), allow_unused=True)
@@ -160,7 +174,9 @@ class Target:
                 f"log_joint: expected a value with a gradient at {self.describe(free[0])}, got none ({line(error)}); "
                 f"write it in operations of torch, without .detach(), .item(), .numpy() and no_grad"
             ) from error
-        return [name for name, slope in zip(parts, slopes, strict=True) if slope is None or not slope.any()]
+        return [
+            name for name, slope in zip(parts, slopes, strict=True) if slope is None or not slope.nan_to_num().any()
+        ]
 
 
 def _warn(message: str) -> None:

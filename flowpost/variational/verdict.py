@@ -29,7 +29,8 @@ def reasons(
     if not k_hat <= LIMIT and not (lost and math.isnan(k_hat)):  # nan where no draw has a weight: no tail is to blame
         said.append(
             f"Pareto k-hat is {k_hat:.2f}, above {LIMIT}: q's tails are too light somewhere, and means over its draws, "
-            f"importance-sampled ones too, may be wrong there; a richer flow, more steps or budget, or refine() helps"
+            f"importance-sampled ones too, may be wrong there; a richer flow, more steps or budget, or refine() helps, "
+            f"but nothing does where a prior is improper and the posterior has no finite integral"
         )
     if gap > GAP and not lost:
         said.append(

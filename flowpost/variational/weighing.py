@@ -99,7 +99,13 @@ def where_lost(weighed: Weighed, target: Target) -> str:
     with torch.no_grad():
         value = target(first.unsqueeze(0)).item()
     hint = "; give the parameters constraints that are its support" if value == -math.inf else ""
-    return f"{lost.double().mean():.2%} of q's draws; log_joint is {value:.4g} at {target.describe(first)}{hint}"
+    if not target.parameters.flat(target.parameters.constrain(first)[0]).isfinite().all():
+        hint = "; there may be no posterior, for its integral is infinite; a proper prior of every parameter helps"
+    said = f"is {value:.4g} at {target.describe(first)}"
+    if raised := target.refusal(first):
+        said = f"raises {raised}"
+        hint = "; add a small number to the diagonal of a matrix" if "LinAlgError" in raised else ""
+    return f"{lost.double().mean():.2%} of q's draws; log_joint {said}{hint}"
 
 
 @torch.no_grad()
