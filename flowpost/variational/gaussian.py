@@ -34,7 +34,7 @@ class Gaussian(NamedTuple):
 
     def draw(self, noise: Tensor) -> Tensor:
         """What noise ``(S, *batch, dim)`` becomes."""
-        return self.loc + (self.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
+        return self.loc + torch.einsum("...ij,s...j->s...i", self.scale_tril, noise)
 
     def at(self, index: int) -> Gaussian:
         """One of several."""
@@ -103,7 +103,7 @@ def natural_ascent(
         points = now.draw(noise)
         value, slope = gradient(points.reshape(-1, shape[-1]))
         value, slope = value.reshape(points.shape[:-1]), slope.reshape(points.shape)
-        path = (slope.unsqueeze(-2) @ now.scale_tril).squeeze(-2) + noise
+        path = torch.einsum("s...i,...ij->s...j", slope, now.scale_tril) + noise
         fine = path.isfinite().all(-1) & value.isfinite()
         share = fine / fine.sum(0).clamp_min(1)
         path = torch.where(fine.unsqueeze(-1), path, 0.0) * share.unsqueeze(-1)
