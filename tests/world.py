@@ -23,6 +23,14 @@ def _seed() -> None:
     reseed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _shipped_data() -> Iterator[None]:
+    """Whatever folder of larger data is set: a test that wants one sets it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("FLOWPOST_DATA", raising=False)
+        yield
+
+
 @pytest.fixture(autouse="FLOWPOST_PLAIN" in os.environ)
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """No engine, but the operations that the passes by hand stand in for; of every test in `make test-plain`."""
