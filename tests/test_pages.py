@@ -25,8 +25,7 @@ def test_a_page_is_as_new_as_its_figures(figures: Path) -> None:
 def test_every_mark_has_its_figures() -> None:
     marked = {(page.stem, mark) for page in DOCS.glob("*.md") for mark in MARK.findall(page.read_text("utf-8"))}
     kept = {(path.parent.name, path.stem) for path in pages.kept(DOCS)}
-    assert marked - kept <= {("images", "tables")}  # no preset was run to its end
-    assert kept <= marked
+    assert marked == kept
 
 
 def test_every_page_says_on_what_it_was_measured() -> None:
