@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -11,6 +12,9 @@ from rich.table import Table as Grid
 
 Item = TypeVar("Item")
 Key = TypeVar("Key", bound=Hashable)
+LIST = 3
+"""So many explained words of a caption are a list on a page."""
+WORD = re.compile(r"^([^:(]{1,40}): ")
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,21 @@ class Table:
         parts = [
             self.title and f"## {self.title[0].upper()}{self.title[1:]}",
             "\n".join(map(_line, (self.header, rule, *self.rows))),
-            self.caption and f"{self.caption}.",
+            self.caption and _legend(self.caption),
             "\n".join(f"- {note}" for note in self.notes),
         ]
         return "\n\n".join(part for part in parts if part)
+
+
+def _legend(caption: str) -> str:
+    """A caption on a page: many words about columns, as in ``"nats; gap: of them; -: not run"``, are a list."""
+    parts = caption.split("; ")
+    words = [index for index, part in enumerate(parts) if WORD.match(part)]
+    if len(words) < LIST:
+        return f"{caption}."
+    first = "; ".join(parts[: words[0]])
+    rest = ["- " + WORD.sub(r"`\1`: ", part) for part in parts[words[0] :]]
+    return "\n".join([*([f"{first}:", ""] if first else []), *rest])
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -102,6 +102,10 @@ def test_threads_come_back_after_an_error() -> None:
 def test_a_table_on_a_page() -> None:
     grid = "| who | s |\n| --- | ---: |\n| a\\|b | 1 |\n| [c] | 20 |"
     assert WIDE.markdown() == f"## Times\n\n{grid}\n\nCalls.\n\n- a: slow"
+    legend = Table(
+        ["x"], [["1"]], caption="nats; a: one (b: no word); k>0.7: two; -: not run; of equal seeds"
+    ).markdown()
+    assert legend.endswith("\n\nnats:\n\n- `a`: one (b: no word)\n- `k>0.7`: two\n- `-`: not run\n- of equal seeds")
     assert Table(["x", "y"], [["1", "2"]], numbers=False).markdown() == "| x | y |\n| --- | --- |\n| 1 | 2 |"
 
 
