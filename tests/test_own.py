@@ -460,7 +460,7 @@ def test_a_job_on_a_file_with_networks_goes_on_as_it_began(here: Path, capsys: p
         archive.sha256(Path(name)) for name in ("waves.npz", "own_nets.py")
     )
     assert content["runs"][0]["parameters"] == 2 * 25 * 6 + 7 * 48
-    assert "waves.npz, test part; p(x|z): gaussian; networks: own_nets:pair;" in Path("out/table.md").read_text()
+    assert "waves.npz, test part; p(x|z): gaussian:\n\n- `networks`: own_nets:pair" in Path("out/table.md").read_text()
     code, out, _ = run(capsys, "--resume", "out")
     assert code == 0
     assert "2 of 2 runs are already finished" in out
