@@ -86,13 +86,7 @@ def find_start(
         most: how many are given a full covariance, the best ones; the others stay as the search left them.
     """
     steps = Steps.of(budget)
-    guesses = GUESSES + MORE * max(0, most - MOST)
-    away = [SPREAD] * (guesses - 1) + [WIDE] * (FARTHER if steps.search >= LONG else 0)
-    random = torch.randn(len(away), len(origin), dtype=origin.dtype, device=origin.device, generator=generator)
-    if guesses > GUESSES:  # with their opposites, which miss fewer directions than as many others would
-        random[guesses // 2 : guesses - 1] = -random[: (guesses - 1) // 2]
-    random *= origin.new_tensor(away).unsqueeze(-1)
-    first = standard_gaussian(torch.cat([origin.unsqueeze(0), random]))
+    first = _guesses(origin, most, generator, farther=steps.search >= LONG)
     found, _ = natural_ascent(gradient, first, steps.search, ROUGH, generator, diagonal=True)
     mode = laplace(gradient, origin)
     if mode is not None:
@@ -134,6 +128,17 @@ def climbs(elbos: Tensor) -> bool:
     before, after = elbos[-2 * size : -size].mean(0), elbos[-size:].mean(0)
     best = after.argmax()
     return bool(after[best] - before[best] > CLIMBING)
+
+
+def _guesses(origin: Tensor, modes: int, generator: torch.Generator, *, farther: bool) -> Gaussian:
+    """Standard Gaussians at the origin and at random points around it, some of them farther out."""
+    count = GUESSES + MORE * max(0, modes - MOST)
+    away = [SPREAD] * (count - 1) + [WIDE] * (FARTHER if farther else 0)
+    random = torch.randn(len(away), len(origin), dtype=origin.dtype, device=origin.device, generator=generator)
+    if count > GUESSES:  # with their opposites, which miss fewer directions than as many others would
+        random[count // 2 : count - 1] = -random[: (count - 1) // 2]
+    random *= origin.new_tensor(away).unsqueeze(-1)
+    return standard_gaussian(torch.cat([origin.unsqueeze(0), random]))
 
 
 def _along_ridges(gradient: Gradient, best: Gaussian, steps: int, generator: torch.Generator) -> Gaussian:
