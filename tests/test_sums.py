@@ -14,6 +14,9 @@ def test_the_other_way_is_cumsum(dim: int) -> None:
     values = torch.randn(3, 7, 5, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(sums._one_by_one(values, dim), values.cumsum(dim))
     assert torch.autograd.gradcheck(lambda v: sums._one_by_one(v, dim), values)
+    with torch.no_grad():
+        values[1, 3, 2], values[2, 5, 4] = torch.inf, torch.nan
+    torch.testing.assert_close(sums._one_by_one(values, dim), values.cumsum(dim), equal_nan=True)
 
 
 @pytest.mark.parametrize("name", ["spline_autoregressive", "spline_coupling"])

@@ -19,7 +19,6 @@ def _refused(values: Tensor) -> bool:
 
 
 def _one_by_one(values: Tensor, dim: int) -> Tensor:
-    """A sum for each entry."""
-    last = values.movedim(dim, -1).unsqueeze(-2)
-    size = last.shape[-1]
-    return (last * last.new_ones(size, size).tril()).sum(-1).movedim(-1, dim)
+    """A sum for each entry, of nothing behind it, whatever stands there."""
+    last = values.movedim(dim, -1)
+    return last.unsqueeze(-2).expand(*last.shape, last.shape[-1]).tril().sum(-1).movedim(-1, dim)
