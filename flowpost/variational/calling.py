@@ -105,8 +105,8 @@ def find(log_joint: LogJoint, parameters: Parameters, free: Tensor) -> Found:
     if not agree(again, singles):
         raise ValueError(
             f"log_joint: expected one value for one theta, got {singles[0].item()} and then {again[0].item()} at "
-            f"{described(next(draws(values)))}; draw no random numbers in it, and "
-            f"change no parameter in place"
+            f"{described(next(draws(values)))}; draw no random numbers in it, "
+            f"and change no parameter in place"
         )
     return Found("loop", _checked(singles, free), _got(mapped))
 
