@@ -11,6 +11,7 @@ from torch import Tensor
 from flowpost.bijectors._within import apply, apply_inverse
 from flowpost.bijectors.base import Bijector
 from flowpost.checks import active, warn_moved
+from flowpost.numerics.along import along
 from flowpost.numerics.arguments import check_noise, check_sample_shape
 from flowpost.numerics.products import wide_dtype
 from flowpost.numerics.watchers import exporting, first_parameter, full_precision, watched
@@ -88,19 +89,14 @@ def path_log_density(flow: Bijector, sample: Sample, context: Tensor | None) -> 
             "program; export it under torch.no_grad(), where it is sample.log_prob"
         )
 
+    with torch.no_grad(), full_precision(z.device.type):
+        fixed = flow._check(z, None if context is None else context.detach())
+
     def total(z: Tensor) -> Tensor:
         return _score(*apply_inverse(flow, z, fixed, noise), 1).sum()
 
-    with torch.no_grad(), full_precision(z.device.type):
-        fixed = flow._check(z, None if context is None else context.detach())
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            # It follows z and nothing else: no parameter has to be frozen, or un-frozen, for it.
-            slope = torch.func.grad(total)(z)
-        else:  # the same through the fast nodes, where nothing is searched; no parameter's grad is touched
-            leaf = z.detach().requires_grad_()
-            with torch.enable_grad():
-                (slope,) = torch.autograd.grad(total(leaf), leaf)
-    return log_prob.detach() + ((z - z.detach()) * slope).sum(-1)
+    with full_precision(z.device.type):
+        return along(log_prob, z, total, flow.parameters())
 
 
 def like_of(flow: Bijector, context: Tensor | None) -> Tensor:

@@ -148,7 +148,8 @@ class FlowPosterior(nn.Module):
         The value is ``sample.log_prob``, the gradient ``dlog q/dz`` at ``sample.z``: in place of log q in an objective,
         it leaves out the score ``dlog q/dparameters``, whose mean is 0 (sticking the landing). For every posterior:
         nothing is searched, the preimage is ``sample.noise``. Costs an inverse at a known preimage and its gradient;
-        where no gradient is asked for, nothing. First derivatives only.
+        where no gradient is asked for, nothing. First and second derivatives are exact; a further one, and under
+        ``torch.func`` a second one, raises.
 
         Args:
             sample: what this posterior returned for h.
@@ -160,7 +161,8 @@ class FlowPosterior(nn.Module):
         Raises:
             TypeError: if `sample` is no Sample, and as `forward`.
             ValueError: as `forward`.
-            RuntimeError: under `torch.export`, unless under `torch.no_grad`.
+            RuntimeError: under `torch.export`, unless under `torch.no_grad`; where its gradient is differentiated more
+                often than above.
 
         Reference:
             Roeder, Wu & Duvenaud (2017), Sticking the Landing: Simple, Lower-Variance Gradient Estimators for VI.

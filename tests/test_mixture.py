@@ -54,6 +54,10 @@ def test_the_path_gradient_follows_z_alone() -> None:
             assert got is None
         else:
             torch.testing.assert_close(got, expected)
+    log_q = mixture.stratified(4, path=True).log_q
+    (first, *_) = torch.autograd.grad(log_q.square().sum(), parameters[1:], create_graph=True)
+    with pytest.raises(RuntimeError, match="^path gradient: .* of a Mixture first ones"):
+        torch.autograd.grad(first.sum(), parameters[1])
 
 
 def two_normals() -> tuple[Mixture, Tensor]:

@@ -3,6 +3,7 @@
 A gradient penalty, a meta-learner or a Hessian asks for ``create_graph=True``. It must not change the first gradient.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -126,15 +127,71 @@ def test_every_recipe(name: str, use: Callable[[FlowPosterior, Tensor, Tensor], 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_path_gradient(name: str) -> None:
-    """It promises first derivatives: those of z that ``create_graph`` leaves as they are."""
+    """A Hessian times a direction against that of a copy whose parameters, and whose h, are held fixed."""
     posterior = small(name, push=0.2)
     h, noise, leaves = inputs(posterior)
+    frozen, held = copy.deepcopy(posterior).requires_grad_(requires_grad=False), h.detach()
 
     def loss() -> Tensor:
         sample = posterior(h, noise=noise)
         return weighed(sample.z, posterior.path_log_prob(sample, h))
 
+    def plain() -> Tensor:
+        z = posterior(h, noise=noise).z
+        return weighed(z, frozen.log_prob(z, held))
+
     assert_first_agree(loss, leaves)
+    found, expected = along_a_direction(loss, leaves), along_a_direction(plain, leaves)
+    scale = 1 + float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-8 * scale)
+
+
+def along_a_direction(loss: Loss, leaves: Sequence[Tensor]) -> Tensor:
+    """A Hessian times a direction, by differentiating twice."""
+    generator = torch.Generator().manual_seed(7)
+    first = gradients(loss, leaves, create_graph=True)
+    parts = [(grad * torch.randn(grad.shape, generator=generator, dtype=grad.dtype)).sum() for grad in first]
+    found = torch.autograd.grad(sum(parts), leaves, allow_unused=True, materialize_grads=True)
+    return torch.cat([each.flatten() for each in found])
+
+
+def test_the_path_gradient_says_where_it_ends() -> None:
+    """Of a third derivative, of a second one under `torch.func`, and where a parameter has changed in between."""
+    posterior = small("iaf", push=0.2)
+    h, noise, _ = inputs(posterior)
+    match = "^path gradient: expected first or second derivatives"
+
+    def loss(noise: Tensor) -> Tensor:
+        sample = posterior(h, noise=noise)
+        return (posterior.path_log_prob(sample, h) ** 2).sum()
+
+    (first,) = torch.autograd.grad(loss(noise), noise, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), noise, create_graph=True)
+    with pytest.raises(RuntimeError, match=match):
+        torch.autograd.grad(second.square().sum(), noise)
+    torch.testing.assert_close(torch.func.grad(loss)(noise), first)
+    with pytest.raises(RuntimeError, match=match):
+        torch.func.grad(lambda e: torch.func.grad(loss)(e).square().sum())(noise)
+    (first,) = torch.autograd.grad(loss(noise), noise, create_graph=True)
+    with torch.no_grad():
+        next(posterior.flow.parameters()).add_(0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(first.square().sum(), noise)
+
+
+def test_the_path_gradient_under_forward_mode() -> None:
+    """A derivative along a direction, and its own gradient, against those of a frozen copy."""
+    posterior = small("iaf", push=0.2)
+    h, noise, _ = inputs(posterior)
+    frozen, held = copy.deepcopy(posterior).requires_grad_(requires_grad=False), h.detach()
+    sample = posterior(held, noise=noise.detach())
+    z, direction = sample.z.detach().requires_grad_(), torch.linspace(-1, 1, noise.numel(), dtype=noise.dtype)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(z, direction.view_as(z))
+        value = posterior.path_log_prob(sample._replace(z=dual), held).sum()
+        tangent = torch.autograd.forward_ad.unpack_dual(value).tangent
+    (slope,) = torch.autograd.grad(frozen.log_prob(z, held).sum(), z, create_graph=True)
+    torch.testing.assert_close(tangent, (slope * direction.view_as(z)).sum())
 
 
 @pytest.mark.full

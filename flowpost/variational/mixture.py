@@ -16,6 +16,7 @@ from flowpost.bijectors.planar import Planar
 from flowpost.bijectors.sylvester import Sylvester
 from flowpost.bijectors.wrappers import Inverse
 from flowpost.density import Sample, like_of
+from flowpost.numerics.along import first_along
 from flowpost.numerics.arguments import check_int
 from flowpost.posterior import FlowPosterior
 
@@ -137,7 +138,7 @@ def _path_log_prob(posterior: FlowPosterior, z: Tensor) -> Tensor:
     value = posterior.log_prob(leaf)
     (slope,) = torch.autograd.grad(value.sum(), leaf)
     slope = torch.where(value.isfinite().unsqueeze(-1), slope, 0)
-    return value.detach() + ((z - z.detach()) * slope).sum(-1)
+    return first_along(value, z, slope)
 
 
 def _mixed(terms: Tensor, log_weights: Tensor) -> Tensor:

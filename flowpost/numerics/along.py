@@ -1,0 +1,119 @@
+"""A value that follows one tensor alone, though it is made of others too: what sticking the landing differentiates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowpost.numerics.watchers import full_precision
+
+Total = Callable[[Tensor], Tensor]
+Ctx = Any  # of an autograd function: torch types it without what it stores
+
+
+def along(value: Tensor, z: Tensor, total: Total, fixed: Iterable[Tensor]) -> Tensor:
+    """The value ``(*batch)`` as a function of z ``(*batch, dim)`` alone.
+
+    First and second derivatives are exact: those of `total`, whatever else it reads held fixed. A third derivative
+    raises, and under ``torch.func`` a second one does.
+
+    Args:
+        value: what comes back; its own graph is left out.
+        z: what it follows.
+        total: from z to the sum of all values.
+        fixed: the parameters that `total` reads.
+
+    Raises:
+        RuntimeError: where a derivative is asked for that is not known.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        with torch.no_grad():  # it follows z and nothing else: no parameter has to be frozen, or un-frozen, for it
+            slope = torch.func.grad(total)(z)
+        return first_along(value, z, slope)
+    leaf = z.detach().requires_grad_()
+    with torch.enable_grad():  # the same through the fast nodes; no parameter's grad is touched
+        (slope,) = torch.autograd.grad(total(leaf), leaf)
+    return _Along.apply(value.detach(), z, slope, partial(_Slope.apply, total, tuple(fixed)))
+
+
+def first_along(value: Tensor, z: Tensor, slope: Tensor) -> Tensor:
+    """As `along`, of a slope ``(*batch, dim)`` that is given; a second derivative raises."""
+    if torch.compiler.is_compiling():  # which has first derivatives alone
+        return value.detach() + ((z - z.detach()) * slope).sum(-1)
+    return _Along.apply(value.detach(), z, slope, _Last.apply)
+
+
+class _Along(torch.autograd.Function):
+    """A value with a slope in z, and a function that gives the slope again where it is to be differentiated."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, z: Tensor, slope: Tensor, again: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Ctx, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, z, slope, ctx.again = inputs
+        ctx.save_for_backward(z, slope)
+        ctx.save_for_forward(z, slope)
+
+    @staticmethod
+    def backward(ctx: Ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, grads[0].unsqueeze(-1) * _again(ctx), None, None
+
+    @staticmethod
+    def jvp(ctx: Ctx, *tangents: Tensor) -> Tensor:
+        return (tangents[1] * _again(ctx)).sum(-1)
+
+
+def _again(ctx: Ctx) -> Tensor:
+    z, slope = ctx.saved_tensors
+    return ctx.again(slope, z) if torch.is_grad_enabled() else slope
+
+
+class _Slope(torch.autograd.Function):
+    """The slope as a function of z; the parameters are kept so that one that has changed since is noticed."""
+
+    @staticmethod
+    def forward(ctx: Ctx, total: Total, fixed: tuple[Tensor, ...], slope: Tensor, z: Tensor) -> Tensor:
+        ctx.total = total
+        ctx.save_for_backward(z, *fixed)
+        return slope.clone()
+
+    @staticmethod
+    def backward(ctx: Ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        z, leaf = ctx.saved_tensors[0], ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad(), full_precision(z.device.type):
+            (slope,) = torch.autograd.grad(ctx.total(leaf), leaf, create_graph=True)
+            found = torch.zeros_like(leaf)
+            if slope.requires_grad:  # a Gaussian's is linear, and of one that does not read z it is 0
+                (found,) = torch.autograd.grad(
+                    slope, leaf, grads[0].detach(), allow_unused=True, materialize_grads=True
+                )
+        return None, None, None, _Last.apply(found.detach(), z, *grads) if torch.is_grad_enabled() else found
+
+
+class _Last(torch.autograd.Function):
+    """A tensor that would follow others, and is not to be differentiated further."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, *others: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Ctx, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "path gradient: expected first or second derivatives, under torch.func and of a Mixture first ones, got a "
+            "further one; take log_prob of a copy whose parameters need no gradient"
+        )
