@@ -1,4 +1,4 @@
-"""`python -m benchmarks compare FOLDER ...`: finished jobs in one table, and how far each row is from the first."""
+"""`python -m benchmarks compare FOLDER ...`: finished jobs in one table, and how far each row is from the reference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.flows import options_words
 from benchmarks.objective import bound_name
 from benchmarks.report import Report, Result, by_posterior, exact_words, gap_words, trusted_words
 from benchmarks.run import TABLES, Content, Page, as_json, fill, origin, publish, terminal
-from benchmarks.table import Table
+from benchmarks.table import Table, ranked
 
 # Jobs whose figures of a run mean the same.
 SHARED = ("data", "data_hash", "likelihood", "samples", "gap_images")
@@ -44,9 +44,10 @@ def compare(
     page: Page = None,
     mark: Annotated[str, typer.Option(help="Between which marks of the page.")] = TABLES,
 ) -> None:
-    """One table of several jobs: means and standard errors over seeds, and the difference from the first row.
+    """One table of several jobs: means and standard errors over seeds, and the difference from the reference.
 
-    A difference is that of runs of equal seeds, which begin with equal weights and see the images in the same order.
+    The reference is the first job's first posterior. Rows are ranked by the trusted NLL if all have it. A
+    difference is that of runs of equal seeds, which begin with equal weights and see the images in the same order.
     """
     if page is not None:
         fill(page, "", mark)
@@ -89,21 +90,30 @@ def _check_comparable(configs: Sequence[Config]) -> None:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """A row for each posterior of each job; `mean ± standard error` where there are two seeds."""
+    """A row for each posterior of each job, by the trusted NLL; `mean ± standard error` where there are two seeds.
+
+    Differences are from the first of `rows`, whatever its rank.
+    """
     found = {key for _, _, runs in rows for run in runs for key in run}
     keys = {key: title for key, title in TITLES.items() if key in found}
     # What can be trusted most; `trusted` itself is of the first seed alone.
     best = next(key for key in ("exact_nll", "local_nll", "nll") if key in keys)
     decisive = ("neg_elbo", best)
-    apart = [f"less the first's {keys[key]}" for key in decisive]
+    apart = [f"less the reference's {keys[key]}" for key in decisive]
     header = ["posterior", "trained on", "dim", "seeds", *keys.values(), *apart, "params"]
     body = []
-    for config, name, runs in rows:
+    for config, name, runs in ranked(rows, lambda row: _trusted(row[2])):
         figures = [mean_error(values(runs, key)) for key in keys]
         figures += [mean_error(differences(runs, rows[0][2], key), signed=True) for key in decisive]
         parameters = f"{runs[0]['parameters']:,}"
         body.append([name, _trained(config, name), str(config.dim), str(len(runs)), *figures, parameters])
     return Table(header, body, caption=_caption([config for config, _, _ in rows]))
+
+
+def _trusted(runs: Sequence[Result]) -> float | None:
+    """What the rows are ranked by, where a row has it."""
+    found = values(runs, "trusted_nll")
+    return statistics.fmean(found) if found else None
 
 
 def _caption(configs: Sequence[Config]) -> str:
@@ -113,7 +123,8 @@ def _caption(configs: Sequence[Config]) -> str:
         f"{config.name}, test part; nats per {config.unit}, mean ± standard error over seeds; -ELBO: {TEST_SAMPLES} "
         f"samples per {config.unit}; NLL: {config.samples} importance samples per {config.unit}; "
         f"k>0.7: share of {config.unit}s whose NLL is not to be trusted; "
-        f"{gap_words(config)}{exact_words(config)}{trusted_words(config)}differences are of equal seeds; -: not run"
+        f"{gap_words(config)}{exact_words(config)}{trusted_words(config)}the reference: the row of differences 0; "
+        "differences are of equal seeds; -: not run"
     )
 
 

@@ -16,7 +16,7 @@ from benchmarks.figures import ACTIVE, ANNEALED, INTEGRATED, LEVELS, TEST_SAMPLE
 from benchmarks.flows import options_words
 from benchmarks.objective import objective_words
 from benchmarks.run import Content, Run, origin
-from benchmarks.table import Table, grouped
+from benchmarks.table import Table, grouped, ranked
 from benchmarks.train import tensor_words
 
 JOB = "job"
@@ -115,11 +115,10 @@ class Report:
         }
 
     def table(self) -> Table:
-        """A row for each posterior, a note for each result that failed or skipped steps."""
-        columns = _columns(self.config)
-        rows = []
-        for name, results in by_posterior(self.finished).items():
-            summary = summarize(results)
+        """A row for each posterior, by the trusted NLL; a note for each result that failed or skipped steps."""
+        columns, rows = _columns(self.config), []
+        found = {name: summarize(results) for name, results in by_posterior(self.finished).items()}
+        for name, summary in ranked([*found.items()], lambda item: item[1].get("trusted_nll", {}).get("mean")):
             rows.append([name, *(_cell(summary.get(key), digits, spread=key in SPREAD) for key, _, digits in columns)])
         notes = [_note(one, self.config) for one in self.results if one["error"] or one["skipped_steps"]]
         return Table(["posterior", *(title for _, title, _ in columns)], rows, caption=self.caption(), notes=notes)

@@ -78,6 +78,13 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(escaped)} |"
 
 
+def ranked(items: Sequence[Item], figure: Callable[[Item], float | None]) -> list[Item]:
+    """The items by a figure, the lowest first; as they came where one of them has none."""
+    figures = [value for value in map(figure, items) if value is not None]
+    order = range(len(items))
+    return [items[i] for i in (sorted(order, key=figures.__getitem__) if len(figures) == len(items) else order)]
+
+
 def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
     """The items of each key, keys in the order in which they first come."""
     groups: dict[Key, list[Item]] = {}

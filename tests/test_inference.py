@@ -296,8 +296,8 @@ def test_compared_rows_are_paired_by_seed() -> None:
         "seeds",
         "-ELBO",
         "NLL",
-        "less the first's -ELBO",
-        "less the first's NLL",
+        "less the reference's -ELBO",
+        "less the reference's NLL",
         "params",
     ]
     body = found.rows
@@ -309,11 +309,29 @@ def test_compared_rows_are_paired_by_seed() -> None:
 def test_a_figure_that_only_some_jobs_have_is_compared_where_it_is() -> None:
     split = [run | {"local_nll": run["nll"] - 1} for run in runs(9.0, 4.0)]
     found = table([(configure(gaps=True), "diagonal", split), (configure(), "iaf", runs(3.0, posterior="iaf"))])
-    columns = ["local", "less the first's local"]
+    columns = ["local", "less the reference's local"]
     assert [[row[found.header.index(name)] for name in columns] for row in found.rows] == [
         ["5.50 ± 2.50", "+0.00 ± 0.00"],
         ["-", "-"],
     ]
+
+
+def test_compared_rows_are_ranked_by_the_trusted_nll() -> None:
+    """Differences stay those from the first that came, and one row without the figure leaves all as they came."""
+    figures = {"diagonal": 9.0, "iaf": 8.0, "planar": 8.5}
+    rows = [
+        (configure(), name, [run | {"trusted_nll": figure} for run in runs(figure, posterior=name)])
+        for name, figure in figures.items()
+    ]
+    found = table(rows)
+    apart = found.header.index("less the reference's NLL")
+    assert [(row[0], row[apart]) for row in found.rows] == [
+        ("iaf", "-1.00"),
+        ("planar", "-0.50"),
+        ("diagonal", "+0.00"),
+    ]
+    rows[1][2][0].pop("trusted_nll")
+    assert [row[0] for row in table(rows).rows] == ["diagonal", "iaf", "planar"]
 
 
 def test_compared_jobs_fill_a_page(job_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -339,7 +357,7 @@ def test_jobs_are_compared_from_the_command_line(job_folder: Path, capsys: pytes
     assert cli.main(["compare", str(job_folder), str(job_folder)]) == 0
     out = capsys.readouterr().out
     assert len(re.findall(r"^\| (diagonal|iaf) \| IWAE\(3\) dreg \| 3 \| 1 \|", out, re.MULTILINE)) == 4
-    assert "less the first's local" in out
+    assert "less the reference's local" in out
 
 
 def test_jobs_that_cannot_be_compared_are_refused(job_folder: Path, tmp_path: Path) -> None:
