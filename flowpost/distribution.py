@@ -34,6 +34,8 @@ class FlowDistribution(Distribution):
     `torch.distributions.kl_divergence` with another one, an ``Independent(Normal(...), 1)`` and a `MultivariateNormal`,
     either way round. No other family has them in closed form.
 
+    Where q is too far from p(z|x), `flowpost.evaluation.refine` draws from p(z|x) itself, by chains that start at q.
+
     Args:
         flow: the bijector from noise to z.
         context: what it reads, ``(*batch, context_size)``; None where it reads nothing.
