@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# The Sylvester paper's models on static MNIST as far as 8 minutes of a GPU go, and the page of it. From any folder:
+# The Sylvester paper's models on static MNIST as far as 8 minutes of a GPU go, then log p(x) of the first of them between
+# two bounds, on 100 images of its own, within 2 minutes more; and the page of it. From any folder:
 #
 #   benchmarks/gpu_images.sh [page]      by default docs/images-gpu.md
 #
 # Every model gets the same minutes of training with captured steps, a shorter KL warm-up than the paper's, and fewer
 # importance samples: the page says so. One that fails does not keep the next from running; a second call goes on where
 # the first one was stopped. Settings by the environment: PYTHON, PRESETS, MINUTES (of each training), OPTIONS (of
-# every run), RUNS (a folder). Without a GPU, to try it out:
+# every run), SANDWICH (its options), RUNS (a folder). Without a GPU, to try it out:
 #
-#   OPTIONS="--device cpu --data digits --epochs 1 --samples 25 --images 20" benchmarks/gpu_images.sh page.md
+#   OPTIONS="--device cpu --data digits --epochs 1 --samples 25 --images 20 --trusted-images 0" \
+#       SANDWICH="--count 3 --chains 2 --temperatures 4 --samples 30" benchmarks/gpu_images.sh page.md
 set -uo pipefail
 page=$(realpath -m "${1:-$(dirname "$0")/../docs/images-gpu.md}")
 cd "$(dirname "$0")/.." || exit 1
@@ -17,6 +19,7 @@ presets=${PRESETS:-sylvester-vae sylvester-planar sylvester-iaf sylvester-osnf}
 runs=$(realpath -m "${RUNS:-runs/gpu-images}")
 options=${OPTIONS:---device cuda --kl-warmup 10 --samples 200 --pairs 20000}
 seconds=${SECONDS_EACH:-150} # of each run, with what is not training
+sandwich=${SANDWICH:---device cuda --count 100 --chains 8 --temperatures 500}
 failed=()
 
 train() {
@@ -34,6 +37,15 @@ train() {
     printf '== %s: %d s so far, status %d\n' "$name" "$SECONDS" "$status"
 }
 
+bound() {
+    local folder
+    folder=$(realpath --relative-to=. "$runs/${presets%% *}") # as it stands on the page
+    printf '\n== sandwich of %s\n' "$folder"
+    # shellcheck disable=SC2086  # several options
+    timeout -s INT -k 20 "${SECONDS_SANDWICH:-150}" "$python" -m benchmarks sandwich "$folder" $sandwich \
+        --out "$runs-sandwich" --page "$page" --mark sandwich || failed+=("sandwich")
+}
+
 [[ $options != *cuda* ]] || "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || {
     echo "gpu_images: expected a Python whose PyTorch finds a CUDA device ($python); PYTHON=... names another" >&2
     exit 2
@@ -45,6 +57,9 @@ for preset in $presets; do
 done
 [ -e "$page" ] || printf '# Models of published tables on a GPU\n\nBy `benchmarks/gpu_images.sh`.\n\n%s\n%s\n' \
     '<!-- tables -->' '<!-- end of tables -->' >"$page"
+grep -q '<!-- sandwich -->' "$page" || printf '\n## log p(x) between two bounds\n\n%s\n%s\n' \
+    '<!-- sandwich -->' '<!-- end of sandwich -->' >>"$page"
 "$python" -m benchmarks images "$runs"/*/ --page "$page" || failed+=("page")
+bound
 printf '\n== all: %d s; failed: %s\n' "$SECONDS" "${failed[*]:-none}"
 exit $((${#failed[@]} > 0))

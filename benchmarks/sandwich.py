@@ -6,7 +6,8 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,12 +18,12 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.canvas import blank, title
-from benchmarks.config import ConfigError
+from benchmarks.config import ConfigError, check_device
 from benchmarks.data import Data, load
 from benchmarks.job import models
 from benchmarks.quadrature import quadrature
 from benchmarks.report import Report
-from benchmarks.run import Content, Out, Page, Run, cpu_threads, origin, pictured, terminal
+from benchmarks.run import TABLES, Content, Out, Page, Run, cpu_threads, origin, pictured, terminal
 from benchmarks.table import Table
 from benchmarks.train import EVALUATION_SEED, seeded
 from flowpost.evaluation import annealed_estimate, importance_estimate, sandwich
@@ -57,9 +58,11 @@ def sandwich_command(
     temperatures: Annotated[int, typer.Option(help="Of each chain.")] = 1000,
     leapfrogs: Annotated[int, typer.Option(help="Gradients at each temperature.")] = 5,
     samples: Annotated[int, typer.Option(help="Importance samples for each image, beside it.")] = 1000,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N, whatever a model was trained on.")] = "cpu",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     out: Out = None,
     page: Page = None,
+    mark: Annotated[str, typer.Option(help="Between which marks of the page.")] = TABLES,
 ) -> None:
     """How far can each estimate of log p(x) be trusted? For the trained model of each posterior's first seed.
 
@@ -67,8 +70,8 @@ def sandwich_command(
     them, from q(z|x) itself and from a proposal refined for each image. Nothing is trained.
     """
     plan = Plan(count, chains, temperatures, leapfrogs, samples)
-    reports = [Report.read(folder) for folder in folders]
-    run, console = Run.begin("sandwich", out, threads=threads, page=page), terminal()
+    reports = [_moved(Report.read(folder), device) for folder in folders]
+    run, console = Run.begin("sandwich", out, device=device, threads=threads, page=page, mark=mark), terminal()
     rows: list[Row] = []
     with cpu_threads(threads), warnings.catch_warnings():
         warnings.simplefilter("ignore", UnreliableEstimateWarning)  # the table has the share of such images
@@ -81,24 +84,42 @@ def sandwich_command(
         raise ConfigError("folders: expected jobs with trained models, got none")
 
 
+def _moved(report: Report, device: str) -> Report:
+    """The report of a job as if it had been trained on a device, where its models then go."""
+    report.config = check_device(replace(report.config, device=device))
+    return report
+
+
 def _rows(vae: VAE, name: str, report: Report, data: Data, plan: Plan, console: Console) -> list[Row]:
     """The figures of a model: on its own images, and of two latents on test images."""
     head = {"data": report.config.data, "dim": report.config.dim, "posterior": name}
-    with seeded(EVALUATION_SEED, torch.device("cpu")):
+    with _seeded(vae):
         found = [head | {"images": "its own"} | _own(vae, data, plan)]
         if report.config.dim == 2:
-            found.append(head | {"images": "test"} | _test(vae, data.test[: plan.count], plan))
+            found.append(head | {"images": "test"} | _test(vae, data.test[: plan.count].to(report.config.device), plan))
     for row in found:
         console.print(f"{name}, {row['dim']} latents, {row['images']}: gap {row['gap']:.3f}, {row['seconds']:.0f} s")
     return found
 
 
+def _seeded(vae: VAE) -> AbstractContextManager[None]:
+    """The same draws every time, on the model's device."""
+    return seeded(EVALUATION_SEED, next(vae.parameters()).device)
+
+
+def _seconds(began: float) -> float:
+    """Since then, with what a GPU has still to do."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
 def _own(vae: VAE, data: Data, plan: Plan) -> Row:
     """On images drawn from the model: all as nats below the upper bound."""
     shape, began = tuple(data.test.shape[1:]), time.perf_counter()
-    with seeded(EVALUATION_SEED, torch.device("cpu")):
+    with _seeded(vae):
         found = sandwich(vae, plan.count, shape, plan.chains, plan.temperatures, plan.leapfrogs, samples=plan.samples)
-    seconds = time.perf_counter() - began
+    seconds = _seconds(began)
     x = _drawn_again(vae, plan.count, shape)
     refined = importance_estimate(vae, x, plan.samples, refine=REFINE, pairs=5000)
     return {
@@ -111,7 +132,7 @@ def _own(vae: VAE, data: Data, plan: Plan) -> Row:
 
 def _drawn_again(vae: VAE, count: int, shape: tuple[int, ...]) -> Tensor:
     """The same images as `sandwich` draws, first of all, from the same seed."""
-    with seeded(EVALUATION_SEED, torch.device("cpu")):
+    with _seeded(vae):
         return vae.sample(count, shape)
 
 
@@ -119,7 +140,7 @@ def _test(vae: VAE, x: Tensor, plan: Plan) -> Row:
     """On test images: all as nats below the integral."""
     began = time.perf_counter()
     found = annealed_estimate(vae, x, plan.chains, plan.temperatures, plan.leapfrogs)
-    seconds = time.perf_counter() - began
+    seconds = _seconds(began)
     sampled = importance_estimate(vae, x, plan.samples, pairs=5000)
     refined = importance_estimate(vae, x, plan.samples, refine=REFINE, pairs=5000)
     return {

@@ -1,10 +1,16 @@
 """Annealing on a real GPU: the evidence of a linear-Gaussian model, each temperature one launch, no wait in between."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from linear_gaussian import LinearGaussian, fitted
+from test_benchmarks import TINY
+from test_sandwich_command import FEW
 from torch import Tensor
 
+import benchmarks.__main__ as cli
 from flowpost._graphs import CUDAGraphs
 from flowpost.evaluation import annealed_estimate, importance_estimate, sandwich
 
@@ -47,3 +53,13 @@ def test_draws_differ_from_replay_to_replay() -> None:
     first, second = (annealed_estimate(vae, x, 4, 20, 2).log_p for _ in range(2))
     assert isinstance(first, Tensor)
     assert (first != second).all()
+
+
+@pytest.mark.parametrize("dim", ["2", "3"])
+def test_the_command_takes_a_cpu_s_model_to_the_gpu(dim: str, tmp_path: Path) -> None:
+    job, out = tmp_path / "job", tmp_path / "out"
+    assert cli.main([*TINY, "--posterior", "planar", "--dim", dim, "--out", str(job)]) == 0
+    assert not cli.main(["sandwich", str(job), *FEW, "--device", "cuda", "--out", str(out)])
+    found = json.loads((out / "sandwich.json").read_text())
+    assert found["environment"]["device"] == torch.cuda.get_device_name()
+    assert all(abs(row["gap"]) < 10 for row in found["rows"])

@@ -10,6 +10,8 @@ from test_benchmarks import TINY, run_cli
 
 from benchmarks import __main__ as cli
 from benchmarks import sandwich
+from benchmarks.config import configure
+from benchmarks.job import begin
 from benchmarks.quadrature import quadrature
 from benchmarks.report import summarize
 
@@ -33,9 +35,10 @@ def test_a_figure_of_some_seeds_is_their_mean() -> None:
 def test_a_page_of_a_job(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.job.draw", lambda *_: None)
     job, out, page = tmp_path / "job", tmp_path / "out", tmp_path / "page.md"
-    page.write_text("# A page\n\n<!-- tables -->\n\n<!-- end of tables -->\n\nthe end\n")
+    page.write_text("# A page\n\n<!-- own -->\n\n<!-- end of own -->\n\nthe end\n")
     assert cli.main([*TINY, "--posterior", "diagonal", "--dim", "2", "--out", str(job)]) == 0
-    code, text, _ = run_cli(capsys, "sandwich", str(job), *FEW, "--out", str(out), "--page", str(page))
+    trained_on(job, "cuda:0")
+    code, text, _ = run_cli(capsys, "sandwich", str(job), *FEW, "--out", str(out), "--page", str(page), "--mark", "own")
     assert code == 0
     assert "diagonal, 2 latents, its own: gap " in text
     rows = json.loads((out / "sandwich.json").read_text())["rows"]
@@ -51,6 +54,21 @@ def test_a_page_of_a_job(capsys: pytest.CaptureFixture[str], tmp_path: Path, mon
     assert "Measured on " in written
     assert written.endswith("the end\n")
     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
+
+
+def trained_on(job: Path, device: str) -> None:
+    """Let the job say that it ran on another device."""
+    content = json.loads((job / "results.json").read_text())
+    content["configuration"]["device"] = device
+    (job / "results.json").write_text(json.dumps(content))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    begin(configure(samples=50), tmp_path)
+    code, _, error = run_cli(capsys, "sandwich", str(tmp_path), "--device", "cuda", "--out", str(tmp_path / "out"))
+    assert code == 2
+    assert error.startswith("device: cuda is asked for, but PyTorch finds no CUDA device")
 
 
 def test_a_folder_without_a_job_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
