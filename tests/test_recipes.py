@@ -336,3 +336,16 @@ def test_reverse_kl_to_a_known_target(make: Callable[[], FlowPosterior], kl: flo
     estimate, error = terms.mean(), terms.std() / 200
     assert estimate > kl - 5 * error - 1e-6 if kl == 0 else estimate > kl - 5 * error
     assert estimate < kl + tolerance
+
+
+@pytest.mark.parametrize(("name", "dim"), [("radial", 19), ("planar", 34)])
+def test_a_flow_s_head_is_smaller_than_full_covariance_s_from_so_many_variables_on(name: str, dim: int) -> None:
+    """As the recipes and the page on choosing one say."""
+    docstring = " ".join((flowpost.recipes.RECIPES[name].__doc__ or "").split())
+    assert f"smaller than that of `full_covariance` from {dim} variables on" in docstring
+
+    def size(recipe: str, dim: int) -> int:
+        return flowpost.recipes.RECIPES[recipe](1, dim).flow.context_size
+
+    assert size(name, dim) < size("full_covariance", dim)
+    assert size(name, dim - 1) >= size("full_covariance", dim - 1)
