@@ -6,12 +6,11 @@ together they should look like the prior. Factorized Gaussians leave gaps and ov
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from benchmarks.canvas import panels, title
@@ -27,13 +26,13 @@ POINTS = 4  # of the toy's data, one-hot
 TOY: dict[str, dict] = {"diagonal": {}, "iaf": {"steps": 4, "hidden": (64, 64), "context_size": 16}}
 COPIES = 64  # of each data point in a step
 DRAWS = 1500  # of each posterior, in the picture
+EDGE = 4.0  # of the picture
 LR = 3e-3
 BATCH = 128
 
 
-def tiling(steps: int, seed: int = 0) -> tuple[Figure, dict[str, float]]:
-    """The picture of both posteriors, and the ELBO of each."""
-    figure, (line,) = panels(1 + len(TOY), 3.2, 3.6)
+def tiling(line: Sequence[Axes], steps: int, seed: int = 0) -> dict[str, float]:
+    """Draw the prior and both posteriors, each on a panel, and return the ELBO of each."""
     _scatter(line[0], [torch.randn(POINTS * DRAWS, 2, generator=torch.Generator().manual_seed(seed))], "prior N(0, I)")
     elbos = {}
     for panel, name in zip(line[1:], TOY, strict=True):
@@ -41,8 +40,9 @@ def tiling(steps: int, seed: int = 0) -> tuple[Figure, dict[str, float]]:
         with torch.no_grad(), seeded(seed, torch.device("cpu")):
             draws = codes(vae, torch.eye(POINTS), DRAWS).unbind(1)
         _scatter(panel, list(draws), f"{title(name)}: ELBO {elbos[name]:.2f}")
-    figure.suptitle(f"{POINTS} data points: each colour is one q(z|x)")
-    return figure, elbos
+    for panel in line:
+        panel.set(xlim=(-EDGE, EDGE), ylim=(-EDGE, EDGE))
+    return elbos
 
 
 def toy(name: str, steps: int, seed: int) -> tuple[VAE, float]:
@@ -59,9 +59,8 @@ def toy(name: str, steps: int, seed: int) -> tuple[VAE, float]:
     return vae, (terms.reconstruction - terms.kl).mean().item()
 
 
-def beside(data: Data, steps: int, seed: int = 0) -> Figure:
-    """The codes of test images by an autoencoder and by a VAE of equal networks, two latents each."""
-    figure, (line,) = panels(2, 3.6, 4.0)
+def beside(line: Sequence[Axes], data: Data, steps: int, seed: int = 0) -> None:
+    """Draw the codes of test images by an autoencoder and by a VAE of equal networks, two latents each."""
     with seeded(seed, torch.device("cpu")):
         for panel, name in zip(line, ("autoencoder", "VAE"), strict=True):
             torch.manual_seed(seed)
@@ -69,8 +68,6 @@ def beside(data: Data, steps: int, seed: int = 0) -> Figure:
             plain = name == "autoencoder"
             _train(vae, lambda size: data.train[torch.randint(len(data.train), (size,))], steps, plain=plain)
             _codes(panel, vae, data, name, plain=plain)
-    figure.suptitle("Codes of test images: only a VAE's fill the prior, whose radii 1, 2 and 3 are drawn")
-    return figure
 
 
 def _codes(panel: Axes, vae: VAE, data: Data, name: str, *, plain: bool) -> None:
@@ -106,7 +103,12 @@ def _scatter(panel: Axes, groups: list[Tensor], name: str) -> None:
 def draw(data: Data, folder: Path, steps: int) -> dict[str, float]:
     """Both pictures, as tiling.png and autoencoder.png; the toy's ELBOs."""
     folder.mkdir(parents=True, exist_ok=True)
-    figure, elbos = tiling(steps)
+    figure, (line,) = panels(1 + len(TOY), 3.2, 3.6)
+    elbos = tiling(line, steps)
+    figure.suptitle(f"{POINTS} data points: each colour is one q(z|x)")
     figure.savefig(folder / "tiling.png", dpi=DPI)
-    beside(data, steps).savefig(folder / "autoencoder.png", dpi=DPI)
+    figure, (line,) = panels(2, 3.6, 4.0)
+    beside(line, data, steps)
+    figure.suptitle("Codes of test images: only a VAE's fill the prior, whose radii 1, 2 and 3 are drawn")
+    figure.savefig(folder / "autoencoder.png", dpi=DPI)
     return elbos
