@@ -80,6 +80,7 @@ def test_a_file_extends_another() -> None:
 
 def test_parts_of_a_protocol_can_be_changed_and_are_named() -> None:
     preset = presets.load("small-iaf")
+    assert adapt(preset, None, hidden=9).flows["iaf"]["hidden"] == (9, 9)
     config = adapt(preset, None, gradient="stl", optimizer="adam", decay="linear")
     assert (config.gradient, config.optimization.optimizer, config.optimization.decay) == ("stl", "adam", "linear")
     assert preset.changes(config) == ["gradient stl (standard)", "optimizer adam (rmsprop)", "decay linear (constant)"]
@@ -138,6 +139,10 @@ def test_frey_faces_and_means_reach_the_networks(digits: Data) -> None:
         ([], "preset: expected one of"),
         (["--preset", "small-meanfield", "--depth", "3"], "depth: expected a posterior of several steps, got diagonal"),
         (["--preset", "small-iaf", "--depth", "0"], "depth: expected at least 1 step, got 0"),
+        (["--preset", "small-meanfield", "--hidden", "9"], "hidden: expected a posterior with networks, got diagonal"),
+        (["--preset", "small-iaf", "--hidden", "0"], "hidden: expected at least 1 unit, got 0"),
+        (["--preset", "small-iaf", "--clip", "0"], "clip: expected a positive number, got 0"),
+        (["--preset", "small-iaf", "--averaging", "1"], "averaging: expected a share in [0, 1), got 1"),
         (["--preset", "small-iaf", "--precision", "float16"], "precision: expected one of float32, bfloat16"),
         (["--preset", "small-iaf", "--minutes", "-1"], "minutes: expected a finite number >= 0"),
         (["--preset", "small-iaf", "--log", "foo"], "log: expected one of"),
@@ -250,6 +255,11 @@ def test_remembered_numbers_are_marked_and_depths_have_their_own() -> None:
     preset = presets.load("iaf-mnist")
     assert [preset.row(adapt(preset, depth), "iaf").get("nll") for depth in (2, 3, 4, 8)] == [79.30, None, 79.17, 79.10]
     assert preset.row(preset.config, "diagonal")["nll"] == 81.08
+    narrow = adapt(preset, 2, hidden=320)
+    assert narrow.flows["iaf"]["hidden"] == (320,)
+    assert preset.row(narrow, "iaf") == {"neg_elbo": 82.02, "nll": 79.77, "samples": 128}
+    assert [preset.sizes(each, "iaf") for each in (preset.config, narrow)] == ["2", "2 of 320"]
+    assert not preset.row(adapt(preset, 4, hidden=320), "iaf")
     frey = adapt(presets.load("sylvester-vae"), None, data="freyfaces")
     report = Report(Run(Path(), {}), frey, [{"posterior": "diagonal", "seed": 0, "error": None, "heavy_tails": 0.5}])
     report.results[0] |= {"neg_elbo_bits": 4.6, "nll_bits": 4.5}

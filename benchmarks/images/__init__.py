@@ -33,6 +33,9 @@ def images(
         list[str] | None, typer.Option(help="Other posteriors on the preset's networks; repeat it, or use commas.")
     ] = None,
     depth: Annotated[int | None, typer.Option(help="Steps of the posterior; iaf-mnist: 2 to 8.")] = None,
+    hidden: Annotated[
+        int | None, typer.Option(help="Units of each hidden layer of the posterior's networks; iaf-mnist: 320 or 1920.")
+    ] = None,
     seed: Annotated[
         list[int] | None, typer.Option(help="Of weights, data and noise; repeat it for several runs.")
     ] = None,
@@ -48,6 +51,10 @@ def images(
     gradient: Annotated[str | None, typer.Option(help=f"Of the objective: {', '.join(GRADIENTS)}.")] = None,
     optimizer: Annotated[str | None, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")] = None,
     decay: Annotated[str | None, typer.Option(help=f"Of the learning rate: {', '.join(RATES)}.")] = None,
+    clip: Annotated[float | None, typer.Option(help="Norm that longer gradients are shortened to.")] = None,
+    averaging: Annotated[
+        float | None, typer.Option(help="Share that the averaged weights keep in each step; 0 averages none.")
+    ] = None,
     precision: Annotated[
         str | None, typer.Option(help=f"Of the networks in training: {', '.join(PRECISIONS)}.")
     ] = None,
@@ -85,6 +92,7 @@ def images(
     config = adapt(
         load(preset),
         depth,
+        hidden=hidden,
         data=data,
         posteriors=posterior_names(posterior) if posterior else None,
         seeds=tuple(seed) if seed else None,
@@ -98,6 +106,8 @@ def images(
         gradient=gradient,
         optimizer=optimizer,
         decay=decay,
+        clip=clip,
+        averaging=averaging,
         precision=precision,
         device=device,
         eager=eager,

@@ -58,9 +58,13 @@ def _preset(report: Report) -> Preset:
 def _row(report: Report, posterior: str, runs: Sequence[Result]) -> list[str]:
     preset, config = _preset(report), report.config
     published = preset.row(config, posterior)
-    depth = config.options_of(posterior).get("steps", "")
     mark = "*" if preset.changes(config) else ""
-    what = [f"{config.preset}{mark}", config.data, f"{title(posterior)} {depth}".strip(), str(len(runs))]
+    what = [
+        f"{config.preset}{mark}",
+        config.data,
+        f"{title(posterior)} {preset.sizes(config, posterior)}".strip(),
+        str(len(runs)),
+    ]
     bits = "_bits" if config.data == "freyfaces" else ""
     bounds = [cell for key in ("neg_elbo", "nll") for cell in _beside(runs, f"{key}{bits}", published)]
     return [*what, *bounds, f"{statistics.fmean(run['heavy_tails'] for run in runs):.2f}", _annealed(runs)]

@@ -30,13 +30,19 @@ class Preset:
     source: str
     config: Config
     published: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
-    """By data set, and by posterior, with its steps where there are several depths: what was published."""
+    """What was published, by data set and posterior; `iaf-2-320` is of 2 steps and width 320, `iaf` of any."""
 
     def row(self, config: Config, posterior: str) -> Mapping[str, Any]:
         """What was published of a posterior on a configuration's data; nothing where nothing was."""
-        rows = self.published.get(config.data, {})
-        depth = config.options_of(posterior).get("steps")
-        return rows.get(f"{posterior}-{depth}", rows.get(posterior, {}))
+        rows, options = self.published.get(config.data, {}), config.options_of(posterior)
+        sizes = f"{posterior}-{options.get('steps')}-{_width(options)}"
+        return rows.get(sizes, rows.get(posterior, {}))
+
+    def sizes(self, config: Config, posterior: str) -> str:
+        """A posterior's steps, and the width of its networks where it is not the file's."""
+        options, width = config.options_of(posterior), _width(config.options_of(posterior))
+        other = f"of {width}" if width != _width(self.config.options_of(posterior)) else ""
+        return f"{options.get('steps', '')} {other}".strip()
 
     def changes(self, config: Config) -> list[str]:
         """In what a run's protocol differs from the file's, in words."""
@@ -48,6 +54,11 @@ class Preset:
             for key in mine
             if theirs[key] != mine[key]
         ]
+
+
+def _width(options: Mapping[str, Any]) -> int | None:
+    """Units of the first hidden layer of a posterior's networks."""
+    return options["hidden"][0] if "hidden" in options else None
 
 
 def _flat(config: Config) -> dict[str, Any]:
@@ -108,26 +119,33 @@ def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
-def adapt(preset: Preset, depth: int | None, **given: object) -> Config:
+def adapt(preset: Preset, depth: int | None, *, hidden: int | None = None, **given: object) -> Config:
     """The preset's configuration with what was given on the command line and is not None.
 
     Raises:
-        ConfigError: a value is out of range, or the posterior has no steps.
+        ConfigError: a value is out of range, or the posterior has no steps, or no networks.
     """
     known = {item for item in asdict(preset.config)}
     values = {key: value for key, value in given.items() if value is not None}
     optimization = {key: values.pop(key) for key in OPTIMIZATION if key in values}
     config = replace(preset.config, **{key: value for key, value in values.items() if key in known})  # pyright: ignore
     config = replace(config, optimization=replace(config.optimization, **optimization))
-    return config if depth is None else _deep(config, depth)
+    if depth is not None:
+        config = _resized(config, "steps", depth, "depth: expected at least 1 step", "of several steps")
+    if hidden is not None:
+        config = _resized(config, "hidden", hidden, "hidden: expected at least 1 unit", "with networks")
+    return config
 
 
-def _deep(config: Config, depth: int) -> Config:
-    """With so many steps in the posterior."""
-    if depth < 1:
-        raise ConfigError(f"depth: expected at least 1 step, got {depth}")
+def _resized(config: Config, option: str, size: int, least: str, kind: str) -> Config:
+    """With a posterior of so many steps, or of networks with so many units in each hidden layer."""
+    if size < 1:
+        raise ConfigError(f"{least}, got {size}")
+    flows = dict(config.flows)
     for name in config.posteriors:
-        if "steps" not in config.flows.get(name, {}):
-            raise ConfigError(f"depth: expected a posterior of several steps, got {name}")
-    deep = {name: {**config.flows[name], "steps": depth} for name in config.posteriors}
-    return replace(config, flows={**config.flows, **deep})
+        options = flows.get(name, {})
+        if option not in options:
+            raise ConfigError(f"{least.partition(':')[0]}: expected a posterior {kind}, got {name}")
+        before = options[option]
+        flows[name] = {**options, option: (size,) * len(before) if isinstance(before, tuple) else size}
+    return replace(config, flows=flows)
