@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 KERNEL = 5
+MAPS = 32  # the paper's; twice as many after the first halving
 
 
 class Gated(nn.Module):
@@ -25,22 +26,24 @@ class Gated(nn.Module):
         return self.value(x) * self.gate(x).sigmoid()
 
 
-def encoder(shape: Sequence[int], *, features: int = 256) -> nn.Module:
-    """From ``(B, H, W)`` to ``(B, features)``."""
-    layers = [(1, 32, 1), (32, 32, 2), (32, 64, 1), (64, 64, 2), (64, 64, 1)]  # channels in, out, stride
-    parts = [Gated(nn.Conv2d, *maps, KERNEL, stride, padding=KERNEL // 2) for *maps, stride in layers]
+def encoder(shape: Sequence[int], *, features: int = 256, maps: int = MAPS) -> nn.Module:
+    """From ``(B, H, W)`` to ``(B, features)``, with `maps` channels at first and twice as many in the end."""
+    few, many = maps, 2 * maps
+    layers = [(1, few, 1), (few, few, 2), (few, many, 1), (many, many, 2), (many, many, 1)]  # channels in, out, stride
+    parts = [Gated(nn.Conv2d, *sizes, KERNEL, stride, padding=KERNEL // 2) for *sizes, stride in layers]
     return nn.Sequential(
-        nn.Unflatten(1, (1, shape[0])), *parts, Gated(nn.Conv2d, 64, features, _left(shape)), nn.Flatten()
+        nn.Unflatten(1, (1, shape[0])), *parts, Gated(nn.Conv2d, many, features, _left(shape)), nn.Flatten()
     )
 
 
-def decoder(dim: int, shape: Sequence[int], numbers: int) -> nn.Module:
+def decoder(dim: int, shape: Sequence[int], numbers: int, *, maps: int = MAPS) -> nn.Module:
     """From z ``(B, dim)`` to ``(B, numbers, H, W)``; a softmax over levels has a layer of its own width before it."""
-    layers = [(64, 64, 1), (64, 32, 2), (32, 32, 1), (32, 32, 2), (32, 32, 1)]
+    few, many = maps, 2 * maps
+    layers = [(many, many, 1), (many, few, 2), (few, few, 1), (few, few, 2), (few, few, 1)]
     parts = [_widening(*layer) for layer in layers]
-    last = [nn.Conv2d(32, numbers, KERNEL, padding=KERNEL // 2), nn.Conv2d(numbers, numbers, 1)]
-    end = last if numbers > 1 else [nn.Conv2d(32, 1, 1)]
-    return nn.Sequential(nn.Unflatten(1, (dim, 1, 1)), Gated(nn.ConvTranspose2d, dim, 64, _left(shape)), *parts, *end)
+    last = [nn.Conv2d(few, numbers, KERNEL, padding=KERNEL // 2), nn.Conv2d(numbers, numbers, 1)]
+    end = last if numbers > 1 else [nn.Conv2d(few, 1, 1)]
+    return nn.Sequential(nn.Unflatten(1, (dim, 1, 1)), Gated(nn.ConvTranspose2d, dim, many, _left(shape)), *parts, *end)
 
 
 def _widening(inputs: int, outputs: int, stride: int) -> Gated:
