@@ -172,15 +172,16 @@ def test_llms_txt_has_every_page() -> None:
 
 # --------------------------------------------------------------------------------------------------------- results
 
-RESULTS = ["speed", "targets", "reliability", "posteriors-exact", "encoders"]
+RESULTS = ["speed", "targets", "reliability", "posteriors", "posteriors-exact", "evidence", "images", "encoders"]
 
 
 @pytest.mark.parametrize("name", RESULTS)
 def test_results_say_where_they_are_from(name: str) -> None:
-    text = (DOCS / f"{name}.md").read_text()
-    for table in re.findall(r"^<!-- tables[^\n]*-->(.*?)^<!-- end", text, re.MULTILINE | re.DOTALL):
+    tables = re.findall(r"^<!-- (.+) -->$(.*?)^<!-- end of \1 -->", (DOCS / f"{name}.md").read_text(), re.M | re.DOTALL)
+    assert tables
+    for _, table in tables:
         assert re.search(r"Measured on \d{4}-\d\d-\d\d.*commit [0-9a-f]{7,}", table)
-        assert re.search(r"^```bash\npython -m benchmarks ", table, re.MULTILINE)
+        assert re.search(r"^```bash\npython -m benchmarks\b", table, re.MULTILINE)
 
 
 def rows(path: Path) -> list[list[str]]:
