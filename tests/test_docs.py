@@ -172,7 +172,17 @@ def test_llms_txt_has_every_page() -> None:
 
 # --------------------------------------------------------------------------------------------------------- results
 
-RESULTS = ["speed", "targets", "reliability", "posteriors", "posteriors-exact", "evidence", "images", "encoders"]
+RESULTS = [
+    "speed",
+    "targets",
+    "reliability",
+    "posteriors",
+    "posteriors-exact",
+    "evidence",
+    "images",
+    "encoders",
+    "own-data",
+]
 
 
 @pytest.mark.parametrize("name", RESULTS)
