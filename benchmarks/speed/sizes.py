@@ -34,6 +34,7 @@ class Size:
 SMALL = Size(32, 320, 64, 4, 128)
 WIDE = Size(64, 1920, 256, 4, 128)
 DEEP = Size(256, 1024, 256, 8, 128)
+MANY, WIDE_MANY = (replace(size, batch=4096) for size in (SMALL, WIDE))
 MINI = Size(6, 24, 5, 2, 16)
 """Where answers, not times, are compared: small enough to invert any flow at once."""
 
@@ -43,6 +44,7 @@ class Plan:
     """How much is measured. A budget is the seconds given to the rounds of one contest."""
 
     training: tuple[Size, ...] = (SMALL, WIDE, DEEP)
+    captured: tuple[Size, ...] = (SMALL, WIDE, DEEP, MANY, WIDE_MANY)  # on a GPU
     compiled: tuple[Size, ...] = (SMALL, WIDE)  # compiling the third takes minutes
     external: tuple[Size, ...] = (SMALL, WIDE)
     dim: int = 64  # of the full covariance and of planar, with 16 steps
@@ -63,8 +65,11 @@ class Plan:
 
 
 FULL = Plan()
+ON_GPU = replace(FULL, growth=(16, 64), growth_budget=0.2, budget=2.0, curve_budget=0.3, most=20)
+"""Within the minutes of `gpu_check.sh`. A loop over 256 variables is slow on a GPU."""
 QUICK = Plan(
     training=(SMALL, replace(WIDE, hidden=640)),
+    captured=(SMALL,),
     compiled=(),
     external=(replace(SMALL, dim=16, hidden=128), replace(SMALL, steps=2)),
     samples=500,
