@@ -20,7 +20,7 @@ from benchmarks.speed.hall import Hall
 from benchmarks.speed.ours import Flowpost
 from benchmarks.speed.programme import programme
 from benchmarks.speed.results import DENSE, NATS, OURS, SECONDS, Contest, Goal, MemoryGoal
-from benchmarks.speed.sizes import DEEP, FULL, MANY, MINI, ON_GPU, SMALL, WIDE, Size
+from benchmarks.speed.sizes import DEEP, FULL, MANY, MINI, ON_GPU, PAIR, SMALL, WIDE, Size
 from benchmarks.speed.table import goal_rows, markdown, time_rows
 from benchmarks.speed.timing import Call, Rounds
 from flowpost import training
@@ -37,6 +37,8 @@ def test_a_gpu_has_goals_of_its_own() -> None:
     assert [bounds.bound(GPU, MEMORY, SMALL), bounds.bound(CPU, MEMORY, SMALL)] == [1.3, 1.0]
     assert bounds.goals(GPU, FORWARD, SMALL, faster=True) == (Goal(50.0, faster=True),)
     assert [bounds.bound(GPU, what, WIDE) for what in (FORWARD, BACKWARD)] == [25.0, 40.0]
+    assert bounds.goals(CPU, TRAINING, PAIR, other=DENSE) == (Goal(1.0, DENSE),)
+    assert PAIR in FULL.training
     assert bounds.goals(CPU, CAPTURED, SMALL) == ()
 
 
