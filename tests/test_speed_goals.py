@@ -11,12 +11,14 @@ import pytest
 import torch
 from tape import Tape
 from test_speed import CPU, TINY, Deeper, drawn, example
+from torch import nn
 
 import benchmarks.speed as speed
 from benchmarks import __main__ as cli
 from benchmarks.speed import bounds, contests, half, vae
 from benchmarks.speed.bounds import BACKWARD, CAPTURED, FORWARD, MEMORY, TRAINING
 from benchmarks.speed.hall import Hall
+from benchmarks.speed.memory import mask_bytes
 from benchmarks.speed.ours import Flowpost
 from benchmarks.speed.programme import programme
 from benchmarks.speed.results import DENSE, NATS, OURS, SECONDS, Contest, Goal, MemoryGoal
@@ -25,6 +27,7 @@ from benchmarks.speed.table import goal_rows, markdown, time_rows
 from benchmarks.speed.timing import Call, Rounds
 from flowpost import training
 from flowpost.masked import device, engine
+from flowpost.masked.network import MaskedLinear
 from flowpost.recipes import RECIPES
 
 GPU = torch.device("cuda")
@@ -38,8 +41,8 @@ def test_a_gpu_has_goals_of_its_own() -> None:
     assert bounds.goals(GPU, FORWARD, SMALL, faster=True) == (Goal(50.0, faster=True),)
     assert [bounds.bound(GPU, what, WIDE) for what in (FORWARD, BACKWARD)] == [25.0, 40.0]
     assert bounds.goals(CPU, TRAINING, PAIR, other=DENSE) == (Goal(1.0, DENSE),)
-    assert PAIR in FULL.training
     assert bounds.goals(CPU, CAPTURED, SMALL) == ()
+    assert PAIR in FULL.training
 
 
 @pytest.fixture
@@ -66,7 +69,7 @@ def test_contests_have_the_goals_of_their_device(on_gpu: None, monkeypatch: pyte
         contests.training(hall, MINI, rounds=curve),
         contests.external(hall, MINI, backward=False, rounds=curve),
     ):
-        assert (held.goals, held.memory) == ((), {})
+        assert (held.goals, held.memory, held.masks) == ((), {}, {})
 
 
 def test_a_goal_in_seconds_and_one_whose_contestant_failed() -> None:
@@ -79,6 +82,21 @@ def test_a_goal_in_seconds_and_one_whose_contestant_failed() -> None:
     without = replace(one, seconds={"dense": [1.0]}, goals=(Goal(0.01, unit=SECONDS), Goal(1.0, DENSE)))
     assert [row[3:] for row in goal_rows([without])] == [["<= 10.0 ms", "–", "–", "no"], ["<= 1", "dense", "–", "no"]]
     assert [row[1] for row in time_rows([without])] == ["dense"]
+
+
+def test_masks_are_counted_once_and_shown_beside_the_peak() -> None:
+    flow = drawn(Flowpost)
+    stairs = [layer.staircase for layer in flow.modules() if isinstance(layer, MaskedLinear)]
+    held = [mask.value for stair in stairs for mask in (stair.mask, *stair._edges)]
+    assert mask_bytes(flow, CPU) == sum(mask.nbytes for mask in held) > 0
+    before = mask_bytes(flow, CPU)
+    flow.double()
+    assert mask_bytes(flow, CPU) == before + 8 * before // 5  # bools, and numbers of 4 bytes; now of 8 as well
+    assert mask_bytes(nn.Linear(2, 2), CPU) == mask_bytes(flow, GPU) == 0
+    one = replace(example(), memory={OURS: 2_000_000, DENSE: 1_000_000}, masks={OURS: 500_000})
+    text = markdown([one], "head")
+    assert "| peak MB | masks MB |" in text
+    assert "| 1 | 2.0 | 0.5 |" in text
 
 
 def test_on_a_gpu_what_has_goals_comes_first() -> None:

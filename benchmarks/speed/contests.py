@@ -10,7 +10,7 @@ from benchmarks.speed import others
 from benchmarks.speed.bounds import BACKWARD, CAPTURED, FORWARD, FULL_COVARIANCE, MEMORY, PLANAR, TRAINING, bound, goals
 from benchmarks.speed.dense import Dense, products
 from benchmarks.speed.hall import Hall, build
-from benchmarks.speed.memory import peak_bytes
+from benchmarks.speed.memory import mask_bytes, peak_bytes
 from benchmarks.speed.ours import Flowpost
 from benchmarks.speed.results import DENSE, EAGER, GRAPH, OURS, PRODUCTS, Contest, Goal, MemoryGoal
 from benchmarks.speed.sizes import MINI, Size
@@ -31,7 +31,8 @@ def training(hall: Hall, size: Size, *, rounds: Rounds | None = None) -> Contest
     most = bound(hall.device, MEMORY, size)
     flat = None if most is None else MemoryGoal(most, OURS, DENSE)
     found = goals(hall.device, TRAINING, size, other=DENSE)
-    return Contest(TRAINING, str(size), EAGER, seconds, found, memory, flat, left_out, asdict(size))
+    masks = {name: mask_bytes(flow, hall.device) for name, flow in flows.items() if name == OURS}
+    return Contest(TRAINING, str(size), EAGER, seconds, found, memory, flat, left_out, asdict(size), masks)
 
 
 def training_compiled(hall: Hall, size: Size) -> Contest:

@@ -78,6 +78,8 @@ class Contest:
     """Who is not timed, and why."""
     at: dict[str, int] = field(default_factory=dict)
     """The size as numbers, for the plot."""
+    masks: dict[str, int] = field(default_factory=dict)
+    """Bytes that a model keeps between calls besides its parameters."""
     unit: str = SECONDS
 
     @property

@@ -11,7 +11,7 @@ from benchmarks.speed.timing import Spread
 from benchmarks.table import Table, grouped
 
 GOALS = ("what", "size", "mode", "goal", "beside", "measured (quartiles)", "met")
-TIMES = ("size", "who", "time (quartiles)", "over dense", "over flowpost", "peak MB")
+TIMES = ("size", "who", "time (quartiles)", "over dense", "over flowpost", "peak MB", "masks MB")
 NOBODY = "–"
 
 
@@ -47,11 +47,15 @@ def time_rows(contests: Iterable[Contest]) -> list[list[str]]:
         show = partial(shown, unit=one.unit)
         for name in sorted(one.seconds, key=lambda name: (name != OURS, one.time(name).median)):
             ratios = [_spread(one.ratio(name, other)) if name != other else "1" for other in (DENSE, OURS)]
-            peak = f"{one.memory[name] / 1e6:.1f}" if name in one.memory else NOBODY
-            rows.append([one.size, name, _spread(one.time(name), show), *ratios, peak])
+            rows.append([one.size, name, _spread(one.time(name), show), *ratios, *_held(one, name)])
         for name in sorted(one.memory.keys() - one.seconds.keys()):
-            rows.append([one.size, name, *[NOBODY] * 3, f"{one.memory[name] / 1e6:.1f}"])
+            rows.append([one.size, name, *[NOBODY] * 3, *_held(one, name)])
     return rows
+
+
+def _held(one: Contest, name: str) -> list[str]:
+    """Memory in MB, of a call and of what is kept between calls."""
+    return [f"{held[name] / 1e6:.1f}" if name in held else NOBODY for held in (one.memory, one.masks)]
 
 
 def absences(contests: Iterable[Contest]) -> list[str]:
