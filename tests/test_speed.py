@@ -508,9 +508,9 @@ def test_tables_go_between_the_marks_of_a_page(tmp_path: Path) -> None:
     held = replace(example(Goal(0.4, "dense")), memory_goal=MemoryGoal(1.3, "flowpost", "dense"))
     run.write("speed.json", {"contests": [held.as_json()], "curves": [{"axis": "dim"}]})
     (run.folder / "speed.png").write_bytes(b"plot")
-    page.write_text("above\n<!-- tables -->\nold\n<!-- end of tables -->\nbelow\n")
+    page.write_text("above\n<!-- tables -->\nof an earlier run\n<!-- end of tables -->\nbelow\n")
     run.publish("speed.json", speed.shown, "speed.png")  # on no page
-    assert "old" in page.read_text()
+    assert "of an earlier run" in page.read_text()
     run.page = page
     for _ in range(2):  # once more changes nothing
         run.publish("speed.json", speed.shown, "speed.png")
@@ -518,7 +518,7 @@ def test_tables_go_between_the_marks_of_a_page(tmp_path: Path) -> None:
         assert text.startswith("above\n<!-- tables -->\n\nMeasured on 2")
         assert markdown([held], origin(run.head())).partition("## Goals")[2] in text
         assert text.endswith("](page.png)\n\n<!-- end of tables -->\nbelow\n")
-        assert "old" not in text
+        assert "of an earlier run" not in text
     assert (tmp_path / "page.png").read_bytes() == b"plot"
 
 
