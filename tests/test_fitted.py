@@ -167,6 +167,14 @@ def test_the_summary_is_weighted_where_k_hat_allows_it() -> None:
     assert far.summary().sd.item() == pytest.approx(0.3, rel=0.03)
 
 
+def test_the_summary_is_where_the_draws_are() -> None:
+    """And not on the default device."""
+    fitted = made(room, ROOM, (1.0, 1.0))
+    with torch.device("meta"):
+        found = fitted.summary()
+    torch.testing.assert_close(found.mean, fitted.summary().mean, rtol=0, atol=0)
+
+
 # --------------------------------------------------------------------------------------------------------- verdict
 
 
