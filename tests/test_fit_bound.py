@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 import flowpost
-from flowpost import Affine, FlowPosterior
+from flowpost import Affine, Coupling, FlowPosterior
 from flowpost.variational import ascent
 from flowpost.variational.ascent import BLOCK, CLIP, EXACT, PATIENCE, RATE, WARM_UP, Ascent
 from flowpost.variational.bound import Bound, Fitted, bound, draw, noise_for
@@ -135,6 +135,14 @@ def test_components_learn_for_themselves_and_weigh_as_their_evidence() -> None:
     one, other = components(fitted)
     assert not {id(p) for p in one.parameters()} & {id(p) for p in other.parameters()}
     assert [is_mixable(build_flow(name, 2, {})) for name in ("maf", "iaf", "planar", "diagonal")] == [1, 0, 0, 1]
+
+
+@pytest.mark.parametrize(("dim", "steps"), [(2, 8), (16, 8), (17, 12), (40, 12)])
+def test_a_flow_of_many_variables_is_deeper(dim: int, steps: int) -> None:
+    """Unless it is told how deep."""
+    for given, due in (({}, steps), ({"steps": 5}, 5)):
+        flow = build_flow("realnvp", dim, given)
+        assert sum(isinstance(part, Coupling) for part in flow.modules()) == due
 
 
 WRONG = {

@@ -23,7 +23,7 @@ from flowpost.variational.standard import Standard
 Flow: TypeAlias = str | Bijector | FlowPosterior | None
 SIZES: Mapping[str, object] = {"hidden": (32, 32), "context_size": 0}
 """Of a recipe's flow, where it takes them and nothing else is said: without an encoder there is no c to read."""
-STEPS, DEEP, MANY = 8, 12, 32
+STEPS, DEEP, MANY = 8, 12, 16
 """Steps up to so many variables, and above: depth pays more than width there."""
 COUPLINGS = ("nice", "realnvp", "spline_coupling")
 """Recipes whose two halves of the variables are drawn anew after every second step, so that all pairs meet."""
