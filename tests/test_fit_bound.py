@@ -137,12 +137,12 @@ def test_components_learn_for_themselves_and_weigh_as_their_evidence() -> None:
     assert [is_mixable(build_flow(name, 2, {})) for name in ("maf", "iaf", "planar", "diagonal")] == [1, 0, 0, 1]
 
 
-@pytest.mark.parametrize(("dim", "steps"), [(2, 8), (16, 8), (17, 12), (40, 12)])
-def test_a_flow_of_many_variables_is_deeper(dim: int, steps: int) -> None:
-    """Unless it is told how deep."""
-    for given, due in (({}, steps), ({"steps": 5}, 5)):
-        flow = build_flow("realnvp", dim, given)
-        assert sum(isinstance(part, Coupling) for part in flow.modules()) == due
+@pytest.mark.parametrize(("dim", "steps", "width"), [(2, 8, 32), (16, 8, 32), (17, 12, 32), (32, 12, 32), (40, 12, 64)])
+def test_a_flow_of_many_variables_is_deeper_and_wider(dim: int, steps: int, width: int) -> None:
+    """Unless it is told how deep, or how wide."""
+    for given, due in (({}, (steps, width)), ({"steps": 5, "hidden": (7,)}, (5, 7))):
+        couplings = [part for part in build_flow("realnvp", dim, given).modules() if isinstance(part, Coupling)]
+        assert (len(couplings), len(next(couplings[0].net.parameters()))) == due
 
 
 WRONG = {
