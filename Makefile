@@ -4,7 +4,8 @@ PYTHON ?= python3
 ARGS ?=
 # By stealing, most tests of a file stay with one worker, and what they share is made once there.
 WORKERS = -n auto --dist worksteal
-PYTEST = $(BIN)/python -m pytest $(WORKERS) --durations=10
+OPTIONS = $(WORKERS) --durations=10
+PYTEST = $(BIN)/python -m pytest $(OPTIONS)
 
 VENV := .venv
 OLDEST := .venv-oldest
@@ -74,11 +75,11 @@ test-deep: $(VENV)/.test
 
 # The quick tests with the oldest PyTorch that is supported, in an environment of their own.
 test-oldest: $(OLDEST)/.test
-	$(OLDEST)/bin/python -m pytest $(WORKERS) -m "not full and not long and not compile" $(ARGS)
+	$(OLDEST)/bin/python -m pytest $(OPTIONS) -m "not full and not long and not compile" $(ARGS)
 
 # Encoders of public libraries, with the PyTorch that torchvision asks for: 6 GB in an environment of their own.
 test-encoders: $(ENCODERS)/.test
-	$(ENCODERS)/bin/python -m pytest $(WORKERS) tests/test_encoders.py tests/test_wrap.py tests/test_wrap_reading.py $(ARGS)
+	$(ENCODERS)/bin/python -m pytest $(OPTIONS) tests/test_encoders.py tests/test_wrap.py tests/test_wrap_reading.py $(ARGS)
 
 mutants: $(VENV)/.test
 	$(BIN)/python -m tests.mutants

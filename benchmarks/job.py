@@ -24,7 +24,7 @@ from benchmarks.objective import bound_name, objective_name
 from benchmarks.own.setup import check_networks, load_own
 from benchmarks.plots import draw
 from benchmarks.report import JOB, Report, Result, by_posterior
-from benchmarks.run import Run, cpu_threads, terminal
+from benchmarks.run import Run, cpu_threads, set_threads, terminal
 from benchmarks.team import Team
 from benchmarks.train import History, TrainingError, seeded, train_one
 from benchmarks.watchers import clear_album, watchers
@@ -137,7 +137,7 @@ def finished(
             yield run_one(data, name, seed, report, display.watch(name, seed), display.say)
         return
     begun, threads = Report(report.run, report.config), report.config.threads
-    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), set_threads, (threads,)) as pool:
         waiting = [pool.submit(run_apart, begun, *task) for task in tasks]
         try:
             for future in as_completed(waiting):

@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from threadpoolctl import threadpool_limits
 
 from benchmarks.config import ConfigError
 from benchmarks.environment import environment
@@ -235,12 +236,18 @@ def terminal(*, quiet: bool = False) -> Console:
     return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else WIDTH, quiet=quiet)
 
 
+def set_threads(count: int) -> threadpool_limits:
+    """So many threads of PyTorch and, for the sweeps of an inverse, of numpy's products from now on."""
+    torch.set_num_threads(count)
+    return threadpool_limits(count, "blas")
+
+
 @contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
-    """So many threads of PyTorch inside, and as many as before afterwards."""
+    """As `set_threads` inside, and as many as before afterwards."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
     try:
-        yield
+        with set_threads(count):
+            yield
     finally:
         torch.set_num_threads(before)

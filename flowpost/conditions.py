@@ -82,6 +82,17 @@ def call(name: str, part: nn.Module, given: Tensor, y: Tensor | None) -> Tensor:
     return part(given, y)
 
 
+def encode(encoder: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
+    """What an encoder makes of x; an embedding reads integers, of which other layers say no more than `mat1`."""
+    if x.is_floating_point():
+        return call("encoder", encoder, x, y)
+    try:
+        return call("encoder", encoder, x, y)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise TypeError(f"x: expected what the encoder takes, got {x.dtype} ({reason}); write x.float()") from error
+
+
 def spread(y: Tensor, batch: tuple[int, ...]) -> Tensor:
     """The rows of y ``(B, *event)`` for each of z's leading axes ``(*samples, B)``, those in one: ``(N, *event)``."""
     check_rows(y, batch[-1], "z along its last axis but one")

@@ -69,7 +69,8 @@ def fit(
         dtype: by default float64 where the log joint takes it, on a GPU only where float32 is not enough.
         progress: is called with each `Progress`; ``progress=print`` prints them.
         resume: a fit of the same model to go on from with another `budget`; `flow`, `modes` and `dtype` are its own.
-        **flow_options: the recipe's; without them 8 steps, 12 above 32 variables, of ``hidden=(32, 32)``.
+        **flow_options: the recipe's; without them 8 steps of ``hidden=(32, 32)``, above 16 variables 12 steps, above 32
+            of ``hidden=(64, 64)``.
 
     Returns:
         `FittedPosterior`: ``sample``, ``log_prob``, ``log_evidence``, ``k_hat``, ``summary``, ``verdict`` and more.

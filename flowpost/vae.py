@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flowpost.bounded import ContinuousBernoulli as ContinuousBernoulli
 from flowpost.bounded import DiscretizedLogistic as DiscretizedLogistic
-from flowpost.conditions import Prior, call, check_prior, check_rows, prior_at
+from flowpost.conditions import Prior, check_prior, check_rows, encode, prior_at
 from flowpost.distribution import FlowDistribution
 from flowpost.generative import Generative, check_decoder
 from flowpost.gradients import check_gradient, reweigh
@@ -135,7 +135,7 @@ class VAE(Encoding, Generative):
             ``VAEOutput(log_likelihood, log_prior, log_q, kl, sample, latent_kl)``.
 
         Raises:
-            TypeError: if x is no real tensor.
+            TypeError: if x is no real tensor, or one of integers at which the encoder fails.
             ValueError: if the encoder does not give one row of features for each x, the decoder not
                 ``likelihood.numbers`` for each of its elements, the likelihood not one log-density for each sample; for
                 an unknown `gradient`, an `alpha` outside [0, 1), or one for another gradient than ``"dreg"``.
@@ -195,7 +195,7 @@ class VAE(Encoding, Generative):
             raise ValueError("x: expected shape (B, *event), got (); write x.unsqueeze(0) for one x")
         if y is not None:
             check_rows(y, len(x), "x")
-        h = call("encoder", self.encoder, x, y)
+        h = encode(self.encoder, x, y)
         h = h if self.reading is None else self.reading(h)
         if isinstance(h, Tensor) and (h.ndim != 2 or h.shape[0] != x.shape[0]):
             raise ValueError(

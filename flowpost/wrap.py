@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from flowpost.bijectors.affine import Affine, Scale
+from flowpost.bijectors.affine import Affine, Scale, Shift
 from flowpost.bijectors.autoregressive import Autoregressive
 from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.chain import Chain
 from flowpost.bijectors.gate import Gate
+from flowpost.bijectors.householder import Householder
 from flowpost.bijectors.wrappers import Learned, linear_head
 from flowpost.numerics.arguments import check_int, check_module
 from flowpost.numerics.scales import log_var_scale
@@ -40,7 +41,8 @@ def wrap(
     An encoder that returns the VAE's pair ``(loc, log_var)``, or a diagonal Gaussian of `torch.distributions`, keeps
     it. The flow's steps act on the noise; a linear head on the pair gives their context. An affine map then gives
     ``loc + exp(log_var / 2) * z``, log_var softly bounded at +-20. It takes the place of the diagonal Gaussian of the
-    recipe. With a named flow the posterior starts at the encoder's own Gaussian, so a trained VAE loses nothing.
+    recipe. Reflections leave standard normal noise as it is, so they act on ``exp(log_var / 2) * z`` instead. With a
+    named flow the posterior starts at the encoder's own Gaussian, so a trained VAE loses nothing.
 
     For every other encoder, `read` says what to take of its output:
 
@@ -120,15 +122,24 @@ def _check_flow(flow: str | Bijector, options: Mapping[str, object]) -> None:
 def _around_pair(dim: int, flow: str | Bijector, options: Mapping[str, object]) -> FlowPosterior:
     """A posterior on ``(loc, log_var)`` whose steps act on the noise before ``loc + exp(log_var / 2) * z``."""
     steps = _steps(flow, dim, options) if isinstance(flow, str) else [flow]
-    chain = Chain(*steps, Affine(dim, log_var_scale))
-    return FlowPosterior(2 * dim, chain, head=_PairHead(dim, Chain(*steps) if steps else None))
+    turned = _only_turn(steps)
+    affine = Affine(dim, log_var_scale)
+    chain = Chain(affine, *steps, Shift(dim)) if turned else Chain(*steps, affine)
+    return FlowPosterior(2 * dim, chain, head=_PairHead(dim, Chain(*steps) if steps else None, turned=turned))
+
+
+def _only_turn(steps: Sequence[Bijector]) -> bool:
+    """Whether the steps are reflections: of the noise they would make the same noise, so they turn the scaled one."""
+    leaves = [leaf for step in steps for leaf in step.leaves()]
+    return bool(leaves) and all(isinstance(leaf, Householder) for leaf in leaves)
 
 
 class _PairHead(nn.Module):
-    """From ``(loc, log_var)`` to the context of the steps, then the pair itself."""
+    """From ``(loc, log_var)`` to the context of the steps, then the pair itself; or the scale, the steps', and loc."""
 
-    def __init__(self, dim: int, steps: Bijector | None) -> None:
+    def __init__(self, dim: int, steps: Bijector | None, *, turned: bool = False) -> None:
         super().__init__()
+        self.turned = turned
         self.linear = linear_head(2 * dim, steps) if steps is not None and steps.context_size else None
         if self.linear is not None and steps is not None:
             # Rows that set a map's parameters start at 0, so that the map starts exactly at its identity.
@@ -136,7 +147,11 @@ class _PairHead(nn.Module):
                 self.linear.weight[steps.head_scale() < 1] = 0
 
     def forward(self, pair: Tensor) -> Tensor:
-        return pair if self.linear is None else torch.cat([self.linear(pair), pair], dim=-1)
+        own = [] if self.linear is None else [self.linear(pair)]
+        if not self.turned:
+            return torch.cat([*own, pair], dim=-1) if own else pair
+        loc, log_var = pair.chunk(2, dim=-1)
+        return torch.cat([torch.zeros_like(loc), log_var, *own, loc], dim=-1)
 
 
 def _steps(flow: str, dim: int, options: Mapping[str, object]) -> list[Bijector]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from versions import untraceable
 
 from flowpost import Autoregressive
-from flowpost.masked import sweep
+from flowpost.masked import sweep, transposed
 from flowpost.masked.run import Column
 from flowpost.masked.staircase import Staircase
 
@@ -191,7 +191,7 @@ def test_operators_keep_their_word(widths: list[int]) -> None:
     fixed, moved = torch.randn(2, 4, 2, 5, dtype=torch.float64)
     pulled = (images, fixed, moved, weights, slopes, sizes)
     torch.library.opcheck(torch.ops.flowpost.pull.default, pulled)
-    torch.testing.assert_close(torch.ops.flowpost.pull(*pulled), sweep.pull(*pulled))
+    torch.testing.assert_close(torch.ops.flowpost.pull(*pulled), transposed.pull(*pulled))
 
 
 def test_products_of_many_blocks_are_operators_under_a_compiler() -> None:

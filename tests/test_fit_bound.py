@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 import flowpost
-from flowpost import Affine, FlowPosterior
+from flowpost import Affine, Coupling, FlowPosterior
 from flowpost.variational import ascent
 from flowpost.variational.ascent import BLOCK, CLIP, EXACT, PATIENCE, RATE, WARM_UP, Ascent
 from flowpost.variational.bound import Bound, Fitted, bound, draw, noise_for
@@ -135,6 +135,14 @@ def test_components_learn_for_themselves_and_weigh_as_their_evidence() -> None:
     one, other = components(fitted)
     assert not {id(p) for p in one.parameters()} & {id(p) for p in other.parameters()}
     assert [is_mixable(build_flow(name, 2, {})) for name in ("maf", "iaf", "planar", "diagonal")] == [1, 0, 0, 1]
+
+
+@pytest.mark.parametrize(("dim", "steps", "width"), [(2, 8, 32), (16, 8, 32), (17, 12, 32), (32, 12, 32), (40, 12, 64)])
+def test_a_flow_of_many_variables_is_deeper_and_wider(dim: int, steps: int, width: int) -> None:
+    """Unless it is told how deep, or how wide."""
+    for given, due in (({}, (steps, width)), ({"steps": 5, "hidden": (7,)}, (5, 7))):
+        couplings = [part for part in build_flow("realnvp", dim, given).modules() if isinstance(part, Coupling)]
+        assert (len(couplings), len(next(couplings[0].net.parameters()))) == due
 
 
 WRONG = {

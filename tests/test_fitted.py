@@ -20,12 +20,13 @@ from flowpost.variational.families import Flow, assemble, build_flow
 from flowpost.variational.gaussian import Gaussian
 from flowpost.variational.mixture import Mixture
 from flowpost.variational.parameters import Parameters, Spec
-from flowpost.variational.summary import Summary, summary
+from flowpost.variational.summary import Summary, misses, summary
 from flowpost.variational.target import Target
 from flowpost.variational.verdict import reasons, verdict
 from flowpost.variational.weighing import Weighed, estimate, mean_and_error, weigh, where_endless
 
 TINY: dict[str, Any] = {"steps": 2, "hidden": (4,)}
+SHORT = r"a sd of mu that is off by -(19|20|21)%"
 ROOM = {"mu": (), "tau": (2, constraints.positive)}
 
 
@@ -167,6 +168,14 @@ def test_the_summary_is_weighted_where_k_hat_allows_it() -> None:
     assert far.summary().sd.item() == pytest.approx(0.3, rel=0.03)
 
 
+def test_the_summary_is_where_the_draws_are() -> None:
+    """And not on the default device."""
+    fitted = made(room, ROOM, (1.0, 1.0))
+    with torch.device("meta"):
+        found = fitted.summary()
+    torch.testing.assert_close(found.mean, fitted.summary().mean, rtol=0, atol=0)
+
+
 # --------------------------------------------------------------------------------------------------------- verdict
 
 
@@ -175,20 +184,26 @@ def estimated(log_p: float, k_hat: float) -> ImportanceEstimate:
 
 
 @pytest.mark.parametrize(
-    ("k_hat", "elbo", "lost", "notes", "said"),
+    ("k_hat", "elbo", "lost", "wrong", "notes", "said"),
     [
-        (0.3, -0.4, "", [], []),
-        (0.71, -0.4, "", [], ["Pareto k-hat is 0.71, above 0.7: "]),
-        (math.nan, -0.4, "", [], ["Pareto k-hat is nan, above 0.7: "]),
-        (0.7, -0.6, "", [], ["the importance-sampled log evidence is 0.60 nats above the ELBO, so KL"]),
-        (0.3, -math.inf, "2% of q's draws", [], ["log p/q is not finite at 2% of q's draws"]),
-        (math.nan, -math.inf, "100% of q's draws", [], ["log p/q is not finite at 100% of q's draws"]),
-        (0.3, -0.4, "", ["a mode is lost"], ["a mode is lost"]),
-        (2.0, -9.0, "", ["a", "b"], ["Pareto k-hat is 2.00", "the importance-sampled log evidence is 9.00", "a", "b"]),
+        (0.3, -0.4, "", [], [], []),
+        (0.71, -0.4, "", [], [], ["Pareto k-hat is 0.71, above 0.7: "]),
+        (math.nan, -0.4, "", [], [], ["Pareto k-hat is nan, above 0.7: "]),
+        (0.7, -0.6, "", [], [], ["the importance-sampled log evidence is 0.60 nats above the ELBO, so KL"]),
+        (0.3, -math.inf, "2% of q's draws", [], [], ["log p/q is not finite at 2% of q's draws"]),
+        (math.nan, -math.inf, "100% of q's draws", [], [], ["log p/q is not finite at 100% of q's draws"]),
+        (0.7, -0.4, "", ["m", "s"], [], ["q's own draws have m and s; summary() and"]),
+        (-math.inf, -0.4, "", ["m"], [], ["q's own draws have m; summary() and"]),
+        (0.71, -0.4, "", ["m"], [], ["Pareto k-hat is 0.71, above 0.7: "]),
+        (0.3, -math.inf, "2% of q's draws", ["m"], [], ["log p/q is not finite at 2% of q's draws"]),
+        (0.3, -0.4, "", [], ["a mode is lost"], ["a mode is lost"]),
+        (2.0, -9.0, "", [], ["a", "b"], ["Pareto k-hat is 2.00", "the importance-sampled log evidence is 9", "a", "b"]),
     ],
 )
-def test_what_speaks_against_a_fit(k_hat: float, elbo: float, lost: str, notes: list[str], said: list[str]) -> None:
-    found = reasons(estimated(0.0, k_hat), elbo, lost=lost, endless=(0.5, "mu = 3"), notes=notes)
+def test_what_speaks_against_a_fit(
+    k_hat: float, elbo: float, lost: str, wrong: list[str], notes: list[str], said: list[str]
+) -> None:
+    found = reasons(estimated(0.0, k_hat), elbo, lost=lost, missed=wrong, endless=(0.5, "mu = 3"), notes=notes)
     assert len(found) == len(said)
     assert all(one.startswith(other) for one, other in zip(found, said, strict=True))
     text = verdict(found, estimated(0.0, k_hat), elbo)
@@ -200,6 +215,47 @@ def test_what_speaks_against_a_fit(k_hat: float, elbo: float, lost: str, notes: 
     else:
         assert text.startswith("Nothing speaks against this fit: ")
         assert text.endswith("Mass that no draw has reached shows in none of these.")
+
+
+@pytest.mark.parametrize(
+    ("loc", "scale", "said"),
+    [
+        (0.0, 1.0, []),
+        (0.08, 1.0, []),
+        (-0.3, 1.0, [r"a mean of mu that is off by -0\.(29|30|31) of its sd"]),
+        (0.2, 0.8, [r"a mean of mu that is off by \+0\.(1[89]|2[0-3]) of its sd", SHORT]),
+        (0.0, 0.95, []),
+        (0.0, 0.8, [SHORT]),
+    ],
+)
+def test_draws_are_said_to_be_off_where_their_weights_know_better(loc: float, scale: float, said: list[str]) -> None:
+    """P is N(0, 1); k-hat allows its weights."""
+    fitted = made(lambda p: standard(p["mu"].unsqueeze(-1)), {"mu": ()}, (loc, scale))
+    assert fitted.k_hat < 0.7
+    found = misses(fitted.parameters, fitted._weighed)
+    assert len(found) == len(said)
+    assert all(re.fullmatch(one, other) for one, other in zip(said, found, strict=True)), found
+    assert fitted.is_trusted == (not said)
+    assert ("q's own draws have a" in fitted.verdict) == bool(said)
+
+
+def test_what_may_be_chance_is_not_said() -> None:
+    """Fifty draws whose weights know nothing of them: a mean is off by a quarter of its sd, by chance."""
+    generator = torch.Generator().manual_seed(7)
+    z, log_ratio = torch.randn(2, 50, generator=generator, dtype=torch.float64)
+    weighed = Weighed(z.unsqueeze(-1), log_ratio, torch.full_like(z, 1 / 50))
+    weight = log_ratio.softmax(0)
+    mean = (weight * z).sum()
+    sd = (weight * (z - mean).square()).sum().sqrt()
+    assert (z.mean() - mean).abs() / sd > 0.2
+    assert misses(Parameters(1), weighed) == []
+
+
+def test_an_entry_that_is_constant_is_not_off() -> None:
+    """The first row of a correlation's factor is 1, 0: it has no sd, and no draw is off from it."""
+    spec = {"L": ((2, 2), constraints.corr_cholesky)}
+    fitted = made(lambda p: 0.5 * p["L"][..., 1, 1].log(), spec, (0.0, 0.9))
+    assert all("L[1," in each for each in misses(fitted.parameters, fitted._weighed))
 
 
 def on_a_line(count: int = 1000) -> Weighed:
@@ -229,7 +285,7 @@ def test_a_density_without_end_is_told() -> None:
     assert found[ridge][0] == pytest.approx(math.log(10), abs=1e-6)
     assert re.fullmatch(r"theta = \[-?7\.\d+, -?7\.\d+\]", found[ridge][1])
     assert found[box][0] == pytest.approx(math.log(1 - 4 * math.sqrt(9 / 999)), abs=0.1)
-    said = reasons(estimated(0.0, 0.3), -0.4, lost="", endless=found[ridge], notes=[])
+    said = reasons(estimated(0.0, 0.3), -0.4, lost="", missed=[], endless=found[ridge], notes=[])
     assert len(said) == 1
     assert said[0].startswith(
         "draws 10 times as far out raise the log evidence by 2.30 nats and more, as near theta = ["

@@ -36,6 +36,9 @@ PAIRS: dict[str, tuple[Callable[[], Bijector], Callable[[], Bijector]]] = {
     "coupling activation": (lambda: Coupling(3, Affine(1)), lambda: Coupling(3, Affine(1), activation=torch.tanh)),
     "autoregressive": (lambda: Autoregressive(3), lambda: Autoregressive(3, order=[2, 1, 0])),
     "gate": (lambda: Autoregressive(3), lambda: Autoregressive(3, gain=1.1)),
+    "gate activation": (lambda: Autoregressive(3), lambda: Autoregressive(3, activation=torch.tanh)),
+    "masked rate": (lambda: Masked(Affine(3)), lambda: Masked(Affine(3), rate=0.5)),
+    "coupling rate": (lambda: Coupling(3, Affine(1)), lambda: Coupling(3, Affine(1), rate=0.5)),
     "masked": (lambda: Masked(Affine(3)), lambda: Masked(Affine(3, exp_scale))),
 }
 

@@ -151,7 +151,7 @@ def along_a_direction(loss: Loss, leaves: Sequence[Tensor]) -> Tensor:
     generator = torch.Generator().manual_seed(7)
     first = gradients(loss, leaves, create_graph=True)
     parts = [(grad * torch.randn(grad.shape, generator=generator, dtype=grad.dtype)).sum() for grad in first]
-    found = torch.autograd.grad(sum(parts), leaves, allow_unused=True, materialize_grads=True)
+    found = torch.autograd.grad(torch.stack(parts).sum(), leaves, allow_unused=True, materialize_grads=True)
     return torch.cat([each.flatten() for each in found])
 
 

@@ -355,3 +355,16 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert float(done.stdout) < 100  # MiB
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int64])
+def test_integers_for_an_encoder_of_numbers_are_refused_with_what_to_write(dtype: torch.dtype) -> None:
+    vae = VAE(nn.Linear(9, 16), flowpost.diagonal(16, dim=2), nn.Linear(2, 9), Bernoulli())
+    x = torch.ones(5, 9, dtype=dtype)
+    with pytest.raises(
+        TypeError, match=rf"^x: expected what the encoder takes, got {dtype} \(.*\); write x\.float\(\)$"
+    ):
+        vae(x)
+    embedding = nn.Sequential(nn.Embedding(2, 3), nn.Flatten(), nn.Linear(27, 16))
+    words = VAE(embedding, flowpost.diagonal(16, dim=2), nn.Linear(2, 9), Bernoulli())
+    assert words(x.long()).log_q.shape == (5,)

@@ -75,6 +75,38 @@ def test_features_become_the_flow_s(flow: str, options: dict[str, Any]) -> None:
     assert torch.equal(posterior(X, noise=noise[0]).z, z[0])
 
 
+GAUSSIAN = [
+    ("full_covariance", {}),
+    ("householder", {"steps": 3}),
+    ("householder", {"steps": 4}),
+    ("cc_lin_iaf", {"combinations": 3}),
+]
+
+
+@pytest.mark.parametrize(("flow", "options"), GAUSSIAN, ids=str)
+def test_a_linear_flow_on_a_pair_makes_correlations(flow: str, options: dict[str, Any]) -> None:
+    """From the encoder's own Gaussian to a full covariance: reflections of the noise alone would change nothing."""
+    torch.manual_seed(0)
+    encoder = Pair().double()
+    posterior = wrap(encoder, 3, example=X.double(), flow=flow, **options)
+    x = X[:1].double()
+
+    def moments() -> tuple[Tensor, Tensor]:
+        zero = torch.zeros(1, 3, dtype=torch.float64)
+        jacobian = torch.autograd.functional.jacobian(lambda e: posterior(x, noise=e).z[0], zero).squeeze(-2)
+        return posterior(x, noise=zero).z[0], jacobian @ jacobian.mT
+
+    (loc, log_var), (mean, covariance) = encoder(x), moments()
+    torch.testing.assert_close(mean, loc[0])
+    torch.testing.assert_close(covariance, log_var_scale(log_var[0]).square().diag())
+    with torch.no_grad():
+        posterior.posterior.head.linear.weight.add_(0.5 * torch.randn(()))  # pyright: ignore
+        posterior.posterior.head.linear.bias.add_(torch.randn(len(posterior.posterior.head.linear.bias)))  # pyright: ignore
+    mean, covariance = moments()
+    torch.testing.assert_close(mean, loc[0])
+    assert covariance.triu(1).abs().max() > 0.05 * covariance.diag().min()
+
+
 EXAMPLES: list[tuple[Callable[..., nn.Module], object, tuple, dict]] = [
     (lambda: nn.Linear(6, 7), torch.zeros(2, 6), (X,), {}),
     (lambda: nn.Bilinear(6, 6, 7), (torch.zeros(2, 6), torch.zeros(2, 6)), (X, X), {}),

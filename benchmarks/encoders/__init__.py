@@ -19,7 +19,7 @@ from benchmarks.encoders.collection import CASES
 from benchmarks.encoders.fitting import CONTESTS, Contest, Fit, Plan, fit
 from benchmarks.encoders.starts import Start, starts
 from benchmarks.encoders.table import Trained, elbos, lines
-from benchmarks.run import Content, Out, Page, Run, cpu_threads, origin, terminal
+from benchmarks.run import Content, Out, Page, Run, cpu_threads, origin, set_threads, terminal
 
 QUICK: dict[str, Any] = {"before": 20, "after": 20, "images": 100, "samples": 4}
 
@@ -78,7 +78,7 @@ def results(tasks: Sequence[tuple[Contest, int]], jobs: int) -> Iterator[Fit]:
     if jobs == 1:
         yield from (work(*task) for task in tasks)
         return
-    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (torch.get_num_threads(),)) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), set_threads, (torch.get_num_threads(),)) as pool:
         waiting = [pool.submit(work, *task) for task in tasks]
         try:
             yield from (future.result() for future in as_completed(waiting))

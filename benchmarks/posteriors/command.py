@@ -21,7 +21,7 @@ from benchmarks.posteriors.collection import collection, posterior
 from benchmarks.posteriors.fitting import FLOWS, GUIDES, Fit, Plan, contenders, fit
 from benchmarks.posteriors.pictures import pairs, traces
 from benchmarks.posteriors.table import beside_published, details, is_impossible, shortfalls, summary
-from benchmarks.run import Content, Out, Page, Run, cpu_threads, origin, pictured, terminal
+from benchmarks.run import Content, Out, Page, Run, cpu_threads, origin, pictured, set_threads, terminal
 
 QUICK = ("kilpisjarvi", "logmesquite_logvolume", "blr", "arK", "eight_schools_noncentered", "eight_schools_centered")
 QUICK_PLAN = Plan(budget=40_000, samples=5_000)
@@ -163,7 +163,7 @@ def results(tasks: Sequence[Task], plan: Plan, jobs: int) -> Iterator[tuple[Fit,
     if jobs == 1:
         yield from (work(task, plan) for task in tasks)
         return
-    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (torch.get_num_threads(),)) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), set_threads, (torch.get_num_threads(),)) as pool:
         waiting = [pool.submit(work, task, plan) for task in tasks]
         try:
             yield from (future.result() for future in as_completed(waiting))

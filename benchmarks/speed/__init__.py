@@ -15,13 +15,13 @@ import typer
 
 from benchmarks.config import ConfigError, configure
 from benchmarks.peers import installed, missing
-from benchmarks.run import Content, Out, Page, Run, cpu_threads, origin, pictured, terminal
+from benchmarks.run import Content, Out, Page, Run, as_json, cpu_threads, origin, pictured, terminal
 from benchmarks.speed import counted
 from benchmarks.speed.hall import Hall
 from benchmarks.speed.plot import Curves, draw
 from benchmarks.speed.programme import Held, curves, programme
 from benchmarks.speed.results import Contest
-from benchmarks.speed.sizes import FULL, QUICK
+from benchmarks.speed.sizes import FULL, ON_GPU, QUICK
 from benchmarks.speed.table import absences, goals, markdown, times
 
 MODES = ("default", "reduce-overhead", "max-autotune")
@@ -38,8 +38,11 @@ def speed(
         int | None, typer.Option(min=1, help="Rounds of every contest.  [default: as many as its seconds allow]")
     ] = None,
     compile_all: Annotated[
-        bool, typer.Option("--compile-all", help="Compile the largest size too, which takes minutes.")
+        bool, typer.Option("--compile-all", help="Compile every size, which takes minutes.")
     ] = False,
+    seconds: Annotated[
+        int | None, typer.Option(min=1, help="Begin no contest after so many. Those with goals come first.")
+    ] = None,
     mode: Annotated[str, typer.Option(help=f"Of torch.compile: {', '.join(MODES)}.")] = "default",
     only: Annotated[str, typer.Option(help="Hold only the contests whose title has this in it; no plot.")] = "",
     launches: Annotated[
@@ -63,7 +66,7 @@ def speed(
     if mode not in MODES:
         raise ConfigError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
     configure(device=device, threads=threads)  # refuses what a job would refuse
-    plan = QUICK if quick else FULL
+    plan = QUICK if quick else ON_GPU if device.startswith("cuda") else FULL
     if compile_all:
         plan = replace(plan, compiled=plan.training)
     if reps is not None:
@@ -73,37 +76,39 @@ def speed(
         raise ConfigError(f"only: expected a part of a contest's title, got {only!r}")
     run = Run.begin("speed", out, device=device, threads=threads, libraries=installed(), page=page)
     with cpu_threads(threads):
-        try:
-            failed = hold(run, hall, only)
-        finally:  # what was held before a stop, too
-            if (run.folder / "speed.json").exists():
-                run.publish("speed.json", shown, "speed.png")
+        failed = hold(run, hall, only, math.inf if seconds is None else seconds)
     raise typer.Exit(int(failed > 0))
 
 
-def hold(run: Run, hall: Hall, only: str = "") -> int:
-    """Hold every contest, print its table, and write after each, so that a stop loses nothing.
+def hold(run: Run, hall: Hall, only: str, seconds: float) -> int:
+    """Hold every contest that begins within these seconds, and write after each, so that a stop loses nothing.
 
     One that fails is told of, and the others are held: how many failed is returned.
     """
     console = terminal()
     contests: list[Contest] = []
     drawn: Curves = {}
+    late: list[str] = []
     failed = 0
 
     def tried(title: str, held: Held) -> list[Contest]:
         nonlocal failed
+        if run.seconds() > seconds:
+            late.append(title)
+            return []
+        console.print(title)
         try:
-            return [held()]
+            found = held()
+            as_json(found.as_json())  # a file takes neither nan nor a ratio to 0
         except Exception as error:  # a compiler's, say, or the device's
             failed += 1
             console.print(f"{title} failed: {type(error).__name__}: {error}", soft_wrap=True)
             return []
+        return [found]
 
     for title, held in programme(hall):
-        if only in title:
-            console.print(title)
-            contests += tried(title, held)
+        if only in title and (found := tried(title, held)):
+            contests += found
             write(run, contests, drawn)
     for what, axis, held in () if only else curves(hall):
         drawn.setdefault((what, axis), []).extend(tried(f"{what} against {axis}", held))
@@ -113,15 +118,18 @@ def hold(run: Run, hall: Hall, only: str = "") -> int:
     write(run, contests, drawn)
     for each in filter(None, (*times(contests), *goals(contests), *absences(contests), missing("timed"))):
         console.print(each, soft_wrap=isinstance(each, str))
+    if late:
+        console.print(f"No time was left for {len(late)} contests; the first is: {late[0]}", soft_wrap=True)
     console.print(f"Every round, tables and the plot: {run.folder}", soft_wrap=True)
     return failed
 
 
 def write(run: Run, contests: Sequence[Contest], drawn: Curves) -> None:
-    """`speed.json` and `speed.md`."""
+    """`speed.json`, `speed.md` and the page."""
     plotted = [{"axis": axis} | one.as_json() for (_, axis), group in drawn.items() for one in group]
     run.write("speed.json", {"contests": [one.as_json() for one in contests], "curves": plotted})
     run.write("speed.md", markdown(contests, origin(run.head())))
+    run.publish("speed.json", shown, "speed.png")
 
 
 def shown(content: Content, page: str) -> str:

@@ -7,21 +7,16 @@ from dataclasses import asdict
 import torch
 
 from benchmarks.speed import others
+from benchmarks.speed.bounds import BACKWARD, CAPTURED, FORWARD, FULL_COVARIANCE, MEMORY, PLANAR, TRAINING, bound, goals
 from benchmarks.speed.dense import Dense, products
 from benchmarks.speed.hall import Hall, build
-from benchmarks.speed.memory import peak_bytes
+from benchmarks.speed.memory import mask_bytes, peak_bytes
 from benchmarks.speed.ours import Flowpost
-from benchmarks.speed.results import DENSE, EAGER, OURS, PRODUCTS, Contest, Goal, MemoryGoal
-from benchmarks.speed.sizes import DEEP, MINI, SMALL, WIDE, Size
-from benchmarks.speed.steps import Step, captured, compiled, scoring, scoring_step, training_step
+from benchmarks.speed.results import DENSE, EAGER, GRAPH, OURS, PRODUCTS, Contest, Goal, MemoryGoal
+from benchmarks.speed.sizes import MINI, Size
+from benchmarks.speed.steps import Step, captured, compiled, scoring, scoring_step, training_step, why_not
 from benchmarks.speed.timing import Call, Rounds, contest
 from benchmarks.speed.work import check_scoring, check_training
-
-TRAINING, FORWARD, BACKWARD = "training step", "log q at an external z", "log q at an external z, and its gradients"
-FULL_COVARIANCE, PLANAR = "full covariance", f"planar, {others.STEPS} steps"
-
-TRAINING_GOALS = {SMALL: 0.95, WIDE: 0.75, DEEP: 0.85}
-EXTERNAL_GOALS = {SMALL: 20.0, WIDE: 40.0}
 
 
 def training(hall: Hall, size: Size, *, rounds: Rounds | None = None) -> Contest:
@@ -30,11 +25,14 @@ def training(hall: Hall, size: Size, *, rounds: Rounds | None = None) -> Contest
     steps = {name: training_step(flow) for name, flow in flows.items()}
     calls: dict[str, Call] = {**steps, PRODUCTS: products(size, hall.device)}
     seconds = contest(calls, hall.device, rounds or hall.rounds)
-    bound = TRAINING_GOALS.get(size)
-    goal = Goal(bound, DENSE) if bound and rounds is None else None
-    memory = {} if rounds else {name: peak_bytes(step, step.clear, hall.device) for name, step in steps.items()}
-    flat = MemoryGoal(1.0, OURS, DENSE) if goal else None
-    return Contest(TRAINING, str(size), EAGER, seconds, goal, memory, flat, left_out, asdict(size))
+    if rounds is not None:
+        return Contest(TRAINING, str(size), EAGER, seconds, left_out=left_out, at=asdict(size))
+    memory = {name: peak_bytes(step, step.clear, hall.device) for name, step in steps.items()}
+    most = bound(hall.device, MEMORY, size)
+    flat = None if most is None else MemoryGoal(most, OURS, DENSE)
+    found = goals(hall.device, TRAINING, size, other=DENSE)
+    masks = {name: mask_bytes(flow, hall.device) for name, flow in flows.items() if name == OURS}
+    return Contest(TRAINING, str(size), EAGER, seconds, found, memory, flat, left_out, asdict(size), masks)
 
 
 def training_compiled(hall: Hall, size: Size) -> Contest:
@@ -46,7 +44,8 @@ def training_compiled(hall: Hall, size: Size) -> Contest:
     calls |= {name: compiled(training_step(flow), hall.mode) for name, flow in flows.items()}
     seconds = contest(calls, hall.device, hall.rounds)
     mode = f"compiled{f', {hall.mode}' if hall.mode else ''}"
-    return Contest(TRAINING, str(size), mode, seconds, Goal(1.0, f"{OURS}, eager"), {}, None, left_out, asdict(size))
+    goal = Goal(1.0, f"{OURS}, eager")
+    return Contest(TRAINING, str(size), mode, seconds, (goal,), left_out=left_out, at=asdict(size))
 
 
 def training_captured(hall: Hall, size: Size) -> Contest:
@@ -56,10 +55,11 @@ def training_captured(hall: Hall, size: Size) -> Contest:
     for name, flow in flows.items():
         try:
             calls[name] = captured(training_step(flow))
-        except RuntimeError as error:  # a host read or a copy from pageable memory inside the step
-            left_out[name] = f"cannot be captured: {str(error.__context__ or error).splitlines()[0]}"
+        except RuntimeError as error:
+            left_out[name] = why_not(error)
     seconds = contest(calls, hall.device, hall.rounds)
-    return Contest(TRAINING, str(size), "CUDA graph", seconds, None, {}, None, left_out, asdict(size))
+    found = goals(hall.device, CAPTURED, size, other=DENSE)
+    return Contest(TRAINING, str(size), GRAPH, seconds, found, left_out=left_out, at=asdict(size))
 
 
 def external(hall: Hall, size: Size, *, backward: bool, rounds: Rounds | None = None) -> Contest:
@@ -70,10 +70,9 @@ def external(hall: Hall, size: Size, *, backward: bool, rounds: Rounds | None = 
     flows, wrong = build(hall, size, check_training, fit)
     calls = {name: (scoring_step if backward else scoring)(flow) for name, flow in flows.items()}
     seconds = contest(calls, hall.device, rounds or hall.rounds)
-    bound = EXTERNAL_GOALS.get(size)
-    goal = Goal(bound, faster=True) if bound and rounds is None else None
     what = BACKWARD if backward else FORWARD
-    return Contest(what, str(size), EAGER, seconds, goal, {}, None, left_out | wrong, asdict(size))
+    found = () if rounds else goals(hall.device, what, size, faster=True)
+    return Contest(what, str(size), EAGER, seconds, found, left_out=left_out | wrong, at=asdict(size))
 
 
 def full_covariance(hall: Hall) -> Contest:
@@ -106,4 +105,5 @@ def _numbers_contest(hall: Hall, what: str, samplers: dict[str, others.Sampler],
     seconds = contest(steps, hall.device, hall.rounds)
     memory = {name: peak_bytes(step, step.clear, hall.device) for name, step in steps.items()}
     size = {"dim": hall.plan.dim, "batch": hall.plan.batch}
-    return Contest(what, f"({size['dim']}, {size['batch']})", EAGER, seconds, Goal(3.0, faster=True), memory, at=size)
+    found = goals(hall.device, what, faster=True)
+    return Contest(what, f"({size['dim']}, {size['batch']})", EAGER, seconds, found, memory, at=size)

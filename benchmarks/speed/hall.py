@@ -44,7 +44,7 @@ class Hall:
 def build(
     hall: Hall, size: Size, check: Callable[[Flow], None], names: Mapping[str, Callable[[Size], Flow]]
 ) -> tuple[dict[str, Flow], dict[str, str]]:
-    """The flows that do the work at this size, and why the others do not."""
+    """The flows that do the work at this size, and why the others do not, be it that they raise an error there."""
     flows, left_out = {}, {}
     for name, make in names.items():
         try:
@@ -52,8 +52,8 @@ def build(
             draw(flow)
             flow.to(hall.device)
             check(flow)
-        except UnequalWork as error:
-            left_out[name] = str(error)
+        except (UnequalWork, RuntimeError) as error:
+            left_out[name] = str(error).partition("\n")[0]
         else:
             flows[name] = flow
     return flows, left_out

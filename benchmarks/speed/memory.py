@@ -8,9 +8,11 @@ import warnings
 from typing import Any
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.speed.timing import Call
+from flowpost.masked.network import MaskedLinear
 
 
 def peak_bytes(call: Call, clear: Call, device: torch.device) -> int:
@@ -28,6 +30,14 @@ def peak_bytes(call: Call, clear: Call, device: torch.device) -> int:
     clear()
     gc.collect()  # cycles that hold tensors of an earlier call
     return _cuda_peak(call, device) if device.type == "cuda" else _cpu_peak(call)
+
+
+def mask_bytes(model: nn.Module, device: torch.device) -> int:
+    """Bytes on the device of the masks that a model keeps between calls, which no peak of a call has in it."""
+    stairs = [part.staircase for part in model.modules() if isinstance(part, MaskedLinear)]
+    masks = [mask for stair in stairs for mask in (stair.mask, *stair._edges)]
+    tensors = [tensor for mask in masks for tensor in (mask.value, *mask._copies.values())]
+    return sum(tensor.nbytes for tensor in tensors if tensor.device.type == device.type)
 
 
 def _cuda_peak(call: Call, device: torch.device) -> int:

@@ -52,5 +52,5 @@ def nll(hall: Hall) -> Contest:
         for count in (fewer, samples)
     }
     flat = MemoryGoal(1.05, *reversed(memory))
-    goal, what = Goal(1.5, POSTERIOR), f"NLL, {samples} samples, per sample"
+    goal, what = (Goal(1.5, POSTERIOR),), f"NLL, {samples} samples, per sample"
     return Contest(what, f"{size}, {PAIRS} pairs a pass", EAGER, each, goal, memory, flat, at=asdict(size))

@@ -34,6 +34,9 @@ class Size:
 SMALL = Size(32, 320, 64, 4, 128)
 WIDE = Size(64, 1920, 256, 4, 128)
 DEEP = Size(256, 1024, 256, 8, 128)
+PAIR = Size(2, 64, 16, 4, 1024)
+"""Of two variables: what calls cost beside the arithmetic of few weights and many rows."""
+MANY, WIDE_MANY = (replace(size, batch=4096) for size in (SMALL, WIDE))
 MINI = Size(6, 24, 5, 2, 16)
 """Where answers, not times, are compared: small enough to invert any flow at once."""
 
@@ -42,7 +45,8 @@ MINI = Size(6, 24, 5, 2, 16)
 class Plan:
     """How much is measured. A budget is the seconds given to the rounds of one contest."""
 
-    training: tuple[Size, ...] = (SMALL, WIDE, DEEP)
+    training: tuple[Size, ...] = (SMALL, WIDE, DEEP, PAIR)
+    captured: tuple[Size, ...] = (SMALL, WIDE, DEEP, MANY, WIDE_MANY)  # on a GPU
     compiled: tuple[Size, ...] = (SMALL, WIDE)  # compiling the third takes minutes
     external: tuple[Size, ...] = (SMALL, WIDE)
     dim: int = 64  # of the full covariance and of planar, with 16 steps
@@ -63,8 +67,13 @@ class Plan:
 
 
 FULL = Plan()
+ON_GPU = replace(
+    FULL, training=(SMALL, WIDE, DEEP), growth=(16, 64), growth_budget=0.2, budget=2.0, curve_budget=0.3, most=20
+)
+"""Within the minutes of `gpu_check.sh`. A loop over 256 variables is slow on a GPU."""
 QUICK = Plan(
     training=(SMALL, replace(WIDE, hidden=640)),
+    captured=(SMALL,),
     compiled=(),
     external=(replace(SMALL, dim=16, hidden=128), replace(SMALL, steps=2)),
     samples=500,

@@ -71,7 +71,7 @@ def compiled(step: Step, mode: str | None = None) -> Step:
     return result
 
 
-def captured(step: Step) -> Call:
+def captured(step: Call) -> Call:
     """The whole step as one CUDA graph, gradients into the same memory each time; the replay is what is called.
 
     The noise is the default generator's, which torch registers with the graph.
@@ -92,7 +92,12 @@ def captured(step: Step) -> Call:
     return graph.replay
 
 
-def _refuse_waits(step: Step) -> None:
+def why_not(error: RuntimeError) -> str:
+    """Of a step that cannot be captured: of a host read, say, or a copy from pageable memory inside it."""
+    return f"cannot be captured: {str(error.__context__ or error).splitlines()[0]}"
+
+
+def _refuse_waits(step: Call) -> None:
     """Raise where the host waits for the device, as a graph cannot: before a capture, which such a call would spoil."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")

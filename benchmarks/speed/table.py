@@ -3,48 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from benchmarks.speed.growth import GROWTH, growth_tables
-from benchmarks.speed.results import DENSE, OURS, Contest
+from benchmarks.speed.results import DENSE, OURS, SECONDS, Contest, digits, shown
 from benchmarks.speed.timing import Spread
 from benchmarks.table import Table, grouped
 
 GOALS = ("what", "size", "mode", "goal", "beside", "measured (quartiles)", "met")
-TIMES = ("size", "who", "time (quartiles)", "over dense", "over flowpost", "peak MB")
+TIMES = ("size", "who", "time (quartiles)", "over dense", "over flowpost", "peak MB", "masks MB")
 NOBODY = "–"
 
 
-def duration(seconds: float) -> str:
-    """Three digits and a unit."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= size:
-            return f"{_digits(seconds / size)} {unit}"
-    return f"{_digits(seconds / 1e-9)} ns"
-
-
-def _digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
-
-
-def _spread(value: Spread | None, show: Callable[[float], str] = _digits) -> str:
+def _spread(value: Spread | None, show: Callable[[float], str] = digits) -> str:
     return NOBODY if value is None else f"{show(value.median)} ({show(value.low)} to {show(value.high)})"
 
 
 def goal_rows(contests: Iterable[Contest]) -> list[list[str]]:
-    """A row for each goal whose contest has somebody to compare with."""
+    """A row for each goal whose contest has somebody to compare with; without ours it is not met."""
     rows = []
     for one in contests:
-        reached = one.reached()
-        if one.goal is not None and reached is not None:
-            met = "yes" if one.goal.met(reached.median) else "no"
-            beside = one.rival() or NOBODY
-            rows.append([one.what, one.size, one.mode, str(one.goal), beside, _spread(reached), met])
+        for goal in one.goals:
+            rival, reached = one.rival(goal), one.reached(goal)
+            if goal.unit or rival is not None:
+                met = "yes" if reached is not None and goal.met(reached.median) else "no"
+                beside = NOBODY if goal.unit else rival or NOBODY
+                found = _spread(reached, partial(shown, unit=goal.unit) if goal.unit else digits)
+                mode = one.mode if goal.name == OURS else goal.name.removeprefix(f"{OURS}, ")
+                rows.append([one.what, one.size, mode, str(goal), beside, found, met])
         flat = one.memory_goal
         if flat is not None and {flat.name, flat.other} <= one.memory.keys():
             value = one.memory[flat.name] / one.memory[flat.other]
             met = "yes" if value <= flat.bound else "no"
             what = f"{one.what}: peak memory"
-            rows.append([what, one.size, one.mode, f"<= {flat.bound:g}", flat.other, _digits(value), met])
+            rows.append([what, one.size, one.mode, f"<= {flat.bound:g}", flat.other, digits(value), met])
     return rows
 
 
@@ -52,14 +44,18 @@ def time_rows(contests: Iterable[Contest]) -> list[list[str]]:
     """A row for each contestant of each contest: ours first, then the others by time."""
     rows = []
     for one in contests:
-        others = sorted((name for name in one.seconds if name != OURS), key=lambda name: one.time(name).median)
-        for name in (OURS, *others):
-            peak = f"{one.memory[name] / 1e6:.1f}" if name in one.memory else NOBODY
+        show = partial(shown, unit=one.unit)
+        for name in sorted(one.seconds, key=lambda name: (name != OURS, one.time(name).median)):
             ratios = [_spread(one.ratio(name, other)) if name != other else "1" for other in (DENSE, OURS)]
-            rows.append([one.size, name, _spread(one.time(name), duration), *ratios, peak])
+            rows.append([one.size, name, _spread(one.time(name), show), *ratios, *_held(one, name)])
         for name in sorted(one.memory.keys() - one.seconds.keys()):
-            rows.append([one.size, name, *[NOBODY] * 3, f"{one.memory[name] / 1e6:.1f}"])
+            rows.append([one.size, name, *[NOBODY] * 3, *_held(one, name)])
     return rows
+
+
+def _held(one: Contest, name: str) -> list[str]:
+    """Memory in MB, of a call and of what is kept between calls."""
+    return [f"{held[name] / 1e6:.1f}" if name in held else NOBODY for held in (one.memory, one.masks)]
 
 
 def absences(contests: Iterable[Contest]) -> list[str]:
@@ -83,9 +79,11 @@ def times(contests: Sequence[Contest]) -> list[Table]:
     tables = []
     timed = [one for one in contests if one.what != GROWTH]
     for title, group in grouped(timed, lambda one: f"{one.what}, {one.mode}").items():
-        rounds = "/".join(str(one.rounds) for one in group)
+        counts = [str(one.rounds) for one in group]
+        rounds = "/".join(counts if len(set(counts)) > 1 else counts[:1])
         caption = f"Median and quartiles over {rounds} rounds; ratios within rounds"
-        tables.append(Table(*_filled(TIMES, time_rows(group)), title, caption, numbers=False))
+        header = [name if group[0].unit == SECONDS else name.replace("time", "mean") for name in TIMES]
+        tables.append(Table(*_filled(header, time_rows(group)), title, caption, numbers=False))
     return [*tables, *growth_tables(contests)]
 
 

@@ -17,7 +17,7 @@ import typer
 
 from benchmarks.canvas import title
 from benchmarks.config import ALL, ConfigError, posterior_names
-from benchmarks.run import TABLES, Content, Out, Page, Run, cpu_threads, origin, pictured, terminal
+from benchmarks.run import TABLES, Content, Out, Page, Run, cpu_threads, origin, pictured, set_threads, terminal
 from benchmarks.targets.contestants import PEERS, has_steps, installed
 from benchmarks.targets.fitting import Fit, Plan, fit
 from benchmarks.targets.known import energies
@@ -146,8 +146,7 @@ def results(tasks: Sequence[Task], plan: Plan, jobs: int) -> Iterator[tuple[Task
     if jobs == 1:
         yield from ((task, work(*task, plan)) for task in tasks)
         return
-    start = torch.set_num_threads, (torch.get_num_threads(),)
-    with ProcessPoolExecutor(jobs, get_context("spawn"), *start) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), set_threads, (torch.get_num_threads(),)) as pool:
         longest_first = sorted(tasks, key=lambda task: -(task[1] or 0) * task[2])
         waiting = {pool.submit(work, *task, plan): task for task in longest_first}
         try:

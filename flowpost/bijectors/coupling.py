@@ -146,10 +146,6 @@ class Perceptron(Rated):
         with torch.no_grad():
             last.bias.copy_(start / self.rate)
 
-    def extra_repr(self) -> str:
-        """The activation, for the module's repr."""
-        return f"activation={getattr(self.activation, '__name__', repr(self.activation))}"
-
     def forward(self, z: Tensor, context: Tensor | None) -> Tensor:
         """Outputs for z ``(*batch, variables)`` and the context."""
         first, *others = self.layers

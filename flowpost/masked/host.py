@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from flowpost.masked import recorded, sweep
+from flowpost.masked import recorded, sweep, transposed
 from flowpost.masked.activations import KNOWN
 from flowpost.masked.layouts import by_output, by_variable, ranked, to_columns, to_rows
 from flowpost.masked.network import MADE
@@ -89,7 +89,7 @@ def solve_gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Te
         gradient = KNOWN[net.activation].gradient
         slopes = [gradient(torch.ones_like(value), value).t().contiguous() for value in hidden]
         weights = ranked(net, group, order).weights
-        v, *layers, last = sweep.pull(to_columns(grad, order), fixed, moved, list(weights), slopes, _sizes(net))
+        v, *layers, last = transposed.pull(to_columns(grad, order), fixed, moved, list(weights), slopes, _sizes(net))
         grad = torch.addcmul(of_log_det[0], to_rows(v, order).view(grad.shape), of_map[0])
         sums = [by_output(net, last, order).t(), *(each.t() for each in layers[::-1])]
         _, of_context, found = _of_network(saved, net, step.point, hidden, sums, group, need, of_context)

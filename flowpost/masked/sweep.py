@@ -1,4 +1,4 @@
-"""Solving through a masked network variable by variable, and the transposed solve that is the solution's gradient.
+"""Solving through a masked network variable by variable; `transposed` has the solution's gradient.
 
 A hidden unit depends on no variable from its degree on, so each weight is used once: the work of one pass, cut into dim
 small products. The state is ``(units, N)``, where the units of a degree are neighbours in memory. On the CPU the loop
@@ -46,28 +46,6 @@ def solve(
     return run(images, start, weights, biases, sizes, activation, column.name, column.constants)
 
 
-def pull(
-    grad: Tensor,
-    fixed: Tensor,
-    moved: Tensor,
-    weights: Sequence[Tensor],
-    slopes: Sequence[Tensor],
-    sizes: Sequence[int],
-) -> list[Tensor]:
-    """The solution v ``(dim, N)`` and the gradients at the layers' sums, ``(width, N)``.
-
-    Args:
-        grad: g, ``(dim, N)``.
-        fixed: what the log-det adds at the outputs, ``(dim, outputs, N)``.
-        moved: from v to the gradient at the outputs, ``(dim, outputs, N)``.
-        weights: the layers', `ranked`.
-        slopes: of the activations, ``(width, N)``.
-        sizes: how many units of each degree, one hidden layer after the other.
-    """
-    run = _pull_operator if torch.compiler.is_compiling() else _pull
-    return run(grad, fixed, moved, weights, slopes, sizes)
-
-
 def _solve(
     images: Tensor,
     start: Tensor,
@@ -81,7 +59,7 @@ def _solve(
     x, (dim, count) = images.new_empty(images.shape), images.shape
     expanded = [each.unsqueeze(1).expand(-1, count) for each in biases]
     values = [start, *(each.clone(memory_format=torch.contiguous_format) for each in expanded)]
-    image, preimage, *states = _arrays(images, x, *values)
+    image, preimage, *states = arrays(images, x, *values)
     if isinstance(column, str):
         outs = states[-1].reshape(dim, len(values[-1]) // dim, count)
         closed = COLUMNS[column](torch if isinstance(image, Tensor) else np, constants)
@@ -94,49 +72,29 @@ def _solve(
         def find(k: int) -> None:
             x[k] = column(images[k], numbers[k])
 
-    known, layers = NAMED[activation], _by_layer(sizes, dim)
+    known, layers = NAMED[activation], by_layer(sizes, dim)
     by_array = None if isinstance(image, Tensor) else known.run_array
     hidden = [
-        value.split(list(size)) if by_array is None else _cut(state, _ends(size))
+        value.split(list(size)) if by_array is None else cut(state, ends_of(size))
         for value, state, size in zip(values, states, layers, strict=False)
     ]
     with np.errstate(all="ignore"):
-        _sweep(layers, by_array or known.run, hidden, _read(weights), states, preimage, find)
+        _sweep(layers, by_array or known.run, hidden, readable(weights), states, preimage, find)
     return [x, *values]
 
 
-def _pull(
-    grad: Tensor,
-    fixed: Tensor,
-    moved: Tensor,
-    weights: Sequence[Tensor],
-    slopes: Sequence[Tensor],
-    sizes: Sequence[int],
-) -> list[Tensor]:
-    v = grad.clone(memory_format=torch.contiguous_format)
-    sums = [each.new_empty(each.shape) for each in (*slopes, fixed.flatten(0, 1))]
-    total, fix, move, *written = _arrays(v, fixed, moved, *sums)
-    outs = written[-1].reshape(fixed.shape)
-
-    def respond(k: int) -> None:
-        outs[k] = fix[k] + total[k] * move[k]
-
-    with np.errstate(all="ignore"):
-        steep = _arrays(*slopes) if slopes else []
-        _transposed_sweep(_by_layer(sizes, len(v)), _read(weights), steep, written, total, respond)
-    return [v, *sums]
-
-
-def _read(weights: Sequence[Tensor]) -> list[Array]:
-    """As `_arrays`, of parameters: ``.numpy()`` would fix their storage's size for good, which sharding changes."""
+def readable(weights: Sequence[Tensor]) -> list[Array]:
+    """As `arrays`, of parameters: ``.numpy()`` would fix their storage's size for good, which sharding changes."""
     return [np.from_dlpack(each.detach()) for each in weights] if on_host(weights[0]) else list(weights)
 
 
-def _arrays(*tensors: Tensor) -> list[Array]:
+def arrays(*tensors: Tensor) -> list[Array]:
+    """Numpy's views of tensors, where they can be had."""
     return [tensor.detach().numpy() for tensor in tensors] if on_host(tensors[0]) else list(tensors)
 
 
-def _by_layer(sizes: Sequence[int], dim: int) -> list[Sequence[int]]:
+def by_layer(sizes: Sequence[int], dim: int) -> list[Sequence[int]]:
+    """From one list for all layers to one for each."""
     return [sizes[first : first + dim] for first in range(0, len(sizes), dim)]
 
 
@@ -161,9 +119,9 @@ def _sweep(
         find: given k, writes variable k, whose outputs are in their place.
     """
     dim = len(x)
-    ends = [*map(_ends, [*sizes, [len(weights[-1]) // dim] * dim])]
+    ends = [*map(ends_of, [*sizes, [len(weights[-1]) // dim] * dim])]
     *layers, (_, outs, last, _) = (
-        (state, _cut(state, end), _cut(weight, end), end)
+        (state, cut(state, end), cut(weight, end), end)
         for state, weight, end in zip(values, weights, ends, strict=True)
     )
     pairs = list(zip(layers, hidden, strict=True))
@@ -183,61 +141,24 @@ def _sweep(
         find(k)
 
 
-def _transposed_sweep(
-    sizes: Sequence[Sequence[int]],
-    weights: Sequence[Array],
-    slopes: Sequence[Array],
-    sums: Sequence[Array],
-    grad: Array,
-    respond: Callable[[int], object],
-) -> None:
-    """Find the gradients at the layers' sums; the variables' total gradients come to stand in `grad`.
-
-    Given k, `respond` writes the gradients at variable k's outputs, whose total gradient is in its place. The others
-    are those of `pull`, one for each layer.
-    """
-    *hidden, outs = sums
-    dim, ends = len(grad), [*map(_ends, sizes)]
-    layers = [
-        (state, weight, _cut(state, end), _cut(slope, end), [0, *end])
-        for state, weight, slope, end in zip(hidden, weights[1:], slopes, ends, strict=True)
-    ][::-1]
-    for k in reversed(range(dim)):
-        respond(k)
-        row = k * (len(outs) // dim)
-        above = outs[row:]
-        for state, weight, parts, steep, end in layers:
-            first, part = end[k], parts[k]
-            if len(part):
-                part[:] = (weight[row:, first : end[k + 1]].T @ above) * steep[k]
-            row = first
-            above = state[row:]
-        if k and len(above):
-            grad[k - 1] += weights[0][row:, k - 1] @ above
-
-
-def _ends(sizes: Sequence[int]) -> list[int]:
+def ends_of(sizes: Sequence[int]) -> list[int]:
+    """Where parts of such sizes end, one after the other."""
     return [*accumulate(sizes)]
 
 
-def _cut(array: Array, ends: Sequence[int]) -> list[Array]:
+def cut(array: Array, ends: Sequence[int]) -> list[Array]:
+    """The rows up to each end."""
     return [array[start:end] for start, end in pairwise([0, *ends])]
 
 
-_Operator = Callable[..., list[Tensor]]
+Operator = Callable[..., list[Tensor]]
 # An operator must not return what it was given, and a sweep writes over its start.
-_solve_operator: _Operator = torch.library.custom_op(
+_solve_operator: Operator = torch.library.custom_op(
     "flowpost::solve",
     lambda images, start, *others: _solve(images, start.clone(memory_format=torch.contiguous_format), *others),
     mutates_args=(),
     schema="(Tensor images, Tensor start, Tensor[] weights, Tensor[] biases, int[] sizes, str activation, str column,"
     " float[] constants) -> Tensor[]",
-)
-_pull_operator: _Operator = torch.library.custom_op(
-    "flowpost::pull",
-    lambda *inputs: _pull(*inputs),
-    mutates_args=(),
-    schema="(Tensor grad, Tensor fixed, Tensor moved, Tensor[] weights, Tensor[] slopes, int[] sizes) -> Tensor[]",
 )
 
 
@@ -247,10 +168,3 @@ def _solved(
 ) -> list[Tensor]:
     layers = [images.new_empty(len(each), images.shape[1]) for each in biases]
     return [images.new_empty(images.shape), start.new_empty(start.shape), *layers]
-
-
-@torch.library.register_fake("flowpost::pull")
-def _pulled(
-    grad: Tensor, fixed: Tensor, moved: Tensor, weights: Sequence[Tensor], slopes: Sequence[Tensor], *_: object
-) -> list[Tensor]:
-    return [each.new_empty(each.shape) for each in (grad, *slopes, fixed.flatten(0, 1))]

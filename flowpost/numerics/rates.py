@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn, tensor
+from torch import Tensor, nn, tensor
 
 from flowpost.numerics.arguments import check_positive
 
 
 class Rated(nn.Module):
-    """A network of `layers` whose outputs come times a positive constant, `rate`.
+    """A network of `layers`, with an activation between them, whose outputs come times a positive constant, `rate`.
 
     Adam moves every weight by as much a step, whatever the gradient's size: a layer of n inputs then moves its outputs
     n times as fast as a single number. A rate of ``1 / sqrt(n)`` holds that back. A state that was saved when outputs
@@ -20,6 +21,7 @@ class Rated(nn.Module):
     _version = 2
     """1 was when outputs had no rate. What carries no version, such as parameters alone, is loaded as it is."""
     layers: nn.ModuleList
+    activation: Callable[[Tensor], Tensor]
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -27,6 +29,11 @@ class Rated(nn.Module):
         if rate != 1:
             # No call reads it: it tells a state of this network from one that was saved when outputs had no rate.
             self.register_buffer("output_rate", tensor(self.rate))
+
+    def extra_repr(self) -> str:
+        """Activation and rate, for the module's repr."""
+        rate = "" if self.rate == 1 else f", rate={self.rate:.4g}"
+        return f"activation={getattr(self.activation, '__name__', repr(self.activation))}{rate}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
         key, last = f"{prefix}output_rate", f"{prefix}layers.{len(self.layers) - 1}."

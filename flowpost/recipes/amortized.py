@@ -125,6 +125,8 @@ def householder(features: int, dim: int, steps: int = 8) -> FlowPosterior:
     """
     pairs = range((check_int("steps", steps, minimum=1) + 1) // 2)
     directions = [torch.randn(check_int("dim", dim, minimum=1), device="cpu") for _ in pairs]
+    if steps % 2:  # one without a partner changes a variable's sign, and no covariance of independent ones
+        directions[-1] = torch.eye(dim, device="cpu")[0]
     reflections = [Householder(dim, directions[index // 2]) for index in range(steps)]
     return FlowPosterior(features, Chain(Affine(dim), *reflections))
 

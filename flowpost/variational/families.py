@@ -21,10 +21,6 @@ from flowpost.variational.mixture import Mixture, slow_steps
 from flowpost.variational.standard import Standard
 
 Flow: TypeAlias = str | Bijector | FlowPosterior | None
-SIZES: Mapping[str, object] = {"hidden": (32, 32), "context_size": 0}
-"""Of a recipe's flow, where it takes them and nothing else is said: without an encoder there is no c to read."""
-STEPS, DEEP, MANY = 8, 12, 32
-"""Steps up to so many variables, and above: depth pays more than width there."""
 COUPLINGS = ("nice", "realnvp", "spline_coupling")
 """Recipes whose two halves of the variables are drawn anew after every second step, so that all pairs meet."""
 GAUSSIANS = ("diagonal", "full_covariance")
@@ -61,10 +57,18 @@ def _recipe(name: str, dim: int, options: Mapping[str, object]) -> Bijector:
     taken = [*inspect.signature(RECIPES[name]).parameters][2:]
     if unknown := [option for option in options if option not in taken]:
         raise TypeError(f"flow_options: {name} takes {', '.join(taken) or 'none'}; got {', '.join(unknown)}")
-    sizes = {**SIZES, "steps": STEPS if dim <= MANY else DEEP}
+    sizes = _sizes(dim)
     options = {**{option: value for option, value in sizes.items() if option in taken}, **options}
     with torch.device("cpu"):  # the weights that a seed gives are the same for every device
         return _coupled(name, dim, options) if name in COUPLINGS else RECIPES[name](0, dim, **options).flow
+
+
+def _sizes(dim: int) -> dict[str, object]:
+    """Of a recipe's flow, where it takes them and nothing else is said: first depth pays, then width too.
+
+    Without an encoder there is no c to read.
+    """
+    return {"steps": 8 if dim <= 16 else 12, "hidden": (32, 32) if dim <= 32 else (64, 64), "context_size": 0}
 
 
 def _coupled(name: str, dim: int, options: dict[str, object]) -> Bijector:

@@ -20,7 +20,7 @@ from flowpost.variational.mixture import Mixture
 from flowpost.variational.parameters import Spec, Values
 from flowpost.variational.refining import refined
 from flowpost.variational.stored import Course, Stored, read_fitted, write_fitted
-from flowpost.variational.summary import Summary, summary
+from flowpost.variational.summary import Summary, misses, summary
 from flowpost.variational.target import Target
 from flowpost.variational.verdict import reasons, verdict
 from flowpost.variational.weighing import (
@@ -79,7 +79,8 @@ class FittedPosterior:
         lost, endless = where_lost(self._weighed, target), where_endless(self._weighed, target)
         changed = target.changed()
         notes = [*self.left_out, *self.notes, *([f"the log joint was {changed}: it is not one"] if changed else [])]
-        self._said = reasons(self.estimate, self._elbo[0], lost=lost, endless=endless, notes=notes)
+        missed = misses(self.parameters, self._weighed)
+        self._said = reasons(self.estimate, self._elbo[0], lost=lost, missed=missed, endless=endless, notes=notes)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.parameters!r}; {self.verdict})"

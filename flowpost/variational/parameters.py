@@ -164,7 +164,8 @@ class Parameters:
 
 
 def _tensor(value: object, dtype: torch.dtype | None) -> Tensor:
-    value = torch.as_tensor(value, dtype=dtype)
+    # A tensor stays where it is: as_tensor would take it to the default device.
+    value = value.to(dtype=dtype) if isinstance(value, Tensor) else torch.as_tensor(value, dtype=dtype)
     return value if value.is_floating_point() else value.to(torch.get_default_dtype())
 
 

@@ -14,6 +14,8 @@ from flowpost.variational.weighing import Weighed
 LEVELS = (0.05, 0.5, 0.95)
 ROUNDED = 1e12
 """A number so many sds from 0 is a constant, and its sd rounding."""
+OFF, SURE = 0.1, 2.0
+"""By how much of its sd a mean or a sd may be off, and how many standard errors more are chance."""
 
 
 class Summary(NamedTuple):
@@ -68,3 +70,30 @@ def summary(parameters: Parameters, draws: Weighed, *, weighted: bool) -> Summar
     quantiles = torch.cat([columns.gather(0, order.gather(0, place)) for place in places])
     error = (weight * off).square().sum(0).sqrt()
     return Summary(parameters.names, mean, (weight * off.square()).sum(0).sqrt(), quantiles, error, weighted)
+
+
+@torch.no_grad()
+def misses(parameters: Parameters, draws: Weighed) -> list[str]:
+    """Where q's own draws have another mean or sd than the weighted ones, a phrase for the worst of each.
+
+    Both are of the same draws, so that much of their chance is in both: the errors are those of the differences.
+    """
+    columns = parameters.flat(parameters.constrain(draws.z)[0]).double()
+    plain, weight = draws.share.unsqueeze(-1), (draws.share.log() + draws.log_ratio).softmax(0).unsqueeze(-1)
+    mean = (weight * columns).sum(0)
+    sd = (weight * (columns - mean).square()).sum(0).sqrt()
+    z = (columns - mean) / torch.where(sd * ROUNDED > mean.abs(), sd, math.inf)  # 0 where it is a constant
+    shift = (plain * z).sum(0)
+    spread = (plain * (z - shift).square()).sum(0).sqrt()
+    of_shift = (plain * (z - shift) - weight * z).square().sum(0).sqrt()
+    of_square = (plain * ((z - shift).square() - spread.square()) - weight * (z.square() - 1)).square().sum(0).sqrt()
+    said = []
+    for found, error, words in (
+        (shift, of_shift, "a mean of {} that is off by {:+.2f} of its sd"),
+        (torch.where(spread > 0, spread - 1, 0.0), of_square / (1 + spread), "a sd of {} that is off by {:+.0%}"),
+    ):
+        beyond = (found.abs() - SURE * error).nan_to_num(0.0, 0.0, 0.0)
+        worst = int(beyond.argmax())
+        if beyond[worst] > OFF:
+            said.append(words.format(parameters.names[worst], found[worst].item()))
+    return said

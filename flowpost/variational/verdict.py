@@ -13,7 +13,13 @@ GAP = 0.5
 
 
 def reasons(
-    estimate: ImportanceEstimate, elbo: float, *, lost: str, endless: tuple[float, str], notes: Sequence[str]
+    estimate: ImportanceEstimate,
+    elbo: float,
+    *,
+    lost: str,
+    missed: Sequence[str],
+    endless: tuple[float, str],
+    notes: Sequence[str],
 ) -> list[str]:
     """What speaks against a fit, a sentence each; none where nothing does.
 
@@ -21,6 +27,7 @@ def reasons(
         estimate: of the log evidence, from draws of q.
         elbo: from the same draws.
         lost: how many of them have no finite log p/q, and where; empty where all have.
+        missed: what is wrong with q's own draws if the weights p/q are right.
         endless: by how many nats the log evidence rises with draws far out, and where.
         notes: what the fit itself had to say.
     """
@@ -36,6 +43,11 @@ def reasons(
         said.append(
             f"the importance-sampled log evidence is {gap:.2f} nats above the ELBO, so KL(q || p) is at least about "
             f"that; a richer flow or a larger budget helps"
+        )
+    if missed and k_hat <= LIMIT and not lost:
+        said.append(
+            f"q's own draws have {' and '.join(missed)}; summary() and importance_resample() weight them by p/q, which "
+            f"makes up for it, and a richer flow or refine() makes the draws themselves better"
         )
     if lost:
         said.append(f"log p/q is not finite at {lost}")
