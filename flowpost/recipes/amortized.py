@@ -45,8 +45,9 @@ def diagonal(features: int, dim: int) -> FlowPosterior:
 def full_covariance(features: int, dim: int) -> FlowPosterior:
     """Full-covariance Gaussian posterior, ``z = loc + diag(scale) L noise``, ``diag(scale) L`` its Cholesky factor.
 
-    Use it first where the diagonal is too poor, up to about a hundred variables. Its KL to a Gaussian is closed. It is
-    the one-step linear case of inverse autoregressive flow (Kingma & Welling 2019, sections 2.5.1 and 3.4).
+    Use it first where the diagonal is too poor, up to some tens of variables: its head has ``dim^2 / 2`` outputs, and
+    of a hundred variables it is hard to train. Its KL to a Gaussian is closed. It is the one-step linear case of
+    inverse autoregressive flow (Kingma & Welling 2019, sections 2.5.1 and 3.4).
 
     Args:
         features: size of the encoder's features; 0 for a posterior without an encoder.
