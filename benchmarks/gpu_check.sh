@@ -57,7 +57,7 @@ install() {
     timeout 60 "$python" -m pip install --quiet --retries 1 --timeout 5 -e ".[bench,files,test$1]"
 }
 
-has pytest hypothesis scipy mpmath typer rich matplotlib safetensors threadpoolctl ||
+has pytest hypothesis scipy mpmath typer rich matplotlib safetensors ||
     part "what the tests and benchmarks need" install ""
 has zuko pyro nflows normflows || install ,peers || echo "gpu_check: some public libraries are not timed"
 part "tests of CUDA" cuda_tests

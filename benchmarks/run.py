@@ -13,7 +13,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -22,10 +22,14 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from threadpoolctl import threadpool_limits
 
 from benchmarks.config import ConfigError
 from benchmarks.environment import environment
+
+try:
+    from threadpoolctl import threadpool_limits
+except ImportError:  # numpy keeps the threads it has: an environment of before can still measure
+    threadpool_limits = None
 
 TABLES = "tables"  # what is marked on a page, unless it has several runs
 FIGURES = "_figures"  # the folder beside the pages
@@ -236,10 +240,10 @@ def terminal(*, quiet: bool = False) -> Console:
     return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else WIDTH, quiet=quiet)
 
 
-def set_threads(count: int) -> threadpool_limits:
+def set_threads(count: int) -> AbstractContextManager:
     """So many threads of PyTorch and, for the sweeps of an inverse, of numpy's products from now on."""
     torch.set_num_threads(count)
-    return threadpool_limits(count, "blas")
+    return nullcontext() if threadpool_limits is None else threadpool_limits(count, "blas")
 
 
 @contextmanager

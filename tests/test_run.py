@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from threadpoolctl import threadpool_info
 
 import flowpost
 from benchmarks import run as runs
@@ -90,11 +89,12 @@ def test_a_page_that_cannot_be_filled_is_refused_at_once(tmp_path: Path) -> None
 
 def test_threads_come_back_after_an_error() -> None:
     """Of PyTorch, and of numpy's products, which know nothing of PyTorch's."""
+    info = pytest.importorskip("threadpoolctl").threadpool_info
 
     def numbers() -> list[int]:
         return [
             torch.get_num_threads(),
-            *{pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"},
+            *{pool["num_threads"] for pool in info() if pool["user_api"] == "blas"},
         ]
 
     before = numbers()
