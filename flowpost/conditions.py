@@ -88,6 +88,8 @@ def encode(encoder: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
         return call("encoder", encoder, x, y)
     try:
         return call("encoder", encoder, x, y)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise TypeError(f"x: expected what the encoder takes, got {x.dtype} ({reason}); write x.float()") from error

@@ -96,7 +96,7 @@ def path_log_density(flow: Bijector, sample: Sample, context: Tensor | None) -> 
         return _score(*apply_inverse(flow, z, fixed, noise), 1).sum()
 
     with full_precision(z.device.type):
-        return along(log_prob, z, total, flow.parameters())
+        return along(log_prob, z, total, flow.parameters)
 
 
 def like_of(flow: Bijector, context: Tensor | None) -> Tensor:

@@ -12,10 +12,11 @@ from torch import Tensor
 from flowpost.numerics.watchers import full_precision
 
 Total = Callable[[Tensor], Tensor]
+Fixed = Callable[[], Iterable[Tensor]]
 Ctx = Any  # of an autograd function: torch types it without what it stores
 
 
-def along(value: Tensor, z: Tensor, total: Total, fixed: Iterable[Tensor]) -> Tensor:
+def along(value: Tensor, z: Tensor, total: Total, fixed: Fixed) -> Tensor:
     """The value ``(*batch)`` as a function of z ``(*batch, dim)`` alone.
 
     First and second derivatives are exact: those of `total`, whatever else it reads held fixed. A third derivative
@@ -25,7 +26,7 @@ def along(value: Tensor, z: Tensor, total: Total, fixed: Iterable[Tensor]) -> Te
         value: what comes back; its own graph is left out.
         z: what it follows.
         total: from z to the sum of all values.
-        fixed: the parameters that `total` reads.
+        fixed: gives the parameters that `total` reads; asked for second derivatives alone.
 
     Raises:
         RuntimeError: where a derivative is asked for that is not known.
@@ -37,7 +38,7 @@ def along(value: Tensor, z: Tensor, total: Total, fixed: Iterable[Tensor]) -> Te
     leaf = z.detach().requires_grad_()
     with torch.enable_grad():  # the same through the fast nodes; no parameter's grad is touched
         (slope,) = torch.autograd.grad(total(leaf), leaf)
-    return _Along.apply(value.detach(), z, slope, partial(_Slope.apply, total, tuple(fixed)))
+    return _Along.apply(value.detach(), z, slope, partial(_Slope.apply, total, fixed))
 
 
 def first_along(value: Tensor, z: Tensor, slope: Tensor) -> Tensor:
@@ -80,9 +81,9 @@ class _Slope(torch.autograd.Function):
     """The slope as a function of z; the parameters are kept so that one that has changed since is noticed."""
 
     @staticmethod
-    def forward(ctx: Ctx, total: Total, fixed: tuple[Tensor, ...], slope: Tensor, z: Tensor) -> Tensor:
+    def forward(ctx: Ctx, total: Total, fixed: Fixed, slope: Tensor, z: Tensor) -> Tensor:
         ctx.total = total
-        ctx.save_for_backward(z, *fixed)
+        ctx.save_for_backward(z, *fixed())
         return slope.clone()
 
     @staticmethod
