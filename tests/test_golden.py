@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import flowpost
+from flowpost.recipes.record import record_of
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(path.name.split(".")[0] for path in GOLDEN.glob("*.numbers.safetensors"))
@@ -64,6 +65,14 @@ def test_parameters_alone_change_no_gain() -> None:
     h, noise = torch.randn(5, 3), torch.randn(5, 4)
     assert torch.equal(other(h, noise=noise).z, one(h, noise=noise).z)
     assert other.state_dict().keys() == one.state_dict().keys()
+
+
+def test_a_state_of_another_gain_makes_the_gates_those_of_that_gain() -> None:
+    one, other = flowpost.iaf(3, 4, steps=2, hidden=(8,), gain=1.5), flowpost.iaf(3, 4, steps=2, hidden=(8,))
+    other.load_state_dict(one.state_dict())
+    h, noise = torch.randn(5, 3), torch.randn(5, 4)
+    assert torch.equal(other(h, noise=noise).z, one(h, noise=noise).z)
+    assert record_of(other) == record_of(one)
 
 
 def test_a_wrapped_iaf_of_then_gives_the_numbers_of_then() -> None:

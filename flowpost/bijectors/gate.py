@@ -14,7 +14,7 @@ from torch import Tensor
 from flowpost.bijectors.base import Bijector
 from flowpost.masked.run import COLUMNS, Array, Column, Solve
 from flowpost.numerics.arguments import check_int
-from flowpost.numerics.constants import Constant
+from flowpost.numerics.constants import Constant, number_in
 from flowpost.numerics.products import wide_dtype
 from flowpost.numerics.scales import SPREAD
 
@@ -152,6 +152,11 @@ class Gate(Bijector):
         """Become the gate that was before gates had a gain."""
         self.gain = 1.0
         del self.constant_gain
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
+        if self.gain != 1:
+            self.gain = number_in(state_dict, f"{prefix}constant_gain", self.gain)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def columns(self) -> tuple[Column | None, Column | None]:
         """The inverse's, unless a subclass may have a map of its own."""

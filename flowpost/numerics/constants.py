@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -132,6 +133,14 @@ def keep_constants(module: nn.Module, state: dict[str, Any], prefix: str, *_: ob
     others = own.keys() - constants - {prefix + name for name, _ in module.named_parameters(remove_duplicate=False)}
     if others and not others & state.keys():
         state.update({name: own[name] for name in constants - state.keys()})
+
+
+def number_in(state: Mapping[str, Any], key: str, own: float) -> float:
+    """A number that a state names; the module's own where it does not, or has it rounded to half precision."""
+    value = state.get(key)
+    if value is None or value.is_meta or math.isclose(float(value), own, rel_tol=0.01):
+        return own
+    return float(value)
 
 
 class Ordered(Placed):

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn, tensor
 
 from flowpost.numerics.arguments import check_positive
+from flowpost.numerics.constants import number_in
 
 
 class Rated(nn.Module):
@@ -38,8 +39,8 @@ class Rated(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
         key, last = f"{prefix}output_rate", f"{prefix}layers.{len(self.layers) - 1}."
         if key in state_dict:
-            if self.rate != 1 and not state_dict[key].is_meta and abs(float(state_dict[key]) / self.rate - 1) > 0.01:
-                self.rate = float(state_dict[key])  # of another; the same may have been rounded to half precision
+            if self.rate != 1:
+                self.rate = number_in(state_dict, key, self.rate)
         elif self.rate != 1 and args[0].get("version", 2) < 2:
             names = [f"{last}weight", f"{last}bias", *([f"{prefix}project.weight"] if len(self.layers) == 1 else [])]
             state_dict.update({name: state_dict[name] / self.rate for name in names if name in state_dict})
