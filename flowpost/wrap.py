@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.chain import Chain
 from flowpost.bijectors.gate import Gate
 from flowpost.bijectors.householder import Householder
-from flowpost.bijectors.wrappers import Learned, linear_head
+from flowpost.bijectors.wrappers import linear_head
 from flowpost.numerics.arguments import check_int, check_module
 from flowpost.numerics.scales import log_var_scale
 from flowpost.outputs import Read, as_features, check_diagonal, check_example, check_pair, cure_of, kind
@@ -156,7 +155,7 @@ class _PairHead(nn.Module):
 
 def _steps(flow: str, dim: int, options: Mapping[str, object]) -> list[Bijector]:
     """A recipe's steps without its diagonal Gaussian, whose place the encoder's own Gaussian takes."""
-    whole = cast(Learned, RECIPES[flow](0, dim, **options).flow).step
+    whole = RECIPES[flow](2 * dim, dim, **options).flow
     steps = [step for step in whole if not isinstance(step, Affine)] if isinstance(whole, Chain) else []
     gates = [leaf for step in steps for leaf in step.leaves() if isinstance(leaf, Gate)]
     start = math.prod(gate.gain / (1 + math.exp(-gate.forget_bias)) for gate in gates)

@@ -54,7 +54,8 @@ def fitted(model: LinearGaussian, name: str = "full_covariance", *, stretch: flo
     """
     dim = model.dim
     recipes = {"diagonal": flowpost.diagonal, "full_covariance": flowpost.full_covariance, "planar": flowpost.planar}
-    posterior: FlowPosterior = recipes[name](len(model.bias), dim).double()
+    unrated = {"rate": 1.0} if name == "full_covariance" else {}
+    posterior: FlowPosterior = recipes[name](len(model.bias), dim, **unrated).double()
     tril = torch.linalg.cholesky(model.covariance)
     if name != "full_covariance":
         tril = torch.diag_embed(model.precision.diagonal().rsqrt())

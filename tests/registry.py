@@ -91,6 +91,7 @@ ENTRIES = [
     Entry("shift", Shift, identity=True),
     Entry("scale", lambda dim: Scale(dim, 0.3)),
     Entry("unit_lower_triangular", UnitLowerTriangular, identity=True),
+    Entry("unit_lower_triangular_rate", lambda dim: UnitLowerTriangular(dim, 0.4), identity=True),
     Entry("planar", Planar, identity=True),
     Entry("radial", Radial, identity=True),
     Entry("convex_combination", lambda dim: ConvexCombination(dim, 2), identity=True),

@@ -695,7 +695,7 @@ def test_another_architecture_is_named(saved: Path) -> None:
 def test_equal_tensors_of_another_recipe_are_refused(path: Path) -> None:  # 20 numbers a row, both
     module = nn.ModuleDict({"q": flowpost.diagonal(4, 10)})
     flowpost.save(module, path)
-    into = nn.ModuleDict({"q": flowpost.full_covariance(4, 5)})
+    into = nn.ModuleDict({"q": flowpost.full_covariance(4, 5, rate=1.0)})
     with pytest.raises(ValueError, match=r"\(file != into\): q.recipe 'diagonal' != 'full_covariance'$"):
         flowpost.load(path, into=into)
     plain = nn.ModuleDict({"q": nn.ModuleDict({"head": nn.Linear(4, 20)})})

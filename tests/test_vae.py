@@ -228,7 +228,7 @@ def linear_gaussian(dim: int = 3, elements: int = 4, scale: float = 0.7) -> VAE:
     tril = torch.linalg.cholesky(cov)
     sigma = tril.diagonal()
     lower = tril / sigma.unsqueeze(-1)
-    posterior = flowpost.full_covariance(elements, dim).double()
+    posterior = flowpost.full_covariance(elements, dim, rate=1.0).double()
     entries = torch.stack([lower[i, j] for i in range(dim) for j in range(i)])
     raw = torch.log(torch.expm1(sigma - 1e-3)) - math.log(math.expm1(1 - 1e-3))
     gain = cov @ weight.T / scale**2

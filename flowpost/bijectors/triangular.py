@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from flowpost.bijectors.base import Bijector
-from flowpost.numerics.arguments import check_int
-from flowpost.numerics.constants import Constant
+from flowpost.numerics.arguments import check_int, check_positive
+from flowpost.numerics.constants import Constant, number_in
 from flowpost.numerics.triangles import multiply, places, push_gaussian, solve
 
 
@@ -35,9 +38,15 @@ class UnitLowerTriangular(Bijector):
 
     Args:
         dim: size of z.
+        rate: a positive constant times which the context's numbers come. Adam moves each of them as far in a step, and
+            a row of L sums up to dim of them: ``1 / sqrt(dim)`` keeps the training of many variables stable. A state
+            of another rate makes the step one of that rate; one from before there were rates is refused.
 
     Shapes:
-        z ``(*batch, dim)``, context ``(*batch, dim * (dim - 1) / 2)``: L below its diagonal, row by row.
+        z ``(*batch, dim)``, context ``(*batch, dim * (dim - 1) / 2)``: L below its diagonal, row by row, over `rate`.
+
+    Raises:
+        ValueError: if the rate is not positive and finite.
 
     Reference:
         Kingma & Welling (2019), An Introduction to Variational Autoencoders, section 2.5.1, eq. 2.46 to 2.55.
@@ -50,18 +59,35 @@ class UnitLowerTriangular(Bijector):
 
     triangular = True
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, rate: float = 1.0) -> None:
         super().__init__(dim, check_int("dim", dim, minimum=1) * (dim - 1) // 2)
+        self.rate = check_positive("rate", rate)
         self._places = places(dim)
+        if self.rate != 1 and self.context_size:
+            # No call reads it: it tells a state of this step from one that was saved when steps had no rate.
+            self.register_buffer("constant_rate", torch.tensor(self.rate))
+
+    def extra_repr(self) -> str:
+        """Sizes and rate, for the module's repr."""
+        return super().extra_repr() + ("" if self.rate == 1 else f", rate={self.rate:.4g}")
 
     def _entries(self, z: Tensor, context: Tensor | None) -> Tensor:
         return z.new_zeros(0) if context is None else context  # at dim 1 there is nothing below the diagonal
 
+    def _rated(self, z: Tensor, context: Tensor | None) -> Tensor:
+        entries = self._entries(z, context)
+        return entries if self.rate == 1 else self.rate * entries
+
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return unit_lower_triangular(z, self._entries(z, context), self._places)
+        return multiply(z, self._entries(z, context), self._places, self.rate), z.new_zeros(())
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
-        return solve(z, self._entries(z, context), self._places), z.new_zeros(())
+        return solve(z, self._rated(z, context), self._places), z.new_zeros(())
 
     def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return push_gaussian(loc, tril, self._entries(loc, context), self._places)
+        return push_gaussian(loc, tril, self._rated(loc, context), self._places)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
+        if "constant_rate" in self._buffers:
+            self.rate = number_in(state_dict, f"{prefix}constant_rate", self.rate)
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -26,12 +26,12 @@ def _places(dim: int, device: torch.device | str) -> Tensor:
     return row * dim + column
 
 
-def multiply(z: Tensor, entries: Tensor, kept: Constant | None = None) -> Tensor:
-    """``L z``, of z ``(*batch, dim)`` and the entries ``(*batch, dim (dim - 1) / 2)`` of L, row by row."""
+def multiply(z: Tensor, entries: Tensor, kept: Constant | None = None, rate: float = 1.0) -> Tensor:
+    """``L z``, of z ``(*batch, dim)``; L has `rate` times the entries ``(*batch, dim (dim - 1) / 2)``, row by row."""
     with full_precision(z.device.type):
         if on_host(z) and unwatched(z) and _once(z, entries):
-            return z + cast(Tensor, _SumRows.apply(z, entries))
-        return z + by_columns(by_rows, strict_tril(entries, z.shape[-1], kept), z)
+            return torch.add(z, cast(Tensor, _SumRows.apply(z, entries)), alpha=rate)
+        return torch.add(z, by_columns(by_rows, strict_tril(entries, z.shape[-1], kept), z), alpha=rate)
 
 
 def _once(z: Tensor, entries: Tensor) -> bool:

@@ -16,7 +16,7 @@ RECIPES: dict[str, Callable[..., FlowPosterior]] = {}
 """Every recipe by its name, in the order of definition; each takes ``(features, dim, **options)``."""
 BEFORE: Mapping[str, Mapping[str, object]] = {
     "iaf": {"gain": 1.0},
-    **dict.fromkeys(("affine_iaf", "maf", "naf", "realnvp"), {"rate": 1.0}),
+    **dict.fromkeys(("full_covariance", "affine_iaf", "maf", "naf", "realnvp"), {"rate": 1.0}),
     **dict.fromkeys(("spline_autoregressive", "spline_coupling"), {"rate": 1.0, "activation": "elu"}),
 }
 """What an older release built, where that is not what a younger option's default builds now."""
