@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from flowpost.bijectors.affine import Affine, Scale, Shift
+from flowpost.bijectors.affine import Affine, Scale, Scaling, Shift
 from flowpost.bijectors.autoregressive import Autoregressive
 from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.chain import Chain
@@ -122,8 +122,9 @@ def _around_pair(dim: int, flow: str | Bijector, options: Mapping[str, object]) 
     """A posterior on ``(loc, log_var)`` whose steps act on the noise before ``loc + exp(log_var / 2) * z``."""
     steps = _steps(flow, dim, options) if isinstance(flow, str) else [flow]
     turned = _only_turn(steps)
-    affine = Affine(dim, log_var_scale)
-    chain = Chain(affine, *steps, Shift(dim)) if turned else Chain(*steps, affine)
+    chain = (
+        Chain(Scaling(dim, log_var_scale), *steps, Shift(dim)) if turned else Chain(*steps, Affine(dim, log_var_scale))
+    )
     return FlowPosterior(2 * dim, chain, head=_PairHead(dim, Chain(*steps) if steps else None, turned=turned))
 
 
@@ -150,13 +151,15 @@ class _PairHead(nn.Module):
         if not self.turned:
             return torch.cat([*own, pair], dim=-1) if own else pair
         loc, log_var = pair.chunk(2, dim=-1)
-        return torch.cat([torch.zeros_like(loc), log_var, *own, loc], dim=-1)
+        return torch.cat([log_var, *own, loc], dim=-1)
 
 
 def _steps(flow: str, dim: int, options: Mapping[str, object]) -> list[Bijector]:
     """A recipe's steps without its diagonal Gaussian, whose place the encoder's own Gaussian takes."""
-    whole = RECIPES[flow](2 * dim, dim, **options).flow
-    steps = [step for step in whole if not isinstance(step, Affine)] if isinstance(whole, Chain) else []
+    whole = RECIPES[flow](1, dim, **options).flow  # the head that comes with it is of no use, and so the smallest
+    steps = (
+        [step for step in whole if not isinstance(step, (Affine, Scaling, Shift))] if isinstance(whole, Chain) else []
+    )
     gates = [leaf for step in steps for leaf in step.leaves() if isinstance(leaf, Gate)]
     start = math.prod(gate.gain / (1 + math.exp(-gate.forget_bias)) for gate in gates)
     for step in (part for whole in steps for part in whole.modules() if isinstance(part, Autoregressive)):

@@ -69,7 +69,7 @@ def test_a_fresh_step_is_exactly_the_identity_and_its_matrices_can_part() -> Non
 
 
 def test_the_recipe_is_a_gaussian_whose_covariance_is_the_combination_s() -> None:
-    """``z = L (loc + scale * noise)``: mean L loc, covariance L diag(scale^2) L^T."""
+    """``z = L (scale * noise) + loc``: mean loc, covariance L diag(scale^2) L^T."""
     posterior = flowpost.cc_lin_iaf(4, 3, combinations=2).double()
     for parameter in posterior.parameters():
         torch.nn.init.normal_(parameter)
@@ -77,9 +77,10 @@ def test_the_recipe_is_a_gaussian_whose_covariance_is_the_combination_s() -> Non
     loc, tril = posterior.gaussian(h)
     context = cast(Tensor, posterior.context(h)).detach()
     for i in range(6):
-        mean, scale = context[i, :3], flowpost.functional.softplus_scale(context[i, 3:6])
-        matrix = matrix_by_the_book(context[i, 6:], 3, 2)
-        torch.testing.assert_close(loc[i], matrix @ mean)
+        scale, mean = flowpost.functional.softplus_scale(context[i, :3]), context[i, -3:]
+        entries = torch.cat([context[i, 3:9] / math.sqrt(3), context[i, 9:11]])
+        matrix = matrix_by_the_book(entries, 3, 2)
+        torch.testing.assert_close(loc[i], mean)
         torch.testing.assert_close(tril[i] @ tril[i].T, matrix @ torch.diag(scale**2) @ matrix.T)
     sample = posterior(h, (7,))
     normal = torch.distributions.MultivariateNormal(loc, scale_tril=tril)

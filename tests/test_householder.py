@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import flowpost
-from flowpost import Affine, Chain, Householder
+from flowpost import Chain, Householder, Scaling, Shift
 
 
 def matrix_by_the_book(v: torch.Tensor) -> torch.Tensor:
@@ -51,20 +51,21 @@ def test_at_zero_the_first_axis_stands_in_and_gradients_are_finite() -> None:
 def test_pairs_start_as_the_identity_and_in_directions_of_their_own() -> None:
     flow = flowpost.householder(3, 4, steps=4).flow
     assert isinstance(flow, Chain)
-    assert [type(step) for step in flow] == [Affine, *[Householder] * 4]
-    start = flow.initial_context()[8:].view(4, 4)
+    assert [type(step) for step in flow] == [Scaling, *[Householder] * 4, Shift]
+    start = flow.initial_context()[4:-4].view(4, 4)
+    torch.testing.assert_close(start.norm(dim=1), torch.full((4,), 2.0))
     assert torch.equal(start[0], start[1])
     assert not torch.equal(start[1], start[2])
     z, context = torch.randn(5, 4), flow.initial_context().requires_grad_()
     image, _ = flow(z, context)
     torch.testing.assert_close(image, z)
     (gradient,) = torch.autograd.grad((image * torch.randn(5, 4)).sum(), context)
-    assert (gradient[8:] != 0).all()
+    assert (gradient[4:-4] != 0).all()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_the_posterior_is_a_gaussian_turned(steps: int) -> None:
-    """Mean Q loc and covariance ``Q diag(scale^2) Q^T``, Q the product of the reflections, the last one leftmost."""
+    """Mean loc and covariance ``Q diag(scale^2) Q^T``, Q the product of the reflections, the last one leftmost."""
     posterior = flowpost.householder(3, 4, steps=steps).double()
     for parameter in posterior.parameters():
         torch.nn.init.normal_(parameter)
@@ -72,10 +73,10 @@ def test_the_posterior_is_a_gaussian_turned(steps: int) -> None:
     sample, context = posterior(h, (7,)), posterior.context(h)
     assert context is not None
     for i, numbers in enumerate(context.detach()):
-        loc, scale = numbers[:4], flowpost.functional.softplus_scale(numbers[4:8])
+        scale, loc = flowpost.functional.softplus_scale(numbers[:4]), numbers[-4:]
         product = torch.eye(4, dtype=torch.float64)
-        for v in numbers[8:].view(steps, 4):
+        for v in numbers[4:-4].view(steps, 4):
             product = matrix_by_the_book(v) @ product
         covariance = product @ torch.diag(scale**2) @ product.T
-        normal = torch.distributions.MultivariateNormal(product @ loc, covariance)
+        normal = torch.distributions.MultivariateNormal(loc, covariance)
         torch.testing.assert_close(sample.log_prob[:, i], normal.log_prob(sample.z[:, i]), rtol=1e-9, atol=1e-9)

@@ -23,7 +23,9 @@ from flowpost import (
     Learned,
     Masked,
     Planar,
+    Scaling,
     Shared,
+    Shift,
     Spline,
     Sylvester,
     UnitLowerTriangular,
@@ -47,15 +49,43 @@ def test_full_covariance_is_a_triangular_map_then_an_affine_one() -> None:
     assert flow.context_size == 6 + 8
 
 
-def test_planar_is_an_affine_step_then_planar_ones() -> None:
-    flow = flowpost.planar(6, 4, steps=3).flow
-    assert isinstance(flow, Chain)
-    assert [type(step) for step in flow] == [Affine, Planar, Planar, Planar]
-    assert flow.context_size == 8 + 3 * 9
+def test_planar_is_planar_steps_between_a_gaussian_s_scale_and_its_mean() -> None:
+    for centred, kinds in ((True, [Scaling, Planar, Planar, Planar, Shift]), (False, [Affine, Planar, Planar, Planar])):
+        flow = flowpost.planar(6, 4, steps=3, centred=centred).flow
+        assert isinstance(flow, Chain)
+        assert [type(step) for step in flow] == kinds
+        assert flow.context_size == 8 + 3 * 9
+
+
+def test_centred_planar_steps_are_the_paper_s_with_their_offsets_moved() -> None:
+    """``w.(z + loc) + b' = w.z + b`` for ``b' = b - w.loc``: one family, whichever comes first."""
+    centred = flowpost.planar(2, 3, steps=2).double().flow
+    paper = flowpost.planar(2, 3, steps=2, centred=False).double().flow
+    noise, context = torch.randn(9, 3, dtype=torch.float64), 2 * torch.randn(9, 20, dtype=torch.float64)
+    scale, *steps, loc = context.split([3, 7, 7, 3], -1)
+    moved = []
+    for step in steps:
+        u, w, b = step.split([3, 3, 1], -1)
+        moved += [u, w, b - (w * loc).sum(-1, keepdim=True)]
+    torch.testing.assert_close(centred(noise, context), paper(noise, torch.cat([loc, scale, *moved], -1)))
+
+
+CENTRED = ["planar", "householder", "cc_lin_iaf"] + [
+    f"{k}_sylvester" for k in ("orthogonal", "householder", "triangular")
+]
+
+
+@pytest.mark.parametrize("name", CENTRED)
+def test_a_state_of_the_other_order_is_refused(name: str) -> None:
+    """Names and shapes are the same, and the map another."""
+    one, other = (RECIPES[name](3, 2, centred=centred) for centred in (True, False))
+    for into, state in ((one, other.state_dict()), (other, one.state_dict())):
+        with pytest.raises(RuntimeError, match="flow.constant_centred"):
+            into.load_state_dict(state)
 
 
 def test_planar_steps_start_in_directions_of_their_own() -> None:
-    start = flowpost.planar(6, 4, steps=3).flow.initial_context()[8:].view(3, 9)
+    start = flowpost.planar(6, 4, steps=3).flow.initial_context()[4:-4].view(3, 9)
     assert (start[:, :4] == 0).all()
     assert len({tuple(direction) for direction in start[:, 4:8].tolist()}) == 3
 
@@ -65,8 +95,9 @@ def test_the_sylvester_forms() -> None:
 
     def parts(flow: Bijector) -> list[tuple[int, int] | None]:
         assert isinstance(flow, Chain)
-        assert isinstance(next(iter(flow)), Affine)
-        return [(step.rank, step.reflections) if isinstance(step, Sylvester) else None for step in [*flow][1:]]
+        first, *within, last = flow
+        assert (type(first), type(last)) == (Scaling, Shift)
+        return [(step.rank, step.reflections) if isinstance(step, Sylvester) else None for step in within]
 
     assert parts(flowpost.orthogonal_sylvester(6, 5, steps=2).flow) == [(3, 3)] * 2
     assert parts(flowpost.orthogonal_sylvester(6, 5, steps=3, rank=4).flow) == [(4, 4)] * 3
@@ -233,12 +264,17 @@ def test_iaf_with_another_gain_starts_wider_or_narrower(gain: float) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_has_one_affine_step_first_or_last(name: str) -> None:
+def test_a_recipe_has_one_gaussian_at_its_ends(name: str) -> None:
     """In the place of which `wrap` puts the Gaussian of an encoder."""
     flow = RECIPES[name](6, 3).flow
-    steps = [*flow] if isinstance(flow, Chain) else [flow]
-    assert [isinstance(step, Affine) for step in steps].count(True) == 1
-    assert isinstance(steps[0], Affine) or isinstance(steps[-1], Affine)
+    kinds = [type(step) for step in flow] if isinstance(flow, Chain) else [type(flow)]
+    if kinds[0] is Scaling:
+        assert kinds[-1] is Shift
+        kinds = kinds[1:-1]
+        assert not {Affine, Scaling, Shift} & {*kinds}
+    else:
+        assert kinds.count(Affine) == 1
+        assert Affine in (kinds[0], kinds[-1])
 
 
 def test_a_function_becomes_a_recipe_by_its_decorator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

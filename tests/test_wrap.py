@@ -279,7 +279,7 @@ def test_what_is_refused() -> None:
     raises(ValueError, "features: expected an int >= 1, got 0", lambda: wrap(nn.Linear(6, 7), 3, features=0))
     options = "flow_options: expected none with a bijector, got steps; make it with them"
     raises(TypeError, options, lambda: wrap(nn.Linear(6, 7), 3, features=7, flow=Planar(3), steps=2))
-    planar = "flow_options: planar takes steps; got hidden"
+    planar = "flow_options: planar takes steps, centred; got hidden"
     raises(TypeError, planar, lambda: wrap(nn.Linear(6, 7), 3, features=7, flow="planar", hidden=(8,)))
     none = "flow_options: diagonal takes none; got steps, hidden"
     raises(TypeError, none, lambda: wrap(nn.Linear(6, 7), 3, features=7, flow="diagonal", steps=2, hidden=(8,)))

@@ -1,7 +1,7 @@
 """Invertible maps with exact log-determinants, one family a file."""
 
 from flowpost.bijectors.actnorm import ActNorm
-from flowpost.bijectors.affine import Affine, Scale, Shift
+from flowpost.bijectors.affine import Affine, Scale, Scaling, Shift
 from flowpost.bijectors.autoregressive import Autoregressive, Masked
 from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.chain import Chain, Shared
@@ -41,6 +41,7 @@ __all__ = [
     "Radial",
     "Reverse",
     "Scale",
+    "Scaling",
     "Shared",
     "Shift",
     "Sigmoid",

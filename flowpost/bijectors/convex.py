@@ -8,6 +8,7 @@ from torch import Tensor
 from flowpost.bijectors.base import Bijector
 from flowpost.numerics.arguments import check_int
 from flowpost.numerics.constants import Constant
+from flowpost.numerics.rates import RatedNumbers
 from flowpost.numerics.triangles import multiply, places, push_gaussian, solve
 
 
@@ -33,10 +34,10 @@ def combine(entries: Tensor, logits: Tensor) -> Tensor:
     return (logits.softmax(-1).unsqueeze(-1) * entries).sum(-2)
 
 
-class ConvexCombination(Bijector):
+class ConvexCombination(RatedNumbers, Bijector):
     """Linear map ``z' = (sum_k y_k L_k) z``: a convex combination of K lower-triangular maps with unit diagonals.
 
-    Use it after an `Affine`: the two are the convex combination linear IAF, a full-covariance Gaussian.
+    Use it beside an `Affine`: the two are the convex combination linear IAF, a full-covariance Gaussian.
 
     The combination has a unit diagonal too, so the map is invertible for every context and keeps volumes. At the
     initial context every L_k is the identity, and so is the map. The weights there are drawn at random when the step is
@@ -46,10 +47,11 @@ class ConvexCombination(Bijector):
     Args:
         dim: size of z.
         combinations: K, how many matrices; with one it is `UnitLowerTriangular`, and reads no weights.
+        rate: a positive constant times which the matrices' numbers come, as in `UnitLowerTriangular`.
 
     Shapes:
         z ``(*batch, dim)``, context ``(*batch, K * dim * (dim - 1) / 2 + K)``: every L_k below its diagonal, row by
-        row, then the logits of the weights. None at dim 1, where there is nothing to combine.
+        row, over `rate`; then the logits of the weights. None at dim 1, where there is nothing to combine.
 
     Reference:
         Tomczak & Welling (2017), Improving Variational Auto-Encoders using convex combination linear Inverse
@@ -63,13 +65,14 @@ class ConvexCombination(Bijector):
 
     triangular = True
 
-    def __init__(self, dim: int, combinations: int) -> None:
+    def __init__(self, dim: int, combinations: int, rate: float = 1.0) -> None:
         check_int("combinations", combinations, minimum=1)
         below = check_int("dim", dim, minimum=1) * (dim - 1) // 2
         weights = combinations if below and combinations > 1 else 0
         logits = torch.randn(weights, device="cpu")
         start = torch.cat([logits.new_zeros(combinations * below), logits])
         super().__init__(dim, len(start), start=start)
+        self._set_rate(rate)
         self.combinations = combinations
         self._places = places(dim)
 
@@ -87,10 +90,10 @@ class ConvexCombination(Bijector):
         return entries.unflatten(-1, (count, -1)), logits
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return convex_combination(z, *self._numbers(z, context), self._places)
+        return multiply(z, combine(*self._numbers(z, context)), self._places, self.rate), z.new_zeros(())
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
-        return solve(z, combine(*self._numbers(z, context)), self._places), z.new_zeros(())
+        return solve(z, self._rated(combine(*self._numbers(z, context))), self._places), z.new_zeros(())
 
     def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return push_gaussian(loc, tril, combine(*self._numbers(loc, context)), self._places)
+        return push_gaussian(loc, tril, self._rated(combine(*self._numbers(loc, context))), self._places)

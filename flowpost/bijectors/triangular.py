@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from flowpost.bijectors.base import Bijector
-from flowpost.numerics.arguments import check_int, check_positive
-from flowpost.numerics.constants import Constant, number_in
+from flowpost.numerics.arguments import check_int
+from flowpost.numerics.constants import Constant
+from flowpost.numerics.rates import RatedNumbers
 from flowpost.numerics.triangles import multiply, places, push_gaussian, solve
 
 
@@ -27,7 +25,7 @@ def unit_lower_triangular(z: Tensor, entries: Tensor, kept: Constant | None = No
     return multiply(z, entries, kept), z.new_zeros(())
 
 
-class UnitLowerTriangular(Bijector):
+class UnitLowerTriangular(RatedNumbers, Bijector):
     """Linear map ``z' = L z`` with L lower-triangular and a unit diagonal: correlation without a change of volume.
 
     Use it between the noise and an `Affine`: the two make a full-covariance Gaussian, with ``loc`` the mean and
@@ -61,33 +59,17 @@ class UnitLowerTriangular(Bijector):
 
     def __init__(self, dim: int, rate: float = 1.0) -> None:
         super().__init__(dim, check_int("dim", dim, minimum=1) * (dim - 1) // 2)
-        self.rate = check_positive("rate", rate)
+        self._set_rate(rate)
         self._places = places(dim)
-        if self.rate != 1 and self.context_size:
-            # No call reads it: it tells a state of this step from one that was saved when steps had no rate.
-            self.register_buffer("constant_rate", torch.tensor(self.rate))
-
-    def extra_repr(self) -> str:
-        """Sizes and rate, for the module's repr."""
-        return super().extra_repr() + ("" if self.rate == 1 else f", rate={self.rate:.4g}")
 
     def _entries(self, z: Tensor, context: Tensor | None) -> Tensor:
         return z.new_zeros(0) if context is None else context  # at dim 1 there is nothing below the diagonal
-
-    def _rated(self, z: Tensor, context: Tensor | None) -> Tensor:
-        entries = self._entries(z, context)
-        return entries if self.rate == 1 else self.rate * entries
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return multiply(z, self._entries(z, context), self._places, self.rate), z.new_zeros(())
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
-        return solve(z, self._rated(z, context), self._places), z.new_zeros(())
+        return solve(z, self._rated(self._entries(z, context)), self._places), z.new_zeros(())
 
     def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return push_gaussian(loc, tril, self._rated(loc, context), self._places)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
-        if "constant_rate" in self._buffers:
-            self.rate = number_in(state_dict, f"{prefix}constant_rate", self.rate)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        return push_gaussian(loc, tril, self._rated(self._entries(loc, context)), self._places)

@@ -33,9 +33,11 @@ def plus(total: Tensor | None, log_det: Tensor) -> Tensor:
 
 def summed(log_dets: Sequence[Tensor]) -> Tensor:
     """The sum of log-dets, wide: by two calls where they are many of a kind, else by one each."""
-    first, *others = log_dets
-    if len(others) > 2 and all(each.dtype == first.dtype and each.shape == first.shape for each in others):
-        return torch.stack(list(log_dets)).sum(0, dtype=wide_dtype(first))
+    like = sorted(log_dets, key=lambda each: -each.ndim)[0]  # noqa: RUF015, FURB192 (a compiler knows no max by a key)
+    alike = [each for each in log_dets if each.dtype == like.dtype and each.shape == like.shape]
+    if len(alike) > 3:
+        others = [each for each in log_dets if all(each is not one for one in alike)]
+        log_dets = [torch.stack(alike).sum(0, dtype=wide_dtype(like)), *others]
     # First one of most axes, and best a wide one: the others need no call of their own to be widened.
     ordered = sorted(log_dets, key=lambda each: (each.ndim, each.dtype == wide_dtype(each)), reverse=True)
     return cast(Tensor, reduce(plus, ordered, None))

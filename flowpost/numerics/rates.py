@@ -1,11 +1,12 @@
-"""Networks whose outputs come times a constant rate, so that an optimizer moves them less fast."""
+"""Numbers that come times a constant rate, so that an optimizer moves them less fast: a network's, or a context's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn, tensor
+import torch
+from torch import Tensor, nn
 
 from flowpost.numerics.arguments import check_positive
 from flowpost.numerics.constants import number_in
@@ -29,7 +30,7 @@ class Rated(nn.Module):
         self.rate = check_positive("rate", rate)
         if rate != 1:
             # No call reads it: it tells a state of this network from one that was saved when outputs had no rate.
-            self.register_buffer("output_rate", tensor(self.rate))
+            self.register_buffer("output_rate", torch.tensor(self.rate))
 
     def extra_repr(self) -> str:
         """Activation and rate, for the module's repr."""
@@ -45,4 +46,32 @@ class Rated(nn.Module):
             names = [f"{last}weight", f"{last}bias", *([f"{prefix}project.weight"] if len(self.layers) == 1 else [])]
             state_dict.update({name: state_dict[name] / self.rate for name in names if name in state_dict})
             state_dict[key] = self.output_rate
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class RatedNumbers(nn.Module):
+    """A step whose numbers, or some of them, come times a positive constant, `rate`.
+
+    A state of another rate makes the step one of that rate. One of no rate is refused: it would be another map.
+    """
+
+    rate: float
+
+    def _set_rate(self, rate: float) -> None:
+        self.rate = check_positive("rate", rate)
+        if self.rate != 1:
+            # No call reads it: it tells a state of this step from one that was saved when its numbers had no rate.
+            self.register_buffer("constant_rate", torch.tensor(self.rate))
+
+    def _rated(self, numbers: Tensor) -> Tensor:
+        """``rate * numbers``."""
+        return numbers if self.rate == 1 else self.rate * numbers
+
+    def extra_repr(self) -> str:
+        """Sizes and rate, for the module's repr."""
+        return super().extra_repr() + ("" if self.rate == 1 else f", rate={self.rate:.4g}")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
+        if self.rate != 1:
+            self.rate = number_in(state_dict, f"{prefix}constant_rate", self.rate)
         super()._load_from_state_dict(state_dict, prefix, *args)

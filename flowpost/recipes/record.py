@@ -16,7 +16,10 @@ RECIPES: dict[str, Callable[..., FlowPosterior]] = {}
 """Every recipe by its name, in the order of definition; each takes ``(features, dim, **options)``."""
 BEFORE: Mapping[str, Mapping[str, object]] = {
     "iaf": {"gain": 1.0},
+    "cc_lin_iaf": {"rate": 1.0, "centred": False},
     **dict.fromkeys(("full_covariance", "affine_iaf", "maf", "naf", "realnvp"), {"rate": 1.0}),
+    **dict.fromkeys(("planar", "householder"), {"centred": False}),
+    **{f"{kind}_sylvester": {"centred": False} for kind in ("orthogonal", "householder", "triangular")},
     **dict.fromkeys(("spline_autoregressive", "spline_coupling"), {"rate": 1.0, "activation": "elu"}),
 }
 """What an older release built, where that is not what a younger option's default builds now."""
@@ -26,8 +29,9 @@ def recipe(build: Callable[P, FlowPosterior]) -> Callable[P, FlowPosterior]:
     """Enter a function in `RECIPES`, and write its name and arguments on every posterior that it returns.
 
     The rest follows from `RECIPES`: the names that `flowpost` exports, the flows that `wrap` knows by name, and what
-    `flowpost.load` can build. The function takes ``(features, dim, **options)`` of ints, floats and lists of ints, and
-    has exactly one `Affine` among the steps of its chain: `wrap` puts an encoder's own Gaussian in the place of it.
+    `flowpost.load` can build. The function takes ``(features, dim, **options)`` of what JSON has. Its chain has exactly
+    one `Affine` among its steps, or a `Scaling` first and a `Shift` last: `wrap` puts an encoder's own Gaussian in the
+    place of it.
     """
     signature = inspect.signature(build)
 
