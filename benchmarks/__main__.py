@@ -144,6 +144,13 @@ def main_job(
     encoder_width: Annotated[
         int | None, typer.Option(help="Hidden units a layer of the encoder alone.  [default: --width]")
     ] = None,
+    decoder_of: Annotated[
+        str,
+        typer.Option(
+            help="Folder of a finished job: the decoder of its first model is taken, and stays as it is.",
+            metavar="FOLDER",
+        ),
+    ] = "",
     prior: Annotated[
         str, typer.Option(help=f"A learned p(z) in place of N(0, I): {', '.join(PRIORS)}, or NAME:STEPS.")
     ] = "",

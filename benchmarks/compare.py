@@ -134,6 +134,7 @@ def _trained(config: Config, posterior: str) -> str:
     words += [options_words(config.options[posterior])] if posterior in config.options else []
     words += [config.gradient] if config.gradient != "standard" else []
     words += [f"prior {config.prior}"] if config.prior else []
+    words += ["frozen decoder"] if config.decoder_of else []
     words += [f"encoder {config.encoder_width}"] if config.encoder_width else []
     words += [config.networks] if config.networks else []
     return " ".join(words)

@@ -63,6 +63,7 @@ class Config:
     width: int = 256  # of the two hidden layers of encoder and decoder
     encoder_width: int = 0  # of the encoder's, where they are not `width`
     networks: str = ""  # module:function that makes other ones
+    decoder_of: str = ""  # folder of a finished job whose decoder is taken and stays as it is
     prior: str = ""  # a learned p(z), NAME or NAME:STEPS, one of `PRIORS`; N(0, I) if there is none
     batch: int = 128  # images a step
     lr: float = 3e-3  # Adam's, at the start: it falls linearly towards 0 at the last epoch
@@ -114,6 +115,10 @@ class Config:
             raise ConfigError(f"dropout: expected a share in [0, 1), got {self.dropout}")
         check_range("encoder-width", self.encoder_width, 0)
         parse_prior(self.prior)
+        if self.decoder_of and self.prior:
+            raise ConfigError(
+                f"prior: expected none beside decoder-of, which was trained for N(0, I), got {self.prior}"
+            )
         for name, options in self.options.items():
             try_options(name, self.dim, options)
         check_choice("log", self.log, LOGS)

@@ -174,6 +174,7 @@ def _model_words(config: Config) -> str:
     words = {
         "p(x|z)": config.likelihood,
         "prior": config.prior,
+        "decoder, frozen, of": config.decoder_of,
         "encoder's width": config.encoder_width,
         "networks": config.networks,
     }

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.config import Config
 from benchmarks.data import Data
+from benchmarks.frozen import take_decoder
 from benchmarks.models import build
 from benchmarks.networks import model_of
 from benchmarks.objective import negative_bound
@@ -141,6 +143,8 @@ def train_one(
     device = torch.device(config.device)
     with seeded(seed, device):
         vae = build(data, posterior, **model_of(config, data, posterior))
+        if config.decoder_of:
+            take_decoder(vae, Path(config.decoder_of))
         torch.manual_seed(seed)  # again: the recipes draw differently many initial weights
         return vae, fit(vae.to(device), data, config, seed, on_epoch)
 

@@ -71,7 +71,9 @@ def test_help_names_every_option_and_an_example(capsys: pytest.CaptureFixture[st
     code, out, _ = run_cli(capsys, "--help")
     assert code == 0
     options = "data posterior seeds epochs patience kl-warmup dim width batch lr samples device out quick help "
-    options += "eager warmup objective alpha train-samples gradient free-bits gaps likelihood networks prior "
+    options += (
+        "eager warmup objective alpha train-samples gradient free-bits gaps likelihood networks prior decoder-of "
+    )
     options += "encoder-width"
     assert not [name for name in options.split() if f"--{name}" not in out]
     assert "python -m benchmarks --quick" in out
