@@ -78,7 +78,7 @@ def test_the_recipe_is_a_gaussian_whose_covariance_is_the_combination_s() -> Non
     context = cast(Tensor, posterior.context(h)).detach()
     for i in range(6):
         scale, mean = flowpost.functional.softplus_scale(context[i, :3]), context[i, -3:]
-        entries = torch.cat([context[i, 3:9] / math.sqrt(3), context[i, 9:11]])
+        entries = torch.cat([context[i, 3:9] / 3, context[i, 9:11]])
         matrix = matrix_by_the_book(entries, 3, 2)
         torch.testing.assert_close(loc[i], mean)
         torch.testing.assert_close(tril[i] @ tril[i].T, matrix @ torch.diag(scale**2) @ matrix.T)

@@ -1,7 +1,5 @@
 """The unit lower-triangular step: which entry is which, and that it is a matrix product."""
 
-import math
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -78,6 +76,6 @@ def test_full_covariance_has_a_rate_that_falls_with_dim(dim: int) -> None:
 
     wrapped = flowpost.wrap(Pair(), dim, example=torch.zeros(1, 2 * dim), flow="full_covariance")
     for posterior in (flowpost.full_covariance(3, dim), wrapped.posterior):
-        assert rate(posterior) == 1 / math.sqrt(dim)
+        assert rate(posterior) == 1 / dim
     assert rate(flowpost.full_covariance(0, dim)) == 1  # there is no sum over features that would move it fast
     assert rate(flowpost.full_covariance(3, dim, rate=0.5)) == 0.5

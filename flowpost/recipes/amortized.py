@@ -54,9 +54,8 @@ def full_covariance(features: int, dim: int, rate: float | None = None) -> FlowP
     Args:
         features: size of the encoder's features; 0 for a posterior without an encoder.
         dim: size of z; the head grows with ``dim^2 / 2``.
-        rate: times which L's numbers come, as in `UnitLowerTriangular`; by default ``1 / sqrt(dim)``, and 1 without
-            features. At 1, Adam moves L so fast through the features that a hundred variables train worse than as a
-            diagonal Gaussian.
+        rate: times which L's numbers come, as in `UnitLowerTriangular`; by default ``1 / dim``, and 1 without features.
+            Adam moves each number as far in a step as it moves the mean, and a row of L adds up to dim of them.
 
     Returns:
         A posterior that starts near N(0, I).
@@ -257,10 +256,10 @@ def _around(dim: int, steps: Sequence[Bijector], *, centred: bool) -> Chain:
 
 
 def _by_rows(rate: float | None, features: int, dim: int) -> float:
-    """The rate of a triangular matrix's numbers: what is given, or ``1 / sqrt(dim)`` where features give them."""
+    """The rate of a triangular matrix's numbers: what is given, or ``1 / dim`` where features give them."""
     if rate is not None:
         return rate
-    return 1 / math.sqrt(check_int("dim", dim, minimum=1)) if features else 1.0
+    return 1 / check_int("dim", dim, minimum=1) if features else 1.0
 
 
 def _times(steps: int, make: Callable[..., Bijector], *sizes: int) -> list[Bijector]:
