@@ -118,8 +118,7 @@ class VAE(Encoding, Generative):
 
         - ``"standard"``: plain reparameterization, with the closed-form KL where there is one.
         - ``"stl"``: sticking the landing, log q's dependence on z alone; unbiased for `elbo`, and for `iwae` of one
-          sample. Its variance is 0 where q is the posterior. Not for `full_covariance` of many variables: the gradient
-          has the inverse of the Cholesky factor, which can be huge before it is trained.
+          sample. Its variance is 0 where q is the posterior.
         - ``"dreg"``: double reparameterization, for `iwae` over all of `sample_shape` and nothing else, or for `renyi`
           of the same `alpha`; unbiased.
 
