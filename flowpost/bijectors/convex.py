@@ -13,7 +13,7 @@ from flowpost.numerics.triangles import multiply, places, push_gaussian, solve
 
 
 def convex_combination(
-    z: Tensor, entries: Tensor, logits: Tensor, kept: Constant | None = None
+    z: Tensor, entries: Tensor, logits: Tensor, kept: Constant | None = None, rate: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Volume-preserving linear map ``z' = (sum_k y_k L_k) z``, ``y = softmax(logits)``, ``log_det = 0``.
 
@@ -22,11 +22,12 @@ def convex_combination(
         entries: ``(*batch, K, dim (dim - 1) / 2)``, every L_k below its unit diagonal, row by row.
         logits: ``(*batch, K)``.
         kept: ``numerics.triangles.places(dim)``, where a step keeps them; by default they are made anew.
+        rate: times which the entries come.
 
     Returns:
         z' ``(*batch, dim)`` and log_det, zero.
     """
-    return multiply(z, combine(entries, logits), kept), z.new_zeros(())
+    return multiply(z, combine(entries, logits), kept, rate), z.new_zeros(())
 
 
 def combine(entries: Tensor, logits: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ class ConvexCombination(RatedNumbers, Bijector):
         return entries.unflatten(-1, (count, -1)), logits
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return multiply(z, combine(*self._numbers(z, context)), self._places, self.rate), z.new_zeros(())
+        return convex_combination(z, *self._numbers(z, context), self._places, self.rate)
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         return solve(z, self._rated(combine(*self._numbers(z, context))), self._places), z.new_zeros(())

@@ -11,18 +11,21 @@ from flowpost.numerics.rates import RatedNumbers
 from flowpost.numerics.triangles import multiply, places, push_gaussian, solve
 
 
-def unit_lower_triangular(z: Tensor, entries: Tensor, kept: Constant | None = None) -> tuple[Tensor, Tensor]:
+def unit_lower_triangular(
+    z: Tensor, entries: Tensor, kept: Constant | None = None, rate: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Volume-preserving linear map ``z' = L z``, L lower-triangular with unit diagonal, ``log_det = 0``.
 
     Args:
         z: ``(*batch, dim)``.
         entries: ``(*batch, dim (dim - 1) / 2)``, L below its diagonal, row by row.
         kept: ``numerics.triangles.places(dim)``, where a step keeps them; by default they are made anew.
+        rate: times which the entries come.
 
     Returns:
         z' ``(*batch, dim)`` and log_det, zero.
     """
-    return multiply(z, entries, kept), z.new_zeros(())
+    return multiply(z, entries, kept, rate), z.new_zeros(())
 
 
 class UnitLowerTriangular(RatedNumbers, Bijector):
@@ -66,7 +69,7 @@ class UnitLowerTriangular(RatedNumbers, Bijector):
         return z.new_zeros(0) if context is None else context  # at dim 1 there is nothing below the diagonal
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return multiply(z, self._entries(z, context), self._places, self.rate), z.new_zeros(())
+        return unit_lower_triangular(z, self._entries(z, context), self._places, self.rate)
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         return solve(z, self._rated(self._entries(z, context)), self._places), z.new_zeros(())
