@@ -7,6 +7,7 @@ from typing import cast
 
 import pytest
 import torch
+from on_device import evidence_in_graphs
 from small import RECIPES, small
 from tape import OnMeta, Tape
 from torch import Tensor, nn
@@ -272,3 +273,7 @@ def test_a_whole_step_stays_on_the_device(name: str) -> None:
     (out.log_likelihood + out.log_q).sum().backward()
     with OnMeta():
         assert step(x, kl_weight).is_meta
+
+
+def test_an_annealed_estimate_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    evidence_in_graphs(Tape, monkeypatch, "cpu")
