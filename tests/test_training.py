@@ -180,6 +180,20 @@ def test_a_host_read_is_found_before_the_capture(what: str) -> None:
     assert tape(captured).captures == 0
 
 
+def test_a_host_read_of_an_encoder_of_integers_is_found_too() -> None:
+    """And not taken for an encoder of other numbers."""
+
+    class Reading(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x / int(x.max())
+
+    vae = VAE(Reading(), small("diagonal", 2).float(), nn.Linear(3, 2), Bernoulli())
+    captured = Captured(lambda x: vae(x).log_q, "cpu", warmup=2)
+    captured(torch.ones(5, 2, dtype=torch.int64))
+    with pytest.raises(RuntimeError, match=r"can be captured.*synchronizing"):
+        captured(torch.ones(5, 2, dtype=torch.int64))
+
+
 def test_other_errors_of_the_function_stay_as_they_are() -> None:
     def broken(x: Tensor) -> Tensor:
         return x @ torch.ones(7)
