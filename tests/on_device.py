@@ -33,6 +33,17 @@ def densities(posterior: FlowPosterior, h: Tensor, noise: Tensor, z: Tensor) -> 
     return [each.detach() for each in found] + list(torch.autograd.grad(total, list(posterior.parameters())))
 
 
+def path_slopes(posterior: FlowPosterior, h: Tensor, noise: Tensor) -> list[Tensor]:
+    """Of a sample's path gradient: what it is, and the gradients of its square at the features and parameters."""
+    h = h.clone().requires_grad_()
+    sample = posterior(h, (2,), noise)
+    (slope,) = torch.autograd.grad(posterior.path_log_prob(sample, h).sum(), sample.z, create_graph=True)
+    found = torch.autograd.grad(
+        slope.square().sum(), [h, *posterior.parameters()], allow_unused=True, materialize_grads=True
+    )
+    return [slope.detach(), *found]
+
+
 def assert_near(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-4) -> None:
     for a, b in zip(found, expected, strict=True):
         assert (a - b).abs().max() <= tolerance * (1 + b.abs().max())
