@@ -32,8 +32,9 @@ part() {
 cuda_tests() {
     local options=(-q -p no:cacheprovider)
     ! has xdist || options+=(-n "${WORKERS:-12}" --dist worksteal)
-    timeout -s INT -k 10 170 "$python" -m pytest "${options[@]}" --durations=5 \
-        tests/test_cuda.py tests/test_cuda_training.py tests/test_cuda_fit.py tests/test_cuda_annealed.py
+    timeout -s INT -k 10 170 "$python" -m pytest "${options[@]}" --durations=5 -m cuda \
+        tests/test_cuda.py tests/test_cuda_training.py tests/test_cuda_fit.py tests/test_cuda_annealed.py \
+        tests/test_files.py
 }
 
 speed() {

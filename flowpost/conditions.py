@@ -22,6 +22,9 @@ Prior = FlowPosterior | WrappedPosterior
 Data = tuple[Tensor, Tensor | None]
 """The x, and y where there is a condition."""
 
+_OF_A_DEVICE = ("synchronizing", "CUDA error")
+"""In what a GPU says of itself, such as of a host read or a step that cannot be captured, whatever the numbers are."""
+
 
 def check_prior(prior: Prior, dim: int) -> None:
     """Refuse a prior over another space, and warn of one that takes a search to score any z."""
@@ -91,7 +94,9 @@ def encode(encoder: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
+        if any(word in reason for word in _OF_A_DEVICE):
+            raise
         raise TypeError(f"x: expected what the encoder takes, got {x.dtype} ({reason}); write x.float()") from error
 
 

@@ -2,11 +2,15 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
+from linear_gaussian import LinearGaussian, fitted
 from small import DIM, FEATURES, small
 from torch import Tensor, nn
 
 from flowpost import Bijector, FlowPosterior
+from flowpost._graphs import Backend
+from flowpost.evaluation import annealed_estimate, sandwich
 from flowpost.objectives import elbo
 from flowpost.vae import VAE, Bernoulli
 
@@ -27,6 +31,17 @@ def densities(posterior: FlowPosterior, h: Tensor, noise: Tensor, z: Tensor) -> 
     found = [sample.log_prob, posterior.log_prob(z, h), posterior.path_log_prob(sample, h)]
     total = torch.cat([each.flatten() for each in [*found, sample.z.square()]]).sum()
     return [each.detach() for each in found] + list(torch.autograd.grad(total, list(posterior.parameters())))
+
+
+def path_slopes(posterior: FlowPosterior, h: Tensor, noise: Tensor) -> list[Tensor]:
+    """Of a sample's path gradient: what it is, and the gradients of its square at the features and parameters."""
+    h = h.clone().requires_grad_()
+    sample = posterior(h, (2,), noise)
+    (slope,) = torch.autograd.grad(posterior.path_log_prob(sample, h).sum(), sample.z, create_graph=True)
+    found = torch.autograd.grad(
+        slope.square().sum(), [h, *posterior.parameters()], allow_unused=True, materialize_grads=True
+    )
+    return [slope.detach(), *found]
 
 
 def assert_near(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-4) -> None:
@@ -76,3 +91,25 @@ def under_autocast(posterior: FlowPosterior, dtype: torch.dtype, device: str = "
         assert torch.equal(found.log_prob, expected.log_prob)
     found.log_prob.sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in posterior.parameters())
+
+
+def evidence_in_graphs(graphs: type[Backend], monkeypatch: pytest.MonkeyPatch, device: str = "cuda") -> None:
+    """Both bounds are those of a linear-Gaussian model, and every temperature but the first ones of a run is replayed.
+
+    In the noise of q(z|x) and in that of p(z) a run is a pilot, or a way there or back.
+    """
+    captured: list[int] = []
+    right = graphs.capture
+    monkeypatch.setattr(graphs, "capture", lambda self, call: (captured.append(1), right(self, call))[1])
+    model = LinearGaussian(2, scale=2.0)
+    x = model.draw(50)[1]
+    truth = model.evidence(x)
+    vae = fitted(model, "diagonal", stretch=0.8, shift=0.3).float().to(device)
+    found = annealed_estimate(vae, x.float().to(device), 64, 40, 2)
+    assert len(captured) == 2 * 2
+    assert found.log_p.device.type == device
+    torch.testing.assert_close(found.log_p.cpu(), truth, rtol=0, atol=0.15)
+    bounds = sandwich(vae, 100, (5,), 16, 40, 2)
+    assert len(captured) == 2 * 2 + 2 * 3
+    assert abs(bounds.gap.mean().item()) < 0.05
+    assert bounds.residual.max() < 1e-4

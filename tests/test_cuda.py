@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 import swept
 import torch
-from on_device import assert_near, densities, inputs, losses, made, under_autocast, vae_of, vae_step
+from on_device import assert_near, densities, inputs, losses, made, path_slopes, under_autocast, vae_of, vae_step
 from registry import BY_NAME, ENTRIES, Case, Entry, backward, draw, push
 from test_engines import NETWORKS, every_result
 from torch import Tensor
@@ -208,6 +208,17 @@ def test_kernels_equal_the_plain_operations(
     found = every_result(step, direction, z, context, known)
     monkeypatch.setattr(fusing, "on_device", lambda z: False)
     assert_near(found, every_result(step, direction, z, context, known))
+
+
+@pytest.mark.parametrize("name", ["planar", "orthogonal_sylvester", "iaf", "maf", "realnvp"])
+@dtypes
+def test_second_derivatives_of_the_path_are_the_cpu_s(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Of which a GPU takes the inner ones in a thread of its own."""
+    posterior = made(name, "cpu").double()
+    h, noise, _ = (each.double() for each in inputs("cpu"))
+    expected = path_slopes(posterior, h, noise)
+    found = path_slopes(posterior.to("cuda", dtype), h.to("cuda", dtype), noise.to("cuda", dtype))
+    assert_near([each.cpu().double() for each in found], expected, 100 * tolerance)
 
 
 @pytest.mark.parametrize("name", swept.STEPS)

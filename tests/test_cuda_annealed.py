@@ -6,34 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 from linear_gaussian import LinearGaussian, fitted
+from on_device import evidence_in_graphs
 from test_benchmarks import TINY
 from test_sandwich_command import FEW
 from torch import Tensor
 
 import benchmarks.__main__ as cli
 from flowpost._graphs import CUDAGraphs
-from flowpost.evaluation import annealed_estimate, importance_estimate, sandwich
+from flowpost.evaluation import annealed_estimate, importance_estimate
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 def test_the_bounds_are_those_of_the_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And every temperature but the first ones of the pilot and of each way is replayed."""
-    captured: list[int] = []
-    right = CUDAGraphs.capture
-    monkeypatch.setattr(CUDAGraphs, "capture", lambda self, call: (captured.append(1), right(self, call))[1])
-    model = LinearGaussian(2, scale=2.0)
-    x = model.draw(50)[1]
-    truth = model.evidence(x)
-    vae = fitted(model, "diagonal", stretch=0.8, shift=0.3).float().cuda()
-    found = annealed_estimate(vae, x.float().cuda(), 64, 40, 2)
-    assert len(captured) == 2
-    assert found.log_p.is_cuda
-    torch.testing.assert_close(found.log_p.cpu(), truth, rtol=0, atol=0.15)
-    bounds = sandwich(vae, 100, (5,), 16, 40, 2)
-    assert len(captured) == 5
-    assert abs(bounds.gap.mean().item()) < 0.05
-    assert bounds.residual.max() < 1e-4
+    evidence_in_graphs(CUDAGraphs, monkeypatch)
 
 
 def test_a_refined_proposal() -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_check.sh"
+TESTS = Path(__file__).parent
+SCRIPT = TESTS.parent / "benchmarks" / "gpu_check.sh"
 STAND_IN = """#!/usr/bin/env bash
 [ "$1" = -m ] && echo "$*" >>"$0.log"
 case "$*" in *"-m pytest"*) exit 1 ;; *zuko*) exit 1 ;; esac
@@ -29,7 +30,8 @@ def test_its_parts_run_one_after_the_other_within_eight_minutes(tmp_path: Path) 
     assert "failed: tests of CUDA\n" in done.stdout
     install, tests, job, timed = (tmp_path / "python.log").read_text().splitlines()
     assert install.endswith("-e .[bench,files,test,peers]")
-    assert "tests/test_cuda.py" in tests
+    marked = {file.name for file in TESTS.glob("test_*.py") if "pytest.mark.cuda" in file.read_text()}
+    assert set(tests.rpartition("-m cuda ")[2].split()) == {f"tests/{name}" for name in marked - {Path(__file__).name}}
     assert job == "-m benchmarks --quick --device cuda"
     assert 380 < int(timed.partition("--seconds ")[2]) <= 400
     assert "<!-- end of tables -->" in page.read_text()

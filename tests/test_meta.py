@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
+from on_device import inputs, path_slopes
 from small import DIM, FEATURES, OPTIONS
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -128,6 +129,16 @@ def test_kernels_launch_less(name: str) -> None:
 @pytest.mark.parametrize("name", ["planar", "iaf", "maf", "realnvp", "naf"])
 def test_the_path_gradient_runs_on_meta_alone(name: str) -> None:
     launched(make(name).double().to("meta"), path_log_prob)
+
+
+@pytest.mark.parametrize("name", ["planar", "iaf", "maf", "realnvp"])
+def test_second_derivatives_of_the_path_run_on_meta_alone(name: str) -> None:
+    posterior, (h, noise, _) = make(name).to("meta"), inputs("meta")
+    path_slopes(posterior, h, noise)  # the first call may bring constants there
+    with Operations() as operations:
+        path_slopes(posterior, h, noise)
+    assert operations.count
+    assert operations.strays == []
 
 
 @recipes

@@ -7,6 +7,7 @@ from typing import cast
 
 import pytest
 import torch
+from on_device import evidence_in_graphs
 from small import RECIPES, small
 from tape import OnMeta, Tape
 from torch import Tensor, nn
@@ -179,6 +180,20 @@ def test_a_host_read_is_found_before_the_capture(what: str) -> None:
     assert tape(captured).captures == 0
 
 
+def test_a_host_read_of_an_encoder_of_integers_is_found_too() -> None:
+    """And not taken for an encoder of other numbers."""
+
+    class Reading(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x / int(x.max())
+
+    vae = VAE(Reading(), small("diagonal", 2).float(), nn.Linear(3, 2), Bernoulli())
+    captured = Captured(lambda x: vae(x).log_q, "cpu", warmup=2)
+    captured(torch.ones(5, 2, dtype=torch.int64))
+    with pytest.raises(RuntimeError, match=r"can be captured.*synchronizing"):
+        captured(torch.ones(5, 2, dtype=torch.int64))
+
+
 def test_other_errors_of_the_function_stay_as_they_are() -> None:
     def broken(x: Tensor) -> Tensor:
         return x @ torch.ones(7)
@@ -272,3 +287,7 @@ def test_a_whole_step_stays_on_the_device(name: str) -> None:
     (out.log_likelihood + out.log_q).sum().backward()
     with OnMeta():
         assert step(x, kl_weight).is_meta
+
+
+def test_an_annealed_estimate_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    evidence_in_graphs(Tape, monkeypatch, "cpu")
