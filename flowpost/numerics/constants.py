@@ -135,12 +135,25 @@ def keep_constants(module: nn.Module, state: dict[str, Any], prefix: str, *_: ob
         state.update({name: own[name] for name in constants - state.keys()})
 
 
-def number_in(state: Mapping[str, Any], key: str, own: float) -> float:
-    """A number that a state names; the module's own where it does not, or has it rounded to half precision."""
+def number_in(state: Mapping[str, Any], key: str, own: float, errors: list[str]) -> float:
+    """A positive number that a state names; the module's own where it does not, or has it rounded."""
     value = state.get(key)
-    if value is None or value.is_meta or math.isclose(float(value), own, rel_tol=0.01):
+    if not isinstance(value, Tensor) or value.is_meta or value.numel() != 1:
         return own
-    return float(value)
+    number, exact = float(value), torch.tensor(own, dtype=torch.float64, device="cpu")
+    rounded = [float(exact.to(dtype)) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+    if number in rounded or math.isclose(number, own, rel_tol=1e-6):
+        return own
+    if not 0 < number < math.inf:
+        errors.append(f"{key}: expected a positive finite number, got {number}")
+        return own
+    return number
+
+
+def save_number(destination: dict[str, Any], key: str, number: float) -> None:
+    """Write a module's number where its state has the buffer of it, which casts or `to_empty` may have spoilt."""
+    if key in destination:
+        destination[key] = torch.full_like(destination[key], number)
 
 
 class Ordered(Placed):
