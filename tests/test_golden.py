@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import flowpost
-from flowpost.recipes.record import record_of
+from flowpost.recipes.record import BEFORE, record_of
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(path.name.split(".")[0] for path in GOLDEN.glob("*.numbers.safetensors"))
@@ -109,6 +109,49 @@ def test_a_state_of_elu_networks_is_refused_by_those_of_relu(name: str) -> None:
     into.load_state_dict(dict(other.named_parameters()), strict=False)
     h, noise = torch.randn(5, 3), torch.randn(5, 2)
     assert torch.equal(into(h, noise=noise).z, other(h, noise=noise).z)
+
+
+AROUND = ["planar", "householder", "cc_lin_iaf", "full_covariance", "triangular_sylvester", "spline_coupling"]
+
+
+def _then_and_now(name: str) -> tuple[flowpost.FlowPosterior, flowpost.FlowPosterior]:
+    sizes = {"steps": 2, "hidden": (4,)} if name == "spline_coupling" else {}
+    recipe, older = getattr(flowpost, name), BEFORE[name]
+    return recipe(3, 2, **sizes, **older), recipe(3, 2, **sizes)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("name", AROUND)
+def test_a_whole_state_of_another_map_is_refused_and_told_what_takes_it(name: str, strict: bool) -> None:  # noqa: FBT001
+    """Also where names may differ: a whole state's marks tell it from parameters alone."""
+    older, newer = _then_and_now(name)
+    key = {"full_covariance": "rate=1.0", "spline_coupling": 'activation="elu"'}.get(name, "centred=False")
+    held, other = nn.ModuleDict({"q": newer}), nn.ModuleDict({"q": older})
+    for into, state in ((newer, older.state_dict()), (held, other.state_dict())):
+        with pytest.raises(RuntimeError, match=rf"constant_\w+: the state is of another map, without .*{key}"):
+            into.load_state_dict(state, strict=strict)
+    for state in (newer.state_dict(), dict(newer.state_dict())):
+        with pytest.raises(RuntimeError, match=r"constant_\w+: the state is of another map, with this constant"):
+            older.load_state_dict(state, strict=strict)
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_a_part_of_a_state_and_parameters_alone_are_no_other_map(name: str) -> None:
+    older, newer = _then_and_now(name)
+    newer.load_state_dict(dict(older.named_parameters()), strict=False)
+    assert all(torch.equal(dict(newer.named_parameters())[key], value) for key, value in older.named_parameters())
+    model, other = (nn.ModuleDict({"encoder": nn.Linear(3, 3), "q": each}) for each in (newer, older))
+    state = other.state_dict()
+    for key in [key for key in state if key.startswith("q.")]:
+        del state[key]  # in place: the marks of torch stay
+    assert model.load_state_dict(state, strict=False).unexpected_keys == []
+    assert torch.equal(model["encoder"].weight, other["encoder"].weight)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_wrapped_iaf_of_then_is_refused_also_where_names_may_differ(strict: bool) -> None:  # noqa: FBT001
+    with pytest.raises(RuntimeError, match=r"constant_gain: the state is of another map, without .*gain=1.0"):
+        wrapped().load_state_dict(wrapped(gain=1.0).state_dict(), strict=strict)
 
 
 def test_a_recipe_knows_three_activations() -> None:

@@ -121,18 +121,50 @@ def follow(module: nn.Module, _: object = None) -> None:
             part._like = parameter.new_empty(0)
 
 
-def keep_constants(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
-    """Before a load: parameters alone, ``dict(module.named_parameters())``, say nothing about a module's constants.
+_CURES = {
+    "constant_centred": ("centred=False", "centred=True"),
+    "constant_rate": ("rate=1.0", "the rate that it names"),
+    "constant_gain": ("gain=1.0", "the gain that it names"),
+    "constant_relu": ('activation="elu"', 'activation="relu"'),
+}
+"""By the constant's name: what makes a module for the states without it, and for those with it."""
 
-    A buffer ``constant_...`` that a state lacks means that the state is older than the constant. Orders, which every
-    whole state has, tell an old state from parameters alone; where the module has no order, nothing does.
+
+def keep_constants(
+    module: nn.Module,
+    state: dict[str, Any],
+    prefix: str,
+    marks: Mapping[str, object],
+    _strict: bool,  # noqa: FBT001 (torch's own signature)
+    _missing: list[str],
+    _unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """Before a load: take parameters alone as the module's own, and refuse a whole state of another map.
+
+    Parameters alone, ``dict(module.named_parameters())``, say nothing about a module's constants. A buffer
+    ``constant_...`` that a state lacks means that the state is older than the constant. Orders, which every whole state
+    has, tell an old state from parameters alone, and so do torch's version marks; where there is neither, nothing does.
+    A whole state that lacks a constant, or has one more, is refused also where ``strict=False`` lets names differ.
     """
     with torch.no_grad():
         own = {prefix + name: value for name, value in module.state_dict().items()}
     constants = {name for name in own if CONSTANT in name}
-    others = own.keys() - constants - {prefix + name for name, _ in module.named_parameters(remove_duplicate=False)}
+    rest = own.keys() - constants
+    others = rest - {prefix + name for name, _ in module.named_parameters(remove_duplicate=False)}
     if others and not others & state.keys():
         state.update({name: own[name] for name in constants - state.keys()})
+    if not rest or not rest <= state.keys():
+        return  # a part of one, or of another module
+    older = {part for part in module.modules() if getattr(part, "takes_older_states", False)}
+    lacking = constants - state.keys() if others or "version" in marks else set[str]()
+    lacking = {name for name in lacking if not (older and name.endswith("constant_gain"))}
+    more = {name for name in state if name.startswith(prefix) and CONSTANT in name} - constants
+    for names, what, place in ((lacking, "without", 0), (more, "with", 1)):
+        for name in sorted(names):
+            cure = _CURES.get(name.rpartition(".")[2])
+            made = f"; it loads into what is made with {cure[place]}" if cure else ""
+            errors.append(f"{name}: the state is of another map, {what} this constant{made}")
 
 
 def number_in(state: Mapping[str, Any], key: str, own: float, errors: list[str]) -> float:
