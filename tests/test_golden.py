@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden.make import numbers, wrapped, wrapped_numbers
+from golden.make import DIM, Halves, numbers, wrapped, wrapped_numbers
 from safetensors.torch import load_file
 from torch import nn
 
 import flowpost
 from flowpost.recipes.record import BEFORE, record_of
+from flowpost.wrapped import WrappedPosterior
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(path.name.split(".")[0] for path in GOLDEN.glob("*.numbers.safetensors"))
@@ -152,6 +153,24 @@ def test_a_part_of_a_state_and_parameters_alone_are_no_other_map(name: str) -> N
 def test_a_wrapped_iaf_of_then_is_refused_also_where_names_may_differ(strict: bool) -> None:  # noqa: FBT001
     with pytest.raises(RuntimeError, match=r"constant_gain: the state is of another map, without .*gain=1.0"):
         wrapped().load_state_dict(wrapped(gain=1.0).state_dict(), strict=strict)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_wrapped_householder_that_turned_noise_alone_is_refused(strict: bool) -> None:  # noqa: FBT001
+    """It was the encoder's own Gaussian whatever its reflections were, which is not what they make of scaled noise."""
+
+    def pair(flow: str) -> WrappedPosterior:
+        return flowpost.wrap(Halves(), DIM, example=torch.zeros(1, 2 * DIM), flow=flow)
+
+    into, other = pair("householder"), pair("householder")
+    into.load_state_dict(other.state_dict())
+    x, noise = torch.randn(5, 2 * DIM), torch.randn(5, DIM)
+    assert torch.equal(into(x, noise=noise).z, other(x, noise=noise).z)
+    state = other.state_dict()
+    del state["posterior.head.constant_turned"]
+    with pytest.raises(RuntimeError, match=r"constant_turned: the state is of another map, without .*diagonal"):
+        into.load_state_dict(state, strict=strict)
+    pair("diagonal").load_state_dict(state, strict=False)
 
 
 def test_a_recipe_knows_three_activations() -> None:

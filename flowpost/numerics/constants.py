@@ -126,6 +126,7 @@ _CURES = {
     "constant_rate": ("rate=1.0", "the rate that it names"),
     "constant_gain": ("gain=1.0", "the gain that it names"),
     "constant_relu": ('activation="elu"', 'activation="relu"'),
+    "constant_turned": ('flow="diagonal", which reflections of noise are', 'flow="householder"'),
 }
 """By the constant's name: what makes a module for the states without it, and for those with it."""
 
