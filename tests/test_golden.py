@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden.make import DIM, Halves, numbers, wrapped, wrapped_numbers
+from golden.make import DIM, OPTIONS, Halves, numbers, wrapped, wrapped_numbers
 from safetensors.torch import load_file
 from torch import nn
 
@@ -110,6 +110,18 @@ def test_a_state_of_elu_networks_is_refused_by_those_of_relu(name: str) -> None:
     into.load_state_dict(dict(other.named_parameters()), strict=False)
     h, noise = torch.randn(5, 3), torch.randn(5, 2)
     assert torch.equal(into(h, noise=noise).z, other(h, noise=noise).z)
+
+
+@pytest.mark.parametrize("name", ["affine_iaf", "maf", "realnvp", "naf", "spline_coupling", "spline_autoregressive"])
+def test_a_state_that_lost_its_marks_is_told_by_its_orders(name: str) -> None:
+    """With its marks a state of no rate is the map that it was; without, only parameters alone are taken as given."""
+    older = flowpost.load(GOLDEN / f"{name}.posterior.safetensors")
+    into = getattr(flowpost, name)(3, 3, **OPTIONS[name], rate=0.5).double()
+    state = load_file(GOLDEN / f"{name}.posterior.safetensors")
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=r"output_rate: the state is of another map, without .*rate=1.0"):
+            into.load_state_dict(state, strict=strict)
+    into.load_state_dict(dict(older.named_parameters()), strict=False)
 
 
 AROUND = ["planar", "householder", "cc_lin_iaf", "full_covariance", "triangular_sylvester", "spline_coupling"]

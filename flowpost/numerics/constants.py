@@ -124,6 +124,7 @@ def follow(module: nn.Module, _: object = None) -> None:
 _CURES = {
     "constant_centred": ("centred=False", "centred=True"),
     "constant_rate": ("rate=1.0", "the rate that it names"),
+    "output_rate": ("rate=1.0", "the rate that it names"),
     "constant_gain": ("gain=1.0", "the gain that it names"),
     "constant_relu": ('activation="elu"', 'activation="relu"'),
     "constant_turned": ('flow="diagonal", which reflections of noise are', 'flow="householder"'),
@@ -151,15 +152,17 @@ def keep_constants(
     with torch.no_grad():
         own = {prefix + name: value for name, value in module.state_dict().items()}
     constants = {name for name in own if CONSTANT in name}
-    rest = own.keys() - constants
-    others = rest - {prefix + name for name, _ in module.named_parameters(remove_duplicate=False)}
+    parameters = {prefix + name for name, _ in module.named_parameters(remove_duplicate=False)}
+    others = own.keys() - constants - parameters
     if others and not others & state.keys():
         state.update({name: own[name] for name in constants - state.keys()})
-    if not rest or not rest <= state.keys():
+    if not parameters or not parameters <= state.keys():
         return  # a part of one, or of another module
-    older = {part for part in module.modules() if getattr(part, "takes_older_states", False)}
-    lacking = constants - state.keys() if others or "version" in marks else set[str]()
-    lacking = {name for name in lacking if not (older and name.endswith("constant_gain"))}
+    lacking = constants - state.keys() if "version" in marks or others & state.keys() else set[str]()
+    if any(getattr(part, "takes_older_states", False) for part in module.modules()):
+        lacking = {name for name in lacking if not name.endswith("constant_gain")}
+    if "version" not in marks and others & state.keys():  # with its marks, a state of no rate is the map that it was
+        lacking |= {name for name in others - state.keys() if name.endswith(".output_rate")}
     more = {name for name in state if name.startswith(prefix) and CONSTANT in name} - constants
     for names, what, place in ((lacking, "without", 0), (more, "with", 1)):
         for name in sorted(names):
