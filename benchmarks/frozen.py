@@ -5,29 +5,34 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from benchmarks.config import ConfigError
 from flowpost.vae import VAE
 
 _BEFORE = "decoder."  # in the names of a model's tensors
+_UNFIT = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 
 
 def take_decoder(vae: VAE, folder: Path) -> None:
     """Put the decoder of a finished job's first model in the place of this one's, and keep it from training.
 
     Raises:
-        ConfigError: there is no such model, or its decoder is of other sizes.
+        ConfigError: there is no such model, or its decoder is of other sizes or for another prior.
     """
     try:
-        runs = json.loads((folder / "results.json").read_text(encoding="utf-8"))["runs"]
-        first = next(run for run in runs if run["error"] is None)
+        report = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        first = next(run for run in report["runs"] if run["error"] is None)
+        prior = report["configuration"].get("prior", "")
         tensors = load_file(folder / "models" / f"{first['posterior']}-{first['seed']}.safetensors")
         own = [name for name in tensors if name.startswith(_BEFORE)]
         vae.decoder.load_state_dict({name.removeprefix(_BEFORE): tensors[name] for name in own})
-    except (OSError, ValueError, KeyError, StopIteration, RuntimeError) as error:
+    except (*_UNFIT, StopIteration, SafetensorError) as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(
             f"decoder-of: expected the folder of a job with a model of these sizes, got {folder}: {what}"
         ) from error
+    if prior:
+        raise ConfigError(f"decoder-of: expected a decoder that was trained for N(0, I), got one for prior {prior}")
     vae.decoder.requires_grad_(requires_grad=False)

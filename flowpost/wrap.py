@@ -145,6 +145,9 @@ class _PairHead(nn.Module):
             # Rows that set a map's parameters start at 0, so that the map starts exactly at its identity.
             with torch.no_grad():
                 self.linear.weight[steps.head_scale() < 1] = 0
+        if turned and self.linear is not None:
+            # No call reads it: what was saved when reflections turned the noise alone has the same names and shapes.
+            self.register_buffer("constant_turned", torch.ones(()))
 
     def forward(self, pair: Tensor) -> Tensor:
         own = [] if self.linear is None else [self.linear(pair)]

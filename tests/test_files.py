@@ -916,3 +916,11 @@ def test_a_killed_save_loses_nothing(path: Path, python: Run) -> None:
     """
     done = python(code, path)
     assert done.stdout.split() == ["whole"] * 10, done.stderr
+
+
+@pytest.mark.parametrize("rate", [1000, 1000.0, 1])
+def test_a_rate_given_as_an_int_is_no_size(tmp_path: Path, rate: float) -> None:
+    posterior = flowpost.full_covariance(3, 2, rate=rate)
+    flowpost.save(posterior, tmp_path / "file")
+    h, noise = torch.randn(5, 3), torch.randn(5, 2)
+    assert torch.equal(flowpost.load(tmp_path / "file")(h, noise=noise).z, posterior(h, noise=noise).z)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,30 @@ def test_what_does_not_fit_is_one_line(
 def test_a_folder_of_no_job_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--decoder-of", str(tmp_path), "--out", str(tmp_path / "no")]) == 2
     assert "decoder-of: expected the folder of a job with a model of these sizes, got " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("models/diagonal-0.safetensors", "cut", "SafetensorError: Error while deserializing header"),
+        ("results.json", "[]", "TypeError: list indices must be integers"),
+    ],
+)
+def test_a_damaged_job_is_one_line(
+    job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, text: str, message: str
+) -> None:
+    folder = shutil.copytree(job, tmp_path / "job")
+    (folder / file).write_text(text)
+    assert main([*SMALL, "--decoder-of", str(folder), "--posterior", "diagonal", "--out", str(tmp_path / "no")]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_decoder_of_a_learned_prior_is_refused(job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It was trained for that prior, and the posteriors here would be measured with N(0, I)."""
+    folder = shutil.copytree(job, tmp_path / "job")
+    report = json.loads((folder / "results.json").read_text())
+    report["configuration"]["prior"] = "maf"
+    (folder / "results.json").write_text(json.dumps(report))
+    assert main([*SMALL, "--decoder-of", str(folder), "--posterior", "diagonal", "--out", str(tmp_path / "no")]) == 2
+    wanted = "decoder-of: expected a decoder that was trained for N(0, I), got one for prior maf"
+    assert capsys.readouterr().err.splitlines()[-1] == wanted

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden.make import numbers, wrapped, wrapped_numbers
+from golden.make import DIM, OPTIONS, Halves, numbers, wrapped, wrapped_numbers
 from safetensors.torch import load_file
 from torch import nn
 
 import flowpost
-from flowpost.recipes.record import record_of
+from flowpost.recipes.record import BEFORE, record_of
+from flowpost.wrapped import WrappedPosterior
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(path.name.split(".")[0] for path in GOLDEN.glob("*.numbers.safetensors"))
@@ -109,6 +110,79 @@ def test_a_state_of_elu_networks_is_refused_by_those_of_relu(name: str) -> None:
     into.load_state_dict(dict(other.named_parameters()), strict=False)
     h, noise = torch.randn(5, 3), torch.randn(5, 2)
     assert torch.equal(into(h, noise=noise).z, other(h, noise=noise).z)
+
+
+@pytest.mark.parametrize("name", ["affine_iaf", "maf", "realnvp", "naf", "spline_coupling", "spline_autoregressive"])
+def test_a_state_that_lost_its_marks_is_told_by_its_orders(name: str) -> None:
+    """With its marks a state of no rate is the map that it was; without, only parameters alone are taken as given."""
+    older = flowpost.load(GOLDEN / f"{name}.posterior.safetensors")
+    into = getattr(flowpost, name)(3, 3, **OPTIONS[name], rate=0.5).double()
+    state = load_file(GOLDEN / f"{name}.posterior.safetensors")
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=r"output_rate: the state is of another map, without .*rate=1.0"):
+            into.load_state_dict(state, strict=strict)
+    into.load_state_dict(dict(older.named_parameters()), strict=False)
+
+
+AROUND = ["planar", "householder", "cc_lin_iaf", "full_covariance", "triangular_sylvester", "spline_coupling"]
+
+
+def _then_and_now(name: str) -> tuple[flowpost.FlowPosterior, flowpost.FlowPosterior]:
+    sizes = {"steps": 2, "hidden": (4,)} if name == "spline_coupling" else {}
+    recipe, older = getattr(flowpost, name), BEFORE[name]
+    return recipe(3, 2, **sizes, **older), recipe(3, 2, **sizes)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("name", AROUND)
+def test_a_whole_state_of_another_map_is_refused_and_told_what_takes_it(name: str, strict: bool) -> None:  # noqa: FBT001
+    """Also where names may differ: a whole state's marks tell it from parameters alone."""
+    older, newer = _then_and_now(name)
+    key = {"full_covariance": "rate=1.0", "spline_coupling": 'activation="elu"'}.get(name, "centred=False")
+    held, other = nn.ModuleDict({"q": newer}), nn.ModuleDict({"q": older})
+    for into, state in ((newer, older.state_dict()), (held, other.state_dict())):
+        with pytest.raises(RuntimeError, match=rf"constant_\w+: the state is of another map, without .*{key}"):
+            into.load_state_dict(state, strict=strict)
+    for state in (newer.state_dict(), dict(newer.state_dict())):
+        with pytest.raises(RuntimeError, match=r"constant_\w+: the state is of another map, with this constant"):
+            older.load_state_dict(state, strict=strict)
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_a_part_of_a_state_and_parameters_alone_are_no_other_map(name: str) -> None:
+    older, newer = _then_and_now(name)
+    newer.load_state_dict(dict(older.named_parameters()), strict=False)
+    assert all(torch.equal(dict(newer.named_parameters())[key], value) for key, value in older.named_parameters())
+    model, other = (nn.ModuleDict({"encoder": nn.Linear(3, 3), "q": each}) for each in (newer, older))
+    state = other.state_dict()
+    for key in [key for key in state if key.startswith("q.")]:
+        del state[key]  # in place: the marks of torch stay
+    assert model.load_state_dict(state, strict=False).unexpected_keys == []
+    assert torch.equal(model["encoder"].weight, other["encoder"].weight)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_wrapped_iaf_of_then_is_refused_also_where_names_may_differ(strict: bool) -> None:  # noqa: FBT001
+    with pytest.raises(RuntimeError, match=r"constant_gain: the state is of another map, without .*gain=1.0"):
+        wrapped().load_state_dict(wrapped(gain=1.0).state_dict(), strict=strict)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_wrapped_householder_that_turned_noise_alone_is_refused(strict: bool) -> None:  # noqa: FBT001
+    """It was the encoder's own Gaussian whatever its reflections were, which is not what they make of scaled noise."""
+
+    def pair(flow: str) -> WrappedPosterior:
+        return flowpost.wrap(Halves(), DIM, example=torch.zeros(1, 2 * DIM), flow=flow)
+
+    into, other = pair("householder"), pair("householder")
+    into.load_state_dict(other.state_dict())
+    x, noise = torch.randn(5, 2 * DIM), torch.randn(5, DIM)
+    assert torch.equal(into(x, noise=noise).z, other(x, noise=noise).z)
+    state = other.state_dict()
+    del state["posterior.head.constant_turned"]
+    with pytest.raises(RuntimeError, match=r"constant_turned: the state is of another map, without .*diagonal"):
+        into.load_state_dict(state, strict=strict)
+    pair("diagonal").load_state_dict(state, strict=False)
 
 
 def test_a_recipe_knows_three_activations() -> None:

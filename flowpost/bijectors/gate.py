@@ -14,7 +14,7 @@ from torch import Tensor
 from flowpost.bijectors.base import Bijector
 from flowpost.masked.run import COLUMNS, Array, Column, Solve
 from flowpost.numerics.arguments import check_int
-from flowpost.numerics.constants import Constant, number_in
+from flowpost.numerics.constants import Constant, number_in, save_number
 from flowpost.numerics.products import wide_dtype
 from flowpost.numerics.scales import SPREAD
 
@@ -155,8 +155,12 @@ class Gate(Bijector):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
         if self.gain != 1:
-            self.gain = number_in(state_dict, f"{prefix}constant_gain", self.gain)
+            self.gain = number_in(state_dict, f"{prefix}constant_gain", self.gain, args[-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        save_number(destination, f"{prefix}constant_gain", self.gain)
 
     def columns(self) -> tuple[Column | None, Column | None]:
         """The inverse's, unless a subclass may have a map of its own."""

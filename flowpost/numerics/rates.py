@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowpost.numerics.arguments import check_positive
-from flowpost.numerics.constants import number_in
+from flowpost.numerics.constants import number_in, save_number
 
 
 class Rated(nn.Module):
@@ -41,12 +41,16 @@ class Rated(nn.Module):
         key, last = f"{prefix}output_rate", f"{prefix}layers.{len(self.layers) - 1}."
         if key in state_dict:
             if self.rate != 1:
-                self.rate = number_in(state_dict, key, self.rate)
+                self.rate = number_in(state_dict, key, self.rate, args[-1])
         elif self.rate != 1 and args[0].get("version", 2) < 2:
             names = [f"{last}weight", f"{last}bias", *([f"{prefix}project.weight"] if len(self.layers) == 1 else [])]
             state_dict.update({name: state_dict[name] / self.rate for name in names if name in state_dict})
             state_dict[key] = self.output_rate
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        save_number(destination, f"{prefix}output_rate", self.rate)
 
 
 class RatedNumbers(nn.Module):
@@ -73,5 +77,9 @@ class RatedNumbers(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
         if self.rate != 1:
-            self.rate = number_in(state_dict, f"{prefix}constant_rate", self.rate)
+            self.rate = number_in(state_dict, f"{prefix}constant_rate", self.rate, args[-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        save_number(destination, f"{prefix}constant_rate", self.rate)

@@ -34,6 +34,7 @@ def recipe(build: Callable[P, FlowPosterior]) -> Callable[P, FlowPosterior]:
     place of it.
     """
     signature = inspect.signature(build)
+    numbers = {name for name, taken in signature.parameters.items() if "float" in str(taken.annotation)}
 
     @functools.wraps(build)
     def recorded(*args: P.args, **kwargs: P.kwargs) -> FlowPosterior:
@@ -42,7 +43,7 @@ def recipe(build: Callable[P, FlowPosterior]) -> Callable[P, FlowPosterior]:
         bound.apply_defaults()
         vars(posterior)["recipe"] = {
             "name": build.__name__,
-            "arguments": {key: _plain(value) for key, value in bound.arguments.items()},
+            "arguments": {key: _plain(value, number=key in numbers) for key, value in bound.arguments.items()},
         }
         return posterior
 
@@ -69,8 +70,10 @@ def names(module: str) -> list[str]:
     return [name for name, build in RECIPES.items() if build.__module__ == module]
 
 
-def _plain(value: object) -> object:
-    """The same in JSON's types; numpy's numbers and arrays too."""
+def _plain(value: object, *, number: bool = False) -> object:
+    """The same in JSON's types; numpy's numbers and arrays too. A number is no int, which would be read as a size."""
     if hasattr(value, "tolist"):
-        return value.tolist()  # pyright: ignore[reportAttributeAccessIssue]
-    return [_plain(part) for part in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
+        value = value.tolist()  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(part) for part in value]
+    return float(value) if number and isinstance(value, int) else value
