@@ -11,7 +11,8 @@ from flowpost.checks import active, check_finite
 from flowpost.density import Sample, batch_of, draw, log_density, path_log_density
 from flowpost.distribution import FlowDistribution
 from flowpost.numerics.arguments import FLOATS, check_int, check_untraced, check_wide, refuse_shards
-from flowpost.numerics.constants import follow, keep_constants
+from flowpost.numerics.constants import follow
+from flowpost.numerics.states import keep_constants
 from flowpost.numerics.watchers import first_parameter, full_precision
 
 

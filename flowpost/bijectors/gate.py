@@ -14,9 +14,10 @@ from torch import Tensor
 from flowpost.bijectors.base import Bijector
 from flowpost.masked.run import COLUMNS, Array, Column, Solve
 from flowpost.numerics.arguments import check_int
-from flowpost.numerics.constants import Constant, number_in, save_number
+from flowpost.numerics.constants import Constant
 from flowpost.numerics.products import wide_dtype
 from flowpost.numerics.scales import SPREAD
+from flowpost.numerics.states import number_in, save_number
 
 _tanh_backward = torch.ops.aten.tanh_backward.default
 REACH = 1e3

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowpost.numerics.arguments import check_positive
-from flowpost.numerics.constants import number_in, save_number
+from flowpost.numerics.states import number_in, save_number
 
 
 class Rated(nn.Module):

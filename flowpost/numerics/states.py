@@ -1,0 +1,87 @@
+"""What a saved state says of a module's constants: whether it is of the same map, and with which numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Set
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CONSTANT = ".constant_"
+"""In the name of a buffer that no call reads: a state without it is of before the constant was."""
+_CURES = {
+    "constant_centred": ("centred=False", "centred=True"),
+    "constant_rate": ("rate=1.0", "the rate that it names"),
+    "output_rate": ("rate=1.0", "the rate that it names"),
+    "constant_gain": ("gain=1.0", "the gain that it names"),
+    "constant_relu": ('activation="elu"', 'activation="relu"'),
+    "constant_turned": ('flow="diagonal", which reflections of noise are', 'flow="householder"'),
+}
+"""By the constant's name: what makes a module for the states without it, and for those with it."""
+
+
+def keep_constants(
+    module: nn.Module,
+    state: dict[str, Any],
+    prefix: str,
+    marks: Mapping[str, object],
+    _strict: bool,  # noqa: FBT001 (torch's own signature)
+    _missing: list[str],
+    _unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """Before a load: take parameters alone as the module's own, and refuse a whole state of another map.
+
+    Parameters alone, ``dict(module.named_parameters())``, say nothing about a module's constants. A buffer
+    ``constant_...`` that a state lacks means that the state is older than the constant. Orders, which every whole state
+    has, tell an old state from parameters alone, and so do torch's version marks; where there is neither, nothing does.
+    A whole state that lacks a constant, or has one more, is refused also where ``strict=False`` lets names differ.
+    """
+    with torch.no_grad():
+        own = {prefix + name: value for name, value in module.state_dict().items()}
+    constants = {name for name in own if CONSTANT in name}
+    parameters = {prefix + name for name, _ in module.named_parameters(remove_duplicate=False)}
+    others = own.keys() - constants - parameters
+    if others and not others & state.keys():
+        state.update({name: own[name] for name in constants - state.keys()})
+    if not parameters or not parameters <= state.keys():
+        return  # a part of one, or of another module
+    whole, marked = bool(others & state.keys()), "version" in marks
+    lacking = constants - state.keys() if marked or whole else set[str]()
+    if any(getattr(part, "takes_older_states", False) for part in module.modules()):
+        lacking = {name for name in lacking if not name.endswith("constant_gain")}
+    if whole and not marked:  # with its marks, a state of no rate is the map that it was
+        lacking |= {name for name in others - state.keys() if name.endswith(".output_rate")}
+    more = {name for name in state if name.startswith(prefix) and CONSTANT in name} - constants
+    errors += [*_refusals(lacking, "without", 0), *_refusals(more, "with", 1)]
+
+
+def _refusals(names: Set[str], what: str, place: int) -> Iterator[str]:
+    """A line for each constant that only the module or only the state has."""
+    for name in sorted(names):
+        cure = _CURES.get(name.rpartition(".")[2])
+        made = f"; it loads into what is made with {cure[place]}" if cure else ""
+        yield f"{name}: the state is of another map, {what} this constant{made}"
+
+
+def number_in(state: Mapping[str, Any], key: str, own: float, errors: list[str]) -> float:
+    """A positive number that a state names; the module's own where it does not, or has it rounded."""
+    value = state.get(key)
+    if not isinstance(value, Tensor) or value.is_meta or value.numel() != 1:
+        return own
+    number, exact = float(value), torch.tensor(own, dtype=torch.float64, device="cpu")
+    rounded = [float(exact.to(dtype)) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+    if number in rounded or math.isclose(number, own, rel_tol=1e-6):
+        return own
+    if not 0 < number < math.inf:
+        errors.append(f"{key}: expected a positive finite number, got {number}")
+        return own
+    return number
+
+
+def save_number(destination: dict[str, Any], key: str, number: float) -> None:
+    """Write a module's number where its state has the buffer of it, which casts or `to_empty` may have spoilt."""
+    if key in destination:
+        destination[key] = torch.full_like(destination[key], number)
