@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowpost.annealing import Gradient, noise_target
-from flowpost.bijectors.affine import Scale
+from flowpost.bijectors.scale import Scale
 from flowpost.conditions import Data, prior_at, split
 from flowpost.density import standard_normal_log_prob
 from flowpost.distribution import FlowDistribution

@@ -10,18 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from flowpost.bijectors.affine import Affine, Scale, Scaling, Shift
+from flowpost.bijectors.affine import Affine, Shift
 from flowpost.bijectors.autoregressive import Autoregressive
 from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.chain import Chain
 from flowpost.bijectors.gate import Gate
 from flowpost.bijectors.householder import Householder
+from flowpost.bijectors.scale import Scale, Scaling
 from flowpost.bijectors.wrappers import linear_head
 from flowpost.numerics.arguments import check_int, check_module
 from flowpost.numerics.scales import log_var_scale
 from flowpost.outputs import Read, as_features, check_diagonal, check_example, check_pair, cure_of, kind
 from flowpost.posterior import FlowPosterior
 from flowpost.recipes import RECIPES
+from flowpost.recipes.parts import steadied
 from flowpost.wrapped import WrappedPosterior
 
 
@@ -159,6 +161,8 @@ class _PairHead(nn.Module):
 
 def _steps(flow: str, dim: int, options: Mapping[str, object]) -> list[Bijector]:
     """A recipe's steps without its diagonal Gaussian, whose place the encoder's own Gaussian takes."""
+    if flow in ("full_covariance", "cc_lin_iaf"):
+        options = {"rate": steadied(None, 2 * dim, dim), **options}
     whole = RECIPES[flow](1, dim, **options).flow  # the head that comes with it is of no use, and so the smallest
     steps = (
         [step for step in whole if not isinstance(step, (Affine, Scaling, Shift))] if isinstance(whole, Chain) else []

@@ -70,7 +70,7 @@ def test_a_fresh_step_is_exactly_the_identity_and_its_matrices_can_part() -> Non
 
 def test_the_recipe_is_a_gaussian_whose_covariance_is_the_combination_s() -> None:
     """``z = L (scale * noise) + loc``: mean loc, covariance L diag(scale^2) L^T."""
-    posterior = flowpost.cc_lin_iaf(4, 3, combinations=2).double()
+    posterior = flowpost.cc_lin_iaf(4, 3, combinations=2, rate=1 / 3).double()
     for parameter in posterior.parameters():
         torch.nn.init.normal_(parameter)
     h = torch.randn(6, 4, dtype=torch.float64)

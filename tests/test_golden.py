@@ -128,9 +128,9 @@ AROUND = ["planar", "householder", "cc_lin_iaf", "full_covariance", "triangular_
 
 
 def _then_and_now(name: str) -> tuple[flowpost.FlowPosterior, flowpost.FlowPosterior]:
-    sizes = {"steps": 2, "hidden": (4,)} if name == "spline_coupling" else {}
+    sizes = {"spline_coupling": {"steps": 2, "hidden": (4,)}, "full_covariance": {"rate": 0.5}}.get(name, {})
     recipe, older = getattr(flowpost, name), BEFORE[name]
-    return recipe(3, 2, **sizes, **older), recipe(3, 2, **sizes)
+    return recipe(3, 2, **{**sizes, **older}), recipe(3, 2, **sizes)
 
 
 @pytest.mark.parametrize("strict", [True, False])

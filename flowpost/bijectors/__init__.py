@@ -1,7 +1,7 @@
 """Invertible maps with exact log-determinants, one family a file."""
 
 from flowpost.bijectors.actnorm import ActNorm
-from flowpost.bijectors.affine import Affine, Scale, Scaling, Shift
+from flowpost.bijectors.affine import Affine, Shift
 from flowpost.bijectors.autoregressive import Autoregressive, Masked
 from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.chain import Chain, Shared
@@ -14,6 +14,7 @@ from flowpost.bijectors.lu import LULinear
 from flowpost.bijectors.permute import Permute, Reverse
 from flowpost.bijectors.planar import Planar
 from flowpost.bijectors.radial import Radial
+from flowpost.bijectors.scale import Scale, Scaling
 from flowpost.bijectors.spline import Spline
 from flowpost.bijectors.squash import Sigmoid, Softplus, Tanh
 from flowpost.bijectors.sylvester import Sylvester

@@ -40,8 +40,8 @@ class UnitLowerTriangular(RatedNumbers, Bijector):
     Args:
         dim: size of z.
         rate: a positive constant times which the context's numbers come. Adam moves each of them as far in a step, and
-            a row of L adds up to dim of them: at ``1 / dim`` many variables train as steadily as few. A state of
-            another rate makes the step one of that rate; one from before there were rates is refused.
+            a row of L adds up to dim of them: a small rate lets many variables train as steadily as few. A state
+            of another rate makes the step one of that rate; one from before there were rates is refused.
 
     Shapes:
         z ``(*batch, dim)``, context ``(*batch, dim * (dim - 1) / 2)``: L below its diagonal, row by row, over `rate`.

@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowpost.bijectors.affine import Affine
+from flowpost.bijectors.affine import Affine, Shift
 from flowpost.bijectors.autoregressive import Masked
+from flowpost.bijectors.base import Bijector
+from flowpost.bijectors.chain import Chain
 from flowpost.bijectors.coupling import Coupling
+from flowpost.bijectors.scale import Scaling
 from flowpost.numerics.arguments import check_int
 from flowpost.numerics.scales import exp_scale
 
@@ -20,6 +23,19 @@ from flowpost.numerics.scales import exp_scale
 def exp_affine(dim: int) -> Affine:
     """An affine map whose scale is `exp_scale`."""
     return Affine(dim, exp_scale)
+
+
+def around(dim: int, steps: Sequence[Bijector], *, centred: bool) -> Chain:
+    """Between a diagonal Gaussian's scale and its mean, the steps; or after both.
+
+    As the mean moves with x, steps after it have to move their offsets along, each by a linear layer of its own.
+    """
+    if not centred:
+        return Chain(Affine(dim), *steps)
+    chain = Chain(Scaling(dim), *steps, Shift(dim))
+    # No call reads it: what was saved when the mean came first has the same names and shapes, and is another map.
+    chain.register_buffer("constant_centred", torch.ones(()))
+    return chain
 
 
 Step = TypeVar("Step", Masked, Coupling)
@@ -70,3 +86,14 @@ def evened(rate: float | None, hidden: Sequence[int]) -> float:
     if rate is not None:
         return rate
     return min(1.0, 32 / [*hidden][-1]) if len(hidden) else 1.0
+
+
+def steadied(rate: float | None, features: int, dim: int) -> float:
+    """The rate of a triangular matrix's numbers: what is given, or ``256 / (features * dim)``, at most 1.
+
+    Adam moves each weight by as much a step: a number by a sum over the features, and a row of the matrix by a sum over
+    up to dim numbers. The rate makes many move together as far as 16 features and 16 variables do, and no farther.
+    """
+    if rate is not None:
+        return rate
+    return min(1.0, 256 / (features * check_int("dim", dim, minimum=1))) if features else 1.0
