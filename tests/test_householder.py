@@ -53,7 +53,7 @@ def test_pairs_start_as_the_identity_and_in_directions_of_their_own() -> None:
     assert isinstance(flow, Chain)
     assert [type(step) for step in flow] == [Scaling, *[Householder] * 4, Shift]
     start = flow.initial_context()[4:-4].view(4, 4)
-    torch.testing.assert_close(start.norm(dim=1), torch.full((4,), 2.0))
+    torch.testing.assert_close(start.norm(dim=1), torch.full((4,), 8.0))
     assert torch.equal(start[0], start[1])
     assert not torch.equal(start[1], start[2])
     z, context = torch.randn(5, 4), flow.initial_context().requires_grad_()
