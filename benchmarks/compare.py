@@ -46,8 +46,9 @@ def compare(
 ) -> None:
     """One table of several jobs: means and standard errors over seeds, and the difference from the reference.
 
-    The reference is the first job's first posterior. Rows are ranked by the trusted NLL if all have it. A
-    difference is that of runs of equal seeds, which begin with equal weights and see the images in the same order.
+    The reference is the first job's first posterior. Rows are ranked by the trusted NLL if all have it, else by
+    -ELBO. A difference is that of runs of equal seeds, which begin with equal weights and see the images in the same
+    order.
     """
     if page is not None:
         fill(page, "", mark)
@@ -90,9 +91,10 @@ def _check_comparable(configs: Sequence[Config]) -> None:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """A row for each posterior of each job, by the trusted NLL; `mean ± standard error` where there are two seeds.
+    """A row for each posterior of each job, by the trusted NLL or else by -ELBO.
 
-    Differences are from the first of `rows`, whatever its rank.
+    A figure is `mean ± standard error` where there are two seeds. Differences are from the first of `rows`, whatever
+    its rank.
     """
     found = {key for _, _, runs in rows for run in runs for key in run}
     keys = {key: title for key, title in TITLES.items() if key in found}
@@ -102,7 +104,7 @@ def table(rows: Sequence[Row]) -> Table:
     apart = [f"less the reference's {keys[key]}" for key in decisive]
     header = ["posterior", "trained on", "dim", "seeds", *keys.values(), *apart, "params"]
     body = []
-    for config, name, runs in ranked(rows, lambda row: _trusted(row[2])):
+    for config, name, runs in ranked(ranked(rows, lambda row: _mean(row[2], "neg_elbo")), lambda row: _mean(row[2])):
         figures = [mean_error(values(runs, key)) for key in keys]
         figures += [mean_error(differences(runs, rows[0][2], key), signed=True) for key in decisive]
         parameters = f"{runs[0]['parameters']:,}"
@@ -110,9 +112,9 @@ def table(rows: Sequence[Row]) -> Table:
     return Table(header, body, caption=_caption([config for config, _, _ in rows]))
 
 
-def _trusted(runs: Sequence[Result]) -> float | None:
+def _mean(runs: Sequence[Result], key: str = "trusted_nll") -> float | None:
     """What the rows are ranked by, where a row has it."""
-    found = values(runs, "trusted_nll")
+    found = values(runs, key)
     return statistics.fmean(found) if found else None
 
 

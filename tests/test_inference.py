@@ -300,7 +300,7 @@ def test_compared_rows_are_paired_by_seed() -> None:
         "less the reference's NLL",
         "params",
     ]
-    body = found.rows
+    body = [found.rows[2], *found.rows[:2]]  # by -ELBO, 1.50, 3.00 and 6.33
     assert body[0] == ["diagonal", "ELBO", "16", "3", "6.33 ± 1.45", "6.33 ± 1.45", *["+0.00 ± 0.00"] * 2, "7,000"]
     assert body[1] == ["diagonal", "IWAE(5) dreg", "16", "2", *["1.50 ± 0.50"] * 2, *["-3.50 ± 0.50"] * 2, "7,000"]
     assert body[2] == ["iaf", "ELBO gain=1, hidden=[9, 9]", "16", "1", "3.00", "3.00", "-", "-", "7,000"]
@@ -311,13 +311,13 @@ def test_a_figure_that_only_some_jobs_have_is_compared_where_it_is() -> None:
     found = table([(configure(gaps=True), "diagonal", split), (configure(), "iaf", runs(3.0, posterior="iaf"))])
     columns = ["local", "less the reference's local"]
     assert [[row[found.header.index(name)] for name in columns] for row in found.rows] == [
-        ["5.50 ± 2.50", "+0.00 ± 0.00"],
         ["-", "-"],
+        ["5.50 ± 2.50", "+0.00 ± 0.00"],
     ]
 
 
 def test_compared_rows_are_ranked_by_the_trusted_nll() -> None:
-    """Differences stay those from the first that came, and one row without the figure leaves all as they came."""
+    """Differences stay those from the first that came; where one row has no such figure, -ELBO ranks them."""
     figures = {"diagonal": 9.0, "iaf": 8.0, "planar": 8.5}
     rows = [
         (configure(), name, [run | {"trusted_nll": figure} for run in runs(figure, posterior=name)])
@@ -331,7 +331,8 @@ def test_compared_rows_are_ranked_by_the_trusted_nll() -> None:
         ("diagonal", "+0.00"),
     ]
     rows[1][2][0].pop("trusted_nll")
-    assert [row[0] for row in table(rows).rows] == ["diagonal", "iaf", "planar"]
+    rows[0][2][0]["trusted_nll"] = 1.0
+    assert [row[0] for row in table(rows).rows] == ["iaf", "planar", "diagonal"]
 
 
 def test_compared_jobs_fill_a_page(job_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
