@@ -54,8 +54,8 @@ def fitted(model: LinearGaussian, name: str = "full_covariance", *, stretch: flo
     """
     dim = model.dim
     recipes = {"diagonal": flowpost.diagonal, "full_covariance": flowpost.full_covariance, "planar": flowpost.planar}
-    options = {"full_covariance": {"rate": 1.0}, "planar": {"centred": False}}.get(name, {})
-    posterior: FlowPosterior = recipes[name](len(model.bias), dim, **options).double()
+    unrated = {"rate": 1.0} if name == "full_covariance" else {}
+    posterior: FlowPosterior = recipes[name](len(model.bias), dim, **unrated).double()
     tril = torch.linalg.cholesky(model.covariance)
     if name != "full_covariance":
         tril = torch.diag_embed(model.precision.diagonal().rsqrt())

@@ -124,7 +124,7 @@ def test_a_state_that_lost_its_marks_is_told_by_its_orders(name: str) -> None:
     into.load_state_dict(dict(older.named_parameters()), strict=False)
 
 
-AROUND = ["planar", "householder", "cc_lin_iaf", "full_covariance", "triangular_sylvester", "spline_coupling"]
+AROUND = ["householder", "cc_lin_iaf", "full_covariance", "spline_coupling"]
 
 
 def _then_and_now(name: str) -> tuple[flowpost.FlowPosterior, flowpost.FlowPosterior]:

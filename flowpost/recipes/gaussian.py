@@ -73,7 +73,8 @@ def householder(features: int, dim: int, steps: int = 8, *, centred: bool = True
         features: size of the encoder's features; 0 for a posterior without an encoder.
         dim: size of z.
         steps: number of reflections; an even number starts as the identity, two by two.
-        centred: whether the mean comes last, as in `planar`.
+        centred: whether the mean comes last, as it does in `full_covariance`. False is the paper's order: the same
+            family, in which the steps have to turn a mean that moves with x.
 
     Returns:
         A posterior that starts near N(0, I).
@@ -105,7 +106,8 @@ def cc_lin_iaf(
         dim: size of z; the head grows with ``combinations * dim^2 / 2``.
         combinations: number of lower-triangular matrices.
         rate: times which the matrices' numbers come, as in `full_covariance`.
-        centred: whether the mean comes last, as in `planar`.
+        centred: whether the mean comes last, as it does in `full_covariance`. False is the paper's order: the same
+            family, in which the steps have to turn a mean that moves with x.
 
     Returns:
         A posterior that starts near N(0, I).
