@@ -60,7 +60,8 @@ def forgetful(part: checkpoint.Part) -> checkpoint.Part:
 
     def pack(loop: Loop, config: Config) -> dict[str, torch.Tensor]:
         found = part.pack(loop, config)
-        spoilt = [key for key, value in found.items() if "av" in key and value.is_floating_point()]
+        kept = {key for key in found if ".constant_" in key}  # a gain of 0 is refused
+        spoilt = [key for key in found.keys() - kept if "av" in key and found[key].is_floating_point()]
         return found | {key: torch.zeros_like(found[key]) for key in spoilt}
 
     return part._replace(pack=pack)
