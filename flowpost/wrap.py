@@ -16,6 +16,7 @@ from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.chain import Chain
 from flowpost.bijectors.gate import Gate
 from flowpost.bijectors.householder import Householder
+from flowpost.bijectors.permute import Permute, Reverse
 from flowpost.bijectors.scale import Scale, Scaling
 from flowpost.bijectors.wrappers import linear_head
 from flowpost.numerics.arguments import check_int, check_module
@@ -131,9 +132,10 @@ def _around_pair(dim: int, flow: str | Bijector, options: Mapping[str, object]) 
 
 
 def _only_turn(steps: Sequence[Bijector]) -> bool:
-    """Whether the steps are reflections: of the noise they would make the same noise, so they turn the scaled one."""
+    """Whether the steps are orthogonal: of the noise they would make the same noise, so they turn the scaled one."""
     leaves = [leaf for step in steps for leaf in step.leaves()]
-    return bool(leaves) and all(isinstance(leaf, Householder) for leaf in leaves)
+    turning = any(isinstance(leaf, Householder) for leaf in leaves)
+    return turning and all(isinstance(leaf, (Householder, Permute, Reverse)) for leaf in leaves)
 
 
 class _PairHead(nn.Module):

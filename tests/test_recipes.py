@@ -86,6 +86,12 @@ def test_a_state_of_the_other_order_is_refused(name: str) -> None:
             into.load_state_dict(state)
 
 
+@pytest.mark.parametrize("name", ["householder", "planar"])
+def test_what_is_neither_centred_nor_not_is_refused(name: str) -> None:
+    with pytest.raises(TypeError, match=r"^centred: expected True or False, got 'no'$"):
+        RECIPES[name](3, 2, centred="no")
+
+
 def test_planar_steps_start_in_directions_of_their_own() -> None:
     start = flowpost.planar(6, 4, steps=3).flow.initial_context()[8:].view(3, 9)
     assert (start[:, :4] == 0).all()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from flowpost import Affine, Chain, Planar, Scale, Shared, wrap
+from flowpost import Affine, Chain, Householder, Permute, Planar, Reverse, Scale, Shared, wrap
 from flowpost.functional import log_var_scale
 from flowpost.recipes import RECIPES
 
@@ -81,6 +81,17 @@ GAUSSIAN = [
     ("householder", {"steps": 4}),
     ("cc_lin_iaf", {"combinations": 3}),
 ]
+
+
+def test_reflections_among_permutations_turn_the_scaled_noise_too() -> None:
+    """All of them are orthogonal, so that of the noise alone they would make the same noise."""
+    torch.manual_seed(0)
+    flow = Chain(Reverse(3), Householder(3), Permute([1, 2, 0]), Householder(3))
+    posterior = wrap(Pair().double(), 3, example=X.double(), flow=flow)
+    x, zero = X[:1].double(), torch.zeros(1, 3, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(lambda e: posterior(x, noise=e).z[0], zero).squeeze(-2)
+    covariance = jacobian @ jacobian.mT
+    assert (covariance - torch.diag(covariance.diagonal())).abs().max() > 0.05
 
 
 @pytest.mark.parametrize(("flow", "options"), GAUSSIAN, ids=str)

@@ -30,6 +30,8 @@ def around(dim: int, steps: Sequence[Bijector], *, centred: bool) -> Chain:
 
     As the mean moves with x, steps after it have to move their offsets along, each by a linear layer of its own.
     """
+    if not isinstance(centred, bool):
+        raise TypeError(f"centred: expected True or False, got {centred!r}")
     if not centred:
         return Chain(Affine(dim), *steps)
     chain = Chain(Scaling(dim), *steps, Shift(dim))
