@@ -17,7 +17,7 @@ from flowpost.numerics.arguments import check_int
 from flowpost.numerics.constants import Constant
 from flowpost.numerics.products import wide_dtype
 from flowpost.numerics.scales import SPREAD
-from flowpost.numerics.states import number_in, save_number
+from flowpost.numerics.states import Numbered
 
 _tanh_backward = torch.ops.aten.tanh_backward.default
 REACH = 1e3
@@ -104,7 +104,7 @@ def _gate_column(xp: Any, constants: Sequence[float]) -> Solve:  # noqa: ANN401
 COLUMNS["gate"] = _gate_column
 
 
-class Gate(Bijector):
+class Gate(Numbered, Bijector):
     """Element-wise LSTM-style gate ``z' = gain (s z + (1 - s) m)``: a convex step from z towards m, times a constant.
 
     The context is the raw numbers of s and m, which `gate_parameters` bounds, so that the map is invertible for every
@@ -132,6 +132,7 @@ class Gate(Bijector):
     """
 
     elementwise = True
+    _number = ("gain", "constant_gain")
 
     def __init__(self, dim: int, forget_bias: float = 2.0, gain: float = 1.0) -> None:
         super().__init__(dim, 2 * check_int("dim", dim, minimum=1))
@@ -153,15 +154,6 @@ class Gate(Bijector):
         """Become the gate that was before gates had a gain."""
         self.gain = 1.0
         del self.constant_gain
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
-        if self.gain != 1:
-            self.gain = number_in(state_dict, f"{prefix}constant_gain", self.gain, args[-1])
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        save_number(destination, f"{prefix}constant_gain", self.gain)
 
     def columns(self) -> tuple[Column | None, Column | None]:
         """The inverse's, unless a subclass may have a map of its own."""

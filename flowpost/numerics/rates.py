@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from flowpost.numerics.arguments import check_positive
-from flowpost.numerics.states import number_in, save_number
+from flowpost.numerics.states import Numbered
 
 
-class Rated(nn.Module):
+class Rated(Numbered):
     """A network of `layers`, with an activation between them, whose outputs come times a positive constant, `rate`.
 
     Adam moves every weight by as much a step, whatever the gradient's size: a layer of n inputs then moves its outputs
@@ -22,6 +22,7 @@ class Rated(nn.Module):
 
     _version = 2
     """1 was when outputs had no rate. What carries no version, such as parameters alone, is loaded as it is."""
+    _number = ("rate", "output_rate")
     layers: nn.ModuleList
     activation: Callable[[Tensor], Tensor]
 
@@ -39,26 +40,20 @@ class Rated(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
         key, last = f"{prefix}output_rate", f"{prefix}layers.{len(self.layers) - 1}."
-        if key in state_dict:
-            if self.rate != 1:
-                self.rate = number_in(state_dict, key, self.rate, args[-1])
-        elif self.rate != 1 and args[0].get("version", 2) < 2:
+        if key not in state_dict and self.rate != 1 and args[0].get("version", 2) < 2:
             names = [f"{last}weight", f"{last}bias", *([f"{prefix}project.weight"] if len(self.layers) == 1 else [])]
             state_dict.update({name: state_dict[name] / self.rate for name in names if name in state_dict})
-            state_dict[key] = self.output_rate
+            state_dict[key] = torch.full_like(self.output_rate, self.rate)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        save_number(destination, f"{prefix}output_rate", self.rate)
 
-
-class RatedNumbers(nn.Module):
+class RatedNumbers(Numbered):
     """A step whose numbers, or some of them, come times a positive constant, `rate`.
 
     A state of another rate makes the step one of that rate. One of no rate is refused: it would be another map.
     """
 
+    _number = ("rate", "constant_rate")
     rate: float
 
     def _set_rate(self, rate: float) -> None:
@@ -74,12 +69,3 @@ class RatedNumbers(nn.Module):
     def extra_repr(self) -> str:
         """Sizes and rate, for the module's repr."""
         return super().extra_repr() + ("" if self.rate == 1 else f", rate={self.rate:.4g}")
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
-        if self.rate != 1:
-            self.rate = number_in(state_dict, f"{prefix}constant_rate", self.rate, args[-1])
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        save_number(destination, f"{prefix}constant_rate", self.rate)

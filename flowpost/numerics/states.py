@@ -81,7 +81,21 @@ def number_in(state: Mapping[str, Any], key: str, own: float, errors: list[str])
     return number
 
 
-def save_number(destination: dict[str, Any], key: str, number: float) -> None:
-    """Write a module's number where its state has the buffer of it, which casts or `to_empty` may have spoilt."""
-    if key in destination:
-        destination[key] = torch.full_like(destination[key], number)
+class Numbered(nn.Module):
+    """A module one of whose numbers its state names: a load takes it over, and a save writes it as it is used."""
+
+    _number: tuple[str, str]
+    """The attribute, and its buffer, which is there unless the number is 1; casts or `to_empty` may spoil it."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
+        name, buffer = self._number
+        if buffer in self._buffers:
+            setattr(self, name, number_in(state_dict, prefix + buffer, getattr(self, name), args[-1]))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        name, buffer = self._number
+        if buffer in self._buffers:
+            key = prefix + buffer
+            destination[key] = torch.full_like(destination[key], getattr(self, name))
