@@ -43,8 +43,9 @@ def wrap(
     An encoder that returns the VAE's pair ``(loc, log_var)``, or a diagonal Gaussian of `torch.distributions`, keeps
     it. The flow's steps act on the noise; a linear head on the pair gives their context. An affine map then gives
     ``loc + exp(log_var / 2) * z``, log_var softly bounded at +-20. It takes the place of the diagonal Gaussian of the
-    recipe. Reflections leave standard normal noise as it is, so they act on ``exp(log_var / 2) * z`` instead. With a
-    named flow the posterior starts at the encoder's own Gaussian, so a trained VAE loses nothing.
+    recipe, whatever its ``centred`` says. Reflections leave standard normal noise as it is, so they act on
+    ``exp(log_var / 2) * z`` instead. With a named flow the posterior starts at the encoder's own Gaussian, so a trained
+    VAE loses nothing.
 
     For every other encoder, `read` says what to take of its output:
 

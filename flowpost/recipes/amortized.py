@@ -30,7 +30,7 @@ def planar(features: int, dim: int, steps: int = 8, *, centred: bool = False) ->
         dim: size of z.
         steps: number of planar steps.
         centred: whether the steps bend noise around 0 and the mean comes last. The family is the same. It trained
-            better with 16 variables, worse with two, and not at all with ``gradient="stl"``.
+            better with 16 variables, worse with two, and did not bear ``gradient="stl"``.
 
     Returns:
         A posterior that starts near N(0, I).
