@@ -43,7 +43,7 @@ class Rated(Numbered):
         if key not in state_dict and self.rate != 1 and args[0].get("version", 2) < 2:
             names = [f"{last}weight", f"{last}bias", *([f"{prefix}project.weight"] if len(self.layers) == 1 else [])]
             state_dict.update({name: state_dict[name] / self.rate for name in names if name in state_dict})
-            state_dict[key] = torch.full_like(self.output_rate, self.rate)
+            state_dict[key] = torch.full_like(self.get_buffer("output_rate"), self.rate)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
