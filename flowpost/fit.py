@@ -45,7 +45,7 @@ def fit(
     flow that starts as the identity is trained by sticking the landing, its rate falling when the ELBO no longer rises.
     Several modes give a mixture of such flows. The fit ends when log p/q is constant, or with the budget.
 
-    Ctrl-C ends it early with the best q so far, once the search for modes has ended.
+    Ctrl-C ends it early with the best q so far; in about the first twentieth of the budget there is none yet.
 
     Args:
         log_joint: from parameters to ``log p(x, theta)``, up to a constant that is then missing in the evidence. It

@@ -413,21 +413,43 @@ def test_an_interrupted_fit_returns_what_it_has(where: str, flow: str) -> None:
     assert "interrupted" not in more.verdict
 
 
-@pytest.mark.parametrize("where", ["progress", "log_joint"])
-def test_an_interrupted_search_for_modes_has_nothing_to_return(where: str) -> None:
+def stopping(log_joint: Callable[[Tensor], Tensor], after: int) -> Callable[[Tensor], Tensor]:
+    """A log joint during which Ctrl-C comes, after so many draws."""
     calls = [0]
 
-    def log_joint(z: Tensor) -> Tensor:
+    def stopped(z: Tensor) -> Tensor:
         calls[0] += len(z)
-        if where == "log_joint" and calls[0] > 1000:
+        if calls[0] > after:
+            calls[0] = -(10**9)
             raise KeyboardInterrupt
-        return banana(z)
+        return log_joint(z)
 
+    return stopped
+
+
+def test_a_search_for_modes_that_has_found_none_has_nothing_to_return() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        fit(stopping(banana, 1000), 2, budget=30_000, **TINY)
+
+
+@pytest.mark.parametrize("flow", ["realnvp", "full_covariance", "diagonal"])
+def test_an_interrupted_search_for_modes_returns_their_gaussians(flow: str) -> None:
+    """Of two Gaussians the search has both, and nothing is left to be gained: the evidence is 0."""
+    options = TINY if flow == "realnvp" else {}
+    fitted = fit(stopping(two, 8000), 2, flow, budget=30_000, **options)
+    assert fitted.notes[0] == "the fit was interrupted; pass resume= to go on"
+    assert fitted.evaluations < 9000
+    assert fitted.elbo()[0] == pytest.approx(0, abs=0.05)
+
+
+def test_an_interrupt_when_the_search_has_ended_loses_nothing() -> None:
     def progress(at: Progress) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        fit(log_joint, 2, budget=30_000, progress=progress if where == "progress" else None, **TINY)
+    fitted = fit(banana, 2, budget=30_000, progress=progress, **TINY)
+    assert fitted.notes[0] == "the fit was interrupted; pass resume= to go on"
+    more = fit(banana, 2, budget=2000, samples=64, resume=fitted)
+    assert more.elbo()[0] > fitted.elbo()[0] - 0.1
 
 
 # ------------------------------------------------------------------------------------------------------ bad input

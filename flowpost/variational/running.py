@@ -46,15 +46,31 @@ class Running:
     peak: float = RATE
     spent: int = 0
     far: bool = False
+    stopped: bool = False
+    """By Ctrl-C."""
     history: list[Progress] = field(default_factory=list)
 
     def start(self, most: int, *, diagonal: bool) -> Start:
-        """Look for modes, and fit a Gaussian to each."""
+        """Look for modes, and fit a Gaussian to each; Ctrl-C ends it with those found so far, if there are any."""
         origin = torch.zeros(self.target.parameters.dim, dtype=self.target.dtype, device=self.generator.device)
-        found = find_start(self._gradient, origin, self.budget, self.generator, diagonal=diagonal, most=max(most, MOST))
-        self._tell(Progress("start", self.spent, self.budget, found.elbos[0], 0.0, math.nan))
-        self.far = found.far
-        return found
+        found: list[Start] = []
+        try:
+            find_start(
+                self._gradient,
+                origin,
+                self.budget,
+                self.generator,
+                diagonal=diagonal,
+                most=max(most, MOST),
+                seen=found.append,
+            )
+            self._tell(Progress("start", self.spent, self.budget, found[-1].elbos[0], 0.0, math.nan))
+        except KeyboardInterrupt:
+            if not found:
+                raise
+            self.stopped = True
+        self.far = found[-1].far
+        return found[-1]
 
     def after(self, earlier: FittedPosterior) -> Running:
         """The same as the continuation of an earlier fit: its counts go on, and its draws do not come again.
@@ -70,6 +86,8 @@ class Running:
     def rise(self, gaussian: Gaussian, *, diagonal: bool) -> tuple[Gaussian, list[str]]:
         """Spend the rest of the budget on one Gaussian, as far as that raises its ELBO; and what is to be said."""
         steps, best = max(2, (self.budget - self.spent) // self.samples), gaussian
+        if self.stopped:
+            return best, [INTERRUPTED]
         try:
             best, elbos = rise(self._gradient, gaussian, steps, self.samples, self.generator, diagonal=diagonal)
             self._tell(Progress("start", self.spent, self.budget, elbos[-BLOCK:].mean().item(), 0.0, math.nan))
@@ -79,6 +97,8 @@ class Running:
 
     def ascend(self, fitted: Fitted, lost: Sequence[str]) -> FittedPosterior:
         """Train a flow, or a mixture of them, until nothing is to be gained, the budget is spent, or Ctrl-C."""
+        if self.stopped:
+            return self.finish(fitted, lost, [INTERRUPTED])
         draws = noise_for(fitted, self.samples, self.generator).shape[:-1].numel()  # of a mixture as many for each part
         steps = max(1, (self.budget - self.spent) // draws - 1)
         ascent = Ascent(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -69,7 +70,14 @@ class Steps(NamedTuple):
 
 
 def find_start(
-    gradient: Gradient, origin: Tensor, budget: int, generator: torch.Generator, *, diagonal: bool, most: int = MOST
+    gradient: Gradient,
+    origin: Tensor,
+    budget: int,
+    generator: torch.Generator,
+    *,
+    diagonal: bool,
+    most: int = MOST,
+    seen: Callable[[Start], object] = lambda start: None,
 ) -> Start:
     """Fit factorized Gaussians from all guesses, take those of different modes, and give these a full covariance.
 
@@ -84,6 +92,7 @@ def find_start(
         generator: of all draws.
         diagonal: whether the Gaussians stay factorized; a tenth more of the budget finds the ends of narrow ridges.
         most: how many are given a full covariance, the best ones; the others stay as the search left them.
+        seen: is called with what there is after each part, for a search that is interrupted.
     """
     steps = Steps.of(budget)
     first = _guesses(origin, most, generator, farther=steps.search >= LONG)
@@ -92,11 +101,16 @@ def find_start(
     if mode is not None:
         mode = factorized(mode) if diagonal else mode
         found = Gaussian(torch.cat([found.loc, mode.loc[None]]), torch.cat([found.scale_tril, mode.scale_tril[None]]))
-    kept = distinct(gradient, found, elbo(gradient, found, FINE, generator), DOUBTFUL)
+    elbos = elbo(gradient, found, FINE, generator)
+    kept = distinct(gradient, found, elbos, DOUBTFUL)
+    seen(_start(found, elbos, kept))
     best, others = _taken(found, kept[:most]), _taken(found, kept[most:])
     if len(kept) > 1:  # of one mode, some of them: a short climb brings these together, before each has a long one
         best, _ = natural_ascent(gradient, best, steps.each(len(best.loc)) // 4, FINE, generator, diagonal=diagonal)
-        best = _taken(best, distinct(gradient, best, elbo(gradient, best, FINE, generator), UNSETTLED))
+        elbos = elbo(gradient, best, FINE, generator)
+        kept = distinct(gradient, best, elbos, UNSETTLED)
+        seen(_start(best, elbos, kept))
+        best = _taken(best, kept)
     full = steps.each(len(best.loc))
     for made in itertools.count(1):
         best, risen = natural_ascent(gradient, best, full, FINE, generator, diagonal=diagonal)
@@ -107,8 +121,9 @@ def find_start(
         best = _along_ridges(gradient, best, full, generator)
     found = Gaussian(torch.cat([best.loc, others.loc]), torch.cat([best.scale_tril, others.scale_tril]))
     elbos = elbo(gradient, found, 4 * FINE, generator)
-    kept = distinct(gradient, found, elbos)
-    return Start([found.at(index) for index in kept], [elbos[index].item() for index in kept], far)
+    start = _start(found, elbos, distinct(gradient, found, elbos), far=far)
+    seen(start)
+    return start
 
 
 def distinct(gradient: Gradient, found: Gaussian, elbos: Tensor, below: float = NEGLIGIBLE) -> list[int]:
@@ -153,6 +168,12 @@ def _along_ridges(gradient: Gradient, best: Gaussian, steps: int, generator: tor
         torch.where(better.unsqueeze(-1), turned.loc, best.loc),
         torch.where(better[:, None, None], turned.scale_tril, best.scale_tril),
     )
+
+
+def _start(found: Gaussian, elbos: Tensor, kept: list[int], *, far: bool = False) -> Start:
+    """Those of `kept`, the best first, that are not negligible."""
+    kept = [index for index in kept if not elbos[index] < elbos[kept[0]] - NEGLIGIBLE]
+    return Start([found.at(index) for index in kept], [elbos[index].item() for index in kept], far)
 
 
 def _taken(found: Gaussian, places: list[int]) -> Gaussian:
