@@ -71,9 +71,12 @@ def main() -> None:
     for place, (count, dim, widths) in enumerate(SIZES):
         for order in ("*i64", None):
             inverse_and_transposed(count, dim, widths, order, place % 3)
-        inverse_and_transposed(count, dim, widths, None, 0, SOLVED.index("spline"), bins=(8, 50, 3, 8, 2)[place])
+        bins, units = (8, 50, 3, 8, 2)[place], (8, 16, 8, 8, 1)[place]
+        inverse_and_transposed(count, dim, widths, None, 0, SOLVED.index("spline"), 3 * bins - 1, bins)
+        inverse_and_transposed(count, dim, widths, None, 0, SOLVED.index("deep sigmoid"), 3 * units, units)
+    inverse_and_transposed(128, 32, (320, 320), None, 0, SOLVED.index("deep sigmoid"), 3 * 8 * 2, 8)
     for kind in (SOLVED.index("shift"), SOLVED.index("inverse shift")):
-        inverse_and_transposed(128, 32, (320, 320), None, 0, kind, outputs=1)
+        inverse_and_transposed(128, 32, (320, 320), None, 0, kind, 1)
 
 
 def inverse_and_transposed(
@@ -84,10 +87,10 @@ def inverse_and_transposed(
     activation: int,
     kind: int = 0,
     outputs: int = 2,
-    bins: int = 1,
+    parts: int = 1,
 ) -> None:
     """The two sweeps, as they are launched for these sizes."""
-    layers, outputs = len(widths), 3 * bins - 1 if bins > 1 else outputs
+    layers = len(widths)
     given: dict[str, Any] = {"order_ptr": order} if order else {}
     others: dict[str, Any] = {"WIDTHS": widths, "ACTIVATION": activation, "OUTPUTS": outputs}
     others |= {} if order else {"order_ptr": None}
@@ -95,7 +98,7 @@ def inverse_and_transposed(
     pointers = {name: FLOATS for name in ("image_ptr", "start_ptr", "found_ptr")}
     numbers = {"start_row": "i32", "count": "i32", "first_constant": "fp32", "second_constant": "fp32"}
     options = {**tiles.tile(count, dim, widths, outputs)[1], **others}
-    compiled(sweeps.sweep_kernel, {**pointers, **tuples, **numbers, **given}, KIND=kind, BINS=bins, **options)
+    compiled(sweeps.sweep_kernel, {**pointers, **tuples, **numbers, **given}, KIND=kind, PARTS=parts, **options)
     tuples = {"weights": (FLOATS,) * (layers + 1), "hidden": (FLOATS,) * layers, "sums": (FLOATS,) * layers}
     pointers = {name: FLOATS for name in ("grad_ptr", "fixed_ptr", "moved_ptr", "total_ptr", "out_ptr")}
     numbers = {"hidden_rows": ("i32",) * layers, "count": "i32"}

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flowpost import Affine, Bijector, Inverse, Shift, Spline
+from flowpost import Affine, Bijector, DeepSigmoid, Inverse, Shift, Spline
 from flowpost.bijectors.gate import Gate
 from flowpost.functional import exp_scale
 from flowpost.masked import fused
@@ -19,6 +19,9 @@ STEPS: dict[str, Callable[[], Bijector]] = {
     "inverse shift": lambda: Inverse(Shift(1)),
     "spline": lambda: Spline(1),
     "spline of two bins": lambda: Spline(1, bins=2, bound=0.7),
+    "deep sigmoid": lambda: DeepSigmoid(1),
+    "deep sigmoids": lambda: DeepSigmoid(1, units=3, layers=2),
+    "one unit": lambda: DeepSigmoid(1, units=1),
     "spline of many bins": lambda: Spline(1, bins=50, bound=30.0),
 }
 ROWS = 18

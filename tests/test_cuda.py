@@ -12,7 +12,7 @@ from test_engines import NETWORKS, every_result
 from torch import Tensor
 
 import flowpost
-from flowpost import Bijector, Inverse, Masked, Shift, Spline
+from flowpost import Bijector, DeepSigmoid, Inverse, Masked, Shift, Spline
 from flowpost.evaluation import log_marginal
 from flowpost.numerics import fusing
 from flowpost.recipes import RECIPES
@@ -242,6 +242,8 @@ SOLVED: dict[str, Callable[[], Bijector]] = {
     "spline of a wide network": lambda: Masked(Spline(6, bins=3), 3, (150, 150), activation=torch.tanh),
     "spline of many bins": lambda: Masked(Spline(6, bins=50), 3, (9,)),
     "spline, no layer": lambda: Masked(Spline(6, bins=5), 3, ()),
+    "deep sigmoid": lambda: Masked(DeepSigmoid(6), 3, (13, 8), order=[3, 1, 0, 5, 2, 4]),
+    "deep sigmoids": lambda: Masked(DeepSigmoid(6, units=3, layers=2), 3, (150,)),
     "shift": lambda: Masked(Shift(6), 3, (13, 8), order=[3, 1, 0, 5, 2, 4]),
     "inverse shift": lambda: Masked(Inverse(Shift(6)), 3, (150,)),
 }
@@ -250,7 +252,7 @@ SOLVED: dict[str, Callable[[], Bijector]] = {
 @pytest.mark.parametrize("name", SOLVED)
 @pytest.mark.parametrize("direction", ["inverse", "known"])
 @pytest.mark.parametrize("rows", [1, 5, 300, 2048])
-def test_sweeps_of_splines_and_shifts_equal_the_cpu_s(name: str, direction: str, rows: int) -> None:
+def test_sweeps_of_splines_and_others_equal_the_cpu_s(name: str, direction: str, rows: int) -> None:
     """With all gradients, in float32 against the CPU's in float64."""
     step = SOLVED[name]().double()
     push(step, Case(seed=3, push=0.1))

@@ -21,7 +21,7 @@ from registry import Case, push
 from test_engines import every_result
 from torch import Tensor
 
-from flowpost import Affine, Autoregressive, Bijector, Inverse, Masked, Shared, Shift, Spline
+from flowpost import Affine, Autoregressive, Bijector, DeepSigmoid, Inverse, Masked, Shared, Shift, Spline
 from flowpost.bijectors.gate import Gate
 from flowpost.masked import device, engine, fused
 from flowpost.masked.activations import NAMED
@@ -32,7 +32,7 @@ from flowpost.numerics.tanh_roots import tanh_root, tanh_roots
 
 triton = pytest.importorskip("triton")
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),  # numpy's, which interprets
+    pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning"),  # numpy's, which interprets
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # of Triton 3.6
 ]
 TOO_NEW = Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4")
@@ -186,6 +186,8 @@ FLOWS: dict[str, Callable[[], Bijector]] = {
     "spline, no layer": lambda: Masked(Spline(DIM, bins=5, bound=0.8), 3, (), order=[1, 0, 2, 4, 3]),
     "shift": lambda: Masked(Shift(DIM), 3, (6, 6), order=[1, 0, 2, 4, 3]),
     "inverse shift": lambda: Masked(Inverse(Shift(DIM)), 3, ()),
+    "deep sigmoid": lambda: Masked(DeepSigmoid(DIM, units=4), 3, (6, 6), order=[1, 0, 2, 4, 3]),
+    "deep sigmoids": lambda: Masked(DeepSigmoid(DIM, units=3, layers=2), 0, (9,)),
     "a step that no kernel knows": lambda: Masked(Inverse(Spline(DIM, bins=3)), 3, (6, 6)),
 }
 TILES = {"few rows": {}, "many": {"_MANY": 2}, "many, wide": {"_MANY": 2, "_SMALLEST": 0}}
@@ -253,8 +255,9 @@ def test_a_column_s_solve_is_the_family_s(name: str, tile: str, scale: float, mo
 
 
 @interpreted
-def test_an_image_without_a_value_has_no_preimage() -> None:
-    step = Spline(1)
+@pytest.mark.parametrize("name", ["spline", "deep sigmoid"])
+def test_an_image_without_a_value_has_no_preimage(name: str) -> None:
+    step = swept.STEPS[name]()
     z, numbers = swept.drawn(step, 1.0)
     z[1], numbers[3, 2] = torch.nan, torch.nan
     z[3] = 0.5

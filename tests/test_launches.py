@@ -21,6 +21,7 @@ from flowpost import (
     Autoregressive,
     Bijector,
     Chain,
+    DeepSigmoid,
     FlowPosterior,
     Inverse,
     Learned,
@@ -135,12 +136,13 @@ SOLVED: dict[str, tuple[Callable[[int], Bijector], int, int]] = {
     "shift": (lambda dim: Masked(Shift(dim), 4, (dim, dim)), 13, 21),
     "inverse shift": (lambda dim: Masked(Inverse(Shift(dim)), 4, (dim, dim)), 13, 20),
     "spline": (lambda dim: Masked(Spline(dim), 4, (dim, dim)), 71, 236),
+    "deep sigmoid": (lambda dim: Masked(DeepSigmoid(dim), 4, (dim, dim)), 83, 196),
 }
 """Steps whose column solve a kernel has, and the launches of an inverse, there and back."""
 
 
 @pytest.mark.parametrize("name", SOLVED)
-def test_a_closed_solve_is_swept_by_one_launch_each_way(name: str) -> None:
+def test_a_column_s_solve_is_swept_by_one_launch_each_way(name: str) -> None:
     make, there, back = SOLVED[name]
     for dim in (6, 16):
         counts = on_meta(make(dim), "inverse", torch.float32)

@@ -26,8 +26,10 @@ MAPS = (
     "affine by softplus_scale",
 )
 """The element-wise maps of two numbers that the kernels know, by the closed form of their inverse."""
-SOLVED = (*MAPS, "inverse shift", "shift", "spline")
-"""The closed forms that a sweep's kernel knows."""
+IN_PARTS = ("spline", "deep sigmoid")
+"""Those of bins or of units, whose number is their first constant."""
+SOLVED = (*MAPS, "inverse shift", "shift", *IN_PARTS)
+"""What a sweep's kernel solves."""
 
 
 def closed(step: ElementWise, z: Tensor) -> Column | None:
@@ -37,7 +39,7 @@ def closed(step: ElementWise, z: Tensor) -> Column | None:
 
 
 def swept(column: Column, z: Tensor) -> bool:
-    """Whether a sweep by a kernel knows a closed form, and runs there."""
+    """Whether a sweep's kernel knows how a column is solved, and runs there."""
     return column.name in SOLVED and fusing.available(z)
 
 
@@ -77,7 +79,7 @@ def sweep(
     activation: str,
     column: Column,
 ) -> Tensor:
-    """As `loops.solve`, of a closed form by its name; `index` is the order as a tensor, None as the variables come."""
+    """As `loops.solve`, of a solve by its name; `index` is the order as a tensor, None as the variables come."""
     return _ops.sweep(images, start, weights, biases, index, order, activation, column.name, column.constants)
 
 

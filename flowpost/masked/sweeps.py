@@ -18,7 +18,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from flowpost.masked import solves
-from flowpost.masked.fused import SOLVED
+from flowpost.masked.fused import IN_PARTS, SOLVED
 from flowpost.masked.kernels import ACTIVATIONS, activation_slope, launch, power
 from flowpost.masked.tiles import activate, product, tile, variable
 
@@ -27,7 +27,7 @@ from flowpost.masked.tiles import activate, product, tile, variable
 def sweep_kernel(
     image_ptr, start_ptr, start_row, weights, biases, states, found_ptr, order_ptr, count, first_constant,
     second_constant, DIM: tl.constexpr, OUTPUTS: tl.constexpr, WIDTHS: tl.constexpr, HIDDEN: tl.constexpr,
-    KIND: tl.constexpr, BINS: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
+    KIND: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
     BLOCK: tl.constexpr, COLUMNS: tl.constexpr, COLUMN_BLOCK: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """``x_i = f^-1(y_i; n_i(x_{<i}))`` for i in order."""
@@ -67,7 +67,7 @@ def sweep_kernel(
             at, here = rows[:, None] * DIM + i, row_here[:, None]
             of_row, place = numbers, which[None, :]
         y = tl.load(image_ptr + at, mask=here, other=0.0)
-        x = solves.solve(y, of_row, place, first_constant, second_constant, KIND, BINS)
+        x = solves.solve(y, of_row, place, first_constant, second_constant, KIND, PARTS, OUTPUTS)
         tl.store(found_ptr + at, x, mask=here)
         tl.debug_barrier()
 
@@ -141,7 +141,7 @@ def solve(
     launch(
         sweep_kernel, programs, images, start, start.stride(0), tuple(weights), tuple(biases), states, found, index,
         count, *(constants or (0.0, 1.0)), OUTPUTS=outputs, WIDTHS=widths, KIND=SOLVED.index(name),
-        BINS=(outputs + 1) // 3, ACTIVATION=ACTIVATIONS.index(activation), **options,
+        PARTS=int(constants[0]) if name in IN_PARTS else 1, ACTIVATION=ACTIVATIONS.index(activation), **options,
     )  # fmt: skip
     return found
 
