@@ -297,6 +297,11 @@ POSTERIOR: list[tuple[Callable[[FlowPosterior], object], type[Exception], str]] 
         "noise: expected torch.float32 like the parameters, got torch.float64; call .to(torch.float32)",
     ),
     (
+        lambda _: flowpost.iaf(3, 4, steps=1)(H, noise=torch.zeros(6, 4).double()),  # not as the z of its networks
+        TypeError,
+        "noise: expected torch.float32 like the parameters, got torch.float64; call .to(torch.float32)",
+    ),
+    (
         lambda q: q(H, noise=torch.zeros(6, 4, device="meta")),
         ValueError,
         "noise: expected device cpu like the parameters, got meta",

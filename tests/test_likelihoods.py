@@ -160,6 +160,7 @@ WRONG: list[tuple[Likelihood, Tensor, str]] = [
     (Binomial(16), torch.tensor([[0.0, 17.0]]), "whole numbers from 0 to 16, got 1 of 1 rows outside"),
     (Binomial(16), torch.tensor([[0.0, 1.5]]), "whole numbers from 0 to 16, got 1 of 1 rows outside"),
     (Categorical(3), torch.tensor([[0, 2], [0, 3]]), "whole numbers from 0 to 2, got 1 of 2 rows outside"),
+    (Categorical(3), torch.tensor([[0.7, 2.0]]), "whole numbers from 0 to 2, got 1 of 1 rows outside"),
     (Categorical(3), torch.tensor([[-1.0, 2.0]]), "whole numbers from 0 to 2, got 1 of 1 rows outside"),
     (Categorical(3), torch.tensor([[0.7, torch.nan]]), "whole numbers from 0 to 2, got 1 of 1 rows outside"),
 ]
