@@ -53,7 +53,7 @@ def targets(
         str | None, typer.Option(help="K of the flows, with commas.  [default: 2,8,32; quick: 2,8]")
     ] = None,
     iterations: Annotated[
-        int | None, typer.Option(min=1, help="Adam's steps of each fit.  [default: 1000; quick: 200]")
+        int | None, typer.Option(min=1, help="Adam's steps of each fit.  [default: 3000; quick: 200]")
     ] = None,
     starts: Annotated[
         int | None, typer.Option(min=1, help="Fits of each, the best one kept.  [default: 3; quick: 2]")

@@ -32,7 +32,7 @@ Tensors = dict[str, Tensor]
 class Plan:
     """What decides a fit's figures besides the recipe, its steps and the energy."""
 
-    iterations: int = 1000  # Adam's steps
+    iterations: int = 3000  # Adam's steps
     starts: int = 3  # fits of each posterior, from different densities; the best one is kept
     batch: int = 128  # samples a step
     pace: float = 1.0  # times which each posterior's learning rate is taken
