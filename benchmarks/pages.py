@@ -1,7 +1,7 @@
 """`python -m benchmarks pages`: every page of results, filled anew from the figures that lie beside it.
 
 The commands with `--page` put them there; of the main job it is `results.json`, copied by hand. Several runs of
-`targets` with one plan, each without the rows that another has, may stand in one file as its `runs`.
+`targets` with one plan, or of `posteriors`, each without the rows of the others, may stand in one file as its `runs`.
 """
 
 from __future__ import annotations

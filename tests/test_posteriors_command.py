@@ -217,6 +217,23 @@ def test_the_summary_has_spreads_and_failures() -> None:
     assert worst.rows[0][3:] == ["0.0010", "0.60", "0.020", "0.200 (beta[3])", "-0.500", "1.020", "1,000", "3"]
 
 
+def test_several_runs_make_one_page() -> None:
+    """Rows in the order of posteriors and contenders, and whose rows a run's are."""
+
+    def run(commit: str, *fits: Fit) -> dict[str, Any]:
+        environment = {"device": "a CPU", "cpu": "a CPU", "cores": 2, "threads": 1, "commit": commit}
+        environment |= {"python": "3", "torch": "2", "flowpost": "0", "libraries": {}}
+        head = {"started": "2026-11-29T00:00:00+00:00", "seconds": 1.0, "command": "python", "environment": environment}
+        return {"what": "posteriors", **head, "fits": [one.as_json() for one in fits]}
+
+    page = command.shown(
+        {"runs": [run("one", replace(GOOD, posterior="arK"), GOOD), run("two", replace(GOOD, contender="planar"))]}
+    )
+    rows = [line.split(" | ")[:2] for line in page.partition("Every fit")[2].splitlines() if line.startswith("| ")]
+    assert rows[2:] == [["| dogs", "planar"], ["| dogs", "realnvp"], ["| arK", "realnvp"]]
+    assert page.index("realnvp: Measured on") < page.index("commit one") < page.index("planar: Measured on")
+
+
 # ---- pictures ----------------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from benchmarks.peers import here, missing
 from benchmarks.posteriors.collection import collection, posterior
 from benchmarks.posteriors.fitting import FLOWS, GUIDES, Fit, Plan, contenders, fit
 from benchmarks.posteriors.pictures import pairs, traces
-from benchmarks.posteriors.table import beside_published, details, is_impossible, shortfalls, summary
+from benchmarks.posteriors.table import beside_published, details, in_order, is_impossible, shortfalls, summary
 from benchmarks.run import Content, Out, Page, Run, cpu_threads, origin, pictured, set_threads, terminal
 
 QUICK = ("kilpisjarvi", "logmesquite_logvolume", "blr", "arK", "eight_schools_noncentered", "eight_schools_centered")
@@ -201,13 +201,20 @@ def write(run: Run, fits: Sequence[Fit], plan: Plan) -> None:
 
 def shown(content: Content, page: str = "") -> str:
     """The text of the page, or of a file that has no picture beside it: what fell short, then the tables."""
-    fits = [Fit.from_json(each) for each in content["fits"]]
+    runs = content["runs"] if "runs" in content else [content]
+    fits = in_order([Fit.from_json(each) for run in runs for each in run["fits"]])
     short = "\n".join(f"- {line}" for line in shortfalls(fits)) or "- nothing"
     budgets = sorted({one.budget for one in fits})
     short += f"\n\nThe fits had {' or '.join(f'{budget:,}' for budget in budgets)} gradients. {GOALS}"
     tables = [table.markdown() for table in (summary(fits), beside_published(fits), details(fits)) if table]
     picture = [pictured(page, "KL(q || p) against gradients, a panel for each posterior")] if page else []
-    return "\n\n".join([*picture, f"## What fell short\n\n{short}", *tables, origin(content)])
+    origins = [f"{_whose(run)}{origin(run)}" if len(runs) > 1 else origin(run) for run in runs]
+    return "\n\n".join([*picture, f"## What fell short\n\n{short}", *tables, *origins])
+
+
+def _whose(run: Content) -> str:
+    """Whose fits are a run's, where several make a table."""
+    return f"{', '.join(dict.fromkeys(each['contender'] for each in run['fits']))}: "
 
 
 def finish(run: Run, fits: Sequence[Fit], plan: Plan) -> None:

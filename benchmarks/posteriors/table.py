@@ -78,6 +78,13 @@ def _by_contender(fits: Sequence[Fit]) -> dict[str, list[Fit]]:
     return grouped(fits, lambda fit: fit.contender)
 
 
+def in_order(fits: Sequence[Fit]) -> list[Fit]:
+    """Posteriors from the smallest to the largest, and of each our flows, then the guides."""
+    places = {one.short: place for place, one in enumerate(collection().values())}
+    names = [*FLOWS, *GUIDES]
+    return sorted(fits, key=lambda one: (places[one.posterior], names.index(one.contender), one.seed))
+
+
 def shortfalls(fits: Sequence[Fit]) -> list[str]:
     """A line for each fit that failed or cannot be right, then for each goal that was missed; the gravest first."""
     lines = []
