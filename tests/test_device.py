@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowpost import Affine, Autoregressive, Bijector, Inverse, Masked, Shared, Shift, Spline
-from flowpost.masked import device, engine, fused, host, loops
+from flowpost.masked import device, engine, full, fused, host, loops
 from flowpost.masked.network import MADE
 from flowpost.masked.run import COLUMNS
 from flowpost.numerics.scales import exp_scale
@@ -97,6 +97,14 @@ def test_runs_equal_host_and_plain(name: str, direction: str, batch: tuple, monk
     z = torch.randn(*torch.broadcast_shapes(*batch) if direction == "known" else batch[0], 4, dtype=torch.float64)
     context = torch.randn(*batch[1], 2, dtype=torch.float64) if flow.context_size else None
     assert_same(flow, direction, z, context, monkeypatch)
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_runs_of_large_weights_equal_host_and_plain(name: str, direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose way back masks one link's weights after the other's."""
+    monkeypatch.setattr(full, "_SMALL", 0)
+    test_runs_equal_host_and_plain(name, direction, ((3, 5), (5,)), monkeypatch)
 
 
 @pytest.mark.parametrize("make", [RUNS["gates"], RUNS["shifts"], RUNS["no context"]])

@@ -1,8 +1,9 @@
 """What the GPU's engine launches, counted on the CPU and on the meta device: few calls, no host read, little kept."""
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -31,8 +32,8 @@ from flowpost import (
     Shift,
     Spline,
 )
-from flowpost.masked import device, engine
-from flowpost.masked.run import flat
+from flowpost.masked import device, engine, full
+from flowpost.masked.run import Parameters, flat
 from flowpost.objectives import elbo
 from flowpost.recipes import RECIPES
 from flowpost.vae import VAE, Bernoulli, closed_kl
@@ -118,6 +119,28 @@ def test_weights_are_masked_once_a_call(direction: str) -> None:
     there, back = on_meta(iaf(3), direction, torch.float32)
     assert there["_foreach_mul"] == 1
     assert (back["_foreach_mul"], back["_foreach_mul_"]) == (1, 1)
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_of_large_weights_one_link_s_are_masked_at_a_time(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the way back, where the gradients of all weights already take as much memory as the weights."""
+    monkeypatch.setattr(full, "_SMALL", 0)
+    made: list[list[weakref.ref[Tensor]]] = []
+    masked = full.masked
+
+    def watched(*inputs: Any) -> list[Parameters]:  # noqa: ANN401
+        assert not [each for earlier in made for each in earlier if each() is not None]
+        groups = masked(*inputs)
+        made.append([weakref.ref(weight) for group in groups for weight in group.weights])
+        return groups
+
+    flow = iaf(3).double()
+    z, context = (torch.randn(5, size, dtype=torch.float64, requires_grad=True) for size in (6, 4))
+    image, log_det = getattr(flow, direction)(z, context)
+    monkeypatch.setattr(full, "masked", watched)
+    (image.sum() + log_det.sum()).backward()
+    assert [len(each) for each in made] == [3, 3, 3]
+    assert not [each for each in made[-1] if each() is not None]
 
 
 def test_the_sweeps_cost_no_launch_a_variable_with_kernels_and_few_without() -> None:

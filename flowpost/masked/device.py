@@ -5,8 +5,8 @@ Every call is launched whatever the numbers are, so a step can be captured in a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -17,8 +17,22 @@ from flowpost.masked.run import COLUMNS, ElementWise, Link, Parameters, Run, Sav
 from flowpost.numerics import fusing
 from flowpost.numerics.watchers import autocast_dtype, full_precision
 
+_Back = tuple[Tensor, full.Pulled]
+"""The gradient before a link, and the link's own."""
 _Known = tuple[Tensor, Tensor, list[Tensor]]
 """A link's point, the numbers there, and the hidden values."""
+
+
+class _Taped(NamedTuple):
+    """A link as the way back finds it."""
+
+    link: Link
+    place: int
+    kept: Sequence[Tensor]
+    """What its step kept."""
+    hidden: Sequence[Tensor]
+    need: Parameters
+    """Which parameters need a gradient."""
 
 
 def values(
@@ -39,13 +53,17 @@ def values(
 def gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Tensor | None]:
     """The gradients at z, at the context and at the parameters."""
     with full_precision(grad.device.type):
-        found = []
-        for link, kept, hidden, group, need in reversed(_links(saved, _products_dtype(saved.tape))):
-            grad, of_numbers = elements.pull(link.step, kept, grad, grad_log_det)
-            steps = full.sums(link.net, full.rows(of_numbers), hidden, group.weights)
-            found.append(full.pull(kept[0], hidden, steps, need))
-            grad = full.add_product(grad, found[-1].first, group.weights[0])
+        dtype = _products_dtype(saved.tape)
+        grad, found = _through(_links(saved)[::-1], _link_gradients, _masked(saved, dtype), grad, grad_log_det)
         return [grad, *full.parameter_gradients(saved, found[::-1], grad.shape[:-1])]
+
+
+def _link_gradients(taped: _Taped, group: Parameters, grad: Tensor, grad_log_det: Tensor) -> _Back:
+    link, _, kept, hidden, need = taped
+    grad, of_numbers = elements.pull(link.step, kept, grad, grad_log_det)
+    steps = full.sums(link.net, full.rows(of_numbers), hidden, group.weights)
+    pulled = full.pull(kept[0], hidden, steps, need)
+    return full.add_product(grad, pulled.first, group.weights[0]), pulled
 
 
 def solve(
@@ -83,14 +101,17 @@ def solve(
 def solve_gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Tensor | None]:
     """As `gradients`, by the implicit function; see `host.solve_gradients`."""
     with full_precision(grad.device.type):
-        found = []
-        for link, kept, hidden, group, need in _links(saved, None):
-            slope, moved, fixed, added = elements.pull_inverse(link.step, kept, grad_log_det)
-            v, *sums = _pull(link, full.rows(grad), full.rows(fixed), full.rows(moved), hidden, group)
-            v = v.view(grad.shape)
-            grad = v * slope if added is None else torch.addcmul(added, v, slope)
-            found.append(full.pull(kept[0], hidden, ((each, None) for each in sums), need))
+        grad, found = _through(_links(saved), _link_solve_gradients, _masked(saved, None), grad, grad_log_det)
         return [grad, *full.parameter_gradients(saved, found, grad.shape[:-1])]
+
+
+def _link_solve_gradients(taped: _Taped, group: Parameters, grad: Tensor, grad_log_det: Tensor) -> _Back:
+    link, _, kept, hidden, need = taped
+    slope, moved, fixed, added = elements.pull_inverse(link.step, kept, grad_log_det)
+    v, *sums = _pull(link, full.rows(grad), full.rows(fixed), full.rows(moved), hidden, group)
+    v = v.view(grad.shape)
+    grad = v * slope if added is None else torch.addcmul(added, v, slope)
+    return grad, full.pull(kept[0], hidden, ((each, None) for each in sums), need)
 
 
 def _points(run: Run, x: Tensor, groups: Sequence[Parameters], starts: Sequence[Tensor]) -> list[_Known]:
@@ -108,21 +129,41 @@ def _products_dtype(tape: Sequence[Tensor]) -> torch.dtype | None:
     return next((each.dtype for each in tape if each.dtype in (torch.float16, torch.bfloat16)), None)
 
 
-def _links(
-    saved: Saved, dtype: torch.dtype | None
-) -> list[tuple[Link, Sequence[Tensor], Sequence[Tensor], Parameters, Parameters]]:
-    """Each link with what its step kept, its hidden values, its parameters, and which of these need a gradient.
+def _through(
+    links: Sequence[_Taped],
+    pull: Callable[[_Taped, Parameters, Tensor, Tensor], _Back],
+    masked: Callable[[int], Parameters],
+    grad: Tensor,
+    grad_log_det: Tensor,
+) -> tuple[Tensor, list[full.Pulled]]:
+    """The gradient beyond the links, and each link's, whose masked weights nobody holds afterwards."""
+    found = []
+    for taped in links:
+        grad, pulled = pull(taped, masked(taped.place), grad, grad_log_det)
+        found.append(pulled)
+    return grad, found
 
-    The weights are masked again.
-    """
+
+def _links(saved: Saved) -> list[_Taped]:
+    """Each link with what its step kept, its hidden values, and which parameters need a gradient."""
     found, first = [], 0
-    run, parameters, needs = zip(*saved.links(), strict=True)
-    for link, group, need in zip(run, full.masked(run, parameters, dtype), needs, strict=True):
+    for link, group, need in saved.links():
         middle = first + elements.kept_tensors(link.step, saved.parameters[0])
         last = middle + len(group.weights) - 1
-        found.append((link, saved.tape[first:middle], saved.tape[middle:last], group, need))
+        found.append(_Taped(link, len(found), saved.tape[first:middle], saved.tape[middle:last], need))
         first = last
     return found
+
+
+def _masked(saved: Saved, dtype: torch.dtype | None) -> Callable[[int], Parameters]:
+    """From a link's place to its parameters, the weights masked again: all by one call, or each where they are large.
+
+    The gradients of all weights take as much memory as the weights, and the masked ones of one link are to be all else.
+    """
+    run, groups = saved.run, grouped(saved.run, saved.parameters)
+    if full.are_small(weight for group in groups for weight in group.weights):
+        return full.masked(run, groups, dtype).__getitem__
+    return lambda place: full.masked(run[place : place + 1], groups[place : place + 1], dtype)[0]
 
 
 def _search(link: Link, z: Tensor, start: Tensor, group: Parameters) -> Tensor:

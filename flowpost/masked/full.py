@@ -17,6 +17,8 @@ from flowpost.masked.network import MADE
 from flowpost.masked.run import Parameters, Run, Saved
 
 _ALIGN = 64
+_SMALL = 1 << 20
+"""Numbers of several tensors, at most, if one call for all of them is worth a copy."""
 Sums = tuple[Tensor, Tensor | None]
 """The gradient ``(N, width)`` at a layer's sums, and its sum over the rows where that came with it."""
 
@@ -104,14 +106,31 @@ def parameter_gradients(saved: Saved, links: Sequence[Pulled], batch: Sequence[i
     widths = [link.first.shape[-1] for link in links]
     missing = [need.biases[0] and link.biases[0] is None for link, need in zip(links, needs, strict=True)]
     biases = _parts(lambda: at_starts.sum(0, dtype=dtype), widths, missing)
-    contexts, projection = rows(context).to(at_starts.dtype), _projections(groups).to(at_starts.dtype)
+    contexts = rows(context).to(at_starts.dtype)
     wanted = [need.projection[0] for need in needs]
     projections = _parts(lambda: (at_starts.t() @ contexts).to(dtype), widths, wanted)
-    found = (at_starts @ projection).to(dtype).view(context.shape) if saved.needs[1] else None
+    found = _at_contexts(at_starts, groups, widths).to(dtype).view(context.shape) if saved.needs[1] else None
     for link, bias in zip(links, biases, strict=True):
         link.biases[0] = link.biases[0] if bias is None else bias
     pairs = zip(links, projections, strict=True)
     return [found, *(each for link, part in pairs for each in (*link.weights, *link.biases, part))]
+
+
+def _at_contexts(at_starts: Tensor, groups: Sequence[Parameters], widths: Sequence[int]) -> Tensor:
+    """The gradient at the contexts ``(N, context_size)`` from those at all links' starts."""
+    projections = [group.projection[0] for group in groups]
+    if are_small(projections):
+        return at_starts @ _together(projections).to(at_starts.dtype)
+    first, *others = zip(at_starts.split(widths, -1), projections, strict=True)
+    found = first[0] @ first[1].to(at_starts.dtype)
+    for each, projection in others:
+        found.addmm_(each, projection.to(each.dtype))
+    return found
+
+
+def are_small(tensors: Iterable[Tensor]) -> bool:
+    """Whether one call for all of them is worth a copy."""
+    return sum(tensor.numel() for tensor in tensors) <= _SMALL
 
 
 def add_product(grad: Tensor, first: Tensor, weight: Tensor) -> Tensor:
