@@ -92,11 +92,11 @@ def path_log_density(flow: Bijector, sample: Sample, context: Tensor | None) -> 
     with torch.no_grad(), full_precision(z.device.type):
         fixed = flow._check(z, None if context is None else context.detach())
 
-    def total(z: Tensor) -> Tensor:
-        return _score(*apply_inverse(flow, z, fixed, noise), 1).sum()
+    def score(z: Tensor) -> Tensor:
+        return _score(*apply_inverse(flow, z, fixed, noise), 1)
 
     with full_precision(z.device.type):
-        return along(log_prob, z, total, flow.parameters)
+        return along(log_prob, z, score, flow)
 
 
 def like_of(flow: Bijector, context: Tensor | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,8 +11,9 @@ from registry import Case, push
 from torch import Tensor, nn
 from versions import untraceable
 
-from flowpost import Autoregressive
-from flowpost.masked import sweep, transposed
+from flowpost import Affine, Autoregressive, Bijector, DeepSigmoid, Inverse, Masked, Shared, Shift, Spline
+from flowpost.masked import recorded, sweep, transposed
+from flowpost.masked.network import MADE
 from flowpost.masked.run import Column
 from flowpost.masked.staircase import Staircase
 
@@ -38,8 +39,8 @@ def inverse_known(step: Autoregressive, known: Tensor, context: Tensor | None) -
 
 
 DIRECTIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "forward": Autoregressive.__call__,
-    "inverse": Autoregressive.inverse,
+    "forward": Bijector.__call__,
+    "inverse": Bijector.inverse,
     "known": inverse_known,
 }
 
@@ -76,6 +77,63 @@ def test_of_frozen_parameters_too(direction: str) -> None:
     for parameter in list(step.parameters())[::2]:
         parameter.requires_grad = False
     assert_compiled_agrees(step, partial(DIRECTIONS[direction], step), z, context)
+
+
+RUNS: dict[str, Callable[[], Shared]] = {
+    "gates": lambda: Shared(*(Autoregressive(3, 3, (5,), order=order) for order in (None, [2, 1, 0]))),
+    "splines": lambda: Shared(*(Masked(Spline(3, bins=3), 3, (5,)) for _ in range(2))),
+    "inverses": lambda: Shared(*(Inverse(Masked(Inverse(Affine(3)), 3, (5,), rate=0.5)) for _ in range(2))),
+}
+
+
+@untraceable
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.compile) for name in RUNS])
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize("tie", ["step", "weight", "context"])
+def test_what_a_run_takes_twice_compiles(name: str, direction: str, tie: str) -> None:
+    """A step that comes twice, a weight of two steps, a z that is the context: of a node, a compiler takes none."""
+    run = RUNS[name]().double()
+    push(run, Case(seed=1, push=0.2))
+    first, second = (cast(Bijector, step) for step in run.steps)
+    if tie == "step":
+        run = Shared(first, second, first)
+    nets = [part for part in run.modules() if isinstance(part, MADE)]
+    if tie == "weight":
+        nets[1].stack[0].weight = nets[0].stack[0].weight
+    z, context = torch.randn(2, 5, 3, dtype=torch.float64)
+    directed = DIRECTIONS[direction]
+    if tie == "context":
+        assert_compiled_agrees(run, lambda z, _: directed(run, z, z), z, None)
+    else:
+        assert_compiled_agrees(run, partial(directed, run), z, context)
+
+
+ELEMENTS: dict[str, Callable[[], Bijector]] = {
+    "affine": lambda: Affine(3),
+    "shift": lambda: Shift(3),
+    "spline": lambda: Spline(3, bins=3),
+    "inverse": lambda: Inverse(Spline(3, bins=3)),
+    "deep sigmoid": lambda: DeepSigmoid(3, units=2),
+}
+
+
+@pytest.mark.parametrize("name", ELEMENTS)
+@pytest.mark.parametrize("inverse", [False, True])
+def test_a_pass_that_was_compiled_alone_has_its_gradients(name: str, *, inverse: bool) -> None:
+    """It recorded nothing, and the way back is not compiled, as where a compiler's graph ends within the pass."""
+    step = ELEMENTS[name]()
+    z, grad = torch.randn(2, 5, 3, dtype=torch.float64)
+    numbers, of_log_det = torch.randn(5, step.context_size, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    found = []
+    for recording in (True, False):
+        if inverse:
+            kept = recorded.run_inverse(step, z, step(z, numbers)[0], numbers, recording=recording)[2]
+            found.append([*sum(recorded.pull_inverse(step, kept, of_log_det), ())])
+        else:
+            kept = recorded.run(step, z, numbers, recording=recording)[2]
+            found.append([*recorded.pull(step, kept, grad, of_log_det)])
+    torch.testing.assert_close(*found)
+    assert any((each != 0).any() for each in found[0])
 
 
 @pytest.mark.compile

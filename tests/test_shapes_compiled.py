@@ -7,7 +7,6 @@ import torch
 from small import DIM, FEATURES, small
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
-from versions import graded
 
 from flowpost import FlowPosterior
 from flowpost.recipes import RECIPES
@@ -74,8 +73,7 @@ def test_twelve_sizes_compile_twice(name: str, use: Callable[..., Pair]) -> None
 EVERY = [
     *((name, use) for name in RECIPES for use in (sample, log_prob)),
     *((name, use) for name in ("iaf", "maf", "planar", "realnvp") for use in (samples, log_probs)),
-    *(("maf", path), ("planar", path)),
-    *(pytest.param(name, path, marks=graded) for name in ("iaf", "realnvp")),
+    *((name, path) for name in RECIPES),
 ]
 
 

@@ -13,4 +13,3 @@ adam_elsewhere = pytest.mark.skipif(RELEASE < Version("2.13"), reason="Adam coun
 untold = pytest.mark.skipif(RELEASE < Version("2.7"), reason="the compiler does not say that an export has called it")
 # 2.11 cannot, and says so by an error; 2.13 can.
 walked = pytest.mark.skipif(RELEASE < Version("2.13"), reason="this compiler knows no vars() of a Transform")
-graded = pytest.mark.skipif(RELEASE < Version("2.13"), reason="this compiler fails at a gradient within, of any size")

@@ -25,7 +25,8 @@ def forward(run: Run, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor
     if engine.choose(run, z) is None:
         return plain.forward(run, z, context)
     (z,) = broadcast(context, z)
-    return cast("tuple[Tensor, Tensor]", _Pass.apply(run, torch.is_grad_enabled(), z, context, *flat(run)))
+    inputs = _apart(z, context, *flat(run))
+    return cast("tuple[Tensor, Tensor]", _Pass.apply(run, torch.is_grad_enabled(), *inputs))
 
 
 def inverse(run: Run, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -34,8 +35,19 @@ def inverse(run: Run, z: Tensor, context: Tensor | None, preimage: Tensor | None
         return plain.inverse(run, z, context, preimage)
     z, *others = broadcast(context, z) if preimage is None else broadcast(context, z, preimage)
     known = others[0] if others else None
-    found = _Solve.apply(run, torch.is_grad_enabled(), known, z, context, *flat(run))
-    return cast("tuple[Tensor, Tensor]", found)
+    inputs = _apart(known, z, context, *flat(run))
+    return cast("tuple[Tensor, Tensor]", _Solve.apply(run, torch.is_grad_enabled(), *inputs))
+
+
+def _apart(*inputs: Tensor | None) -> Sequence[Tensor | None]:
+    """For a compiler, which leaves its graph where a node takes a tensor twice, a view of one that came before."""
+    if not torch.compiler.is_compiling():
+        return inputs
+    found: list[Tensor | None] = []
+    for each in inputs:
+        came = each is not None and any(each is one for one in found)
+        found.append(cast(Tensor, each).view_as(cast(Tensor, each)) if came else each)
+    return found
 
 
 class _Pass(torch.autograd.Function):

@@ -95,9 +95,11 @@ def _record(function: Map, point: Tensor, z: Tensor, numbers: Tensor, *, recordi
 
 def _pull(function: Map, recorded: Recorded, grad: Tensor | None, grad_log_det: Tensor | None) -> Pair:
     """The gradients at z and at the numbers; a gradient that comes as None is zero."""
-    _, z, numbers, image, log_det = recorded
+    point, z, numbers, image, log_det = recorded
     if torch.compiler.is_compiling():
         return _traced_pull(function, z, numbers, grad, grad_log_det)
+    if not image.requires_grad:  # the pass was compiled, which records nothing, and the way back is not
+        _, z, numbers, image, log_det = _record(function, point, z, numbers, recording=True)
     pairs = [(image, grad), (log_det, None if grad_log_det is None else grad_log_det.sum_to_size(log_det.shape))]
     # A shift's log-det, say, is a constant and in no graph.
     pairs = [pair for pair in pairs if pair[0].requires_grad and pair[1] is not None]

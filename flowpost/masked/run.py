@@ -106,8 +106,8 @@ def flat(run: Run) -> list[Tensor]:
         own = [layer.weight for layer in layers] + [layer.bias for layer in layers]
         own += [] if net.project is None else [net.project.weight]
         if net.rate != 1:
-            last = {id(parameter) for parameter in net.last_parameters()}
-            own = [net.rate * parameter if id(parameter) in last else parameter for parameter in own]
+            last = net.last_parameters()
+            own = [net.rate * each if any(each is one for one in last) else each for each in own]
         found += own
     return found
 

@@ -2,43 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
 
 from flowpost.numerics.watchers import full_precision
 
-Total = Callable[[Tensor], Tensor]
-Fixed = Callable[[], Iterable[Tensor]]
+Values = Callable[[Tensor], Tensor]
 Ctx = Any  # of an autograd function: torch types it without what it stores
 
 
-def along(value: Tensor, z: Tensor, total: Total, fixed: Fixed) -> Tensor:
+def along(value: Tensor, z: Tensor, values: Values, module: nn.Module) -> Tensor:
     """The value ``(*batch)`` as a function of z ``(*batch, dim)`` alone.
 
-    First and second derivatives are exact: those of `total`, whatever else it reads held fixed. A third derivative
+    First and second derivatives are exact: those of `values`, whatever else it reads held fixed. A third derivative
     raises, and under ``torch.func`` a second one does.
 
     Args:
         value: what comes back; its own graph is left out.
         z: what it follows.
-        total: from z to the sum of all values.
-        fixed: gives the parameters that `total` reads; asked for second derivatives alone.
+        values: from z to the same values, each a function of its own row of z.
+        module: whose parameters `values` reads.
 
     Raises:
         RuntimeError: where a derivative is asked for that is not known.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        # Not by a gradient within: the compiler of torch 2.11 makes one for a single batch size alone.
+        frozen = {name: each.detach() for name, each in module.named_parameters(remove_duplicate=False)}
+        with _reparametrize_module(module, frozen):
+            follows = values(z)
+        return value.detach() + (follows - follows.detach())
+
+    def total(z: Tensor) -> Tensor:
+        return values(z).sum()
+
+    if torch._C._are_functorch_transforms_active():
         with torch.no_grad():  # it follows z and nothing else: no parameter has to be frozen, or un-frozen, for it
             slope = torch.func.grad(total)(z)
         return first_along(value, z, slope)
     leaf = z.detach().requires_grad_()
     with torch.enable_grad():  # the same through the fast nodes; no parameter's grad is touched
         (slope,) = torch.autograd.grad(total(leaf), leaf)
-    return _Along.apply(value.detach(), z, slope, partial(_Slope.apply, total, fixed))
+    return _Along.apply(value.detach(), z, slope, partial(_Slope.apply, total, module))
 
 
 def first_along(value: Tensor, z: Tensor, slope: Tensor) -> Tensor:
@@ -81,9 +91,9 @@ class _Slope(torch.autograd.Function):
     """The slope as a function of z; the parameters are kept so that one that has changed since is noticed."""
 
     @staticmethod
-    def forward(ctx: Ctx, total: Total, fixed: Fixed, slope: Tensor, z: Tensor) -> Tensor:
+    def forward(ctx: Ctx, total: Values, module: nn.Module, slope: Tensor, z: Tensor) -> Tensor:
         ctx.total = total
-        ctx.save_for_backward(z, *fixed())
+        ctx.save_for_backward(z, *module.parameters())
         return slope.clone()
 
     @staticmethod
