@@ -132,6 +132,40 @@ def pareto_k(tail: Tensor, samples: int) -> Tensor:
     return torch.where(top.isfinite(), torch.where(level, -math.inf, shape), math.nan)
 
 
+@torch.no_grad()
+def smoothed(log_w: Tensor) -> Tensor:
+    """Log-weights whose largest ones are those that a Pareto distribution fitted to them would have on average.
+
+    The largest weight of a heavy tail is mostly chance, and in a weighted mean it counts as much as all its chance. No
+    weight becomes larger than the largest one was. Too few weights to say anything, and a tail of equal ones, stay.
+
+    Args:
+        log_w: ``(S,)``; minus infinity for a weight of 0.
+
+    Returns:
+        ``(S,)``, float64.
+
+    Reference:
+        Vehtari, Simpson, Gelman, Yao & Gabry (2024), Pareto Smoothed Importance Sampling, Algorithm 1.
+
+    Example:
+        >>> smoothed(torch.tensor([1.0, 2.0]))
+        tensor([1., 2.], dtype=torch.float64)
+    """
+    log_w = log_w.double()
+    size = tail_size(len(log_w))
+    values, places = log_w.topk(min(size + 1, len(log_w)))
+    k_hat = pareto_k(values, len(log_w))
+    if not bool(k_hat.isfinite()):
+        return log_w
+    values, places = values.flip(0) - values[0], places.flip(0)[1:]
+    threshold = values[0].exp()
+    k, theta = _fit_pareto(values[1:].exp() - threshold)
+    level = (torch.arange(size, dtype=torch.float64, device=log_w.device) + 0.5) / size
+    excess = k / theta * torch.expm1(-k_hat * torch.log1p(-level)) / k_hat  # quantiles, of scale k / theta
+    return log_w.index_copy(0, places, log_w.max() + (threshold + excess).log().clamp_max(0))
+
+
 def fit_pareto(excess: Tensor) -> Tensor:
     """Zhang & Stephens' estimate of the shape k of ``p(x) ~ (1 + k x / sigma)^(-1/k - 1)``, for each example.
 
@@ -147,6 +181,11 @@ def fit_pareto(excess: Tensor) -> Tensor:
     Reference:
         Zhang & Stephens (2009), with the sign of k turned.
     """
+    return _fit_pareto(excess)[0]
+
+
+def _fit_pareto(excess: Tensor) -> tuple[Tensor, Tensor]:
+    """K, and theta: k over the scale."""
     count = len(excess)
     points = 30 + math.isqrt(count)
     quartile = excess[math.floor(count / 4 + 0.5) - 1].clamp_min(torch.finfo(excess.dtype).tiny)
@@ -158,4 +197,4 @@ def fit_pareto(excess: Tensor) -> Tensor:
         fits.append(count * (torch.log(theta / k) - k - 1))
     weights = torch.stack(fits).softmax(0)
     theta = (weights * torch.stack(thetas)).sum(0)
-    return torch.log1p(theta * excess).mean(0)
+    return torch.log1p(theta * excess).mean(0), theta

@@ -21,6 +21,7 @@ from flowpost.importance import (
     UnreliableEstimateWarning,
     fit_pareto,
     pareto_k,
+    smoothed,
     summarize,
     tail_size,
     warn_unreliable,
@@ -86,6 +87,37 @@ def test_k_hat_of_pareto_weights(k: float) -> None:
     found = summarize([log_w], 4000).k_hat
     size = tail_size(4000)
     assert found.mean().item() == pytest.approx((size * k + 5) / (size + 10), abs=0.05)
+
+
+@pytest.mark.parametrize("k", [0.4, 0.6])
+def test_smoothed_weights_have_a_better_mean(k: float) -> None:
+    """Of 300 sets of 2000 weights ``u^-k``, whose mean is ``1 / (1 - k)``: it is nearer, if a little low."""
+    log_w = -k * torch.rand(300, 2000, dtype=torch.float64).log()
+    found = torch.stack([smoothed(row) for row in log_w])
+    errors = [(each.logsumexp(-1) - math.log(2000) + math.log(1 - k)) for each in (log_w, found)]
+    assert errors[1].square().mean() < 0.95 * errors[0].square().mean()
+    assert errors[1].mean().abs() < 0.04
+
+
+def test_smoothing_moves_the_tail_alone() -> None:
+    log_w = 2 * torch.randn(1000, dtype=torch.float64) + 500
+    log_w[:300] = -math.inf
+    found = smoothed(log_w)
+    order, size = log_w.argsort(), tail_size(1000)
+    assert torch.equal(found[order[:-size]], log_w[order[:-size]])
+    assert (found[order[-size:]] != log_w[order[-size:]]).any()
+    assert (found[order[-size - 1 :]].diff() >= 0).all()
+    assert found.max() <= log_w.max()
+    for each in (torch.zeros(1000), torch.randn(20), torch.full((1000,), -math.inf), torch.randn(1000) * math.nan):
+        assert torch.equal(smoothed(each).nan_to_num(), each.double().nan_to_num())
+
+
+@pytest.mark.parametrize("spread", [1.0, 4.0])
+def test_smoothed_weights_are_arviz_s(spread: float) -> None:
+    array_stats = pytest.importorskip("arviz_stats.base").array_stats
+    log_w = spread * torch.randn(900, dtype=torch.float64)
+    expected = array_stats.psislw(-log_w.numpy())[0]
+    np.testing.assert_allclose(smoothed(log_w).log_softmax(0), expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.full

@@ -103,6 +103,24 @@ def test_a_tail_counts_where_its_weights_do(size: float, k_hat: float) -> None:
     assert found.k_hat.item() == k_hat
 
 
+def test_one_draw_s_chance_is_smoothed_away() -> None:
+    """Weights of a Pareto tail of shape 0.6 but for the largest, ten times what it would be, at a draw far out."""
+    share = torch.full((10_000,), 1e-4, dtype=torch.float64)
+    log_ratio = -0.6 * ((torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000).log() + math.log(0.4)
+    z = torch.randn(10_000, 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    log_ratio[0], z[0] = log_ratio[0] + math.log(10), 5.0
+    wild = Weighed(z, log_ratio, share)
+    fitted = made(standard, 1, (0.0, 1.0), weighed=wild)
+    assert fitted.k_hat == pytest.approx(0.6, abs=0.05)
+    assert wild.log_ratio.logsumexp(0) - math.log(10_000) > 0.1
+    assert fitted.log_evidence == pytest.approx(0, abs=0.03)
+    found, raw = fitted.summary(), summary(fitted.parameters, wild, weighted=True)
+    assert found.weighted
+    assert raw.mean > 0.45
+    assert found.mean.item() == pytest.approx(0, abs=0.1)
+    assert fitted.ess > 5 * (log_ratio.logsumexp(0) * 2 - (2 * log_ratio).logsumexp(0)).exp()
+
+
 def test_stratified_draws_have_their_components_shares() -> None:
     """An uneven mixture of far normals: the mean over draws is that of the weights, and not of the counts."""
     fitted = made(standard, 1, (-9.0, 1.0), (9.0, 1.0))

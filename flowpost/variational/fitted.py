@@ -29,6 +29,7 @@ from flowpost.variational.weighing import (
     device_of,
     estimate,
     mean_and_error,
+    smooth,
     weigh,
     where_endless,
     where_lost,
@@ -75,11 +76,11 @@ class FittedPosterior:
         seeded = torch.Generator(device_of(posterior)).manual_seed(0)
         self._weighed = weigh(posterior, target, DRAWS, seeded) if weighed is None else weighed
         self.estimate = estimate(self._weighed)
-        self._elbo = mean_and_error(self._weighed)
+        self._elbo, self._smooth = mean_and_error(self._weighed), smooth(self._weighed, self.k_hat)
         lost, endless = where_lost(self._weighed, target), where_endless(self._weighed, target)
         changed = target.changed()
         notes = [*self.left_out, *self.notes, *([f"the log joint was {changed}: it is not one"] if changed else [])]
-        missed = misses(self.parameters, self._weighed)
+        missed = misses(self.parameters, self._smooth)
         self._said = reasons(self.estimate, self._elbo[0], lost=lost, missed=missed, endless=endless, notes=notes)
 
     def __repr__(self) -> str:
@@ -104,7 +105,7 @@ class FittedPosterior:
 
     @property
     def log_evidence(self) -> float:
-        """The log of the joint's integral, in nats, importance-sampled; ``estimate.standard_error`` is its error."""
+        """The log of the joint's integral, in nats, by smoothed weights; ``estimate.standard_error`` is its error."""
         return self.estimate.log_p.item()
 
     @property
@@ -132,7 +133,7 @@ class FittedPosterior:
 
         Draws are weighted by p/q where k-hat allows it, and else plain draws of q.
         """
-        return summary(self.parameters, self._weighed, weighted=self.k_hat <= LIMIT)
+        return summary(self.parameters, self._smooth, weighted=self.k_hat <= LIMIT)
 
     @torch.no_grad()
     def importance_resample(self, n: int = 1000, *, pool: int | None = None) -> Values:
@@ -243,6 +244,7 @@ class FittedPosterior:
         weighed = weigh(
             self.posterior, self.target, check_int("pool", 10 * n if pool is None else pool, minimum=n), generator
         )
-        chances = (weighed.log_ratio + weighed.share.log()).softmax(0)
+        k_hat = estimate(weighed).k_hat.item()
+        chances = (smooth(weighed, k_hat).log_ratio + weighed.share.log()).softmax(0)
         taken = torch.multinomial(chances, n, replacement=True, generator=generator)
-        return weighed.z[taken], estimate(weighed).k_hat.item()
+        return weighed.z[taken], k_hat

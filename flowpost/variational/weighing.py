@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowpost.importance import ImportanceEstimate, summarize
+from flowpost.importance import ImportanceEstimate, smoothed, summarize
 from flowpost.variational.bound import Fitted, draw, noise_for
 from flowpost.variational.families import components
 from flowpost.variational.target import Target
@@ -73,14 +73,27 @@ def weigh(fitted: Fitted, target: Target, samples: int, generator: torch.Generat
 def estimate(weighed: Weighed) -> ImportanceEstimate:
     """Of the log evidence; k-hat is minus infinity where draws that weigh much more than others have next to nothing.
 
-    A q so near to p that its weights are almost equal has a tail too, of any shape, and would be blamed for it.
+    A q so near to p that its weights are almost equal has a tail too, of any shape, and would be blamed for it. Any
+    other tail is smoothed.
     """
     log_w = weighed.log_ratio + (weighed.share * len(weighed.share)).log()
     found = summarize([log_w.unsqueeze(-1)], len(log_w))
     above = log_w - found.log_p
     heavy = torch.where(above < SAME, 0.0, above.exp()).mean()
     k_hat = torch.where(heavy < LITTLE, -math.inf, found.k_hat)
+    if bool(k_hat.isfinite()):
+        found = summarize([smoothed(log_w).unsqueeze(-1)], len(log_w))
     return ImportanceEstimate(*(value.squeeze(0) for value in found._replace(k_hat=k_hat)))
+
+
+def smooth(weighed: Weighed, k_hat: float) -> Weighed:
+    """The same draws with the weights that `estimate` reckons with, given its k-hat."""
+    if not math.isfinite(k_hat):
+        return weighed
+    of_share = (weighed.share * len(weighed.share)).log()
+    raw = weighed.log_ratio + of_share
+    new = smoothed(raw)
+    return weighed._replace(log_ratio=torch.where(new == raw, weighed.log_ratio, new - of_share))
 
 
 def mean_and_error(weighed: Weighed) -> tuple[float, float]:
