@@ -57,8 +57,8 @@ def fit(
             `torch.distributions.constraints` (or `ordered`), or a pair ``(shape, constraint)``. The prior is one over
             the constrained values: the log-det is added here.
         flow: a recipe's name, a `Bijector`, or a `FlowPosterior` without features, over the free coordinates; by
-            default ``"realnvp"``, of a single coordinate ``"spline_coupling"``. For more than one mode its density must
-            be fast: one of these, ``"maf"`` or a Gaussian.
+            default a spline of each variable and then ``"realnvp"``, of a single coordinate ``"spline_coupling"``. For
+            more than one mode its density must be fast: one of these, ``"maf"`` or a Gaussian.
         budget: gradients of the log joint, one for each draw, at most; but the start takes some 10,000 in any case.
         samples: draws a step.
         modes: how many modes q may have; 1 for a single flow.

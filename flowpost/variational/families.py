@@ -12,6 +12,8 @@ import torch
 from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.chain import Chain
 from flowpost.bijectors.permute import Permute
+from flowpost.bijectors.spline import Spline
+from flowpost.bijectors.wrappers import Learned
 from flowpost.numerics.arguments import check_int
 from flowpost.posterior import FlowPosterior
 from flowpost.recipes import RECIPES
@@ -23,21 +25,21 @@ from flowpost.variational.standard import Standard
 Flow: TypeAlias = str | Bijector | FlowPosterior | None
 COUPLINGS = ("nice", "realnvp", "spline_coupling")
 """Recipes whose two halves of the variables are drawn anew after every second step, so that all pairs meet."""
+_BOUND = 5.0
+"""Where the first splines end: few draws of noise are farther out."""
 GAUSSIANS = ("diagonal", "full_covariance")
 """Recipes that the Gaussian of the start is already the best of."""
 
 
 def build_flow(flow: Flow, dim: int, options: Mapping[str, object]) -> Bijector:
-    """The flow, without an encoder, from a recipe's name, a bijector, or a posterior; None is couplings.
-
-    Of one variable affine couplings would make a Gaussian, and splines do not.
+    """The flow, without an encoder, from a recipe's name, a bijector, or a posterior; None is a spline and couplings.
 
     Raises:
         TypeError: for anything else, or options that it does not take.
         ValueError: for an unknown name, another dim, or a posterior with features.
     """
     if flow is None:
-        flow = "realnvp" if dim > 1 else "spline_coupling"
+        return _default(dim, options)
     if isinstance(flow, str):
         return _recipe(flow, dim, options)
     if options:
@@ -49,6 +51,17 @@ def build_flow(flow: Flow, dim: int, options: Mapping[str, object]) -> Bijector:
     if flow.dim != dim:
         raise ValueError(f"flow: expected dim={dim}, the number of free coordinates, got dim={flow.dim}")
     return copy.deepcopy(flow.flow if isinstance(flow, FlowPosterior) else FlowPosterior(0, flow).flow)
+
+
+def _default(dim: int, options: Mapping[str, object]) -> Bijector:
+    """Affine couplings, after a spline of each variable by itself; of one variable, splines alone.
+
+    Each variable of a coupling is an affine map of noise, given others: where they are independent, a Gaussian.
+    """
+    if dim == 1:
+        return _recipe("spline_coupling", dim, options)
+    couplings = _recipe("realnvp", dim, options)
+    return Chain(Learned(Spline(dim, bound=_BOUND)), *cast(Chain, couplings).steps)
 
 
 def _recipe(name: str, dim: int, options: Mapping[str, object]) -> Bijector:
