@@ -60,8 +60,7 @@ def _default(dim: int, options: Mapping[str, object]) -> Bijector:
     """
     if dim == 1:
         return _recipe("spline_coupling", dim, options)
-    couplings = _recipe("realnvp", dim, options)
-    return Chain(Learned(Spline(dim, bound=_BOUND)), *cast(Chain, couplings).steps)
+    return Chain(Learned(Spline(dim, bound=_BOUND)), _recipe("realnvp", dim, options))
 
 
 def _recipe(name: str, dim: int, options: Mapping[str, object]) -> Bijector:

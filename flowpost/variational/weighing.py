@@ -111,7 +111,8 @@ def where_lost(weighed: Weighed, target: Target) -> str:
     first = weighed.z[int(lost.int().argmax())]
     with torch.no_grad():
         value = target(first.unsqueeze(0)).item()
-    hint = "; give the parameters constraints that are its support" if value == -math.inf else ""
+    cure = "; give the parameters constraints that are its support, and units in which they are about 1"
+    hint = cure if value == -math.inf else ""
     if not target.parameters.flat(target.parameters.constrain(first)[0]).isfinite().all():
         hint = "; there may be no posterior, for its integral is infinite; a proper prior of every parameter helps"
     said = f"is {value:.4g} at {target.describe(first)}"
