@@ -22,9 +22,9 @@ from benchmarks import __main__ as cli
 from benchmarks.config import ConfigError
 from benchmarks.posteriors import command, fitting
 from benchmarks.posteriors.collection import Posterior, collection, posterior
-from benchmarks.posteriors.fitting import FLOWS, Fit, Plan, fit
+from benchmarks.posteriors.fitting import FLOWS, GUIDES, Fit, Plan, fit
 from benchmarks.posteriors.measures import marginals, wasserstein
-from benchmarks.posteriors.pictures import PAIRS, pairs, traces
+from benchmarks.posteriors.pictures import PAIRS, colour_of, pairs, traces
 from benchmarks.posteriors.table import beside_published, details, goal, is_impossible, published, shortfalls, summary
 
 PLAN = Plan(budget=100, samples=4000)
@@ -240,6 +240,11 @@ def test_several_runs_make_one_page() -> None:
 def test_pictured_coordinates_are_there() -> None:
     for name, given in PAIRS.items():
         assert all(column in posterior(name).columns for pair in given for column in pair)
+
+
+def test_every_contender_has_a_colour_of_its_own() -> None:
+    names = [*FLOWS, *GUIDES]
+    assert len({colour_of(name) for name in names}) == len(names)
 
 
 def test_pair_plots_show_free_coordinates_beside_the_reference() -> None:

@@ -13,7 +13,7 @@ from torch.distributions import constraints
 
 from benchmarks.canvas import colour, panels, title
 from benchmarks.posteriors.collection import Posterior, posterior
-from benchmarks.posteriors.fitting import GUIDES, Fit
+from benchmarks.posteriors.fitting import DEFAULT, GUIDES, Fit
 from benchmarks.table import grouped
 
 Pair = tuple[str, str]
@@ -82,6 +82,8 @@ def _label(one: Posterior, index: int) -> str:
 
 def colour_of(what: str) -> str:
     """A contender's colour."""
+    if what == DEFAULT:
+        return "black"
     return GREYS[GUIDES.index(what)] if what in GUIDES else colour(what)
 
 
