@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from once import once
+from once import leave, once
 from small import DIM, FEATURES, small
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -144,7 +144,7 @@ def work(rank: int, folder: str) -> None:
         except Exception:  # whatever it is, the test of this name shows it
             found[key] = traceback.format_exc()
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    leave()
 
 
 def launch(folder: Path) -> None:
