@@ -20,7 +20,7 @@ from benchmarks.posteriors.collection import Posterior, posterior
 from benchmarks.posteriors.measures import marginals
 
 DEFAULT = "default"  # what `flowpost.fit` takes where nothing is said
-FLOWS = ("diagonal", "full_covariance", "planar", "iaf", "realnvp", "spline_coupling", DEFAULT)
+FLOWS = ("diagonal", "full_covariance", DEFAULT, "planar", "iaf", "realnvp", "spline_coupling")
 GUIDES = ("AutoNormal", "AutoMultivariateNormal", "AutoIAFNormal")
 """Of pyro."""
 LARGE = 90  # dimensions above which a fit has three times the budget
