@@ -47,4 +47,4 @@ def by_formula(step: Bijector, z: Tensor, numbers: Tensor) -> Tensor:
     """The same by the closed form in the family's file."""
     column = step.columns()[1]
     assert column is not None
-    return COLUMNS[column.name](torch, column.constants)(z, numbers.t())
+    return COLUMNS[column.name](z, column.constants)(z, numbers.t())

@@ -39,9 +39,9 @@ def test_a_column_undoes_the_step(name: str, dtype: torch.dtype, eps: float, sca
     column = step.columns()[1]
     assert column is not None
     image, given = z.squeeze(-1), numbers.t().contiguous()
-    by_torch = COLUMNS[column.name](torch, column.constants)(image, given)
+    by_torch = COLUMNS[column.name](image, column.constants)(image, given)
     with np.errstate(all="ignore"):
-        by_numpy = COLUMNS[column.name](np, column.constants)(image.numpy(), given.numpy())
+        by_numpy = COLUMNS[column.name](image.numpy(), column.constants)(image.numpy(), given.numpy())
     # As far apart as the step's slope makes of a rounding of z' and of its numbers.
     bound = eps * (1 + expected.abs() + log_det.unsqueeze(-1).exp() * (10 + z.abs()))
     for found in (by_torch, torch.from_numpy(by_numpy)):

@@ -24,6 +24,8 @@ SIZES = [
     (64, (512, 640), 8, F.elu, None, (2, 3), (3,)),
     (70, (2000,), 2, torch.tanh, None, (3,), (1,)),
     (6, (300, 400), 0, torch.relu, [2, 0, 1, 5, 3, 4], (7,), None),
+    (17, (40, 6), 2, F.elu, None, (3,), (3,)),  # sweeps go by groups of 8 variables, and some here have no unit
+    (9, (5,), 0, torch.tanh, range(8, -1, -1), (3,), None),
     (7, (3, 5), 2, F.elu, [2, 1, 0, 4, 3, 6, 5], (), (4,)),
     (4, (), 2, F.relu, [3, 2, 1, 0], (3,), ()),
 ]

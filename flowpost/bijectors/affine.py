@@ -29,14 +29,15 @@ def affine(z: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return torch.addcmul(loc, scale, z), scale.log().sum(-1)
 
 
-def _affine_column(xp: Any, constants: Sequence[float], scale: Callable[..., Array], *, inverse: bool) -> Solve:  # noqa: ANN401
+def _affine_column(example: Array, constants: Sequence[float], scale: Callable[..., Any], *, inverse: bool) -> Solve:
     """`affine` or its inverse, for one variable."""
+    scale = scale(example)
 
     def forward(z: Array, numbers: Array) -> Array:
-        return numbers[0] + scale(xp, numbers[1]) * z
+        return numbers[0] + scale(numbers[1]) * z
 
     def backward(z: Array, numbers: Array) -> Array:
-        return (z - numbers[0]) / scale(xp, numbers[1])
+        return (z - numbers[0]) / scale(numbers[1])
 
     return backward if inverse else forward
 
@@ -44,8 +45,8 @@ def _affine_column(xp: Any, constants: Sequence[float], scale: Callable[..., Arr
 for _name, _scale, _ in CLOSED.values():
     COLUMNS[f"affine by {_name}"] = functools.partial(_affine_column, scale=_scale, inverse=False)
     COLUMNS[f"inverse affine by {_name}"] = functools.partial(_affine_column, scale=_scale, inverse=True)
-COLUMNS["shift"] = lambda xp, constants: lambda z, numbers: z + numbers[0]
-COLUMNS["inverse shift"] = lambda xp, constants: lambda z, numbers: z - numbers[0]
+COLUMNS["shift"] = lambda example, constants: lambda z, numbers: z + numbers[0]
+COLUMNS["inverse shift"] = lambda example, constants: lambda z, numbers: z - numbers[0]
 
 
 class Affine(Bijector):

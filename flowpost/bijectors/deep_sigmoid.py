@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -142,7 +142,7 @@ def _search(z: Tensor, scale: Tensor, shift: Tensor, log_weight: Tensor) -> Tens
         return increasing_root(residual, ends.amin(-2), ends.amax(-2), value)
 
 
-def _column(xp: Any, constants: Sequence[float]) -> Solve:  # noqa: ANN401
+def _column(example: Array, constants: Sequence[float]) -> Solve:
     """`deep_sigmoid_inverse` of `deep_sigmoid_parameters`, layer by layer, for one variable."""
     units, layers = map(int, constants)
 
@@ -156,7 +156,7 @@ def _column(xp: Any, constants: Sequence[float]) -> Solve:  # noqa: ANN401
             image = _search(image.unsqueeze(-1), *deep_sigmoid_parameters(*raw.unbind(1))).squeeze(-1)
         return image
 
-    return solve_by_torch if xp is torch else solve
+    return solve_by_torch if isinstance(example, Tensor) else solve
 
 
 COLUMNS["deep sigmoid"] = _column

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor
 from flowpost.bijectors.base import Bijector
 from flowpost.masked.run import COLUMNS, Array, Column, Solve
 from flowpost.numerics.arguments import check_int
+from flowpost.numerics.arrays import module_of, numbers_for
 from flowpost.numerics.constants import Constant
 from flowpost.numerics.products import wide_dtype
 from flowpost.numerics.scales import SPREAD
@@ -88,15 +89,17 @@ def gate_inverse(z: Tensor, logit: Tensor, mean: Tensor, gain: float = 1.0) -> t
     return preimage, log_det if gain == 1 else log_det - z.shape[-1] * math.log(gain)
 
 
-def _gate_column(xp: Any, constants: Sequence[float]) -> Solve:  # noqa: ANN401
+def _gate_column(example: Array, constants: Sequence[float]) -> Solve:
     """`gate_inverse` of `gate_parameters`, for one variable."""
-    forget_bias, gain = constants
+    xp, fresh = module_of(example), constants[1] == 1
+    forget_bias, gain = numbers_for(example, *constants)
+    raw_unit, raw_reach, mean_unit, mean_reach = numbers_for(example, 1 / SPREAD, -SPREAD, 1 / REACH, REACH)
 
     def solve(image: Array, numbers: Array) -> Array:
         raw, mean = numbers
-        image = image if gain == 1 else image / gain
-        closing = xp.tanh(raw * (1 / SPREAD)) * -SPREAD - forget_bias
-        return image + (image - xp.tanh(mean * (1 / REACH)) * REACH) * xp.exp(closing)
+        image = image if fresh else image / gain
+        closing = xp.tanh(raw * raw_unit) * raw_reach - forget_bias
+        return image + (image - xp.tanh(mean * mean_unit) * mean_reach) * xp.exp(closing)
 
     return solve
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor
 from flowpost.bijectors.base import Bijector
 from flowpost.masked.run import COLUMNS, Array, Column, Solve
 from flowpost.numerics.arguments import check_int
-from flowpost.numerics.arrays import cumulated, like, take, wide
+from flowpost.numerics.arrays import cumulated, like, module_of, take, wide
 from flowpost.numerics.constants import Constant
 from flowpost.numerics.knots import SHARE, SHIFT, SLOPE, STEEP, find_bin, knot_frame, knot_table
 from flowpost.numerics.products import wide_dtype
@@ -145,9 +145,9 @@ def _log_det(inside: Tensor, slope: Tensor) -> Tensor:
     return (inside * slope.log()).sum(-1)  # a product: what is nan in a context shows outside too
 
 
-def _column(xp: Any, constants: Sequence[float]) -> Solve:  # noqa: ANN401
+def _column(example: Array, constants: Sequence[float]) -> Solve:
     """`rational_quadratic_inverse` of `spline_parameters`, for one variable."""
-    bins, bound = int(constants[0]), constants[1]
+    xp, bins, bound = module_of(example), int(constants[0]), constants[1]
 
     def solve(image: Array, numbers: Array) -> Array:
         shares, inner, y = wide(numbers[: 2 * bins]), numbers[2 * bins :], wide(image).clip(-bound, bound)

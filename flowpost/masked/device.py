@@ -174,7 +174,7 @@ def _search(link: Link, z: Tensor, start: Tensor, group: Parameters) -> Tensor:
     if column is not None and (torch.compiler.is_compiling() or fused.swept(column, z)):
         found = fused.sweep(*inputs, *_order(link, z), name, column)
     else:
-        solve = _by_step(link.step) if column is None else COLUMNS[column.name](torch, column.constants)
+        solve = _by_step(link.step) if column is None else COLUMNS[column.name](z, column.constants)
         found = loops.solve(*inputs, _order(link, z)[1], name, solve)
     return found.view(z.shape)
 

@@ -112,7 +112,7 @@ def _sweep(
         from flowpost.masked import sweeps
 
         return sweeps.solve(images, start, weights, biases, index, activation, name, constants)
-    return loops.solve(images, start, weights, biases, order, activation, COLUMNS[name](torch, constants))
+    return loops.solve(images, start, weights, biases, order, activation, COLUMNS[name](images, constants))
 
 
 def _transposed_sweep(

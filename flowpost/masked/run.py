@@ -24,8 +24,8 @@ class Column(NamedTuple):
 
 Solve = Callable[[Array, Array], Array]
 """From one variable ``(N,)`` and its numbers ``(numbers, N)``, which it must not change, to the mapped variable."""
-COLUMNS: dict[str, Callable[[Any, Sequence[float]], Solve]] = {}
-"""By name, from the module whose functions suit the arrays, numpy or torch, and the constants to the map."""
+COLUMNS: dict[str, Callable[[Array, Sequence[float]], Solve]] = {}
+"""By name, from an array of the kind and dtype that will come, a tensor or numpy's, and the constants to the map."""
 
 
 class ElementWise(Protocol):
@@ -48,7 +48,7 @@ class ElementWise(Protocol):
 
 
 class Pulling(Protocol):
-    """An element-wise step with a closed form of its gradient, so that autodiff need not record its operations."""
+    """A step that is affine in z and has a closed form of its gradient, so that autodiff need not record it."""
 
     def keep(self, z: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """The image, the log-det, and two tensors that `pull` needs."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowpost.masked.run import Array
-from flowpost.masked.sweep import Operator, arrays, by_layer, cut, ends_of, readable
+from flowpost.masked.sweep import GROUP, Operator, arrays, by_layer, cut, ends_of, readable
 
 
 def pull(
@@ -72,24 +72,33 @@ def _transposed_sweep(
     Given k, `respond` writes the gradients at variable k's outputs, whose total gradient is in its place. The others
     are those of `pull`, one for each layer.
     """
-    *hidden, outs = sums
-    dim, ends = len(grad), [*map(ends_of, sizes)]
+    dim, (*hidden, outs) = len(grad), sums
+    ends = [ends_of(each) for each in [*sizes, [len(outs) // dim] * dim]]
+    above = list(zip(weights, sums, ends, strict=True))  # each layer's gradients, which reach the inputs by its weight
     layers = [
-        (state, weight, cut(state, end), cut(slope, end), [0, *end])
-        for state, weight, slope, end in zip(hidden, weights[1:], slopes, ends, strict=True)
+        (*reader, state, end, cut(state, end), cut(slope, end))
+        for reader, state, end, slope in zip(above[1:], hidden, ends, slopes, strict=False)
     ][::-1]
+    weight_of_first, of_first, end_of_first = above[0]
+    last = dim
     for k in reversed(range(dim)):
+        if (k + 1) % GROUP == 0 or k + 1 == dim:
+            first, last = k // GROUP * GROUP, k + 1
+            for weight, source, begins, state, end, _, _ in layers:
+                columns, known = slice(end[first], end[last]), begins[last]
+                state[columns] = weight[known:, columns].T @ source[known:]
+            columns, known = slice(max(first - 1, 0), k), end_of_first[last]
+            part = grad[columns]
+            part += weight_of_first[known:, columns].T @ of_first[known:]
         respond(k)
-        row = k * (len(outs) // dim)
-        above = outs[row:]
-        for state, weight, parts, steep, end in layers:
-            first, part = end[k], parts[k]
+        for weight, source, begins, _, end, parts, steep in layers:
+            part, rows = parts[k], slice(begins[k], begins[last])
             if len(part):
-                part[:] = (weight[row:, first : end[k + 1]].T @ above) * steep[k]
-            row = first
-            above = state[row:]
-        if k and len(above):
-            grad[k - 1] += weights[0][row:, k - 1] @ above
+                part += weight[rows, end[k] : end[k + 1]].T @ source[rows]
+                part *= steep[k]
+        if k:
+            rows = slice(end_of_first[k], end_of_first[last])
+            grad[k - 1] += weight_of_first[rows, k - 1] @ of_first[rows]
 
 
 _pull_operator: Operator = torch.library.custom_op(

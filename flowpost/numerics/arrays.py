@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,25 @@ from flowpost.numerics.products import wide_dtype
 
 Array = Any
 """A tensor, or one of numpy's."""
+_ZERO = np.zeros((), dtype=np.float32)
+
+
+def module_of(example: Array) -> Any:  # noqa: ANN401
+    """Whose functions suit an array: torch or numpy."""
+    return torch if isinstance(example, Tensor) else np
+
+
+def numbers_for(example: Array, *numbers: float) -> Sequence[Any]:
+    """Numbers for arithmetic with arrays of a kind and dtype; numpy converts one of Python's on every call.
+
+    For a hundred entries that takes as long as the operation.
+    """
+    return numbers if isinstance(example, Tensor) else [np.asarray(each, example.dtype) for each in numbers]
+
+
+def positive(array: Array) -> Array:
+    """The same, with 0 for what is below."""
+    return array.clamp_min(0) if isinstance(array, Tensor) else np.maximum(array, _ZERO)
 
 
 def wide(array: Array) -> Array:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from flowpost.numerics.arrays import Array, module_of, numbers_for, positive
 
 SPREAD = 4.0
 """How far a logarithm moves from where it is at 0; it keeps an autoregressive step's inverse well-conditioned."""
@@ -86,23 +88,29 @@ class Closed(NamedTuple):
     """A scale by its name, written in what numpy and torch both have, and its slope."""
 
     name: str
-    array: Callable[[Any, Any], Any]
-    """``(numpy, raw) -> scale``"""
+    array: Callable[[Array], Callable[[Array], Array]]
+    """For arrays like one, tensors or numpy's, ``raw -> scale``."""
     slope: Callable[[Tensor, Tensor], Tensor]
     """``(raw, scale) -> d scale / d raw``"""
 
 
-def _exp_array(xp: Any, raw: Any) -> Any:  # noqa: ANN401
-    return xp.exp(xp.tanh(raw * (1 / SPREAD)) * SPREAD)
+def _exp_array(example: Array) -> Callable[[Array], Array]:
+    xp, (unit, reach) = module_of(example), numbers_for(example, 1 / SPREAD, SPREAD)
+    return lambda raw: xp.exp(xp.tanh(raw * unit) * reach)
 
 
 def _exp_slope(raw: Tensor, scale: Tensor) -> Tensor:
     return torch.ops.aten.tanh_backward(scale, torch.tanh(raw / SPREAD))
 
 
-def _softplus_array(xp: Any, raw: Any) -> Any:  # noqa: ANN401
-    raw = raw + SHIFT
-    return raw.clip(min=0) + xp.log1p(xp.exp(-abs(raw))) + FLOOR
+def _softplus_array(example: Array) -> Callable[[Array], Array]:
+    xp, (shift, floor) = module_of(example), numbers_for(example, SHIFT, FLOOR)
+
+    def scale(raw: Array) -> Array:
+        raw = raw + shift
+        return positive(raw) + xp.log1p(xp.exp(-abs(raw))) + floor
+
+    return scale
 
 
 CLOSED: Mapping[Callable[[Tensor], Tensor], Closed] = {
