@@ -280,6 +280,28 @@ def test_the_whole_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert (tmp_path / "page.png").read_bytes() == (out / "targets.png").read_bytes()
 
 
+def test_several_seeds_are_in_one_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their mean, smallest and largest; each seed's figures are those of a run with it alone."""
+    options = [*TINY, "--posterior", "diagonal,planar", "--steps", "1"]
+    fits = {}
+    for seed in ("0", "3", "3,0"):
+        assert run_cli(capsys, *options, "--seed", seed, "--out", str(tmp_path / seed))[0] == 0
+        fits[seed] = json.loads((tmp_path / seed / "targets.json").read_text())["fits"]
+
+    def figures(found: list[dict]) -> dict[tuple, float]:
+        return {tuple(each[key] for key in ("posterior", "energy", "seed")): each["kl"] for each in found}
+
+    both = figures(fits["3,0"])
+    assert both == figures(fits["0"]) | figures(fits["3"])
+    table = (tmp_path / "3,0" / "targets.md").read_text()
+    assert "| posterior | K | U1 | U2 | U3 | U4 | seeds | rate | params | s |" in table
+    assert "seeds 0, 3" in table
+    first, second = sorted(both["planar", "U2", seed] for seed in (0, 3))
+    assert f"{(first + second) / 2:.3f} ({first:.3f} to {second:.3f})" in table
+    row = next(line for line in table.splitlines() if line.startswith("| planar"))
+    assert [cell.strip() for cell in row.split("|")][7] == "2"
+
+
 @pytest.mark.long
 def test_several_processes_come_to_the_same_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = []

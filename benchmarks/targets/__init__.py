@@ -31,8 +31,8 @@ DPI = 110
 NONE = "none"
 MORE = "more variables"  # where on the page targets of other sizes go
 
-Task = tuple[str, int | None, int]
-"""A posterior, K and the size."""
+Task = tuple[str, int | None, int, int]
+"""A posterior, K, the size and the seed."""
 Result = tuple[list[Fit], Densities]
 
 
@@ -58,7 +58,9 @@ def targets(
     starts: Annotated[
         int | None, typer.Option(min=1, help="Fits of each, the best one kept.  [default: 3; quick: 2]")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of weights and noise.")] = 0,
+    seed: Annotated[
+        str, typer.Option(help="Of weights and noise; of several, with commas, the table has the means.")
+    ] = "0",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     jobs: Annotated[int, typer.Option(min=1, help="Processes that fit side by side.")] = 1,
     quick: Annotated[
@@ -73,14 +75,16 @@ def targets(
     banana and an ill-conditioned Gaussian. A picture for each recipe has its density beside the target for every K, as
     figure 3 of the paper; targets.png has all of them. targets.json has every figure, targets.md the tables.
     """
-    plan = replace(QUICK if quick else FULL, seed=seed)
+    seeds = _integers("seed", seed, 0)
+    plan = replace(QUICK if quick else FULL, seed=seeds[0])
     given = {"iterations": iterations, "starts": starts}
     plan = replace(plan, **{name: value for name, value in given.items() if value is not None})
     ks = _integers("steps", steps, 1) if steps is not None else QUICK_STEPS if quick else FULL_STEPS
     names = *posterior_names(posterior or ["all"]), *_peers(peers or (NONE if quick else ALL))
     sizes = _integers("dim", dim, 2)
     run = Run.begin("targets", out, threads=threads, page=page, mark=TABLES if DRAWN in sizes else MORE)
-    tasks = [(name, k, size) for size in sizes for name in names for k in (ks if has_steps(name) else (None,))]
+    sized = [(name, k, size) for size in sizes for name in names for k in (ks if has_steps(name) else (None,))]
+    tasks = [(*each, one) for each in sized for one in seeds]
     with cpu_threads(threads):
         code = hold(run, tasks, plan, jobs)
         run.publish("targets.json", shown, "targets.png")
@@ -117,7 +121,8 @@ def hold(run: Run, tasks: Sequence[Task], plan: Plan, jobs: int) -> int:
         console.print(_line(result[0]))
         write(run, fits, plan)
         picture(run, task[0], tasks, done)
-    last = {title(name): densities for (name, *_), (_, densities) in sorted_as(tasks, done) if densities}
+    drawable = sorted_as(_first(tasks), done)
+    last = {title(name): densities for (name, *_), (_, densities) in drawable if densities}
     if last:
         overview(last).savefig(run.folder / "targets.png", dpi=DPI)
     for each in tables(fits, plan, torch.get_num_threads()):
@@ -135,10 +140,15 @@ def sorted_as(tasks: Sequence[Task], done: Mapping[Task, Result]) -> list[tuple[
 
 def picture(run: Run, name: str, tasks: Sequence[Task], done: Mapping[Task, Result]) -> None:
     """The densities of a posterior, once all that can be drawn of it is done."""
-    own = [task for task in tasks if task[0] == name and drawn(name, task[2])]
+    own = [task for task in _first(tasks) if task[0] == name and drawn(name, task[2])]
     if own and all(task in done for task in own):
         by_steps = {"q" if task[1] is None else f"K = {task[1]}": done[task][1] for task in own}
         one_recipe(name, by_steps).savefig(run.folder / f"{name}.png", dpi=DPI)
+
+
+def _first(tasks: Sequence[Task]) -> list[Task]:
+    """Those of the first seed, which are drawn."""
+    return [task for task in tasks if task[3] == tasks[0][3]]
 
 
 def results(tasks: Sequence[Task], plan: Plan, jobs: int) -> Iterator[tuple[Task, Result]]:
@@ -156,16 +166,16 @@ def results(tasks: Sequence[Task], plan: Plan, jobs: int) -> Iterator[tuple[Task
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def work(name: str, steps: int | None, dim: int, plan: Plan) -> Result:
-    """The figures of one posterior, K and size, and the densities where they are drawn."""
-    posteriors, figures = fit(name, steps, plan, energies(dim))
+def work(name: str, steps: int | None, dim: int, seed: int, plan: Plan) -> Result:
+    """The figures of one posterior, K, size and seed, and the densities where they are drawn."""
+    posteriors, figures = fit(name, steps, replace(plan, seed=seed), energies(dim))
     return figures, fitted(posteriors, plan.cells) if drawn(name, dim) else []
 
 
 def _line(figures: Sequence[Fit]) -> str:
     first = figures[0]
     found = ", ".join(f"{one.energy} {one.kl:.3f}" for one in figures)
-    return f"{first.what}, dim {first.dim}: KL {found}, {first.seconds:.0f} s"
+    return f"{first.what}, dim {first.dim}, seed {first.seed}: KL {found}, {first.seconds:.0f} s"
 
 
 def write(run: Run, fits: Sequence[Fit], plan: Plan) -> None:
@@ -187,16 +197,18 @@ def shown(content: Content, page: str = "") -> str:
 
 
 def in_order(fits: Sequence[Fit]) -> list[Fit]:
-    """Sizes, then recipes, then libraries, each from few steps to many."""
+    """Sizes, then recipes, then libraries, each from few steps to many, and the seeds."""
     names = [*RECIPES, *PEERS]
-    return sorted(fits, key=lambda one: (one.dim, names.index(one.posterior), one.steps or 0))
+    return sorted(fits, key=lambda one: (one.dim, names.index(one.posterior), one.steps or 0, one.seed))
 
 
 def _rows(run: Content) -> str:
-    """Which rows of a table of several runs are a run's."""
+    """Which rows of a table of several runs are a run's, and of which seeds."""
     steps: dict[str, list[str]] = {}
-    for one in (Fit.from_json(each) for each in run["fits"]):
+    fits = [Fit.from_json(each) for each in run["fits"]]
+    seeds = sorted({one.seed for one in fits})
+    for one in fits:
         found = steps.setdefault(one.posterior, [])
         found += [str(one.steps)] if one.steps is not None and str(one.steps) not in found else []
     rows = [f"{name} (K = {' and '.join(found)})" if found else name for name, found in steps.items()]
-    return f"{', '.join(rows)}: "
+    return f"{', '.join(rows)}, seed {', '.join(map(str, seeds))}: "

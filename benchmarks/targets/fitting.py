@@ -61,6 +61,7 @@ class Fit:
     """Of training, all energies and starts together."""
     rate: float
     """Adam's learning rate at the start."""
+    seed: int = 0
 
     @property
     def what(self) -> str:
@@ -104,7 +105,7 @@ def fit(
             parameters = sum(parameter.numel() for parameter in best.parameters())
             posteriors.append(best)
             what = name, steps, energy.dim, energy.name
-            fits.append(Fit(*what, *figures, int(skipped[own].sum()), parameters, seconds, lr))
+            fits.append(Fit(*what, *figures, int(skipped[own].sum()), parameters, seconds, lr, plan.seed))
     return posteriors, fits
 
 
