@@ -16,6 +16,7 @@ import flowpost
 from flowpost import CorruptFileError
 from flowpost.fit import FittedPosterior, Progress
 from flowpost.importance import ImportanceEstimate, UnreliableEstimateWarning
+from flowpost.variational import weighing
 from flowpost.variational.families import Flow, assemble, build_flow
 from flowpost.variational.gaussian import Gaussian
 from flowpost.variational.mixture import Mixture
@@ -119,6 +120,16 @@ def test_one_draw_s_chance_is_smoothed_away() -> None:
     assert raw.mean > 0.45
     assert found.mean.item() == pytest.approx(0, abs=0.1)
     assert fitted.ess > 5 * (log_ratio.logsumexp(0) * 2 - (2 * log_ratio).logsumexp(0)).exp()
+
+
+def test_the_means_of_a_gaussian_are_exact_and_each_draw_is_its(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise is centred a thousand at a time; in twos the loss of variance would show, were it not made up for."""
+    fitted = made(standard, 1, (0.3, 2.0))
+    weighed = weigh(fitted.posterior, fitted.target, 3000, torch.Generator().manual_seed(0))
+    assert weighed.z.mean().item() == pytest.approx(0.3, abs=1e-12)
+    monkeypatch.setattr(weighing, "CHUNK", 2)
+    in_twos = weigh(fitted.posterior, fitted.target, 20_000, torch.Generator().manual_seed(0)).z - 0.3
+    assert in_twos.square().mean().item() == pytest.approx(4, rel=4 * math.sqrt(2 / 10_000))
 
 
 def test_stratified_draws_have_their_components_shares() -> None:

@@ -60,14 +60,28 @@ def device_of(fitted: Fitted) -> torch.device:
 
 @torch.no_grad()
 def weigh(fitted: Fitted, target: Target, samples: int, generator: torch.Generator) -> Weighed:
-    """About so many draws of q with their log p/q, a thousand at a time; no gradient is taken."""
+    """About so many draws of q with their log p/q, a thousand at a time; no gradient is taken.
+
+    The noise of a whole thousand is centred, so that the means of a Gaussian q have no Monte Carlo error.
+    """
     rows = []
     for start in range(0, samples, CHUNK):
-        z, log_q, share = draw(fitted, noise_for(fitted, min(CHUNK, samples - start), generator))
+        count = min(CHUNK, samples - start)
+        noise = noise_for(fitted, count, generator)
+        z, log_q, share = draw(fitted, _centred(noise) if count == CHUNK else noise)
         ratio = (target(z) - log_q).double().nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
         rows.append((z, ratio, share.double() * len(z)))
     z, ratio, share = (torch.cat(column) for column in zip(*rows, strict=True))
     return Weighed(z, ratio, share / share.sum())
+
+
+def _centred(noise: Tensor) -> Tensor:
+    """Noise ``(..., S, dim)`` less its mean over the S, and times what makes each of them N(0, I) again, exactly.
+
+    Any two are correlated by ``-1 / (S - 1)``, so that what is estimated stays unbiased.
+    """
+    count = noise.shape[-2]
+    return (noise - noise.mean(-2, keepdim=True)) * math.sqrt(count / (count - 1))
 
 
 def estimate(weighed: Weighed) -> ImportanceEstimate:
