@@ -254,6 +254,21 @@ def test_a_column_s_solve_is_the_family_s(name: str, tile: str, scale: float, mo
     assert_rounded(*(each / (1 + exact.abs()) for each in (found, exact, by_torch)))
 
 
+@pytest.mark.parametrize("count", [1, 4096])
+@pytest.mark.parametrize("dim", [1, 2, 3, 784])
+@pytest.mark.parametrize("width", [1, 512, 4096])
+@pytest.mark.parametrize("numbers", [2, 1000])
+def test_a_tile_fits_in_registers(count: int, dim: int, width: int, numbers: int) -> None:
+    """A thread has 255, for a tile, its weights and their places; one that does not fit takes minutes to compile."""
+    from flowpost.masked import tiles
+
+    sizes = tiles.tile(count, dim, (width, width), numbers)[1]
+    sums = [sizes["UNITS"] * sizes["BLOCK"], sizes["COLUMNS"] * sizes["COLUMN_BLOCK"]]
+    if sizes["DOT"]:
+        sums = [sizes["UNITS"], sizes["COLUMNS"]]
+    assert sizes["ROWS"] * max(sums) <= 64 * 32 * sizes["num_warps"]
+
+
 @interpreted
 @pytest.mark.parametrize("name", ["spline", "deep sigmoid"])
 def test_an_image_without_a_value_has_no_preimage(name: str) -> None:
