@@ -3,6 +3,7 @@
 `make test-kernels` runs them; without Triton, or its interpreter, they are skipped.
 """
 
+import contextlib
 import os
 import re
 import runpy
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -361,6 +363,52 @@ def test_a_sweep_s_result_lies_as_its_fake_s_does() -> None:
 def test_a_triton_without_tuples_is_left_alone(release: str, fit: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: FBT001
     monkeypatch.setattr(torch, "__version__", type(torch.__version__)(release))
     assert runpy.run_path(fusing.__file__)["_TRITON"] is fit
+
+
+class Driver:
+    """A driver of Triton's, built when it is asked for where that is possible."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self.error = error
+
+    @property
+    def active(self) -> "Driver":
+        if self.error is not None:
+            raise self.error
+        return self
+
+    def get_current_target(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("capability", "error", "fit"),
+    [
+        ((6, 1), None, False),
+        ((7, 5), None, True),
+        ((12, 0), None, True),
+        ((9, 0), RuntimeError("Failed to find C compiler.\nInstall one."), False),
+        ((9, 0), AssertionError(), False),
+    ],
+)
+def test_a_gpu_that_can_run_no_kernel_has_torch_s_operations(
+    capability: tuple[int, int],
+    error: Exception | None,
+    fit: bool,  # noqa: FBT001
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An old one, or any where Triton cannot build what launches; that is said once."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(triton.runtime, "driver", Driver(error))
+    on_device = runpy.run_path(fusing.__file__)["on_device"]
+    z = SimpleNamespace(device=torch.device("cuda", 0))
+    said = (
+        contextlib.nullcontext() if error is None else pytest.warns(UserWarning, match="got: (Failed|Assert).*; slow")
+    )
+    with said:
+        assert on_device(z) is fit
+    assert on_device(z) is fit
 
 
 def _network() -> tuple[Tensor, Tensor, Tensor]:
