@@ -359,7 +359,7 @@ def test_a_sweep_s_result_lies_as_its_fake_s_does() -> None:
     assert found.is_contiguous()
 
 
-@pytest.mark.parametrize(("release", "fit"), [("2.6.0+cu124", False), ("2.7.0", True), ("2.11.0+cu130", True)])
+@pytest.mark.parametrize(("release", "fit"), [("2.7.1+cu126", False), ("2.8.0", True), ("2.11.0+cu130", True)])
 def test_a_triton_without_tuples_is_left_alone(release: str, fit: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: FBT001
     monkeypatch.setattr(torch, "__version__", type(torch.__version__)(release))
     assert runpy.run_path(fusing.__file__)["_TRITON"] is fit

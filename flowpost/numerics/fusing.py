@@ -9,8 +9,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-# The kernels of a sweep take tuples, as Triton 3.3 and later do: torch 2.7 is the first that comes with it.
-_TRITON = find_spec("triton") is not None and torch.__version__ >= "2.7"
+# The kernels of a sweep read tuples of constants, as Triton 3.4 and later do; torch 2.8 is the first that brings it.
+_TRITON = find_spec("triton") is not None and torch.__version__ >= "2.8"
 
 
 def available(z: Tensor) -> bool:
