@@ -75,6 +75,7 @@ def main() -> None:
         inverse_and_transposed(count, dim, widths, None, 0, SOLVED.index("spline"), 3 * bins - 1, bins)
         inverse_and_transposed(count, dim, widths, None, 0, SOLVED.index("deep sigmoid"), 3 * units, units)
     inverse_and_transposed(128, 32, (320, 320), None, 0, SOLVED.index("deep sigmoid"), 3 * 8 * 2, 8)
+    inverse_and_transposed(1024, 1, (4096, 4096), None, 0)  # all of a layer's units are of one degree
     for kind in (SOLVED.index("shift"), SOLVED.index("inverse shift")):
         inverse_and_transposed(128, 32, (320, 320), None, 0, kind, 1)
 

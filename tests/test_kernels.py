@@ -3,6 +3,7 @@
 `make test-kernels` runs them; without Triton, or its interpreter, they are skipped.
 """
 
+import contextlib
 import os
 import re
 import runpy
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -225,12 +227,13 @@ def test_the_engine_by_kernels_is_the_plain_operations_in_float64(
 
 
 @interpreted
+@pytest.mark.parametrize("name", ["gates", "exp", "three layers"])
 @pytest.mark.parametrize("direction", ["forward", "inverse", "known"])
-def test_parameters_may_lie_in_any_way(direction: str) -> None:
-    """Column by column, and with gaps."""
-    flow = FLOWS["gates"]()
+def test_parameters_may_lie_in_any_way(name: str, direction: str) -> None:
+    """Column by column, and with gaps; without a context a sweep starts at a bias itself."""
+    flow = FLOWS[name]()
     push(flow, Case(seed=1, push=0.2))
-    known, context = torch.randn(3, DIM), torch.randn(3, 3)
+    known, context = torch.randn(3, DIM), torch.randn(3, 3) if flow.context_size else None
     z = flow(known, context)[0].detach() if direction == "known" else known
     expected = every_result(flow, direction, z, context, known)
     for parameter in flow.parameters():
@@ -252,6 +255,21 @@ def test_a_column_s_solve_is_the_family_s(name: str, tile: str, scale: float, mo
     found, by_torch = (solve(step, z, numbers) for solve in (swept.by_sweep, swept.by_formula))
     exact = swept.by_formula(step, z.double(), numbers.double())
     assert_rounded(*(each / (1 + exact.abs()) for each in (found, exact, by_torch)))
+
+
+@pytest.mark.parametrize("count", [1, 4096])
+@pytest.mark.parametrize("dim", [1, 2, 3, 784])
+@pytest.mark.parametrize("width", [1, 512, 4096])
+@pytest.mark.parametrize("numbers", [2, 1000])
+def test_a_tile_fits_in_registers(count: int, dim: int, width: int, numbers: int) -> None:
+    """A thread has 255, for a tile, its weights and their places; one that does not fit takes minutes to compile."""
+    from flowpost.masked import tiles
+
+    sizes = tiles.tile(count, dim, (width, width), numbers)[1]
+    sums = [sizes["UNITS"] * sizes["BLOCK"], sizes["COLUMNS"] * sizes["COLUMN_BLOCK"]]
+    if sizes["DOT"]:
+        sums = [sizes["UNITS"], sizes["COLUMNS"]]
+    assert sizes["ROWS"] * max(sums) <= 64 * 32 * sizes["num_warps"]
 
 
 @interpreted
@@ -341,10 +359,56 @@ def test_a_sweep_s_result_lies_as_its_fake_s_does() -> None:
     assert found.is_contiguous()
 
 
-@pytest.mark.parametrize(("release", "fit"), [("2.6.0+cu124", False), ("2.7.0", True), ("2.11.0+cu130", True)])
+@pytest.mark.parametrize(("release", "fit"), [("2.7.1+cu126", False), ("2.8.0", True), ("2.11.0+cu130", True)])
 def test_a_triton_without_tuples_is_left_alone(release: str, fit: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: FBT001
     monkeypatch.setattr(torch, "__version__", type(torch.__version__)(release))
     assert runpy.run_path(fusing.__file__)["_TRITON"] is fit
+
+
+class Driver:
+    """A driver of Triton's, built when it is asked for where that is possible."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self.error = error
+
+    @property
+    def active(self) -> "Driver":
+        if self.error is not None:
+            raise self.error
+        return self
+
+    def get_current_target(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("capability", "error", "fit"),
+    [
+        ((6, 1), None, False),
+        ((7, 5), None, True),
+        ((12, 0), None, True),
+        ((9, 0), RuntimeError("Failed to find C compiler.\nInstall one."), False),
+        ((9, 0), AssertionError(), False),
+    ],
+)
+def test_a_gpu_that_can_run_no_kernel_has_torch_s_operations(
+    capability: tuple[int, int],
+    error: Exception | None,
+    fit: bool,  # noqa: FBT001
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An old one, or any where Triton cannot build what launches; that is said once."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(triton.runtime, "driver", Driver(error))
+    on_device = runpy.run_path(fusing.__file__)["on_device"]
+    z = SimpleNamespace(device=torch.device("cuda", 0))
+    said = (
+        contextlib.nullcontext() if error is None else pytest.warns(UserWarning, match="got: (Failed|Assert).*; slow")
+    )
+    with said:
+        assert on_device(z) is fit
+    assert on_device(z) is fit
 
 
 def _network() -> tuple[Tensor, Tensor, Tensor]:

@@ -107,7 +107,7 @@ EXTRAS = {
     "flowpost._format": {"safetensors"},  # pip install 'flowpost[files]'
     # Triton comes with torch for GPUs.
     **{f"flowpost.masked.{name}": {"triton"} for name in ("kernels", "maps", "solves", "sweeps", "tiles")},
-    "flowpost.numerics.root_kernels": {"triton"},
+    **{f"flowpost.numerics.{name}": {"triton"} for name in ("fusing", "root_kernels")},
     "flowpost.interop.pyro": {"pyro"},
     "flowpost.interop.arviz": {"arviz_base", "xarray"},
 }

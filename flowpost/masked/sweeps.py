@@ -132,8 +132,10 @@ def solve(
 ) -> Tensor:
     """As `fused.sweep`."""
     images, found = images.contiguous(), torch.empty_like(images, memory_format=torch.contiguous_format)
-    # A parameter may lie column by column, as one from another library does, and a mask leaves it so.
+    # A parameter may lie column by column, as one from another library does, and a mask leaves it so. Without a context
+    # a start is such a parameter, expanded over the rows.
     weights, biases = ([each.contiguous() for each in group] for group in (weights, biases))
+    start = start if start.stride(1) == 1 else start.contiguous()
     (count, dim), widths = images.shape, tuple(len(weight) for weight in weights[:-1])
     outputs = len(weights[-1]) // dim
     states = tuple(images.new_empty(count, width) for width in widths)

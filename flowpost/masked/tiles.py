@@ -15,6 +15,8 @@ from flowpost.masked import maps
 from flowpost.masked.kernels import power
 
 _TILE = 8192  # elements of a product's tile
+_LARGEST = 16384  # those of any: larger ones spill the registers of 8 warps, and take minutes to compile
+_NEIGHBOURS = 16  # in memory, of a weight, that are read together where the largest tile holds so many
 _MANY = 1024  # rows from which a program owns several
 _SMALLEST = 16  # axis of a product on tensor cores
 _WIDEST = 64  # numbers of a variable whose column is solved on 16 rows at once without spilling registers
@@ -82,15 +84,21 @@ def activate(x, ACTIVATION: tl.constexpr):
 def tile(count: int, dim: int, widths: Sequence[int], numbers: int = 1) -> tuple[int, dict[str, int | bool]]:
     """The number of programs, and how a program's products are cut; the choices are those that were fastest on an H100.
 
-    Of few rows each has a program, of many 4; or 16, whose products tensor cores run, where a degree's units are few,
-    and so are the outputs that a product gives of one variable, `numbers`.
+    Of few rows each has a program, of many 4, unless a degree has hundreds of units; or 16, whose products tensor cores
+    run, where a degree's units are few, and so are the outputs that a product gives of one variable, `numbers`.
     """
     units = power(max((-(-width // dim) for width in widths), default=1))
     dot = count >= _MANY and units <= _SMALLEST and power(numbers) <= _WIDEST
-    rows = _SMALLEST if dot else 4 if count >= _MANY else 1
+    several = 4 * _NEIGHBOURS * max(units, power(numbers)) <= _LARGEST
+    rows = _SMALLEST if dot else 4 if count >= _MANY and several else 1
     least = _SMALLEST if dot else 2
-    block = 64 if dot else max(16, min(power(max([dim, *widths])), _TILE // (rows * units)))
+    block = 64 if dot else _block(power(max([dim, *widths])), rows * units)
     columns = max(power(numbers), least)
-    column_block = 64 if dot else max(16, min(block, _TILE // (rows * columns)))
+    column_block = 64 if dot else _block(block, rows * columns)
     sizes = {"ROWS": rows, "UNITS": max(units, least), "BLOCK": block, "COLUMNS": columns, "COLUMN_BLOCK": column_block}
     return triton.cdiv(count, rows), {"DIM": dim, "HIDDEN": len(widths), **sizes, "DOT": dot, "num_warps": 8}
+
+
+def _block(width: int, sums: int) -> int:
+    """How many columns of a weight a product of so many sums reads together."""
+    return max(1, min(_NEIGHBOURS, _LARGEST // sums), min(width, _TILE // sums))
