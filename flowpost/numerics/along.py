@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
+from flowpost.numerics.states import named_once
 from flowpost.numerics.watchers import full_precision
 
 Values = Callable[[Tensor], Tensor]
@@ -33,7 +34,8 @@ def along(value: Tensor, z: Tensor, values: Values, module: nn.Module) -> Tensor
     """
     if torch.compiler.is_compiling():
         # Not by a gradient within: the compiler of torch 2.11 makes one for a single batch size alone.
-        with _reparametrize_module(module, _frozen(module)):
+        frozen = {name: each.detach() for name, each in named_once(module).items()}
+        with _reparametrize_module(module, frozen):
             follows = values(z)
         return value.detach() + (follows - follows.detach())
 
@@ -48,18 +50,6 @@ def along(value: Tensor, z: Tensor, values: Values, module: nn.Module) -> Tensor
     with torch.enable_grad():  # the same through the fast nodes; no parameter's grad is touched
         (slope,) = torch.autograd.grad(total(leaf), leaf)
     return _Along.apply(value.detach(), z, slope, partial(_Slope.apply, total, module))
-
-
-def _frozen(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters without their gradients, by name.
-
-    Each by one name of its part, also of one that comes twice: who puts it back by a second finds what stands in.
-    """
-    return {
-        f"{prefix}.{name}".lstrip("."): each.detach()
-        for prefix, part in module.named_modules()
-        for name, each in part.named_parameters(recurse=False, remove_duplicate=False)
-    }
 
 
 def first_along(value: Tensor, z: Tensor, slope: Tensor) -> Tensor:
