@@ -16,6 +16,7 @@ from flowpost.conditions import Data, split
 from flowpost.density import standard_normal_log_prob
 from flowpost.importance import ImportanceEstimate, summarize, warn_unreliable
 from flowpost.numerics.arguments import check_int
+from flowpost.numerics.states import named_once
 from flowpost.vae import VAE
 
 
@@ -148,7 +149,11 @@ class _Local:
 
     def __init__(self, flow: Bijector, context: Tensor, weights: dict[str, Tensor] | None = None) -> None:
         self.flow, self.context = flow, context
-        own = {name: w.expand(len(context), *w.shape) for name, w in flow.named_parameters()}
+        own = dict(flow.named_parameters())
+        names = {id(w): name for name, w in own.items()}
+        self.names = {place: names[id(w)] for place, w in named_once(flow).items()}
+        """For each place in the flow the name of its weight: a weight may have several, and a step come twice."""
+        own = {name: w.expand(len(context), *w.shape) for name, w in own.items()}
         self.weights = own if weights is None else weights
 
     def copy(self) -> _Local:
@@ -160,7 +165,8 @@ class _Local:
         """The z and log q of noise ``(S, B, dim)``."""
 
         def one(context: Tensor, weights: dict[str, Tensor], noise: Tensor) -> tuple[Tensor, Tensor]:
-            return functional_call(self.flow, weights, (noise, context))
+            stand_in = {place: weights[name] for place, name in self.names.items()}
+            return functional_call(self.flow, stand_in, (noise, context), tie_weights=False)
 
         z, log_det = torch.vmap(one, in_dims=(0, 0, 1), out_dims=1)(self.context, self.weights, noise)
         return z, standard_normal_log_prob(noise) - log_det

@@ -246,6 +246,18 @@ def test_a_judge_decides_where_autodiff_is_over_the_bound() -> None:
         PROPERTIES["log_det"](off)
 
 
+def _twice(dim: int, context_size: int) -> Bijector:
+    step = flowpost.Autoregressive(dim, context_size, (6,))
+    return flowpost.Shared(step, Reverse(dim), step)
+
+
+def test_a_step_that_comes_twice_is_held_to_no_more() -> None:
+    """But for the number of passes. Torch's ``functional_call`` leaves in it what stood in for its weights."""
+    make = _maker(Entry("twice", lambda dim: _twice(dim, 2)))
+    skip = [*COMPILED, "identity", "passes"]
+    check_bijector(make, context_size=2, dims=(2,), dtypes=(torch.float64,), examples=1, skip=skip)
+
+
 def test_report_and_unknown_names() -> None:
     worst = check_bijector(
         lambda dim, dtype, seed, push, context_size: flowpost.Affine(dim), dims=(2,), examples=2, skip=[*COMPILED]

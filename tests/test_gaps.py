@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import flowpost
-from flowpost import Affine, Bijector, Chain, Planar, UnitLowerTriangular
+from flowpost import Affine, Autoregressive, Bijector, Chain, Planar, Reverse, Shared, UnitLowerTriangular
+from flowpost.density import standard_normal_log_prob
 from flowpost.gaps import _Local, _start, inference_gaps
 from flowpost.importance import UnreliableEstimateWarning
 from flowpost.vae import VAE, Bernoulli
@@ -113,6 +114,28 @@ def test_the_model_is_left_as_it_was() -> None:
         inference_gaps(vae, x, steps=3, samples=10)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), vae.state_dict().values(), strict=True))
     assert all(parameter.grad is None and parameter.requires_grad for parameter in vae.parameters())
+
+
+def test_a_step_that_comes_twice_keeps_its_weights() -> None:
+    """Also one of whose weights another has: they are stood in for and come back."""
+    torch.manual_seed(0)
+    twice, other = (Autoregressive(2, 3, (6,)) for _ in range(2))
+    other.net.stack[0].weight = twice.net.stack[0].weight
+    flow = Chain(Affine(2), Shared(twice, Reverse(2), twice, other))
+    vae = VAE(nn.Linear(9, 16), flowpost.FlowPosterior(16, flow), nn.Linear(2, 9), Bernoulli())
+    before, x = list(vae.parameters()), torch.ones(3, 9)
+    inference_gaps(vae, x, steps=1, samples=30)
+    assert all(each is one for each, one in zip(vae.parameters(), before, strict=True))
+    context, noise = torch.randn(3, flow.context_size), torch.randn(5, 3, 2)
+    local = _Local(flow, context)
+    moved = {name: w + 0.1 for name, w in local.weights.items()}
+    z, log_q = _Local(flow, context, moved)(noise)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.1)
+    expected, log_det = flow(noise, context)
+    torch.testing.assert_close(z, expected)
+    torch.testing.assert_close(log_q, standard_normal_log_prob(noise) - log_det)
 
 
 def test_float32_and_a_binary_decoder() -> None:

@@ -179,6 +179,26 @@ def test_a_cache_is_never_stale(what: str) -> None:
             assert one.requires_grad is other.requires_grad
 
 
+@pytest.mark.parametrize("what", ["x", "context", "parameter", "data"])
+def test_a_cache_notices_what_a_tensor_does_not_count(what: str) -> None:
+    """A gradient that is wanted from now on, and other numbers in a parameter's place."""
+    step, context = made("autoregressive")
+    assert context is not None
+    step.requires_grad_(what == "data")
+    transform, x = step.as_transform(context).with_cache(), points(step.domain, BATCH)
+    transform(x)
+    parameter = next(step.parameters())
+    if what == "data":
+        parameter.data = 2 * parameter.data
+    else:
+        {"x": x, "context": context, "parameter": parameter}[what].requires_grad_()
+    y = transform(x)
+    found, expected = (y, transform.log_abs_det_jacobian(x, y)), step(x, context)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+        assert one.requires_grad
+
+
 def test_a_transform_pickles_and_copies() -> None:
     step, context = made("autoregressive")
     transform, x = step.as_transform(context).with_cache(), points(step.domain, BATCH)

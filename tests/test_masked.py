@@ -228,6 +228,22 @@ def test_a_state_from_before_there_was_a_rate_is_the_same_map(hidden: tuple[int,
     torch.testing.assert_close(maps[1](z, context), maps[0](z, context), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_rate_is_that_of_the_last_layer_alone_though_another_has_its_parameter(name: str) -> None:
+    step = push(Masked(Affine(3, exp_scale), 2, (6, 6), rate=0.3).double(), Case(seed=2, push=0.5))
+    assert isinstance(step, Masked)
+    first, middle, last = step.net.stack
+    tied = nn.Parameter(torch.randn_like(getattr(last, name)))
+    for layer in (last, middle if name == "weight" else first):
+        setattr(layer, name, tied)
+    z, h = torch.randn(20, 3, dtype=F64), torch.randn(20, 2, dtype=F64)
+    image, log_det = step(z, h)
+    expected = Affine(3, exp_scale).double()(z, step.net(z, h).flatten(-2))
+    torch.testing.assert_close((image, log_det), expected, rtol=1e-12, atol=1e-12)
+    found = step.inverse(image, h)
+    torch.testing.assert_close(found, (z, -log_det), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("rate", "error"), [(0.0, ValueError), (-1.0, ValueError), (math.inf, ValueError), ("1", TypeError)]
 )

@@ -20,7 +20,7 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 from versions import untraceable
 
 import flowpost
-from flowpost import FlowDistribution, FlowPosterior, Sample
+from flowpost import Autoregressive, FlowDistribution, FlowPosterior, Reverse, Sample, Shared
 from flowpost.objectives import elbo, elbo_terms, free_bits, gaussian_kl, iwae, latent_kl, renyi, reweigh
 from flowpost.schedules import constant, cyclical, linear
 from flowpost.vae import VAE, Gaussian
@@ -476,6 +476,24 @@ def test_path_log_prob_compiles_whole(name: str) -> None:
     compiled = torch.compile(score, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(h, noise), score(h, noise))
     expected, found = gradients(score(h, noise).sum(), posterior), gradients(compiled(h, noise).sum(), posterior)
+    torch.testing.assert_close(found, expected)
+    torch.compiler.reset()
+
+
+@untraceable
+def test_path_log_prob_leaves_a_step_that_comes_twice_its_parameters() -> None:
+    """A compiled one stands something in for each while it runs."""
+    step = Autoregressive(3, 4, (5,)).double()
+    posterior, h = FlowPosterior(4, Shared(step, Reverse(3), step)).double(), torch.randn(6, 4, dtype=torch.float64)
+    noise, before = torch.randn(6, 3, dtype=torch.float64), list(posterior.parameters())
+
+    def score(h: Tensor, noise: Tensor) -> Tensor:
+        return posterior.path_log_prob(posterior(h, noise=noise), h)
+
+    torch.compiler.reset()
+    value = torch.compile(score, fullgraph=True, backend="eager")(h, noise)
+    assert all(each is one for each, one in zip(posterior.parameters(), before, strict=True))
+    expected, found = gradients(score(h, noise).sum(), posterior), gradients(value.sum(), posterior)
     torch.testing.assert_close(found, expected)
     torch.compiler.reset()
 

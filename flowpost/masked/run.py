@@ -106,8 +106,9 @@ def flat(run: Run) -> list[Tensor]:
         own = [layer.weight for layer in layers] + [layer.bias for layer in layers]
         own += [] if net.project is None else [net.project.weight]
         if net.rate != 1:
-            last = net.last_parameters()
-            own = [net.rate * each if any(each is one for one in last) else each for each in own]
+            # By their place: a hidden layer may have one of them too, tied to it, and reads it as it is.
+            last = {len(layers) - 1, 2 * len(layers) - 1} | ({2 * len(layers)} if len(layers) == 1 else set())
+            own = [net.rate * each if place in last else each for place, each in enumerate(own)]
         found += own
     return found
 

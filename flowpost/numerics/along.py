@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
+from flowpost.numerics.states import named_once
 from flowpost.numerics.watchers import full_precision
 
 Values = Callable[[Tensor], Tensor]
@@ -33,7 +34,7 @@ def along(value: Tensor, z: Tensor, values: Values, module: nn.Module) -> Tensor
     """
     if torch.compiler.is_compiling():
         # Not by a gradient within: the compiler of torch 2.11 makes one for a single batch size alone.
-        frozen = {name: each.detach() for name, each in module.named_parameters(remove_duplicate=False)}
+        frozen = {name: each.detach() for name, each in named_once(module).items()}
         with _reparametrize_module(module, frozen):
             follows = values(z)
         return value.detach() + (follows - follows.detach())

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowpost.numerics.watchers import watched
 
@@ -16,17 +16,17 @@ class Remembered(NamedTuple):
 
     result: Tensor
     tensors: tuple[Tensor, ...]
-    versions: tuple[int, ...]
+    states: tuple[tuple[int, int, bool], ...]
     grad: bool
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the tensors, none changed in place since, gradients wanted or not as they were then."""
+        """Whether these are the tensors, none of them changed since, gradients wanted or not as they were then."""
         return (
             self.grad == torch.is_grad_enabled()
             and not watched()
             and len(self.tensors) == len(tensors)
             and all(one is other for one, other in zip(self.tensors, tensors, strict=True))
-            and self.versions == tuple(tensor._version for tensor in tensors)
+            and self.states == _states(tensors)
         )
 
 
@@ -37,4 +37,16 @@ def remember(result: Tensor, tensors: Sequence[Tensor]) -> Remembered | None:
     """
     if watched() or any(tensor.is_inference() for tensor in tensors):
         return None
-    return Remembered(result, tuple(tensors), tuple(tensor._version for tensor in tensors), torch.is_grad_enabled())
+    return Remembered(result, tuple(tensors), _states(tensors), torch.is_grad_enabled())
+
+
+def _states(tensors: Sequence[Tensor]) -> tuple[tuple[int, int, bool], ...]:
+    """Of each its count of changes, where its numbers lie, of which another kind of tensor says nothing, and its wish.
+
+    To have other numbers put in its place (`torch.nn.utils.vector_to_parameters`), or a gradient asked for, is no
+    change that a tensor counts.
+    """
+    return tuple(
+        (each._version, each.data_ptr() if type(each) in (Tensor, nn.Parameter) else 0, each.requires_grad)
+        for each in tensors
+    )

@@ -99,3 +99,16 @@ class Numbered(nn.Module):
         if buffer in self._buffers:
             key = prefix + buffer
             destination[key] = torch.full_like(destination[key], getattr(self, name))
+
+
+def named_once(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's parameters by name: a part that comes twice has one name, a parameter of two parts has two.
+
+    To stand others in for them by these names is undone by the same: of a second name for one place, what would be put
+    back is what stood in.
+    """
+    return {
+        f"{prefix}.{name}".lstrip("."): each
+        for prefix, part in module.named_modules()
+        for name, each in part.named_parameters(recurse=False, remove_duplicate=False)
+    }

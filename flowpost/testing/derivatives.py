@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -48,7 +49,7 @@ def _reached(case: Case, step: Bijector) -> None:
 def _of_everything(step: Bijector, name: str, z: Tensor, context: Tensor | None) -> None:
     """Along random directions in the space of all numbers, which costs two evaluations whatever their count is."""
     names = [f"step.{name}" for name, _ in step.named_parameters()]
-    caller = Direction(step, name)
+    caller = Direction(copy.deepcopy(step), name)
 
     def function(z: Tensor, context: Tensor | None, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         return torch.func.functional_call(caller, dict(zip(names, parameters, strict=True)), (z, context))

@@ -49,8 +49,9 @@ def _stacked(case: Case, step: Bijector, bound: float) -> float:
     worst, context = 0.0, case.context(3)
     for name, _, z in sides(case, step, 3):
         models = [Direction(each, name) for each in (step, other)]
+        called = copy.deepcopy(models[0])  # where a step comes twice, torch leaves in it what stood in for its weights
         state = torch.func.stack_module_state(models)  # pyright: ignore[reportArgumentType]
-        call = lambda *s, m=models[0], z=z: torch.func.functional_call(m, s, (z, context))  # noqa: E731
+        call = lambda *s, m=called, z=z: torch.func.functional_call(m, s, (z, context))  # noqa: E731
         found = torch.func.vmap(call)(*state) if state[1] else torch.func.vmap(call)(state[0])
         for i, model in enumerate(models):
             worst = max(worst, same(f"stacked, {name}", [t[i] for t in found], model(z, context), bound, case))
