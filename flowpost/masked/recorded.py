@@ -64,19 +64,20 @@ def pull_inverse(step: ElementWise, recorded: Recorded, grad_log_det: Tensor) ->
     """The slopes of the inverse ``x_i = f^-1(y_i; n_i)`` in y and in the numbers, and what the log-det's gradient adds.
 
     Where the step has a closed form of its own gradient, it follows by ``dx/dy = 1 / f'``, ``dx/dn = -f_n / f'`` and,
-    with the forward's log-det L, which x does not change, ``-L_n dn``.
+    with the forward's log-det L at x, ``-(L_x dx + L_n dn)``.
     """
     ones = torch.ones_like(recorded.point)
     if not step.has_pull():
         backward = _known_inverse(step, recorded.point)
         return _pull(backward, recorded, ones, None), _pull(backward, recorded, None, grad_log_det)
-    x, pulling, nothing = recorded.point, cast(Pulling, step), torch.zeros_like(recorded.point)
+    x, pulling = recorded.point, cast(Pulling, step)
     kept = pulling.keep(x, recorded.numbers)[2]
     slope, of_numbers = pulling.pull(x, kept, ones, torch.zeros_like(grad_log_det))
-    _, at_numbers = pulling.pull(x, kept, nothing, grad_log_det)
+    at_x, at_numbers = pulling.pull(x, kept, torch.zeros_like(x), grad_log_det)
     inverse = slope.reciprocal()
-    moves = of_numbers.unflatten(-1, (-1, x.shape[-1])) * -inverse.unsqueeze(-2)
-    return (inverse, moves.flatten(-2)), (nothing, -at_numbers)
+    moves = -of_numbers.unflatten(-1, (-1, x.shape[-1])) * inverse.unsqueeze(-2)
+    at_numbers = at_numbers + (moves * at_x.unsqueeze(-2)).flatten(-2)
+    return (inverse, moves.flatten(-2)), (-at_x * inverse, -at_numbers)
 
 
 def _known_inverse(step: ElementWise, preimage: Tensor) -> Map:

@@ -48,7 +48,7 @@ class ElementWise(Protocol):
 
 
 class Pulling(Protocol):
-    """A step that is affine in z and has a closed form of its gradient, so that autodiff need not record it."""
+    """An element-wise step with a closed form of its gradient, so that autodiff need not record its operations."""
 
     def keep(self, z: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """The image, the log-det, and two tensors that `pull` needs."""
