@@ -70,6 +70,8 @@ def write_fitted(path: File, stored: Stored) -> None:
     save(_Record(posterior, tensors), path)
 
 
+@torch.inference_mode(mode=False)  # a fit may go on from it
+@torch.enable_grad()
 def read_fitted(
     path: File,
     log_joint: LogJoint,
