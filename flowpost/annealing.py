@@ -13,6 +13,7 @@ from torch import Tensor
 from flowpost.density import push, standard_normal_log_prob
 from flowpost.distribution import FlowDistribution
 from flowpost.numerics.arguments import check_int
+from flowpost.numerics.watchers import recordable
 
 Gradient: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From positions ``(*batch, dim)`` to log densities ``(*batch)`` and their gradients ``(*batch, dim)``, detached."""
@@ -213,13 +214,15 @@ def noise_target(q: FlowDistribution, log_density: Callable[[Tensor], Tensor]) -
         >>> value.shape, slope.shape
         (torch.Size([100]), torch.Size([100, 2]))
     """
-    flow = copy.deepcopy(q.flow).requires_grad_(requires_grad=False)  # else a pass keeps what its weights' slopes need
-    context = None if q.context is None else q.context.detach()
+    with torch.inference_mode(mode=False):
+        # Else a pass keeps what its weights' slopes need.
+        flow = copy.deepcopy(q.flow).requires_grad_(requires_grad=False)
+        context = None if q.context is None else recordable(q.context.detach())
     batch = tuple(q.batch_shape)
 
     def gradient(noise: Tensor) -> tuple[Tensor, Tensor]:
-        leaf = noise.detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            leaf = recordable(noise.detach()).requires_grad_()
             samples = tuple(leaf.shape[: leaf.ndim - 1 - len(batch)])
             z, log_det, _ = push(flow, context, batch, samples, leaf)
             value = (log_density(z) + log_det).to(z.dtype)

@@ -13,6 +13,7 @@ from flowpost.bijectors.autoregressive import Masked
 from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.wrappers import Inverse
 from flowpost.distribution import FlowDistribution
+from flowpost.numerics.watchers import recordable
 from flowpost.posterior import FlowPosterior
 from flowpost.wrapped import WrappedPosterior
 
@@ -113,6 +114,13 @@ def split(x: Tensor, y: Tensor | None, size: int) -> list[Data]:
         return [(part, None) for part in parts]
     check_rows(y, len(x), "x")
     return list(zip(parts, y.split(size), strict=True))
+
+
+def kept(data: Data) -> Data:
+    """The rows as autograd can keep them, which it cannot do with tensors that ``torch.inference_mode`` made."""
+    x, y = data
+    with torch.inference_mode(mode=False):
+        return recordable(x), None if y is None else recordable(y)
 
 
 def sweeps(step: nn.Module, *, inverse: bool) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from flowpost._format import DTYPES, CorruptFileError, Entry, Header, encode, read_header, read_tensors, write
+from flowpost.numerics.alone import DrawsApart
 from flowpost.posterior import FlowPosterior
 from flowpost.recipes import RECIPES
 from flowpost.recipes.record import arguments, record_of
@@ -161,7 +162,7 @@ def _build(header: Header) -> FlowPosterior:
     bound.apply_defaults()
     _check_size(bound.arguments, header)
     dtypes = [entry.dtype for entry in header.tensors.values() if entry.dtype.is_floating_point]
-    with torch.random.fork_rng(devices=[]):  # what is drawn here is nobody's random number
+    with DrawsApart():  # what is drawn here is nobody's random number
         return recipe(**bound.arguments).to(dtype=dtypes[0] if dtypes else None)
 
 

@@ -10,6 +10,7 @@ from numbers import Real
 
 import torch
 
+from flowpost.numerics.alone import DrawsApart
 from flowpost.numerics.arguments import FLOATS, check_device, check_int
 from flowpost.numerics.watchers import full_precision
 from flowpost.variational.calling import LogJoint
@@ -101,9 +102,8 @@ def fit(
     if resume is not None:
         _check_resume(resume, parameters, flow_options)
         dtype = resume.target.dtype
-    # On the host: equal seeds are equal weights on all devices, and the generator of no GPU is touched.
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)
+    # On the host: equal seeds are equal weights on all devices, and no generator of torch's own is touched.
+    with DrawsApart(seed), torch.device("cpu"):
         built = build_flow(flow, parameters.dim, flow_options)
     # Whatever the caller has switched on or off: gradients are taken, and in full precision.
     with torch.inference_mode(mode=False), torch.enable_grad(), full_precision(device.type):

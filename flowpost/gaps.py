@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.chain import Chain
-from flowpost.conditions import Data, split
+from flowpost.conditions import Data, kept, split
 from flowpost.density import standard_normal_log_prob
 from flowpost.importance import ImportanceEstimate, summarize, warn_unreliable
 from flowpost.numerics.arguments import check_int
@@ -180,9 +180,10 @@ def _start(flow: Bijector, context: Tensor) -> Tensor:
     return torch.cat([context, added.expand(len(context), -1)], dim=-1)
 
 
+@torch.inference_mode(mode=False)
 @torch.enable_grad()
 def _fit(vae: VAE, data: Data, start: _Local, steps: int, samples: int, rates: tuple[float, float]) -> _Local:
-    local = start.copy()
+    local, data = start.copy(), kept(data)
     leaves = [local.context, *local.weights.values()]
     groups = zip((leaves[:1], leaves[1:]), rates, strict=True)
     optimizer = torch.optim.Adam([{"params": params, "rate": rate} for params, rate in groups])

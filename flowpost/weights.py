@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flowpost.annealing import Gradient, noise_target
 from flowpost.bijectors.scale import Scale
-from flowpost.conditions import Data, prior_at, split
+from flowpost.conditions import Data, kept, prior_at, split
 from flowpost.density import standard_normal_log_prob
 from flowpost.distribution import FlowDistribution
 from flowpost.numerics.arguments import check_int
@@ -65,7 +65,7 @@ def joint_target(vae: VAE, q: FlowDistribution, data: Data) -> Gradient:
     Raises:
         ValueError: if the model gives another log p(x, z) where more rows are read with it.
     """
-    x, y = data
+    x, y = kept(data)
 
     def log_joint(z: Tensor) -> Tensor:
         log_likelihood, log_prior = vae.log_joint(x, z, y)

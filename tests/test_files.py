@@ -11,6 +11,7 @@ import os
 import pickle
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -923,3 +924,23 @@ def test_a_rate_given_as_an_int_is_no_size(tmp_path: Path, rate: float) -> None:
     flowpost.save(posterior, tmp_path / "file")
     h, noise = torch.randn(5, 3), torch.randn(5, 2)
     assert torch.equal(flowpost.load(tmp_path / "file")(h, noise=noise).z, posterior(h, noise=noise).z)
+
+
+def test_a_load_leaves_the_draws_of_other_threads_alone(tmp_path: Path) -> None:
+    """A generator that is put back would give them what they have drawn already."""
+    path, drawn, over = tmp_path / "posterior.safetensors", [], threading.Event()
+    flowpost.save(flowpost.iaf(4, 3, steps=2), path)
+
+    def draw() -> None:
+        while not over.is_set():
+            drawn.append(torch.rand((), dtype=torch.float64).item())
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        for _ in range(20):
+            flowpost.load(path)
+    finally:
+        over.set()
+        thread.join()
+    assert len(set(drawn)) == len(drawn)

@@ -4,12 +4,14 @@ import math
 import re
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from time import sleep
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import Bernoulli, Beta, MultivariateNormal, Normal, StudentT, constraints
+from torch.distributions import Bernoulli, Beta, Distribution, MultivariateNormal, Normal, StudentT, constraints
 from versions import adam_elsewhere
 
 import flowpost
@@ -277,6 +279,21 @@ def test_the_same_seed_is_the_same_fit_and_no_global_draw_is_used() -> None:
     torch.rand(())  # a user's own draws in between change nothing
     again = fit(banana, 2, budget=13_000, **TINY)
     assert again.log_evidence == runs[0].log_evidence
+
+
+def test_fits_in_several_threads_are_those_of_one_and_leave_globals_alone() -> None:
+    def log_joint(p: dict[str, Tensor]) -> Tensor:
+        sleep(1e-4)  # here another thread takes over
+        return Normal(0.0, 1.0).log_prob(p["a"]) + Normal(p["a"], 0.5).log_prob(p["b"])
+
+    def run(seed: int) -> float:
+        return fit(log_joint, {"a": (), "b": ()}, budget=13_000, seed=seed, **TINY).log_evidence
+
+    due, state, validates = [run(seed) for seed in range(4)], torch.get_rng_state(), Distribution._validate_args
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(run, range(4))) == due
+    assert torch.equal(state, torch.get_rng_state())
+    assert Distribution._validate_args is validates
 
 
 WORLDS = {

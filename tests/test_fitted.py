@@ -522,6 +522,17 @@ def test_a_file_has_all_of_a_fit(normals: list, dtype: torch.dtype, tmp_path: Pa
     assert "it was short" not in more.verdict
 
 
+def test_a_fit_is_read_and_refined_in_inference_mode(tmp_path: Path) -> None:
+    """Where nothing has a gradient; and a fit goes on from it."""
+    fitted, path = made(room, ROOM, (1.2, 0.9), flow=None, options=TINY), tmp_path / "fit.safetensors"
+    fitted.save(path)
+    with torch.inference_mode():
+        read = FittedPosterior.load(path, room, ROOM, **TINY)
+        draws = [each.refine(9, steps=2) for each in (fitted, read) if torch.manual_seed(0)]
+    assert torch.equal(*(fitted.parameters.flat(each) for each in draws))
+    assert flowpost.fit(room, ROOM, budget=64, samples=32, resume=read).evaluations == 5 + 64
+
+
 def test_draws_outside_the_support_are_kept_in_a_file(tmp_path: Path) -> None:
     fitted = made(lambda z: torch.where(z[:, 0] > 0, standard(z), -math.inf), 2, (0.0, 1.0))
     fitted.save(tmp_path / "fit")

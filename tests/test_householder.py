@@ -41,6 +41,13 @@ def test_one_dimension_is_a_change_of_sign() -> None:
     assert torch.equal(step(z)[0], -z)
 
 
+def test_a_direction_that_is_none_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"^direction: expected a torch\.Tensor, got int$"):
+        Householder(3, 2)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"^direction: expected shape \(3,\), got \(2,\)$"):
+        Householder(3, torch.ones(2))
+
+
 def test_at_zero_the_first_axis_stands_in_and_gradients_are_finite() -> None:
     v = torch.zeros(3, requires_grad=True)
     image, _ = Householder(3)(torch.tensor([1.0, 2.0, 3.0]), v)

@@ -199,6 +199,24 @@ def test_a_cache_notices_what_a_tensor_does_not_count(what: str) -> None:
         assert one.requires_grad
 
 
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_cache_notices_the_steps_of_a_fused_optimizer(keep: bool, epochs: int) -> None:  # noqa: FBT001
+    """Which no parameter counts: points that are mapped again after each epoch would stay where they were."""
+    step, context = made("autoregressive")
+    assert context is not None
+    transform, x = step.as_transform(context).with_cache(), points(step.domain, BATCH)
+    optimizer = torch.optim.Adam(step.parameters(), lr=0.1, fused=True)
+    for _ in range(epochs):
+        with torch.no_grad():
+            transform(x)
+        optimizer.zero_grad(set_to_none=not keep)
+        step(x, context)[0].square().sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            assert torch.equal(transform(x), step(x, context)[0])
+
+
 def test_a_transform_pickles_and_copies() -> None:
     step, context = made("autoregressive")
     transform, x = step.as_transform(context).with_cache(), points(step.domain, BATCH)

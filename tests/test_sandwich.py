@@ -21,6 +21,7 @@ from flowpost.chains import Chains, Part, mixed
 from flowpost.density import standard_normal_log_prob
 from flowpost.distribution import FlowDistribution
 from flowpost.evaluation import AnnealedEstimate, annealed_estimate, importance_estimate, refine, sandwich
+from flowpost.gaps import inference_gaps
 from flowpost.refining import Proposal, fit_proposal
 from flowpost.sandwich import _parts
 from flowpost.vae import VAE, Bernoulli, Binomial, Categorical, Gaussian, Likelihood
@@ -481,3 +482,26 @@ def test_a_proposal_for_chains_that_are_not_finite_is_n01() -> None:
 
 def test_estimates_are_tuples() -> None:
     assert AnnealedEstimate._fields == ("log_p", "standard_error", "ess", "acceptance")
+
+
+READINGS: dict[str, Callable[[VAE, Tensor], Tensor]] = {
+    "annealed_estimate": lambda vae, x: annealed_estimate(vae, x, 2, 5, 1).log_p,
+    "sandwich": lambda vae, _: sandwich(vae, 2, (5,), 2, 5, 1, samples=30).upper.log_p,
+    "importance_estimate": lambda vae, x: importance_estimate(vae, x, 100, refine=2).log_p,
+    "refine": lambda vae, x: refine(vae.encode(x), lambda z: -z.square().sum(-1), 4, 2, 1),
+    "inference_gaps": lambda vae, x: inference_gaps(vae, x, steps=3, samples=30).local_elbo,
+}
+
+
+@pytest.mark.parametrize("name", READINGS)
+@pytest.mark.parametrize("flow", ["diagonal", "iaf", "realnvp"])
+def test_what_takes_gradients_of_its_own_is_the_same_in_inference_mode(name: str, flow: str) -> None:
+    """Where nothing that is computed has a gradient, nor x, which was made there."""
+    vae, model = known(flow)
+    x, found = model.draw(3)[1], []
+    for mode in (False, True):
+        with torch.inference_mode(mode):
+            torch.manual_seed(0)
+            found.append(READINGS[name](vae, x.clone()))
+    assert torch.equal(*found)
+    assert not found[0].requires_grad

@@ -179,6 +179,12 @@ WRONG: dict[str, tuple[Callable[[Any], Any], Any, type[Exception], str]] = {
         ValueError,
         "expected one value for one theta, got .* and then .*, and change no parameter in place",
     ),
+    "in place, to the same at each call": (
+        lambda z: short_of(z.detach().abs_() * 0 + z - 2),  # of moved draws, the second time too
+        2,
+        ValueError,
+        "expected its parameters left as they are, got them changed in place, .*; write x = x.abs",
+    ),
     "random": (
         lambda z: short_of(z) + torch.randn(()).item(),
         2,

@@ -44,6 +44,7 @@ class Householder(Bijector):
         z ``(*batch, dim)``, context v ``(*batch, dim)``; none at dim 1, where ``z' = -z`` whatever v.
 
     Raises:
+        TypeError: for a direction that is no tensor.
         ValueError: for a direction of another shape.
 
     Reference:
@@ -59,6 +60,8 @@ class Householder(Bijector):
         size = dim if check_int("dim", dim, minimum=1) > 1 else 0
         if direction is None:
             direction = torch.randn(dim, device="cpu")  # zero would be a point without gradient
+        elif not isinstance(direction, Tensor):
+            raise TypeError(f"direction: expected a torch.Tensor, got {type(direction).__name__}")
         elif direction.shape != (dim,):
             raise ValueError(f"direction: expected shape ({dim},), got {tuple(direction.shape)}")
         super().__init__(dim, size, start=direction[:size])

@@ -10,13 +10,16 @@ from torch import Tensor, nn
 
 from flowpost.numerics.watchers import watched
 
+State = tuple[int, int, bool, int]
+
 
 class Remembered(NamedTuple):
     """A result, and the tensors it was made of as they were: who holds one asks `fits` before giving it again."""
 
     result: Tensor
     tensors: tuple[Tensor, ...]
-    states: tuple[tuple[int, int, bool], ...]
+    states: tuple[State, ...]
+    grads: tuple[Tensor | None, ...]
     grad: bool
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
@@ -26,6 +29,7 @@ class Remembered(NamedTuple):
             and not watched()
             and len(self.tensors) == len(tensors)
             and all(one is other for one, other in zip(self.tensors, tensors, strict=True))
+            and all(one is other for one, other in zip(self.grads, _grads(tensors), strict=True))
             and self.states == _states(tensors)
         )
 
@@ -37,16 +41,25 @@ def remember(result: Tensor, tensors: Sequence[Tensor]) -> Remembered | None:
     """
     if watched() or any(tensor.is_inference() for tensor in tensors):
         return None
-    return Remembered(result, tuple(tensors), _states(tensors), torch.is_grad_enabled())
+    return Remembered(result, tuple(tensors), _states(tensors), _grads(tensors), torch.is_grad_enabled())
 
 
-def _states(tensors: Sequence[Tensor]) -> tuple[tuple[int, int, bool], ...]:
+def _states(tensors: Sequence[Tensor]) -> tuple[State, ...]:
     """Of each its count of changes, where its numbers lie, of which another kind of tensor says nothing, and its wish.
 
     To have other numbers put in its place (`torch.nn.utils.vector_to_parameters`), or a gradient asked for, is no
-    change that a tensor counts.
+    change that a tensor counts. Nor is the step of a fused optimizer, but a backward pass comes before it.
     """
     return tuple(
-        (each._version, each.data_ptr() if type(each) in (Tensor, nn.Parameter) else 0, each.requires_grad)
-        for each in tensors
+        (
+            each._version,
+            each.data_ptr() if type(each) in (Tensor, nn.Parameter) else 0,
+            each.requires_grad,
+            0 if grad is None else grad._version,
+        )
+        for each, grad in zip(tensors, _grads(tensors), strict=True)
     )
+
+
+def _grads(tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    return tuple(each.grad if each.is_leaf else None for each in tensors)

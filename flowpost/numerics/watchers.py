@@ -60,6 +60,11 @@ def watched() -> bool:
     )
 
 
+def recordable(tensor: Tensor) -> Tensor:
+    """A tensor that autograd can keep: of one that ``torch.inference_mode`` made, outside of that mode, a copy."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
 def first_parameter(module: nn.Module) -> Tensor | None:
     """A module's first parameter, if it has any: the first that ``parameters`` gives, whose search takes longer."""
     for parameter in module._parameters.values():

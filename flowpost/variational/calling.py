@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from flowpost.numerics.alone import ALONE
 from flowpost.variational.draws import described, draws, named, parts
 from flowpost.variational.parameters import Parameters, Values
 
@@ -50,12 +51,13 @@ def _validating(*, validate: bool) -> Iterator[None]:
     Where they do not, a draw that one would refuse has the value nan, or -inf, and does not end a fit; of some it has
     a finite value, which `beyond` finds.
     """
-    before = Distribution._validate_args
-    Distribution.set_default_validate_args(validate)
-    try:
-        yield
-    finally:
-        Distribution.set_default_validate_args(before)
+    with ALONE:  # else of two fits at once one restores what the other has set
+        before = Distribution._validate_args
+        Distribution.set_default_validate_args(validate)
+        try:
+            yield
+        finally:
+            Distribution.set_default_validate_args(before)
 
 
 @_validating(validate=False)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flowpost._format import read_header, read_tensors
 from flowpost.files import File, check_same, load, save
+from flowpost.numerics.alone import DrawsApart
 from flowpost.variational.bound import Fitted, draw, noise_for
 from flowpost.variational.calling import LogJoint
 from flowpost.variational.families import Flow, assemble, build_flow
@@ -70,6 +71,8 @@ def write_fitted(path: File, stored: Stored) -> None:
     save(_Record(posterior, tensors), path)
 
 
+@torch.inference_mode(mode=False)  # a fit may go on from it
+@torch.enable_grad()
 def read_fitted(
     path: File,
     log_joint: LogJoint,
@@ -106,7 +109,7 @@ def _blank(tensors: Mapping[str, Tensor], flow: Flow, dim: int, options: Mapping
     """A posterior of this flow with as many components as the file has, to be filled."""
     parts = {key.split(".")[2] for key in tensors if key.startswith("posterior.posteriors.")}
     start = standard_gaussian(torch.zeros(dim, dtype=tensors["z"].dtype, device="cpu"))
-    with torch.random.fork_rng(devices=[]):
+    with DrawsApart():
         built = build_flow(flow, dim, options)
     return assemble(built, [start] * max(1, len(parts)), [0.0] * max(1, len(parts)))
 

@@ -38,8 +38,8 @@ class Target:
 
     Raises:
         TypeError: for a value that is no floating tensor, or has no gradient.
-        ValueError: for values of another shape, or that change from call to call, or if no draw of the trial has a
-            finite value and gradient.
+        ValueError: for values of another shape, or that change from call to call, for parameters changed in place, or
+            if no draw of the trial has a finite value and gradient.
 
     Example:
         >>> target = Target(lambda theta: -theta.square().sum(-1), Parameters(2), device="cpu", dtype=torch.float32)
@@ -56,7 +56,13 @@ class Target:
         self.log_joint, self.parameters, self.dtype = log_joint, parameters, dtype
         self.evaluations = 0
         free = trial(parameters, device, dtype)
+        version = free._version
         found = find(log_joint, parameters, free)
+        if free._version != version:
+            raise ValueError(
+                "log_joint: expected its parameters left as they are, got them changed in place, which would move the "
+                "draws themselves; write x = x.abs(), not x.abs_(), or give the parameter a constraint"
+            )
         self.calls: Calls = found.calls
         self._trial = free, found.values
         lost = self._without_gradient(free)
