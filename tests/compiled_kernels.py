@@ -11,8 +11,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flowpost.masked import kernels, sweeps, tiles
-from flowpost.masked.fused import MAPS, SOLVED
+from flowpost.masked.device import kernels, sweeps, tiles
+from flowpost.masked.device.fused import MAPS, SOLVED
 from flowpost.numerics import root_kernels
 
 H100 = GPUTarget("cuda", 90, 32)

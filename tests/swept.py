@@ -8,7 +8,7 @@ from torch import Tensor
 from flowpost import Affine, Bijector, DeepSigmoid, Inverse, Shift, Spline
 from flowpost.bijectors.gate import Gate
 from flowpost.functional import exp_scale
-from flowpost.masked import fused
+from flowpost.masked.device import fused
 from flowpost.masked.run import COLUMNS
 
 STEPS: dict[str, Callable[[], Bijector]] = {

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from versions import untraceable
 
 from flowpost import Affine, Autoregressive, Bijector, DeepSigmoid, Inverse, Masked, Shared, Shift, Spline
-from flowpost.masked import recorded, sweep, transposed
+from flowpost.masked import recorded
+from flowpost.masked.host import sweep, transposed
 from flowpost.masked.network import MADE
 from flowpost.masked.run import Column
 from flowpost.masked.staircase import Staircase

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowpost import Affine, Autoregressive, Bijector, Inverse, Masked, Shared, Shift, Spline
-from flowpost.masked import device, engine, full, fused, host, loops
+from flowpost.masked import device, engine, host
+from flowpost.masked.device import full, fused, loops
 from flowpost.masked.network import MADE
 from flowpost.masked.run import COLUMNS
 from flowpost.numerics.scales import exp_scale

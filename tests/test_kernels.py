@@ -25,8 +25,9 @@ from torch import Tensor
 
 from flowpost import Affine, Autoregressive, Bijector, DeepSigmoid, Inverse, Masked, Shared, Shift, Spline
 from flowpost.bijectors.gate import Gate
-from flowpost.masked import device, engine, fused
+from flowpost.masked import device, engine
 from flowpost.masked.activations import NAMED
+from flowpost.masked.device import fused
 from flowpost.masked.run import Column
 from flowpost.numerics import fusing
 from flowpost.numerics.scales import exp_scale
@@ -197,7 +198,7 @@ TILES = {"few rows": {}, "many": {"_MANY": 2}, "many, wide": {"_MANY": 2, "_SMAL
 
 def cut(tile: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have few rows cut as many are."""
-    from flowpost.masked import tiles
+    from flowpost.masked.device import tiles
 
     for key, value in TILES[tile].items():
         monkeypatch.setattr(tiles, key, value)
@@ -263,7 +264,7 @@ def test_a_column_s_solve_is_the_family_s(name: str, tile: str, scale: float, mo
 @pytest.mark.parametrize("numbers", [2, 1000])
 def test_a_tile_fits_in_registers(count: int, dim: int, width: int, numbers: int) -> None:
     """A thread has 255, for a tile, its weights and their places; one that does not fit takes minutes to compile."""
-    from flowpost.masked import tiles
+    from flowpost.masked.device import tiles
 
     sizes = tiles.tile(count, dim, (width, width), numbers)[1]
     sums = [sizes["UNITS"] * sizes["BLOCK"], sizes["COLUMNS"] * sizes["COLUMN_BLOCK"]]

@@ -32,7 +32,8 @@ from flowpost import (
     Shift,
     Spline,
 )
-from flowpost.masked import device, engine, full
+from flowpost.masked import device, engine
+from flowpost.masked.device import full
 from flowpost.masked.run import Parameters, flat
 from flowpost.objectives import elbo
 from flowpost.recipes import RECIPES

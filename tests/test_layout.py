@@ -79,6 +79,20 @@ def test_the_three_rooms_stand_on_themselves(name: str) -> None:
     assert {room(other) for other in GRAPH[name]} <= {"checks", *ROOMS[: ROOMS.index(room(name)) + 1]}
 
 
+ENGINES = {"engine", "host", "device"}
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if room(module_name(p)) == "masked"], ids=module_name)
+def test_only_the_engines_ask_about_devices_compilers_and_numpy(path: Path) -> None:
+    """Of the masked networks' files; the others give two forms of what a compiler cannot follow, by one function."""
+    if not ENGINES & set(module_name(path).split(".")):
+        names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        assert not names & {"device", "is_cuda", "is_meta", "is_compiling"}
+        assert not imports(path) & {"numpy", "triton"}
+        watched = re.findall(r"^from flowpost.numerics.watchers import (.*)", path.read_text(), re.MULTILINE)
+        assert set(watched) <= {"unless_compiled", "hooked"}
+
+
 def test_recipes_need_no_more_than_steps_and_the_posterior() -> None:
     others = {name for name in reached("flowpost.recipes") if room(name) not in ROOMS}
     assert others <= reached("flowpost.posterior")
@@ -106,7 +120,7 @@ def test_families_never_import_each_other(path: Path) -> None:
 EXTRAS = {
     "flowpost._format": {"safetensors"},  # pip install 'flowpost[files]'
     # Triton comes with torch for GPUs.
-    **{f"flowpost.masked.{name}": {"triton"} for name in ("kernels", "maps", "solves", "sweeps", "tiles")},
+    **{f"flowpost.masked.device.{name}": {"triton"} for name in ("kernels", "maps", "solves", "sweeps", "tiles")},
     **{f"flowpost.numerics.{name}": {"triton"} for name in ("fusing", "root_kernels")},
     "flowpost.interop.pyro": {"pyro"},
     "flowpost.interop.arviz": {"arviz_base", "xarray"},

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +15,6 @@ Activation = Callable[[Tensor], Tensor]
 _relu_backward = torch.ops.aten.threshold_backward.default
 _elu_backward = torch.ops.aten.elu_backward.default
 _OF_ITSELF = True  # the derivative from the value and not from its argument
-_ZERO = np.zeros((), dtype=np.float32)  # an array, for a number of Python's is converted on every call
 
 
 class Known(NamedTuple):
@@ -25,21 +23,12 @@ class Known(NamedTuple):
     name: str
     run: Activation
     """In place."""
-    run_array: Callable[[np.ndarray], object] | None
-    """In place, for numpy; None where torch is faster on the same memory."""
     gradient: Callable[[Tensor, Tensor], Tensor]
     """From the gradient at the value, and the value, to the gradient at the input."""
 
 
-_RELU = Known(
-    "relu", torch.relu_, lambda x: np.maximum(x, _ZERO, out=x), lambda grad, value: _relu_backward(grad, value, 0)
-)
-_ELU = Known(
-    "elu",
-    partial(F.elu, inplace=True),
-    None,
-    lambda grad, value: _elu_backward(grad, 1, 1, 1, _OF_ITSELF, value),
-)
-_TANH = Known("tanh", torch.tanh_, lambda x: np.tanh(x, out=x), torch.ops.aten.tanh_backward.default)
+_RELU = Known("relu", torch.relu_, lambda grad, value: _relu_backward(grad, value, 0))
+_ELU = Known("elu", partial(F.elu, inplace=True), lambda grad, value: _elu_backward(grad, 1, 1, 1, _OF_ITSELF, value))
+_TANH = Known("tanh", torch.tanh_, torch.ops.aten.tanh_backward.default)
 KNOWN: dict[Activation, Known] = {F.relu: _RELU, torch.relu: _RELU, F.elu: _ELU, torch.tanh: _TANH}
 NAMED = {known.name: known for known in KNOWN.values()}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowpost.masked import engine, plain
 from flowpost.masked.run import Run, Saved, broadcast, flat
-from flowpost.numerics.watchers import batched
+from flowpost.numerics.watchers import unless_compiled
 
 Ctx = Any  # of an autograd function: torch types it without what it stores
 
@@ -39,15 +39,20 @@ def inverse(run: Run, z: Tensor, context: Tensor | None, preimage: Tensor | None
     return cast("tuple[Tensor, Tensor]", _Solve.apply(run, torch.is_grad_enabled(), *inputs))
 
 
-def _apart(*inputs: Tensor | None) -> Sequence[Tensor | None]:
-    """For a compiler, which leaves its graph where a node takes a tensor twice, a view of one that came before."""
-    if not torch.compiler.is_compiling():
-        return inputs
+def _viewed(*inputs: Tensor | None) -> Sequence[Tensor | None]:
+    """In place of one that came before, a view of it."""
     found: list[Tensor | None] = []
     for each in inputs:
         came = each is not None and any(each is one for one in found)
         found.append(cast(Tensor, each).view_as(cast(Tensor, each)) if came else each)
     return found
+
+
+# A compiler leaves its graph where a node takes a tensor twice.
+_apart = unless_compiled(lambda *inputs: inputs, _viewed)
+# A compiler, that of torch 2.11, loses the gradient of an output that some operation before gave already, as that of a
+# cast to its own dtype is.
+_own = unless_compiled(lambda log_det: log_det, Tensor.clone)
 
 
 class _Pass(torch.autograd.Function):
@@ -72,7 +77,7 @@ class _Pass(torch.autograd.Function):
         run, needs = ctx.run, ctx.needs_input_grad[2:]
         z, context, *rest = ctx.saved_tensors
         parameters, tape = rest[: len(needs) - 2], rest[len(needs) - 2 :]
-        if torch.is_grad_enabled() or batched(*grads):
+        if engine.replays(*grads):
             return None, None, *_replay(partial(plain.forward, run), (z, context, *parameters), needs, grads)
         return None, None, *engine.engine_on(z).gradients(Saved(run, tape, context, parameters, needs), *grads)
 
@@ -100,7 +105,7 @@ class _Solve(torch.autograd.Function):
         run, needs = ctx.run, ctx.needs_input_grad[3:]
         preimage, z, context, *rest = ctx.saved_tensors
         parameters, tape = rest[: len(needs) - 2], rest[len(needs) - 2 :]
-        if torch.is_grad_enabled() or batched(*grads):
+        if engine.replays(*grads):
 
             def inverse(z: Tensor, context: Tensor | None, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
                 return plain.inverse(run, z, context, preimage, parameters)
@@ -111,14 +116,8 @@ class _Solve(torch.autograd.Function):
 
 
 def _whole(log_det: Tensor, z: Tensor) -> Tensor:
-    """A log-det for each point, also where it is a constant.
-
-    For a compiler a copy: that of torch 2.11 loses the gradient of an output that some operation before gave already,
-    as that of a cast to its own dtype is.
-    """
-    if log_det.shape == z.shape[:-1]:
-        return log_det.clone() if torch.compiler.is_compiling() else log_det
-    return log_det.expand(z.shape[:-1]).clone()
+    """A log-det for each point, also where it is a constant."""
+    return _own(log_det) if log_det.shape == z.shape[:-1] else log_det.expand(z.shape[:-1]).clone()
 
 
 def _replay(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flowpost.masked.run import ElementWise, Pulling
 from flowpost.numerics.products import wide
+from flowpost.numerics.watchers import unless_compiled
 
 Pair = tuple[Tensor, Tensor]
 Map = Callable[[Tensor, Tensor], Pair]
@@ -85,19 +86,16 @@ def _known_inverse(step: ElementWise, preimage: Tensor) -> Map:
 
 
 def _record(function: Map, point: Tensor, z: Tensor, numbers: Tensor, *, recording: bool) -> Recorded:
-    # A compiler records nothing: it traces the way back from the numbers.
-    recording = recording and not torch.compiler.is_compiling()
+    recording = recording and _can_record()
     with torch.set_grad_enabled(recording):
         inputs = z.detach().requires_grad_(recording), numbers.detach().requires_grad_(recording)
         image, log_det = function(*inputs)
         return Recorded(inputs[0] if point is z else point, *inputs, image, wide(log_det))
 
 
-def _pull(function: Map, recorded: Recorded, grad: Tensor | None, grad_log_det: Tensor | None) -> Pair:
+def _recorded_pull(function: Map, recorded: Recorded, grad: Tensor | None, grad_log_det: Tensor | None) -> Pair:
     """The gradients at z and at the numbers; a gradient that comes as None is zero."""
     point, z, numbers, image, log_det = recorded
-    if torch.compiler.is_compiling():
-        return _traced_pull(function, z, numbers, grad, grad_log_det)
     if not image.requires_grad:  # the pass was compiled, which records nothing, and the way back is not
         _, z, numbers, image, log_det = _record(function, point, z, numbers, recording=True)
     pairs = [(image, grad), (log_det, None if grad_log_det is None else grad_log_det.sum_to_size(log_det.shape))]
@@ -112,7 +110,9 @@ def _pull(function: Map, recorded: Recorded, grad: Tensor | None, grad_log_det: 
     return found[0], found[1]
 
 
-def _traced_pull(function: Map, z: Tensor, numbers: Tensor, grad: Tensor | None, grad_log_det: Tensor | None) -> Pair:
+def _traced_pull(function: Map, recorded: Recorded, grad: Tensor | None, grad_log_det: Tensor | None) -> Pair:
+    _, z, numbers, *_ = recorded
+
     def both(z: Tensor, numbers: Tensor) -> Pair:
         image, log_det = function(z, numbers)
         return image, wide(log_det).expand(z.shape[:-1])
@@ -120,3 +120,8 @@ def _traced_pull(function: Map, z: Tensor, numbers: Tensor, grad: Tensor | None,
     pull = torch.func.vjp(both, z, numbers)[1]
     like = torch.zeros_like(z)
     return pull((like if grad is None else grad, wide(like[..., 0]) if grad_log_det is None else grad_log_det))
+
+
+# A compiler records nothing: it traces the way back from the numbers.
+_can_record = unless_compiled(lambda: True, lambda: False)
+_pull = unless_compiled(_recorded_pull, _traced_pull)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from flowpost.numerics.constants import Constant
-from flowpost.numerics.products import product
+from flowpost.numerics.products import full_size, product
+from flowpost.numerics.watchers import unless_compiled
 
 _ALIGN = 32  # matrix products of odd width run at half the speed
 _GRAIN = 2**14  # weights whose product, at a batch of some hundred, costs what the calls for one more block do
@@ -19,11 +20,6 @@ _APART = 256  # columns from which a product of their own costs less than maskin
 
 Run = tuple[int, int]
 """Columns by their first and their number."""
-
-
-def full_size(weight: Tensor) -> bool:
-    """Whether a device multiplies a whole weight in less time than its blocks: a GPU, and meta, which stands for it."""
-    return weight.device.type in ("cuda", "meta")
 
 
 class Block(NamedTuple):
@@ -91,7 +87,7 @@ class Staircase:
         if len(masks) == 1:
             y.addmm_(x, (weight * masks[0]).t())
         else:
-            (_add_operator if _opaque(masks) else _add_product)(y, x, weight, masks, self._runs)
+            (_add_product if len(masks) == 2 else _add_many)(y, x, weight, masks, self._runs)
 
     def affine(self, bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """The layer, ``b + x W^T``, for x ``(N, in)``."""
@@ -106,19 +102,14 @@ class Staircase:
         masks = self.edges(weight)
         if len(masks) == 1:
             return product(grad, weight * masks[0])
-        return (_input_operator if _opaque(masks) else _input_gradient)(grad, weight, masks, self._runs)
+        return (_input_gradient if len(masks) == 2 else _input_many)(grad, weight, masks, self._runs)
 
     def weight_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
         """The product ``grad^T x``, zero where the weight is not read."""
         masks = self.edges(x)
         if len(masks) == 1:
             return masks[0] * product(grad.t(), x)
-        return (_weight_operator if _opaque(masks) else _weight_gradient)(grad, x, masks, self._runs)
-
-
-def _opaque(masks: Sequence[Tensor]) -> bool:
-    """Whether a compiler is to see an operator: it copies a whole matrix for each block that is written into it."""
-    return torch.compiler.is_compiling() and len(masks) > 2
+        return (_weight_gradient if len(masks) == 2 else _weight_many)(grad, x, masks, self._runs)
 
 
 def _blocks(runs: Sequence[int]) -> list[Block]:
@@ -181,6 +172,11 @@ _weight_operator = torch.library.custom_op(
 )
 _input_operator.register_fake(lambda grad, weight, masks, runs: grad.new_empty(len(grad), weight.shape[1]))
 _weight_operator.register_fake(lambda grad, x, masks, runs: grad.new_empty(grad.shape[1], x.shape[1]))
+
+# Of many blocks a compiler sees an operator: it copies a whole matrix for each block that is written into it.
+_add_many = unless_compiled(_add_product, _add_operator)
+_input_many = unless_compiled(_input_gradient, _input_operator)
+_weight_many = unless_compiled(_weight_gradient, _weight_operator)
 
 
 def _block(inputs: Sequence[int], units: Sequence[int], rows: Run) -> Block:

@@ -18,6 +18,11 @@ def wide_dtype(value: Tensor) -> torch.dtype:
     return torch.float32 if value.device.type == "mps" else torch.float64
 
 
+def full_size(weight: Tensor) -> bool:
+    """Whether a device multiplies a whole weight in less time than its blocks: a GPU, and meta, which stands for it."""
+    return weight.device.type in ("cuda", "meta")
+
+
 def wide(log_det: Tensor) -> Tensor:
     """Widen a log-det for a sum over steps."""
     return log_det.to(wide_dtype(log_det))

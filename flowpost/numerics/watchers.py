@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as modules
 
 _AS_IT_IS = nullcontext()
+_Result = TypeVar("_Result")
 
 
 def unwatched(z: Tensor) -> bool:
@@ -20,6 +23,15 @@ def unwatched(z: Tensor) -> bool:
     exported program. A compiler traces such a function. Autocast is the function's own affair.
     """
     return not (_recording() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+
+
+def unless_compiled(function: Callable[..., _Result], traced: Callable[..., _Result]) -> Callable[..., _Result]:
+    """A function, and what a compiler traces in its place: the same in a form that it can follow, or an operator."""
+
+    def run(*inputs: object) -> _Result:
+        return (traced if torch.compiler.is_compiling() else function)(*inputs)
+
+    return run
 
 
 def exporting() -> bool:

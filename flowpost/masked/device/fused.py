@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowpost.masked import loops
 from flowpost.masked.activations import Known
+from flowpost.masked.device import loops
 from flowpost.masked.run import COLUMNS, Column, ElementWise
 from flowpost.numerics import fusing
 from flowpost.numerics.products import wide_dtype
+from flowpost.numerics.watchers import unless_compiled
 
 MAPS = (
     "gate",
@@ -80,7 +81,8 @@ def sweep(
     column: Column,
 ) -> Tensor:
     """As `loops.solve`, of a solve by its name; `index` is the order as a tensor, None as the variables come."""
-    return _ops.sweep(images, start, weights, biases, index, order, activation, column.name, column.constants)
+    run = _ops.sweep if swept(column, images) else _sweep_in_loops
+    return run(images, start, weights, biases, index, order, activation, column.name, column.constants)
 
 
 def transposed_sweep(
@@ -93,8 +95,20 @@ def transposed_sweep(
     order: Sequence[int],
     activation: str,
 ) -> list[Tensor]:
-    """As `loops.pull`, of weights the other way round, ``(in, out)``; `index` is as in `sweep`."""
-    return _ops.transposed_sweep(grad, fixed, moved, weights, hidden, index, order, activation)
+    """As `loops.pull`; `index` is as in `sweep`."""
+    run = _turned_sweep if fusing.available(grad) else _transposed_in_loops
+    return run(grad, fixed, moved, weights, hidden, index, order, activation)
+
+
+def _turned_sweep(
+    grad: Tensor,
+    fixed: Tensor,
+    moved: Tensor,
+    weights: Sequence[Tensor],
+    *others: Any,  # noqa: ANN401
+) -> list[Tensor]:
+    """By the operator, whose weights are ``(in, out)``: what a kernel reads together is neighbours in memory."""
+    return _ops.transposed_sweep(grad, fixed, moved, [weight.t().contiguous() for weight in weights], *others)
 
 
 def _sweep(
@@ -109,7 +123,7 @@ def _sweep(
     constants: Sequence[float],
 ) -> Tensor:
     if swept(Column(name), images):
-        from flowpost.masked import sweeps
+        from flowpost.masked.device import sweeps
 
         return sweeps.solve(images, start, weights, biases, index, activation, name, constants)
     return loops.solve(images, start, weights, biases, order, activation, COLUMNS[name](images, constants))
@@ -126,15 +140,27 @@ def _transposed_sweep(
     activation: str,
 ) -> list[Tensor]:
     if fusing.available(grad):
-        from flowpost.masked import sweeps
+        from flowpost.masked.device import sweeps
 
         return sweeps.pull(grad, fixed, moved, weights, hidden, index, activation)
     return loops.pull(grad, fixed, moved, [weight.t() for weight in weights], hidden, order, activation)
 
 
+def _loops_pull(
+    grad: Tensor,
+    fixed: Tensor,
+    moved: Tensor,
+    weights: Sequence[Tensor],
+    hidden: Sequence[Tensor],
+    _: Tensor | None,
+    *others: Any,  # noqa: ANN401
+) -> list[Tensor]:
+    return loops.pull(grad, fixed, moved, weights, hidden, *others)
+
+
 def _kernel(name: str) -> Callable[..., Any]:
     def run(*inputs: Any) -> Any:  # noqa: ANN401
-        from flowpost.masked import kernels
+        from flowpost.masked.device import kernels
 
         return getattr(kernels, name)(*inputs)
 
@@ -191,3 +217,7 @@ _define(
         grad.new_empty(each.shape) for each in (grad, fixed, *hidden[::-1])
     ],
 )
+
+# A compiler, which would unroll the loops, sees the operators.
+_sweep_in_loops = unless_compiled(_sweep, _ops.sweep)
+_transposed_in_loops = unless_compiled(_loops_pull, _turned_sweep)

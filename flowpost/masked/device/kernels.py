@@ -17,8 +17,8 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from flowpost.masked import maps
-from flowpost.masked.fused import MAPS
+from flowpost.masked.device import maps
+from flowpost.masked.device.fused import MAPS
 
 ACTIVATIONS = ("relu", "elu", "tanh")
 _COLUMNS = 1024  # of a tile, at most

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowpost.masked.host.sweep import GROUP, arrays, by_layer, cut, ends_of, readable
 from flowpost.masked.run import Array
-from flowpost.masked.sweep import GROUP, Operator, arrays, by_layer, cut, ends_of, readable
+from flowpost.numerics.watchers import unless_compiled
 
 
 def pull(
@@ -33,8 +34,7 @@ def pull(
         slopes: of the activations, ``(width, N)``.
         sizes: how many units of each degree, one hidden layer after the other.
     """
-    run = _pull_operator if torch.compiler.is_compiling() else _pull
-    return run(grad, fixed, moved, weights, slopes, sizes)
+    return _either(grad, fixed, moved, weights, slopes, sizes)
 
 
 def _pull(
@@ -101,12 +101,13 @@ def _transposed_sweep(
             grad[k - 1] += weight_of_first[rows, k - 1] @ of_first[rows]
 
 
-_pull_operator: Operator = torch.library.custom_op(
+_pull_operator: Callable[..., list[Tensor]] = torch.library.custom_op(
     "flowpost::pull",
     lambda *inputs: _pull(*inputs),
     mutates_args=(),
     schema="(Tensor grad, Tensor fixed, Tensor moved, Tensor[] weights, Tensor[] slopes, int[] sizes) -> Tensor[]",
 )
+_either = unless_compiled(_pull, _pull_operator)
 
 
 @torch.library.register_fake("flowpost::pull")

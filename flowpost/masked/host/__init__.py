@@ -11,8 +11,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from flowpost.masked import recorded, sweep, transposed
+from flowpost.masked import recorded
 from flowpost.masked.activations import KNOWN
+from flowpost.masked.host import sweep, transposed
 from flowpost.masked.layouts import by_output, by_variable, ranked, to_columns, to_rows
 from flowpost.masked.network import MADE
 from flowpost.masked.recorded import Recorded

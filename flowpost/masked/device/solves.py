@@ -15,8 +15,8 @@ import math
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-from flowpost.masked import maps
-from flowpost.masked.fused import IN_PARTS, SOLVED
+from flowpost.masked.device import maps
+from flowpost.masked.device.fused import IN_PARTS, SOLVED
 from flowpost.numerics import knots
 
 _INVERSE_SHIFT, _SHIFT, _SPLINE, _DEEP_SIGMOID = (

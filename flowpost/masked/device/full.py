@@ -11,10 +11,11 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from flowpost.masked import fused
 from flowpost.masked.activations import KNOWN, Known
+from flowpost.masked.device import fused
 from flowpost.masked.network import MADE
 from flowpost.masked.run import Parameters, Run, Saved
+from flowpost.numerics.watchers import unless_compiled
 
 _ALIGN = 64
 _SMALL = 1 << 20
@@ -187,9 +188,14 @@ def _first(z: Tensor, start: Tensor, weight: Tensor) -> Tensor:
 
 def _layer(known: Known, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """A hidden layer's values."""
-    if known.name == "relu" and not torch.compiler.is_compiling():
-        return torch._addmm_activation(bias, x, weight.t())  # pyright: ignore[reportPrivateImportUsage]
-    return known.run(torch.addmm(bias, x, weight.t()))
+    inputs = bias, x, weight.t()
+    return _relu_layer(*inputs) if known.name == "relu" else known.run(torch.addmm(*inputs))
+
+
+_relu_layer = unless_compiled(
+    torch._addmm_activation,  # pyright: ignore[reportPrivateImportUsage]
+    lambda *inputs: torch.relu_(torch.addmm(*inputs)),
+)
 
 
 def _projections(groups: Sequence[Parameters]) -> Tensor:

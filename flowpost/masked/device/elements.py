@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from flowpost.masked import fused, recorded
+from flowpost.masked import recorded
+from flowpost.masked.device import fused
 from flowpost.masked.recorded import Pair, Recorded
 from flowpost.masked.run import ElementWise
 from flowpost.numerics.products import plus

@@ -17,10 +17,10 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from flowpost.masked import solves
-from flowpost.masked.fused import IN_PARTS, SOLVED
-from flowpost.masked.kernels import ACTIVATIONS, activation_slope, launch, power
-from flowpost.masked.tiles import activate, product, tile, variable
+from flowpost.masked.device import solves
+from flowpost.masked.device.fused import IN_PARTS, SOLVED
+from flowpost.masked.device.kernels import ACTIVATIONS, activation_slope, launch, power
+from flowpost.masked.device.tiles import activate, product, tile, variable
 
 
 @triton.jit

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-from flowpost.masked import maps
-from flowpost.masked.kernels import power
+from flowpost.masked.device import maps
+from flowpost.masked.device.kernels import power
 
 _TILE = 8192  # elements of a product's tile
 _LARGEST = 16384  # those of any: larger ones spill the registers of 8 warps, and take minutes to compile

@@ -11,10 +11,9 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from flowpost.masked import elements, full, fused, loops
 from flowpost.masked.activations import KNOWN
-from flowpost.masked.run import COLUMNS, ElementWise, Link, Parameters, Run, Saved, Solve, grouped
-from flowpost.numerics import fusing
+from flowpost.masked.device import elements, full, fused, loops
+from flowpost.masked.run import ElementWise, Link, Parameters, Run, Saved, Solve, grouped
 from flowpost.numerics.watchers import autocast_dtype, full_precision
 
 _Back = tuple[Tensor, full.Pulled]
@@ -167,29 +166,20 @@ def _masked(saved: Saved, dtype: torch.dtype | None) -> Callable[[int], Paramete
 
 
 def _search(link: Link, z: Tensor, start: Tensor, group: Parameters) -> Tensor:
-    """The preimage of z ``(*batch, dim)``. A compiler, which would unroll a loop, sees an operator."""
+    """The preimage of z ``(*batch, dim)``."""
     column, name = link.step.columns()[1], KNOWN[link.net.activation].name
     starts = full.rows(start.expand(*z.shape[:-1], start.shape[-1]))
     inputs = full.rows(z), starts, group.weights, group.biases[1:]
-    if column is not None and (torch.compiler.is_compiling() or fused.swept(column, z)):
-        found = fused.sweep(*inputs, *_order(link, z), name, column)
-    else:
-        solve = _by_step(link.step) if column is None else COLUMNS[column.name](z, column.constants)
-        found = loops.solve(*inputs, _order(link, z)[1], name, solve)
-    return found.view(z.shape)
+    if column is None:
+        return loops.solve(*inputs, _order(link, z)[1], name, _by_step(link.step)).view(z.shape)
+    return fused.sweep(*inputs, *_order(link, z), name, column).view(z.shape)
 
 
 def _pull(
     link: Link, grad: Tensor, fixed: Tensor, moved: Tensor, hidden: Sequence[Tensor], group: Parameters
 ) -> list[Tensor]:
-    """As `loops.pull`. A compiler, which would unroll a loop, sees an operator."""
-    index, order = _order(link, grad)
     name = KNOWN[link.net.activation].name
-    if torch.compiler.is_compiling() or fusing.available(grad):
-        # What a kernel reads together is to be neighbours in memory.
-        turned = [weight.t().contiguous() for weight in group.weights]
-        return fused.transposed_sweep(grad, fixed, moved, turned, hidden, index, order, name)
-    return loops.pull(grad, fixed, moved, group.weights, hidden, order, name)
+    return fused.transposed_sweep(grad, fixed, moved, group.weights, hidden, *_order(link, grad), name)
 
 
 def _order(link: Link, like: Tensor) -> tuple[Tensor | None, Sequence[int]]:
