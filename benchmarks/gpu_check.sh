@@ -38,8 +38,8 @@ cuda_tests() {
 }
 
 speed() {
-    [ -e "$page" ] || printf '# Speed on a GPU\n\nAs [on a CPU](speed.md), by `benchmarks/gpu_check.sh`.\n\n%s\n%s\n' \
-        '<!-- tables -->' '<!-- end of tables -->' >"$page"
+    grep -qs '^<!-- tables -->' "$page" || printf '\n## Times\n\nBy `benchmarks/gpu_check.sh`.\n\n%s\n%s\n' \
+        '<!-- tables -->' '<!-- end of tables -->' >>"$page"
     local left=$((deadline - SECONDS))
     # shellcheck disable=SC2086  # several options
     timeout -s INT -k 10 $left "$python" -m benchmarks speed --device cuda --page "$page" \

@@ -125,10 +125,10 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def test_the_committed_page_has_every_recipe() -> None:
-    page = ROOT / "docs" / "speed.md"
+    page = ROOT / "docs" / "speed-gpu.md"
     _, _, section = page.read_text(encoding="utf-8").partition("<!-- launches -->")
     section, _, _ = section.partition("<!-- end of launches -->")
     assert "Operations launched, without Triton's kernels" in section
     missing = [name for name in RECIPES if section.count(f"\n| {name} | ") != 2]
-    assert not missing, f"{missing}: run `python -m benchmarks speed --launches --page docs/speed.md`"
+    assert not missing, f"{missing}: run `python -m benchmarks speed --launches --page docs/speed-gpu.md`"
     assert "LAUNCHES" in fill(page, "LAUNCHES", counted.MARK)
