@@ -62,7 +62,14 @@ def main() -> None:
     for activation in range(3):
         for kind in (FLOATS, HALVES):
             pointers = {"grad_ptr": kind, "value_ptr": kind, "found_ptr": kind, "bias_ptr": FLOATS}
-            compiled(kernels.activation_kernel, {**pointers, **numbers}, ACTIVATION=activation, ROWS=64, COLUMNS=32)
+            compiled(
+                kernels.activation_kernel,
+                {**pointers, **numbers},
+                ACTIVATION=activation,
+                SHARE=512,
+                ROWS=64,
+                COLUMNS=32,
+            )
     roots = {"gain_ptr": FLOATS, "target_ptr": FLOATS, "found_ptr": FLOATS}
     compiled(root_kernels.root_kernel, {**roots, "count": "i32"}, BLOCK=256)
     for size in (1, 16, 128):

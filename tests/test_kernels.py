@@ -154,7 +154,7 @@ def test_a_row_without_a_value_spoils_no_other() -> None:
 
 @interpreted
 @pytest.mark.parametrize("name", NAMED)
-@pytest.mark.parametrize(("rows", "width"), [(1, 3), (70, 33), (600, 17), (0, 4)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 3), (70, 33), (600, 17), (1537, 5), (0, 4)])
 def test_an_activation_s_gradient_and_its_sum(name: str, rows: int, width: int) -> None:
     known = NAMED[name]
     value = known.run(torch.randn(rows, 2 * width))[:, width:]  # a slice, as of links side by side

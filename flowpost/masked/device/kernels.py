@@ -23,6 +23,8 @@ from flowpost.masked.device.fused import MAPS
 ACTIVATIONS = ("relu", "elu", "tanh")
 _COLUMNS = 1024  # of a tile, at most
 _TILE = 512  # elements
+_UNITS = 32  # of a program's, by 128 bytes of a row
+_SHARE = 512  # rows of a program's; of many more the few programs that there are units for would keep a GPU waiting
 
 
 @triton.jit
@@ -94,12 +96,13 @@ def activation_slope(value, ACTIVATION: tl.constexpr):
 @triton.jit
 def activation_kernel(
     grad_ptr, grad_row, value_ptr, value_row, found_ptr, bias_ptr, count, width,
-    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ACTIVATION: tl.constexpr, SHARE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient at the sums of COLUMNS units, all rows, and its sum over the rows."""
+    """The gradient at the sums of COLUMNS units, SHARE rows, and its sum over these rows."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     total = tl.zeros([COLUMNS], tl.float32)
-    for first in range(0, count, ROWS):
+    begin = tl.program_id(1) * SHARE
+    for first in range(begin, tl.minimum(begin + SHARE, count), ROWS):
         rows = (first + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         here = (rows < count) & (columns < width)
         value = tl.load(value_ptr + rows * value_row + columns, mask=here, other=0.0).to(tl.float32)
@@ -110,7 +113,7 @@ def activation_kernel(
         tl.store(found_ptr + rows * width + columns, grad, mask=here)
         total += tl.sum(grad, 0)
     units = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    tl.store(bias_ptr + units, total, mask=units < width)
+    tl.store(bias_ptr + tl.program_id(1) * width + units, total, mask=units < width)
 
 
 def element(
@@ -150,19 +153,19 @@ def element_slopes(
 def activation_pull(grad: Tensor, value: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """As `fused.activation_pull`."""
     count, width = grad.shape
-    found, bias = grad.new_empty(count, width), grad.new_empty(width, dtype=torch.float32)
-    columns = 32 if count <= 512 else 16
-    inputs = grad, grad.stride(0), value, value.stride(0), found, bias, count, width
-    options = {"ACTIVATION": ACTIVATIONS.index(activation), "ROWS": min(64, power(count)), "COLUMNS": columns}
-    launch(activation_kernel, triton.cdiv(width, columns), *inputs, **options)
-    return found, bias
+    shares = max(1, triton.cdiv(count, _SHARE))
+    found, biases = grad.new_empty(count, width), grad.new_empty(shares, width, dtype=torch.float32)
+    inputs = grad, grad.stride(0), value, value.stride(0), found, biases, count, width
+    options = {"ACTIVATION": ACTIVATIONS.index(activation), "SHARE": _SHARE, "ROWS": min(64, power(count))}
+    launch(activation_kernel, (triton.cdiv(width, _UNITS), shares), *inputs, COLUMNS=_UNITS, **options)
+    return found, biases[0] if shares == 1 else biases.sum(0)
 
 
-def launch(kernel, programs: int, *inputs, **options) -> None:  # noqa: ANN002, ANN003
+def launch(kernel, programs: tuple[int, ...], *inputs, **options) -> None:  # noqa: ANN002, ANN003
     """Launch a kernel on the device of its first input, which need not be the current one."""
-    if programs:
+    if all(programs):
         with torch.cuda.device_of(inputs[0]):
-            kernel[(programs,)](*inputs, **options)
+            kernel[programs](*inputs, **options)
 
 
 def power(size: int) -> int:
@@ -191,7 +194,7 @@ def _slopes(
 def _by_rows(kernel, *inputs, DIM: int, **options) -> None:  # noqa: N803, ANN002, ANN003
     columns = min(power(DIM), _COLUMNS)
     rows = max(1, min(16, _TILE // columns))
-    launch(kernel, triton.cdiv(len(inputs[0]), rows), *inputs, DIM=DIM, ROWS=rows, COLUMNS=columns, **options)
+    launch(kernel, (triton.cdiv(len(inputs[0]), rows),), *inputs, DIM=DIM, ROWS=rows, COLUMNS=columns, **options)
 
 
 def _pair(constants: Sequence[float]) -> Sequence[float]:

@@ -141,7 +141,7 @@ def solve(
     states = tuple(images.new_empty(count, width) for width in widths)
     programs, options = tile(count, dim, widths, outputs)
     launch(
-        sweep_kernel, programs, images, start, start.stride(0), tuple(weights), tuple(biases), states, found, index,
+        sweep_kernel, (programs,), images, start, start.stride(0), tuple(weights), tuple(biases), states, found, index,
         count, *(constants or (0.0, 1.0)), OUTPUTS=outputs, WIDTHS=widths, KIND=SOLVED.index(name),
         PARTS=int(constants[0]) if name in IN_PARTS else 1, ACTIVATION=ACTIVATIONS.index(activation), **options,
     )  # fmt: skip
@@ -164,7 +164,7 @@ def pull(
     total, outs, outputs = torch.empty_like(grad), torch.empty_like(fixed), fixed.shape[1] // dim
     programs, options = tile(count, dim, widths)
     launch(
-        transposed_kernel, programs, grad, fixed, moved, tuple(weights), tuple(hidden),
+        transposed_kernel, (programs,), grad, fixed, moved, tuple(weights), tuple(hidden),
         tuple(each.stride(0) for each in hidden), total, outs, sums, index, count, OUTPUTS=outputs,
         NUMBERS=power(outputs), WIDTHS=widths, ACTIVATION=ACTIVATIONS.index(activation), **options,
     )  # fmt: skip
