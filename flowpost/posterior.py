@@ -10,7 +10,7 @@ from flowpost.bijectors.wrappers import Learned, linear_head
 from flowpost.checks import active, check_finite
 from flowpost.density import Sample, batch_of, draw, log_density, path_log_density
 from flowpost.distribution import FlowDistribution
-from flowpost.numerics.arguments import FLOATS, check_int, check_untraced, check_wide, refuse_shards
+from flowpost.numerics.arguments import FLOATS, check_int, check_untraced, check_wide, refuse_random, refuse_shards
 from flowpost.numerics.constants import follow
 from flowpost.numerics.states import keep_constants
 from flowpost.numerics.watchers import first_parameter, full_precision
@@ -161,13 +161,15 @@ class FlowPosterior(nn.Module):
 
         Raises:
             TypeError: if `sample` is no Sample, and as `forward`.
-            ValueError: as `forward`.
+            ValueError: as `forward`; with dropout in train mode in the flow or the head, which would be other ones now.
             RuntimeError: under `torch.export`, unless under `torch.no_grad`; where its gradient is differentiated more
                 often than above.
 
         Reference:
             Roeder, Wu & Duvenaud (2017), Sticking the Landing: Simple, Lower-Variance Gradient Estimators for VI.
         """
+        if self.head is not None and torch.is_grad_enabled():
+            refuse_random("head", self.head, "q = posterior.at(h) runs it once: q.path_log_prob(q.draw())")
         with torch.no_grad():
             context = self.context(h)
         return path_log_density(self.flow, sample, context)

@@ -449,6 +449,38 @@ def test_path_log_prob_refuses() -> None:
         posterior.path_log_prob(posterior(h), h[:5])
 
 
+def _dropping(inputs: int, outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(inputs, 8), nn.Dropout(0.5), nn.Linear(8, outputs))
+
+
+@pytest.mark.parametrize("gradient", ["stl", "dreg"])
+def test_a_flow_that_draws_anew_has_no_path_gradient(gradient: str) -> None:
+    """Dropout in a coupling's network: the map that made z is gone, and another one's gradient was half wrong."""
+    vae = small_vae(dim=2)
+    flow = flowpost.Chain(flowpost.Coupling(2, flowpost.Affine(1), network=_dropping), flowpost.Affine(2))
+    vae.posterior, x = FlowPosterior(4, flow).double(), torch.randn(6, 4, dtype=torch.float64)
+    message = r"^flow: expected the same function again for the path gradient, got Dropout in train mode"
+    with pytest.raises(ValueError, match=message):
+        vae(x, (3,), gradient)
+    vae(x, (3,))
+    vae.eval()(x, (3,), gradient)
+    with torch.no_grad():  # where there is no gradient, none is wrong
+        vae.train()(x, (3,), gradient)
+
+
+def test_what_gives_features_anew_has_no_path_gradient() -> None:
+    """A head or an encoder that is run again gives other features than those that the sample was drawn for."""
+    flow, x = flowpost.Chain(flowpost.Affine(2), flowpost.Planar(2)), torch.randn(6, 4)
+    posterior = FlowPosterior(4, flow, head=_dropping(4, flow.context_size))
+    with pytest.raises(ValueError, match=r"^head: .* got Dropout in train mode.*; q = posterior.at\(h\) runs it once"):
+        posterior.path_log_prob(posterior(x), x)
+    wrapped = flowpost.wrap(nn.LSTM(4, 5, 2, dropout=0.1), 2, features=5, read=lambda out: out[0], flow="planar")
+    with pytest.raises(ValueError, match=r"^encoder: .* got LSTM in train mode.*; q = wrapped.at\(x\) runs it once"):
+        wrapped.path_log_prob(wrapped(x), x)
+    for q in (posterior.at(x), wrapped.at(x)):
+        assert q.path_log_prob(q.draw()).requires_grad
+
+
 @every
 def test_path_log_prob_in_float32_and_autocast(name: str) -> None:
     posterior = make(name, push=0.1).float()
