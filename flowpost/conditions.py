@@ -109,6 +109,8 @@ def spread(y: Tensor, batch: tuple[int, ...]) -> Tensor:
 
 def split(x: Tensor, y: Tensor | None, size: int) -> list[Data]:
     """Both in parts of `size` rows."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor of all examples, (B, *event), got {type(x).__name__}")
     parts = x.split(size)
     if y is None:
         return [(part, None) for part in parts]

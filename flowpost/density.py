@@ -12,8 +12,9 @@ from flowpost.bijectors._within import apply, apply_inverse
 from flowpost.bijectors.base import Bijector
 from flowpost.checks import active, check_own, warn_moved
 from flowpost.numerics.along import along
-from flowpost.numerics.arguments import check_noise, check_sample_shape, refuse_random
+from flowpost.numerics.arguments import check_noise, check_sample_shape
 from flowpost.numerics.products import wide_dtype
+from flowpost.numerics.repeated import refuse_random
 from flowpost.numerics.watchers import exporting, first_parameter, full_precision, watched
 
 _LOG_2PI = math.log(2 * math.pi)

@@ -10,8 +10,9 @@ from flowpost.bijectors.wrappers import Learned, linear_head
 from flowpost.checks import active, check_finite
 from flowpost.density import Sample, batch_of, draw, log_density, path_log_density
 from flowpost.distribution import FlowDistribution
-from flowpost.numerics.arguments import FLOATS, check_int, check_untraced, check_wide, refuse_random, refuse_shards
+from flowpost.numerics.arguments import FLOATS, check_int, check_module, check_untraced, check_wide, refuse_shards
 from flowpost.numerics.constants import follow
+from flowpost.numerics.repeated import refuse_random
 from flowpost.numerics.states import keep_constants
 from flowpost.numerics.watchers import first_parameter, full_precision
 
@@ -33,7 +34,7 @@ class FlowPosterior(nn.Module):
             flow's device and of its dtype.
 
     Raises:
-        TypeError: if `flow` is no Bijector.
+        TypeError: if `flow` is no Bijector, or `head` no module.
         ValueError: if `features` is negative, or the flow's domain is not the line.
 
     Reference:
@@ -55,7 +56,9 @@ class FlowPosterior(nn.Module):
         if flow.domain != LINE:
             raise ValueError(f"flow: expected one from all real numbers, where noise lies, got domain {flow.domain}")
         self.flow = flow if features or not flow.context_size else Learned(flow)
-        if head is None and features and flow.context_size:
+        if head is not None:
+            check_module("head", head)
+        elif features and flow.context_size:
             head = linear_head(features, flow)
         self.head = head
         self.register_load_state_dict_pre_hook(keep_constants)

@@ -54,7 +54,7 @@ class VAE(Encoding, Generative):
     is called as ``encoder(x, y)``, the decoder as ``decoder(z, y)`` with a row of y for each z.
 
     Raises:
-        TypeError: if a part is no module, or the prior no posterior.
+        TypeError: if a part is no module, the likelihood none that has a log_prob, or the prior no posterior.
         ValueError: if the prior is of another dim, or the decoder ends in a sigmoid where the likelihood reads logits.
 
     Warns:
@@ -98,6 +98,11 @@ class VAE(Encoding, Generative):
         self.posterior: FlowPosterior = found["posterior"] if wrapped is None else wrapped.posterior
         self.reading = None if wrapped is None else wrapped.reading
         self.decoder, self.likelihood, self.prior = found["decoder"], found["likelihood"], prior
+        if not callable(getattr(self.likelihood, "log_prob", None)):
+            name = type(self.likelihood).__name__
+            raise TypeError(
+                f"likelihood: expected a Likelihood, such as Bernoulli(), got {name}, which has no log_prob"
+            )
         check_decoder(self.decoder, self.likelihood)
         if prior is not None:
             check_prior(prior, self.posterior.dim)

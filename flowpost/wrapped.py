@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flowpost.checks import active, check_finite
 from flowpost.density import Sample
 from flowpost.distribution import FlowDistribution
-from flowpost.numerics.arguments import refuse_random
+from flowpost.numerics.repeated import refuse_random
 from flowpost.outputs import Read, Reading
 from flowpost.posterior import FlowPosterior
 

@@ -312,7 +312,10 @@ def test_free_bits_by_hand() -> None:
 
 
 def test_free_bits_refuse() -> None:
-    with pytest.raises(ValueError, match=r"^kl: expected shape \(B, G\), a column for each group, got \(3,\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"^kl: expected shape \(B, G\), .*kl_groups\(\) gives it, got \(3,\); write kl.unsqueeze\(-1\)",
+    ):
         free_bits(torch.zeros(3), 0.5)
     for minimum in (-0.1, math.inf, math.nan):
         with pytest.raises(ValueError, match="^minimum: expected a finite number >= 0, got"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
 from typing import cast
 
@@ -27,6 +27,13 @@ def check_int(name: str, value: object, minimum: int) -> int:
     if number < minimum:
         raise ValueError(f"{name}: expected an int >= {minimum}, got {number}")
     return number
+
+
+def check_widths(name: str, widths: object) -> list[int]:
+    """Return the widths of a network's hidden layers, any number of them, as ints of at least 1, or raise."""
+    if not isinstance(widths, Iterable) or isinstance(widths, str):
+        raise TypeError(f"{name}: expected a tuple of ints, got {widths!r}; write ({widths!r},) for one layer")
+    return [check_int(name, width, minimum=1) for width in widths]
 
 
 def check_positive(name: str, value: object) -> float:
@@ -207,34 +214,6 @@ def refuse_shards(module: nn.Module) -> None:
     for child in module.children():
         if not hooked(child):
             refuse_shards(child)
-
-
-def refuse_random(name: str, module: nn.Module, cure: str) -> None:
-    """Raise where a part in train mode draws anew at each call, as dropout does: asked again it is another function."""
-    part = _drawing(module)
-    if part is not None:
-        raise ValueError(
-            f"{name}: expected the same function again for the path gradient, got {type(part).__name__} in train mode, "
-            f"which draws anew; {cure}"
-        )
-
-
-def _drawing(module: nn.Module) -> nn.Module | None:
-    if module.training and _draws(module):
-        return module
-    for child in module._modules.values():
-        found = None if child is None else _drawing(child)
-        if found is not None:
-            return found
-    return None
-
-
-def _draws(part: nn.Module) -> bool:
-    if isinstance(part, nn.modules.dropout._DropoutNd):
-        return part.p > 0
-    own = part.__dict__
-    shares = [own[share] for share in ("dropout", "drop_prob") if share in own]  # as of nn.LSTM
-    return any(isinstance(share, float) and share > 0 for share in shares)
 
 
 def _is_int(size: object) -> bool:
