@@ -366,6 +366,13 @@ def test_constants_follow_and_no_cache_is_filled() -> None:
     assert not step.state_dict()
 
 
+def test_the_constants_of_a_distribution_within_follow_too() -> None:
+    base = Normal(torch.arange(3.0), 2.0, validate_args=False)
+    step, z = Bijector.from_transform(T.CumulativeDistributionTransform(base), 3), torch.randn(BATCH, 3)
+    assert step.to("meta")(z.to("meta"))[0].device.type == "meta"
+    assert base.loc.device.type == "cpu"
+
+
 def test_what_a_cache_was_filled_with_before_is_no_constant() -> None:
     given, z = T.ComposeTransform([shifts(DIM)], cache_size=1), torch.randn(BATCH, DIM, dtype=torch.float64)
     image = given(z.clone().requires_grad_())
@@ -410,6 +417,10 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     ),
     "a tensor to learn": (
         lambda: T.AffineTransform(torch.ones(3, requires_grad=True), 1.0), ValueError, "requires grad",
+    ),
+    "a tensor of a distribution to learn": (
+        lambda: T.CumulativeDistributionTransform(Normal(torch.ones(3, requires_grad=True), 1.0)), ValueError,
+        "requires grad",
     ),
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Transform, constraints
+from torch.distributions import Distribution, Transform, constraints
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import _InverseTransform
 
@@ -149,9 +149,13 @@ def _walk(value: object, change: Callable[[Any], object]) -> object:
             "transform: expected one without modules in it, whose parameters nobody would find; "
             "give a module that makes the transform: from_transform(module, dim)"
         )
-    if not isinstance(value, Transform):
+    if isinstance(value, Transform):
+        new = _fresh(value)
+    elif isinstance(value, Distribution):  # whose tensors a transform by its distribution function reads
+        new = object.__new__(type(value))
+        vars(new).update(vars(value))
+    else:
         return value
-    new = _fresh(value)
     vars(new).update({name: _walk(each, change) for name, each in vars(new).items()})
     return new
 
