@@ -432,6 +432,14 @@ def test_what_cannot_be_a_step_is_refused(name: str) -> None:
         Bijector.from_transform(make(), 3)  # pyright: ignore[reportArgumentType]
 
 
+def test_a_function_with_a_module_s_parameters_is_told_of_or_refused() -> None:
+    lazy = Lazy(DIM, 2)
+    with pytest.raises(TypeError, match=r"^transform: .* is a Lazy whose parameters would not be trained; give a mod"):
+        Bijector.from_transform(lazy.forward, DIM, 2)
+    with pytest.warns(UserWarning, match=r"^transform: .* names a Lazy whose parameters would not be trained; give a"):
+        Bijector.from_transform(lambda context: lazy(context), DIM, 2)
+
+
 def test_a_transform_with_a_module_inside_is_refused() -> None:
     class Hidden(T.ExpTransform):
         def __init__(self) -> None:

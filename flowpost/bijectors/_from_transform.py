@@ -15,6 +15,7 @@ from torch.distributions.transforms import _InverseTransform
 
 from flowpost.bijectors.base import LINE, Bijector
 from flowpost.numerics.constants import Constant
+from flowpost.numerics.owners import check_owned
 from flowpost.numerics.products import wide_dtype
 from flowpost.numerics.watchers import first_parameter, full_precision
 
@@ -131,6 +132,7 @@ def _held(transform: object, context_size: int) -> _Constants | nn.Module | Make
         raise TypeError(f"transform: expected a Transform or what makes one, got {transform!r}")
     if not context_size:
         raise TypeError("transform: expected a Transform or a module that makes one, got a function of no context")
+    check_owned("transform", transform, None, "give a module whose forward makes the transform", 4)
     return cast(Maker, transform)
 
 
