@@ -55,7 +55,8 @@ class VAE(Encoding, Generative):
 
     Raises:
         TypeError: if a part is no module, the likelihood none that has a log_prob, or the prior no posterior.
-        ValueError: if the prior is of another dim, or the decoder ends in a sigmoid where the likelihood reads logits.
+        ValueError: if the prior is of another dim, or of an interval that the posterior's z leaves, or the decoder ends
+            in a sigmoid where the likelihood reads logits.
 
     Warns:
         UserWarning: for a prior that takes a search to score a z, such as ``iaf(0, dim)``.
@@ -105,7 +106,7 @@ class VAE(Encoding, Generative):
             )
         check_decoder(self.decoder, self.likelihood)
         if prior is not None:
-            check_prior(prior, self.posterior.dim)
+            check_prior(prior, self.posterior)
 
     def forward(
         self,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent, MultivariateNormal, Normal
 
 import flowpost
-from flowpost import Chain, FlowPosterior, Shift
+from flowpost import Affine, Chain, FlowPosterior, Shift, Sigmoid, Softplus
 from flowpost.evaluation import decompose_elbo, kl_per_latent, log_marginal
 from flowpost.gaps import inference_gaps
 from flowpost.objectives import elbo_terms
@@ -138,6 +138,23 @@ def test_a_prior_that_does_not_fit_is_refused() -> None:
         make(flowpost.realnvp(0, DIM + 1))
     with pytest.raises(TypeError, match="^prior: expected a posterior, such as realnvp.0, dim=2., got Normal"):
         make(Normal(0.0, 1.0))  # pyright: ignore[reportArgumentType]
+
+
+ENDS = {"all": (), "positive": (Softplus(DIM),), "shares": (Sigmoid(DIM),)}
+"""From the widest to the narrowest."""
+
+
+@pytest.mark.parametrize("q", ENDS)
+@pytest.mark.parametrize("p", ENDS)
+def test_a_prior_of_fewer_z_than_the_posterior_s_is_refused(q: str, p: str) -> None:
+    """Its log p(z) is nan where z has left its interval, and with it the loss."""
+    posterior, prior = FlowPosterior(4, Chain(Affine(DIM), *ENDS[q])), FlowPosterior(0, Chain(Affine(DIM), *ENDS[p]))
+    parts = nn.Linear(5, 4), posterior, nn.Linear(DIM, 5), Bernoulli()
+    if [*ENDS].index(p) <= [*ENDS].index(q):
+        assert VAE(*parts, prior=prior)(torch.ones(6, 5), (50,)).log_prior.isfinite().all()
+        return
+    with pytest.raises(ValueError, match="^prior: expected one of all z that the posterior gives, numbers between "):
+        VAE(*parts, prior=prior)
 
 
 @pytest.mark.parametrize("name", ["iaf", "affine_iaf", "naf"])
