@@ -8,6 +8,7 @@ import copy
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -452,17 +453,19 @@ def test_path_log_prob_refuses() -> None:
         posterior.path_log_prob(posterior(h), h[:5])
 
 
-def _dropping(inputs: int, outputs: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(inputs, 8), nn.Dropout(0.5), nn.Linear(8, outputs))
+def _dropping(inputs: int, outputs: int, layer: nn.Module | None = None) -> nn.Module:
+    return nn.Sequential(nn.Linear(inputs, 8), layer or nn.Dropout(0.5), nn.Linear(8, outputs))
 
 
 @pytest.mark.parametrize("gradient", ["stl", "dreg"])
-def test_a_flow_that_draws_anew_has_no_path_gradient(gradient: str) -> None:
+@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.RReLU()], ids=str)
+def test_a_flow_that_draws_anew_has_no_path_gradient(gradient: str, layer: nn.Module) -> None:
     """Dropout in a coupling's network: the map that made z is gone, and another one's gradient was half wrong."""
     vae = small_vae(dim=2)
-    flow = flowpost.Chain(flowpost.Coupling(2, flowpost.Affine(1), network=_dropping), flowpost.Affine(2))
+    step = flowpost.Coupling(2, flowpost.Affine(1), network=partial(_dropping, layer=layer))
+    flow = flowpost.Chain(step, flowpost.Affine(2))
     vae.posterior, x = FlowPosterior(4, flow).double(), torch.randn(6, 4, dtype=torch.float64)
-    message = r"^flow: expected the same function again for the path gradient, got Dropout in train mode"
+    message = f"^flow: expected the same function again for the path gradient, got {type(layer).__name__} in train mode"
     with pytest.raises(ValueError, match=message):
         vae(x, (3,), gradient)
     vae(x, (3,))

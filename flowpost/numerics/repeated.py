@@ -28,6 +28,8 @@ def _drawing(module: nn.Module) -> nn.Module | None:
 def _draws(part: nn.Module) -> bool:
     if isinstance(part, nn.modules.dropout._DropoutNd):
         return part.p > 0
+    if isinstance(part, nn.RReLU):
+        return part.lower < part.upper
     own = part.__dict__
     shares = [own[share] for share in ("dropout", "drop_prob") if share in own]  # as of nn.LSTM
     return any(isinstance(share, float) and share > 0 for share in shares)
