@@ -48,7 +48,8 @@ class VAE(Encoding, Generative):
         prior: p(z), by keyword: a posterior without features, learned with the rest, whose log p(z) is cheap at any z:
             ``realnvp(0, dim)``, ``maf(0, dim)``, ``full_covariance(0, dim)``. Or p(z|y): a posterior whose features
             are the condition y, or what `wrap` made of an encoder of y. By default N(0, I). Every use of p(z) goes
-            through `log_prior` and `sample_prior`.
+            through `log_prior` and `sample_prior`: a subclass may write both anew, for a mixture say, and has then no
+            KL in closed form.
 
     A condition y, ``(B, *event)`` by the keyword `y` of every method, makes the model one of p(x|y): then the encoder
     is called as ``encoder(x, y)``, the decoder as ``decoder(z, y)`` with a row of y for each z.
@@ -242,7 +243,7 @@ class VAE(Encoding, Generative):
         return self.likelihood.mean(numbers).view(x.shape)
 
     def _has_closed_kl(self, q: FlowDistribution) -> bool:
-        return q.is_gaussian and (self.prior is None or self.prior.is_gaussian)
+        return q.is_gaussian and self._has_given_prior() and (self.prior is None or self.prior.is_gaussian)
 
     def _closed_kl(self, q: FlowDistribution, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return closed_kl(q, None if self.prior is None else prior_at(self.prior, y))

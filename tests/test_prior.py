@@ -157,6 +157,29 @@ def test_a_prior_of_fewer_z_than_the_posterior_s_is_refused(q: str, p: str) -> N
         VAE(*parts, prior=prior)
 
 
+class Bimodal(VAE):
+    """Of latents that are all near 2, or all near -2."""
+
+    def log_prior(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+        ends = [Normal(end, 1.0).log_prob(z).sum(-1) for end in (-2.0, 2.0)]
+        return torch.logaddexp(*ends) - math.log(2)
+
+
+def test_a_subclass_s_own_prior_has_no_closed_kl() -> None:
+    """The KL of a Gaussian posterior was that to N(0, I), and so was what the model trained against."""
+    torch.manual_seed(0)
+    vae, x = Bimodal(nn.Linear(5, 4), flowpost.diagonal(4, DIM), nn.Linear(DIM, 5), Bernoulli()), torch.ones(6, 5)
+    out = vae(x, (1000,))
+    assert out.kl is None
+    wanted = (out.log_q - vae.log_prior(out.sample.z)).mean(0)
+    torch.testing.assert_close(vae.elbo_terms(x, (1000,), noise=out.sample.noise).kl, wanted, rtol=1e-5, atol=1e-5)
+    terms = decompose_elbo(vae, x, samples=5)
+    assert terms.total_correlation is not None
+    assert terms.dimension_kl is None
+    with pytest.raises(ValueError, match="^prior: expected N"):
+        kl_per_latent(vae, x)
+
+
 @pytest.mark.parametrize("name", ["iaf", "affine_iaf", "naf"])
 def test_a_prior_that_searches_at_every_z_says_so(name: str) -> None:
     with pytest.warns(UserWarning, match="^prior: log p.z. takes a sweep over the variables in each of 2 autoregr"):
