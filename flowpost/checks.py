@@ -34,10 +34,11 @@ def checking() -> Iterator[None]:
     """Turn value checks on within a ``with`` block, in this thread or task; code under `torch.compile` ignores it.
 
     Inputs are checked for nan and inf, and that they lie where the map is defined; each inverse by mapping back; each
-    ``log_prob`` by moving z a few roundings.
+    ``log_prob`` by moving z a few roundings; the sample of a ``path_log_prob`` by drawing it again.
 
     Raises:
         NonFiniteError: inside the block, for rows of z, context or h that are not finite.
+        ValueError: inside the block, for a ``path_log_prob`` of a sample that is not this posterior's at this h.
         DomainError: inside the block, for rows of z outside the domain of a bijector, or of an inverse.
         InversionError: inside the block, for an inverse that is not accurate.
 
@@ -109,6 +110,17 @@ def check_residual(residual: Tensor, bound: Tensor, log_det: Tensor) -> None:
         f"{int(bad.sum())} of {bad.numel()} rows; the flow is too ill-conditioned for {dtype} here "
         f"(worst scale product {torch.exp(-log_det.double().abs().max()).item():.0e})"
     )
+
+
+def check_own(z: Tensor, again: Tensor) -> None:
+    """Raise where a flow does not make a sample's z, ``(*batch, dim)``, of its noise."""
+    off = (again - z).abs() / (1 + z.abs())
+    bad = (off > torch.finfo(z.dtype).eps ** 0.5).any(-1)
+    if bool(bad.any()):
+        raise ValueError(
+            f"sample: expected one that this posterior drew for this h, got {int(bad.sum())} of {bad.numel()} rows "
+            f"whose noise it maps elsewhere; give the features, parameters and mode that it was drawn with"
+        )
 
 
 def warn_moved(log_prob: Tensor, moved: list[Tensor]) -> None:

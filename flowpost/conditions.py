@@ -27,13 +27,19 @@ _OF_A_DEVICE = ("synchronizing", "CUDA error")
 """In what a GPU says of itself, such as of a host read or a step that cannot be captured, whatever the numbers are."""
 
 
-def check_prior(prior: Prior, dim: int) -> None:
-    """Refuse a prior over another space, and warn of one that takes a search to score any z."""
+def check_prior(prior: Prior, posterior: FlowPosterior) -> None:
+    """Refuse a prior over another space than the posterior's, and warn of one that takes a search to score any z."""
+    dim, (low, high) = posterior.dim, posterior.flow.codomain
     if not isinstance(prior, (FlowPosterior, WrappedPosterior)):
         raise TypeError(f"prior: expected a posterior, such as realnvp(0, dim={dim}), got {type(prior).__name__}")
     if prior.dim != dim:
         raise ValueError(f"prior: expected one of dim={dim}, the posterior's, got dim={prior.dim}")
     flow = (prior.posterior if isinstance(prior, WrappedPosterior) else prior).flow
+    if low < flow.codomain[0] or high > flow.codomain[1]:
+        raise ValueError(
+            f"prior: expected one of all z that the posterior gives, numbers between {low} and {high}, got one of "
+            f"numbers between {flow.codomain[0]} and {flow.codomain[1]}, elsewhere of no density; end both in one step"
+        )
     if count := sweeps(flow, inverse=True):
         warnings.warn(
             f"prior: log p(z) takes a sweep over the variables in each of {count} autoregressive steps, whose fast "
@@ -109,6 +115,8 @@ def spread(y: Tensor, batch: tuple[int, ...]) -> Tensor:
 
 def split(x: Tensor, y: Tensor | None, size: int) -> list[Data]:
     """Both in parts of `size` rows."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor of all examples, (B, *event), got {type(x).__name__}")
     parts = x.split(size)
     if y is None:
         return [(part, None) for part in parts]

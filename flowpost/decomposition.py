@@ -119,8 +119,9 @@ def _decompose(
     log_prior = out.log_prior.double()
     terms = [out.log_likelihood.double(), own - aggregate, aggregate - log_prior]
     if marginals is not None:
+        independent = vae.prior is None and vae._has_given_prior()
         product = log_product_of_marginals(out.sample.z.double(), *marginals, pairs)
-        terms += [aggregate - product] + ([product - log_prior] if vae.prior is None else [])
+        terms += [aggregate - product] + ([product - log_prior] if independent else [])
     return [term.mean(0) for term in terms]
 
 

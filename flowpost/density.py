@@ -10,10 +10,11 @@ from torch import Tensor
 
 from flowpost.bijectors._within import apply, apply_inverse
 from flowpost.bijectors.base import Bijector
-from flowpost.checks import active, warn_moved
+from flowpost.checks import active, check_own, warn_moved
 from flowpost.numerics.along import along
 from flowpost.numerics.arguments import check_noise, check_sample_shape
 from flowpost.numerics.products import wide_dtype
+from flowpost.numerics.repeated import refuse_random
 from flowpost.numerics.watchers import exporting, first_parameter, full_precision, watched
 
 _LOG_2PI = math.log(2 * math.pi)
@@ -88,9 +89,12 @@ def path_log_density(flow: Bijector, sample: Sample, context: Tensor | None) -> 
             "path_log_prob: expected a call without gradients under torch.export, which leaves out those within a "
             "program; export it under torch.no_grad(), where it is sample.log_prob"
         )
+    refuse_random("flow", flow, 'call eval() on it, or take the log q of the sample, gradient="standard"')
 
     with torch.no_grad(), full_precision(z.device.type):
         fixed = flow._check(z, None if context is None else context.detach())
+        if active():
+            check_own(z.detach(), apply(flow, noise.detach(), fixed)[0])
 
     def score(z: Tensor) -> Tensor:
         return _score(*apply_inverse(flow, z, fixed, noise), 1)

@@ -118,7 +118,7 @@ def kl_per_latent(vae: VAE, x: Tensor, *, y: Tensor | None = None) -> Tensor:
         >>> kl_per_latent(vae, torch.ones(5, 9)).shape
         torch.Size([5, 2])
     """
-    if vae.prior is not None:
+    if vae.prior is not None or not vae._has_given_prior():
         raise ValueError("prior: expected N(0, I), whose latents are independent, got a prior of the model's own")
     with torch.no_grad():
         parts = [latent_kl(*gaussian_marginals(vae.encode(*part))) for part in split(x, y, EXAMPLES)]

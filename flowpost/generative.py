@@ -34,6 +34,12 @@ class Generative(nn.Module):
             return standard_normal_log_prob(z)
         return self.prior.log_prob(z, condition(y)) if reads(self.prior) else self.prior.log_prob(z)
 
+    def _has_given_prior(self) -> bool:
+        """Whether p(z) is that of `prior`, or N(0, I): a subclass may have a `log_prior` or `log_joint` of its own."""
+        own = "log_prior" in self.__dict__ or "log_joint" in self.__dict__
+        kind = type(self)
+        return not own and kind.log_prior is Generative.log_prior and kind.log_joint is Generative.log_joint
+
     def sample_prior(self, count: int, y: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
         """Draw z ~ p(z), ``(count, dim)``, or one of p(z|y) for each row of y, of which a single one serves all.
 

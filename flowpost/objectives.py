@@ -186,8 +186,9 @@ def free_bits(kl: Tensor, minimum: float) -> Tensor:
         >>> free_bits(torch.tensor([[0.0, 2.0], [0.2, 4.0]]), minimum=0.5)
         tensor(3.5000)
     """
-    if kl.ndim != 2:
-        raise ValueError(f"kl: expected shape (B, G), a column for each group, got {tuple(kl.shape)}")
+    if not isinstance(kl, Tensor) or kl.ndim != 2:
+        got = f"{tuple(kl.shape)}; write kl.unsqueeze(-1) for one group" if isinstance(kl, Tensor) else f"{kl!r}"
+        raise ValueError(f"kl: expected shape (B, G), a column for each group, as out.kl_groups() gives it, got {got}")
     if not 0 <= minimum < math.inf:
         raise ValueError(f"minimum: expected a finite number >= 0, got {minimum}")
     return kl.mean(0).clamp_min(minimum).sum()

@@ -10,8 +10,9 @@ from flowpost.bijectors.wrappers import Learned, linear_head
 from flowpost.checks import active, check_finite
 from flowpost.density import Sample, batch_of, draw, log_density, path_log_density
 from flowpost.distribution import FlowDistribution
-from flowpost.numerics.arguments import FLOATS, check_int, check_untraced, check_wide, refuse_shards
+from flowpost.numerics.arguments import FLOATS, check_int, check_module, check_untraced, check_wide, refuse_shards
 from flowpost.numerics.constants import follow
+from flowpost.numerics.repeated import refuse_random
 from flowpost.numerics.states import keep_constants
 from flowpost.numerics.watchers import first_parameter, full_precision
 
@@ -33,7 +34,7 @@ class FlowPosterior(nn.Module):
             flow's device and of its dtype.
 
     Raises:
-        TypeError: if `flow` is no Bijector.
+        TypeError: if `flow` is no Bijector, or `head` no module.
         ValueError: if `features` is negative, or the flow's domain is not the line.
 
     Reference:
@@ -55,7 +56,9 @@ class FlowPosterior(nn.Module):
         if flow.domain != LINE:
             raise ValueError(f"flow: expected one from all real numbers, where noise lies, got domain {flow.domain}")
         self.flow = flow if features or not flow.context_size else Learned(flow)
-        if head is None and features and flow.context_size:
+        if head is not None:
+            check_module("head", head)
+        elif features and flow.context_size:
             head = linear_head(features, flow)
         self.head = head
         self.register_load_state_dict_pre_hook(keep_constants)
@@ -161,13 +164,15 @@ class FlowPosterior(nn.Module):
 
         Raises:
             TypeError: if `sample` is no Sample, and as `forward`.
-            ValueError: as `forward`.
+            ValueError: as `forward`; with dropout in train mode in the flow or the head, which would be other ones now.
             RuntimeError: under `torch.export`, unless under `torch.no_grad`; where its gradient is differentiated more
                 often than above.
 
         Reference:
             Roeder, Wu & Duvenaud (2017), Sticking the Landing: Simple, Lower-Variance Gradient Estimators for VI.
         """
+        if self.head is not None and torch.is_grad_enabled():
+            refuse_random("head", self.head, "q = posterior.at(h) runs it once: q.path_log_prob(q.draw())")
         with torch.no_grad():
             context = self.context(h)
         return path_log_density(self.flow, sample, context)

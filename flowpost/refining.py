@@ -54,6 +54,7 @@ def refine(
         z ``(samples, *batch, dim)``, without gradient.
 
     Raises:
+        TypeError: if `q` is no `FlowDistribution`.
         ValueError: if a number is below 1.
 
     Reference:
@@ -66,6 +67,8 @@ def refine(
         True
     """
     samples, pairs = check_int("samples", samples, minimum=1), check_int("pairs", pairs, minimum=1)
+    if not isinstance(q, FlowDistribution):
+        raise TypeError(f"q: expected a FlowDistribution, as vae.encode(x) gives it, got {type(q).__name__}")
     gradient, like = noise_target(q, log_joint), noise_like(q)
     size = max(1, pairs // max(1, q.batch_shape.numel()))
     moved = []

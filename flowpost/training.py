@@ -157,9 +157,9 @@ def step_if_finite(optimizer: torch.optim.Optimizer, loss: Tensor, *, max_norm: 
     A step that is left out changes no weight and none of the optimizer's state. An optimizer with ``fused=True`` finds
     that out on the device, so nothing waits and the step can be captured; the gradients of a step left out are then
     spoilt by the clipping. One with ``capturable=True`` that is not fused, such as Adamax and RMSprop, steps, and
-    weights and state are put back on the device; its state is one that starts as zeros. For any other optimizer the
-    flag is read on the host before anything else: the gradients of a step left out stay as they are, to see which of
-    them was not finite.
+    weights and state are put back on the device; state that this step has made, to what torch's optimizers start from.
+    For any other optimizer the flag is read on the host before anything else: the gradients of a step left out stay as
+    they are, to see which of them was not finite.
 
     When to use: after ``loss.backward()``, in the place of ``clip_grad_norm_`` and ``optimizer.step()``.
 
@@ -190,8 +190,7 @@ def step_if_finite(optimizer: torch.optim.Optimizer, loss: Tensor, *, max_norm: 
         raise ValueError(f"loss: expected a scalar, got shape {tuple(loss.shape)}; write loss.mean()")
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"max_norm: expected a positive number or None, got {max_norm}")
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [weight.grad for _, weight in _weights(optimizer) if weight.grad is not None]
     if not gradients:
         raise ValueError("optimizer: expected parameters with gradients, got none; call loss.backward() first")
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))  # pyright: ignore[reportPrivateImportUsage]
@@ -212,10 +211,16 @@ def _told(optimizer: torch.optim.Optimizer, finite: Tensor) -> Iterator[None]:
     """Tell a fused optimizer on the device whether to step, by the attribute that `torch.amp.GradScaler` sets."""
     told: Any = optimizer
     told.found_inf = (~finite).float()
+    fresh = [pair for pair in _weights(optimizer) if not optimizer.state.get(pair[1])]
     try:
         yield
     finally:
         del told.found_inf
+    with torch.no_grad():  # SGD's momentum that was left out is memory that nobody has set
+        for group, weight in fresh:
+            for key, value in optimizer.state.get(weight, {}).items():
+                if isinstance(value, Tensor):
+                    value.copy_(torch.where(finite, value, _start(group, key)))
 
 
 @contextmanager
@@ -224,16 +229,22 @@ def _undone(optimizer: torch.optim.Optimizer, spoilt: Tensor) -> Iterator[None]:
     before = {key: value.detach().clone() for key, value in _tensors(optimizer).items()}
     yield
     with torch.no_grad():
-        for key, value in _tensors(optimizer).items():
-            value.copy_(torch.where(spoilt, before.get(key, 0), value))
+        for (i, key), value in _tensors(optimizer).items():
+            old = before[i, key] if (i, key) in before else _start(_weights(optimizer)[i][0], key)
+            value.copy_(torch.where(spoilt, old, value))
+
+
+def _start(group: dict[str, Any], key: str) -> Tensor | float:
+    """What torch's optimizers begin a part of their state with: Rprop and ASGD with the rate, NAdam with a 1."""
+    return group["lr"] if key in ("step_size", "eta") else float(key in ("mu", "mu_product"))
+
+
+def _weights(optimizer: torch.optim.Optimizer) -> list[tuple[dict[str, Any], Tensor]]:
+    return [(group, weight) for group in optimizer.param_groups for weight in group["params"]]
 
 
 def _tensors(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], Tensor]:
     """The weights of an optimizer and its state, as far as it has been made."""
-    weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state = {
-        (i, key): value for i, weight in enumerate(weights) for key, value in optimizer.state.get(weight, {}).items()
-    }
-    return {(i, "weight"): weight for i, weight in enumerate(weights)} | {
-        key: value for key, value in state.items() if isinstance(value, Tensor)
-    }
+    parts = [{"weight": weight, **optimizer.state.get(weight, {})} for _, weight in _weights(optimizer)]
+    found = [((i, key), value) for i, part in enumerate(parts) for key, value in part.items()]
+    return {place: value for place, value in found if isinstance(value, Tensor)}

@@ -48,14 +48,16 @@ class VAE(Encoding, Generative):
         prior: p(z), by keyword: a posterior without features, learned with the rest, whose log p(z) is cheap at any z:
             ``realnvp(0, dim)``, ``maf(0, dim)``, ``full_covariance(0, dim)``. Or p(z|y): a posterior whose features
             are the condition y, or what `wrap` made of an encoder of y. By default N(0, I). Every use of p(z) goes
-            through `log_prior` and `sample_prior`.
+            through `log_prior` and `sample_prior`: a subclass may write both anew, for a mixture say, and has then no
+            KL in closed form.
 
     A condition y, ``(B, *event)`` by the keyword `y` of every method, makes the model one of p(x|y): then the encoder
     is called as ``encoder(x, y)``, the decoder as ``decoder(z, y)`` with a row of y for each z.
 
     Raises:
-        TypeError: if a part is no module, or the prior no posterior.
-        ValueError: if the prior is of another dim, or the decoder ends in a sigmoid where the likelihood reads logits.
+        TypeError: if a part is no module, the likelihood none that has a log_prob, or the prior no posterior.
+        ValueError: if the prior is of another dim, or of an interval that the posterior's z leaves, or the decoder ends
+            in a sigmoid where the likelihood reads logits.
 
     Warns:
         UserWarning: for a prior that takes a search to score a z, such as ``iaf(0, dim)``.
@@ -98,9 +100,14 @@ class VAE(Encoding, Generative):
         self.posterior: FlowPosterior = found["posterior"] if wrapped is None else wrapped.posterior
         self.reading = None if wrapped is None else wrapped.reading
         self.decoder, self.likelihood, self.prior = found["decoder"], found["likelihood"], prior
+        if not callable(getattr(self.likelihood, "log_prob", None)):
+            name = type(self.likelihood).__name__
+            raise TypeError(
+                f"likelihood: expected a Likelihood, such as Bernoulli(), got {name}, which has no log_prob"
+            )
         check_decoder(self.decoder, self.likelihood)
         if prior is not None:
-            check_prior(prior, self.posterior.dim)
+            check_prior(prior, self.posterior)
 
     def forward(
         self,
@@ -236,7 +243,7 @@ class VAE(Encoding, Generative):
         return self.likelihood.mean(numbers).view(x.shape)
 
     def _has_closed_kl(self, q: FlowDistribution) -> bool:
-        return q.is_gaussian and (self.prior is None or self.prior.is_gaussian)
+        return q.is_gaussian and self._has_given_prior() and (self.prior is None or self.prior.is_gaussian)
 
     def _closed_kl(self, q: FlowDistribution, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return closed_kl(q, None if self.prior is None else prior_at(self.prior, y))

@@ -20,6 +20,7 @@ from flowpost.bijectors.permute import Permute, Reverse
 from flowpost.bijectors.scale import Scale, Scaling
 from flowpost.bijectors.wrappers import linear_head
 from flowpost.numerics.arguments import check_int, check_module
+from flowpost.numerics.owners import check_owned
 from flowpost.numerics.scales import log_var_scale
 from flowpost.outputs import Read, as_features, check_diagonal, check_example, check_pair, cure_of, kind
 from flowpost.posterior import FlowPosterior
@@ -80,14 +81,16 @@ def wrap(
         ``log_prob(z, *inputs, **kwargs)``, on the encoder's device and of its dtype (float32 for half precision).
 
     Raises:
-        TypeError: if the encoder is no module, or returns none of the above; for options that the flow does not take.
+        TypeError: if the encoder is no module, or returns none of the above; for options that the flow does not take;
+            for a `read` that is a module with parameters of its own, which would not be trained.
         ValueError: if neither `features` nor `example` is given, they disagree, the flow's name is unknown, or the
             example shows what cannot be meant: shapes that do not fit, or more than one axis between batch and
             features without a `read`.
 
     Warns:
         UserWarning: without a `read`, if the example's log_var is positive throughout, as a standard deviation is, or
-            if one tensor is twice as wide as z and its width was not given.
+            if one tensor is twice as wide as z and its width was not given; for a `read` that names a module whose
+            parameters the encoder has not.
 
     Example:
         >>> encoder = nn.Linear(784, 256)
@@ -97,6 +100,8 @@ def wrap(
     """
     check_module("encoder", encoder)
     check_int("dim", dim, minimum=1)
+    if read is not None:
+        check_owned("read", read, encoder, "put it into the encoder, as nn.Sequential(encoder, module)", 2)
     _check_flow(flow, flow_options)
     width = _width(encoder, dim, read, features, example)
     if width is None:

@@ -6,11 +6,13 @@ import inspect
 import warnings
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from flowpost.checks import active, check_finite
 from flowpost.density import Sample
 from flowpost.distribution import FlowDistribution
+from flowpost.numerics.repeated import refuse_random
 from flowpost.outputs import Read, Reading
 from flowpost.posterior import FlowPosterior
 
@@ -81,7 +83,13 @@ class WrappedPosterior(Encoding):
         return self.posterior.log_prob(z, self.features(*inputs, **kwargs))
 
     def path_log_prob(self, sample: Sample, /, *inputs: object, **kwargs: object) -> Tensor:
-        """The log q(z|x) of an own sample as a function of z alone, as `FlowPosterior.path_log_prob`."""
+        """The log q(z|x) of an own sample as a function of z alone, as `FlowPosterior.path_log_prob`.
+
+        Raises:
+            ValueError: as that, and with dropout in train mode in the encoder, which is run again.
+        """
+        if torch.is_grad_enabled():
+            refuse_random("encoder", self.encoder, "q = wrapped.at(x) runs it once: q.path_log_prob(q.draw())")
         return self.posterior.path_log_prob(sample, self.features(*inputs, **kwargs))
 
     def gaussian(self, *inputs: object, **kwargs: object) -> tuple[Tensor, Tensor]:

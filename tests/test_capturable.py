@@ -78,3 +78,26 @@ def test_the_state_is_what_a_checkpoint_keeps(name: str) -> None:
     optimizer.step()
     assert set(optimizer.state[model.weight]) == set(OPTIMIZERS[name].state)
     assert optimizer.param_groups[0]["eps"] == 1e-3
+
+
+@pytest.mark.parametrize("name", ["NAdam", "Rprop", "ASGD", "RAdam", "SGD"])
+def test_a_spoilt_first_step_is_as_if_it_had_not_been(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of optimizers whose state starts as no zeros; and of fused SGD, whose skipped momentum is unset memory."""
+    module = import_module(f"torch.optim.{name.lower()}")
+    options: dict[str, object] = {"momentum": 0.9, "fused": True} if name == "SGD" else {"capturable": True}
+    if name != "SGD":
+        monkeypatch.setattr(module, "_get_capturable_supported_devices", lambda **_: ["cpu"])
+    trained = []
+    for spoilt in (True, False):
+        weight = torch.nn.Parameter(torch.ones(1000))
+        optimizer = getattr(torch.optim, name)([weight], lr=0.01, **options)
+        for i in range(4):
+            optimizer.zero_grad()
+            loss = (weight - 3).square().sum() * (math.nan if i == 0 and spoilt else 1)
+            loss.backward()
+            if i or spoilt:
+                scratch = torch.full((1000,), math.nan)
+                del scratch  # what is made of unset memory next is likely to be made of this
+                assert bool(step_if_finite(optimizer, loss)) == (i > 0)
+        trained.append(weight.detach())
+    torch.testing.assert_close(*trained)

@@ -98,6 +98,19 @@ def test_good_flows_pass_and_results_are_the_same() -> None:
         torch.testing.assert_close(posterior.log_prob(sample.z, h), sample.log_prob, rtol=1e-5, atol=1e-5)
 
 
+def test_a_sample_of_other_features_is_not_one_s_own() -> None:
+    posterior, h = flowpost.planar(3, dim=4), torch.randn(6, 3)
+    sample = posterior(h, (2,))
+    other = torch.cat([h[:4], h[4:] + 1])
+    posterior.path_log_prob(sample, other)
+    with flowpost.checking():
+        assert torch.equal(posterior.path_log_prob(sample, h), sample.log_prob)
+        with pytest.raises(
+            ValueError, match=r"^sample: expected one that this posterior drew for this h, got 4 of 12 "
+        ):
+            posterior.path_log_prob(sample, other)
+
+
 def test_the_switch_is_local_to_its_block_and_thread() -> None:
     seen = []
     with flowpost.checking():

@@ -19,6 +19,7 @@ from flowpost import (
     Bijector,
     Chain,
     Conditioned,
+    Coupling,
     FlowPosterior,
     Inverse,
     Learned,
@@ -31,8 +32,9 @@ from flowpost import (
     UnitLowerTriangular,
 )
 from flowpost.calibration import rank_ecdf, sbc_ranks
-from flowpost.evaluation import active_units, decompose_elbo, importance_estimate, log_marginal
+from flowpost.evaluation import active_units, decompose_elbo, importance_estimate, log_marginal, refine
 from flowpost.gaps import inference_gaps
+from flowpost.objectives import free_bits
 from flowpost.recipes import RECIPES
 from flowpost.vae import VAE, Bernoulli, Binomial, Categorical
 
@@ -175,6 +177,18 @@ def test_an_empty_batch_is_accepted(entry: Entry) -> None:
 
 
 NO_STEP = nn.Linear(2, 2)
+NO_MODULE = (
+    "expected a torch.nn.Module, got function; write a torch.nn.Module whose forward calls it, so that its parameters "
+    "are found"
+)
+NO_NETWORK = f"network: {NO_MODULE}".replace("function", "builtin_function_or_method")
+ONE_WIDTH = "hidden: expected a tuple of ints, got 8; write (8,) for one layer"
+OF_HIDDEN: list[Callable[[Any], object]] = [
+    lambda hidden: Autoregressive(2, 0, hidden),
+    lambda hidden: Coupling(2, Affine(1), 0, hidden),
+    lambda hidden: flowpost.realnvp(3, 2, hidden=hidden),
+    lambda hidden: flowpost.spline_autoregressive(3, 2, hidden=hidden),
+]
 DIM_0 = "dim: expected an int >= 1, got 0"
 CONSTRUCTORS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: Affine(0), ValueError, DIM_0),
@@ -241,6 +255,10 @@ CONSTRUCTORS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: flowpost.diagonal(3, 0), ValueError, DIM_0),
     (lambda: Binomial(0), ValueError, "n: expected an int >= 1, got 0"),
     (lambda: Categorical(1), ValueError, "levels: expected an int >= 2, got 1"),
+    *((lambda make=make: make(8), TypeError, ONE_WIDTH) for make in OF_HIDDEN),
+    (lambda: flowpost.maf(3, 2, hidden=(0,)), ValueError, "hidden: expected an int >= 1, got 0"),
+    (lambda: FlowPosterior(3, Affine(2), lambda h: h), TypeError, f"head: {NO_MODULE}"),  # pyright: ignore[reportArgumentType]
+    (lambda: Coupling(2, Affine(1), network=lambda *_: torch.sinh), TypeError, NO_NETWORK),  # pyright: ignore
 ]
 
 
@@ -471,6 +489,26 @@ def test_a_vae_s_parts_are_modules(name: str) -> None:
     }  # fmt: skip
     wrong, message = PARTS[name]
     raises(TypeError, f"{name}: expected a torch.nn.Module, got {message}", lambda: VAE(**{**parts, name: wrong}))  # pyright: ignore
+
+
+def test_a_vae_s_likelihood() -> None:
+    for wrong in ("bernoulli", nn.BCEWithLogitsLoss()):
+        message = (
+            f"likelihood: expected a Likelihood, such as Bernoulli(), got {type(wrong).__name__}, which has no log_prob"
+        )
+        parts = nn.Linear(5, 3), flowpost.diagonal(3, 2), nn.Linear(2, 5), wrong
+        raises(TypeError, message, lambda parts=parts: VAE(*parts))  # pyright: ignore
+
+
+def test_what_is_no_tensor_is_not_evaluated() -> None:
+    data = torch.utils.data.TensorDataset(torch.zeros(4, 5))
+    message = "x: expected a tensor of all examples, (B, *event), got TensorDataset"
+    for figure in (log_marginal, importance_estimate, inference_gaps):
+        raises(TypeError, message, lambda figure=figure: figure(model(), data))  # pyright: ignore
+    message = "q: expected a FlowDistribution, as vae.encode(x) gives it, got VAE"
+    raises(TypeError, message, lambda: refine(model(), torch.zeros(4, 5)))  # pyright: ignore
+    message = "kl: expected shape (B, G), a column for each group, as out.kl_groups() gives it, got None"
+    raises(ValueError, message, lambda: free_bits(None, 0.1))  # pyright: ignore
 
 
 def test_a_vae_s_x() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 import flowpost
-from flowpost import Affine, Coupling, FlowPosterior
+from flowpost import Affine, Chain, Coupling, FlowPosterior, Sigmoid
 from flowpost.variational import ascent
 from flowpost.variational.ascent import BLOCK, CLIP, EXACT, PATIENCE, RATE, WARM_UP, Ascent
 from flowpost.variational.bound import Bound, Fitted, bound, draw, noise_for
@@ -159,7 +159,11 @@ WRONG = {
     "with options": (Affine(2), {"steps": 3}, TypeError, "flow_options: expected none with a Affine, got steps"),
     "features": (flowpost.diagonal(5, 2), {}, ValueError, "flow: expected a posterior of features=0, got features=5"),
     "dim": (flowpost.diagonal(0, 3), {}, ValueError, "flow: expected dim=2, the number of free coordinates, got dim=3"),
-}
+    "an interval": (
+        Chain(Affine(2), Sigmoid(2)), {}, ValueError,
+        r"flow: expected one onto all real numbers, .* got codomain \(0.0, 1.0\); leave its last step out",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WRONG)

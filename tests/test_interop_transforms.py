@@ -366,6 +366,13 @@ def test_constants_follow_and_no_cache_is_filled() -> None:
     assert not step.state_dict()
 
 
+def test_the_constants_of_a_distribution_within_follow_too() -> None:
+    base = Normal(torch.arange(3.0), 2.0, validate_args=False)
+    step, z = Bijector.from_transform(T.CumulativeDistributionTransform(base), 3), torch.randn(BATCH, 3)
+    assert step.to("meta")(z.to("meta"))[0].device.type == "meta"
+    assert base.loc.device.type == "cpu"
+
+
 def test_what_a_cache_was_filled_with_before_is_no_constant() -> None:
     given, z = T.ComposeTransform([shifts(DIM)], cache_size=1), torch.randn(BATCH, DIM, dtype=torch.float64)
     image = given(z.clone().requires_grad_())
@@ -411,6 +418,10 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "a tensor to learn": (
         lambda: T.AffineTransform(torch.ones(3, requires_grad=True), 1.0), ValueError, "requires grad",
     ),
+    "a tensor of a distribution to learn": (
+        lambda: T.CumulativeDistributionTransform(Normal(torch.ones(3, requires_grad=True), 1.0)), ValueError,
+        "requires grad",
+    ),
 }  # fmt: skip
 
 
@@ -419,6 +430,14 @@ def test_what_cannot_be_a_step_is_refused(name: str) -> None:
     make, error, message = WRONG[name]
     with pytest.raises(error, match="^transform: .*(" + message + ")"):
         Bijector.from_transform(make(), 3)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_function_with_a_module_s_parameters_is_told_of_or_refused() -> None:
+    lazy = Lazy(DIM, 2)
+    with pytest.raises(TypeError, match=r"^transform: .* is a Lazy whose parameters would not be trained; give a mod"):
+        Bijector.from_transform(lazy.forward, DIM, 2)
+    with pytest.warns(UserWarning, match=r"^transform: .* names a Lazy whose parameters would not be trained; give a"):
+        Bijector.from_transform(lambda context: lazy(context), DIM, 2)
 
 
 def test_a_transform_with_a_module_inside_is_refused() -> None:

@@ -8,6 +8,7 @@ import copy
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -312,7 +313,10 @@ def test_free_bits_by_hand() -> None:
 
 
 def test_free_bits_refuse() -> None:
-    with pytest.raises(ValueError, match=r"^kl: expected shape \(B, G\), a column for each group, got \(3,\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"^kl: expected shape \(B, G\), .*kl_groups\(\) gives it, got \(3,\); write kl.unsqueeze\(-1\)",
+    ):
         free_bits(torch.zeros(3), 0.5)
     for minimum in (-0.1, math.inf, math.nan):
         with pytest.raises(ValueError, match="^minimum: expected a finite number >= 0, got"):
@@ -447,6 +451,40 @@ def test_path_log_prob_refuses() -> None:
         posterior.path_log_prob(posterior(h), h[:, :3])
     with pytest.raises(ValueError, match=r"^context: batch shape \(5,\) does not broadcast with z batch shape \(6,\)"):
         posterior.path_log_prob(posterior(h), h[:5])
+
+
+def _dropping(inputs: int, outputs: int, layer: nn.Module | None = None) -> nn.Module:
+    return nn.Sequential(nn.Linear(inputs, 8), layer or nn.Dropout(0.5), nn.Linear(8, outputs))
+
+
+@pytest.mark.parametrize("gradient", ["stl", "dreg"])
+@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.RReLU()], ids=str)
+def test_a_flow_that_draws_anew_has_no_path_gradient(gradient: str, layer: nn.Module) -> None:
+    """Dropout in a coupling's network: the map that made z is gone, and another one's gradient was half wrong."""
+    vae = small_vae(dim=2)
+    step = flowpost.Coupling(2, flowpost.Affine(1), network=partial(_dropping, layer=layer))
+    flow = flowpost.Chain(step, flowpost.Affine(2))
+    vae.posterior, x = FlowPosterior(4, flow).double(), torch.randn(6, 4, dtype=torch.float64)
+    message = f"^flow: expected the same function again for the path gradient, got {type(layer).__name__} in train mode"
+    with pytest.raises(ValueError, match=message):
+        vae(x, (3,), gradient)
+    vae(x, (3,))
+    vae.eval()(x, (3,), gradient)
+    with torch.no_grad():  # where there is no gradient, none is wrong
+        vae.train()(x, (3,), gradient)
+
+
+def test_what_gives_features_anew_has_no_path_gradient() -> None:
+    """A head or an encoder that is run again gives other features than those that the sample was drawn for."""
+    flow, x = flowpost.Chain(flowpost.Affine(2), flowpost.Planar(2)), torch.randn(6, 4)
+    posterior = FlowPosterior(4, flow, head=_dropping(4, flow.context_size))
+    with pytest.raises(ValueError, match=r"^head: .* got Dropout in train mode.*; q = posterior.at\(h\) runs it once"):
+        posterior.path_log_prob(posterior(x), x)
+    wrapped = flowpost.wrap(nn.LSTM(4, 5, 2, dropout=0.1), 2, features=5, read=lambda out: out[0], flow="planar")
+    with pytest.raises(ValueError, match=r"^encoder: .* got LSTM in train mode.*; q = wrapped.at\(x\) runs it once"):
+        wrapped.path_log_prob(wrapped(x), x)
+    for q in (posterior.at(x), wrapped.at(x)):
+        assert q.path_log_prob(q.draw()).requires_grad
 
 
 @every

@@ -185,6 +185,31 @@ def test_any_chain_of_triangular_steps_is_gaussian(flow: Callable) -> None:
     torch.testing.assert_close(log_prob, MultivariateNormal(loc, scale_tril=scale_tril).log_prob(z))
 
 
+class Stretched(Affine):
+    """As `Affine`, and twice as far."""
+
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        image, log_det = super()._forward(z, context)
+        return 2 * image, log_det + self.dim * math.log(2)
+
+
+class ToldStretched(Stretched):
+    triangular = True
+
+    def _line(self, context: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
+        loc, scale = super()._line(context)
+        return 2 * loc, 2 * scale
+
+
+def test_a_map_of_one_s_own_is_not_the_gaussian_of_its_parent() -> None:
+    """The mean, the entropy and the KL were the parent's."""
+    h = torch.randn(6, 4)
+    assert not FlowPosterior(4, Chain(Stretched(3))).is_gaussian
+    q = FlowPosterior(4, Chain(ToldStretched(3))).at(h)
+    z, log_prob, _ = q.draw((5,))
+    torch.testing.assert_close(MultivariateNormal(q.mean, scale_tril=q.gaussian()[1]).log_prob(z), log_prob)
+
+
 def test_only_gaussians_say_so() -> None:
     assert [RECIPES[name](5, 3).is_gaussian for name in RECIPES] == [True, True, False, False]
     assert not FlowPosterior(5, Chain(Affine(3), Reverse(3))).is_gaussian

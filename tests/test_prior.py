@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent, MultivariateNormal, Normal
 
 import flowpost
-from flowpost import Chain, FlowPosterior, Shift
+from flowpost import Affine, Chain, FlowPosterior, Shift, Sigmoid, Softplus
 from flowpost.evaluation import decompose_elbo, kl_per_latent, log_marginal
 from flowpost.gaps import inference_gaps
 from flowpost.objectives import elbo_terms
@@ -138,6 +138,46 @@ def test_a_prior_that_does_not_fit_is_refused() -> None:
         make(flowpost.realnvp(0, DIM + 1))
     with pytest.raises(TypeError, match="^prior: expected a posterior, such as realnvp.0, dim=2., got Normal"):
         make(Normal(0.0, 1.0))  # pyright: ignore[reportArgumentType]
+
+
+ENDS = {"all": (), "positive": (Softplus(DIM),), "shares": (Sigmoid(DIM),)}
+"""From the widest to the narrowest."""
+
+
+@pytest.mark.parametrize("q", ENDS)
+@pytest.mark.parametrize("p", ENDS)
+def test_a_prior_of_fewer_z_than_the_posterior_s_is_refused(q: str, p: str) -> None:
+    """Its log p(z) is nan where z has left its interval, and with it the loss."""
+    posterior, prior = FlowPosterior(4, Chain(Affine(DIM), *ENDS[q])), FlowPosterior(0, Chain(Affine(DIM), *ENDS[p]))
+    parts = nn.Linear(5, 4), posterior, nn.Linear(DIM, 5), Bernoulli()
+    if [*ENDS].index(p) <= [*ENDS].index(q):
+        assert VAE(*parts, prior=prior)(torch.ones(6, 5), (50,)).log_prior.isfinite().all()
+        return
+    with pytest.raises(ValueError, match="^prior: expected one of all z that the posterior gives, numbers between "):
+        VAE(*parts, prior=prior)
+
+
+class Bimodal(VAE):
+    """Of latents that are all near 2, or all near -2."""
+
+    def log_prior(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+        ends = [Normal(end, 1.0).log_prob(z).sum(-1) for end in (-2.0, 2.0)]
+        return torch.logaddexp(*ends) - math.log(2)
+
+
+def test_a_subclass_s_own_prior_has_no_closed_kl() -> None:
+    """The KL of a Gaussian posterior was that to N(0, I), and so was what the model trained against."""
+    torch.manual_seed(0)
+    vae, x = Bimodal(nn.Linear(5, 4), flowpost.diagonal(4, DIM), nn.Linear(DIM, 5), Bernoulli()), torch.ones(6, 5)
+    out = vae(x, (1000,))
+    assert out.kl is None
+    wanted = (out.log_q - vae.log_prior(out.sample.z)).mean(0)
+    torch.testing.assert_close(vae.elbo_terms(x, (1000,), noise=out.sample.noise).kl, wanted, rtol=1e-5, atol=1e-5)
+    terms = decompose_elbo(vae, x, samples=5)
+    assert terms.total_correlation is not None
+    assert terms.dimension_kl is None
+    with pytest.raises(ValueError, match="^prior: expected N"):
+        kl_per_latent(vae, x)
 
 
 @pytest.mark.parametrize("name", ["iaf", "affine_iaf", "naf"])

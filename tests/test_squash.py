@@ -167,3 +167,23 @@ def test_a_flow_between_intervals_trains() -> None:
     rows = [torch.autograd.grad(image[:, i].sum(), z, retain_graph=True)[0] for i in range(2)]
     torch.testing.assert_close(log_det, torch.linalg.slogdet(torch.stack(rows, 1))[1], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(flow.inverse(image)[0], z)
+
+
+@every
+@both_dtypes
+@pytest.mark.parametrize("loc", [-40.0, -12.0, -6.0, 0.3, 6.0, 12.0, 40.0])
+def test_the_path_gradient_of_a_sample_at_an_end_is_that_of_its_noise(
+    family: type[Bijector], dtype: torch.dtype, loc: float
+) -> None:
+    """By hand, ``-e / s - dlog f'(u)/du`` for the mean: the rounded z' no longer tells u."""
+    posterior = FlowPosterior(0, Chain(Affine(2), family(2))).to(dtype)
+    (context,) = posterior.parameters()
+    noise = torch.tensor([[0.5, -1.2], [1.0, 0.1]], dtype=dtype)
+    with torch.no_grad():
+        context[:2] = loc
+    sample = posterior(sample_shape=(2,), noise=noise)
+    (gradient,) = torch.autograd.grad(posterior.path_log_prob(sample).sum(), context)
+    u = (loc + noise).double().requires_grad_()
+    (bend,) = torch.autograd.grad(family(2)(u)[1].sum(), u)
+    wanted = (-noise - bend).sum(0)
+    torch.testing.assert_close(gradient[:2].double(), wanted, rtol=1e3 * torch.finfo(dtype).eps, atol=1e-6)

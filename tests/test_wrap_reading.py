@@ -2,10 +2,12 @@
 
 import copy
 import pickle
+import re
 import warnings
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,21 @@ def test_read_may_make_features() -> None:
     first = wrap(Returns(torch.randn(4, 9, 7)), 3, features=7, read=lambda out: out[:, 0], flow="diagonal")
     assert first(X).z.shape == (4, 3)
     assert wrap(Returns(torch.randn(4, 9, 7)), 3, example=X, flow="diagonal")(X).z.shape == (4, 9, 3)
+
+
+def test_a_read_with_parameters_of_its_own_is_refused() -> None:
+    """Nobody would train them, nor move them to a device; the encoder's own are trained."""
+    inner, other, frozen = nn.Linear(6, 7), nn.Linear(7, 5), nn.Linear(7, 5).requires_grad_(requires_grad=False)
+    message = (
+        "read: expected a function without parameters of its own, got one that is a Linear whose parameters would not "
+        "be trained; put it into the encoder, as nn.Sequential(encoder, module)"
+    )
+    for read in (other, other.forward, partial(other)):
+        raises(TypeError, message, lambda read=read: wrap(inner, 3, features=5, read=read))
+    with pytest.warns(UserWarning, match=re.escape(message.replace("is a", "names a"))):
+        wrap(inner, 3, features=5, read=lambda out: other(out))
+    for read in (nn.Flatten(), frozen, lambda out: frozen(out), lambda out: out @ inner.weight):
+        wrap(inner, 3, features=5, read=read)
 
 
 STATES = "pass read=lambda out: {} for one z a sequence, or read=lambda out: out[0] for one z a step"

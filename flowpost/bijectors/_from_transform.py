@@ -9,12 +9,13 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Transform, constraints
+from torch.distributions import Distribution, Transform, constraints
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import _InverseTransform
 
 from flowpost.bijectors.base import LINE, Bijector
 from flowpost.numerics.constants import Constant
+from flowpost.numerics.owners import check_owned
 from flowpost.numerics.products import wide_dtype
 from flowpost.numerics.watchers import first_parameter, full_precision
 
@@ -131,6 +132,7 @@ def _held(transform: object, context_size: int) -> _Constants | nn.Module | Make
         raise TypeError(f"transform: expected a Transform or what makes one, got {transform!r}")
     if not context_size:
         raise TypeError("transform: expected a Transform or a module that makes one, got a function of no context")
+    check_owned("transform", transform, None, "give a module whose forward makes the transform", 4)
     return cast(Maker, transform)
 
 
@@ -149,9 +151,13 @@ def _walk(value: object, change: Callable[[Any], object]) -> object:
             "transform: expected one without modules in it, whose parameters nobody would find; "
             "give a module that makes the transform: from_transform(module, dim)"
         )
-    if not isinstance(value, Transform):
+    if isinstance(value, Transform):
+        new = _fresh(value)
+    elif isinstance(value, Distribution):  # whose tensors a transform by its distribution function reads
+        new = object.__new__(type(value))
+        vars(new).update(vars(value))
+    else:
         return value
-    new = _fresh(value)
     vars(new).update({name: _walk(each, change) for name, each in vars(new).items()})
     return new
 

@@ -81,9 +81,12 @@ class Interchange:
             The step, whose `domain` and `codomain` are the transform's.
 
         Raises:
-            TypeError: if `transform` is neither a `Transform` nor makes one.
+            TypeError: if `transform` is neither a `Transform` nor makes one, or a method of a module with parameters.
             ValueError: for one that is not bijective, of larger events, of another size, from or onto anything but one
                 interval for all variables, or with parameters outside of a module.
+
+        Warns:
+            UserWarning: for a function that names a module with parameters, which would not be the step's.
 
         Example:
             >>> from torch.distributions.transforms import AffineTransform, TanhTransform

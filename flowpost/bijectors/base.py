@@ -69,6 +69,12 @@ class Bijector(Placed, Interchange, ABC):
     them (`Coupling`).
     """
 
+    def __init_subclass__(cls, **options: object) -> None:
+        """A class with a map of its own is not ``triangular`` because its parent's is: it says so, or how."""
+        super().__init_subclass__(**options)
+        if "_forward" in vars(cls) and not {"triangular", "_line", "_push_gaussian"} & set(vars(cls)):
+            cls.triangular = False
+
     def __init__(self, dim: int, context_size: int = 0, start: Tensor | None = None) -> None:
         super().__init__()
         self.dim = check_int("dim", dim, minimum=1)

@@ -14,7 +14,7 @@ from flowpost.bijectors._networked import Networked
 from flowpost.bijectors._within import apply, apply_inverse
 from flowpost.bijectors.base import LINE, Bijector
 from flowpost.masked.run import broadcast
-from flowpost.numerics.arguments import check_int, check_order
+from flowpost.numerics.arguments import check_module, check_order, check_widths
 from flowpost.numerics.constants import Ordered
 from flowpost.numerics.rates import Rated
 from flowpost.numerics.watchers import untouched
@@ -47,7 +47,7 @@ class Coupling(Ordered, Networked):
         z ``(*batch, dim)``, context ``(*batch, context_size)``.
 
     Raises:
-        TypeError: for a step that is no Bijector.
+        TypeError: for a step that is no Bijector, or a `network` that makes no module.
         ValueError: for a step of more variables than `dim`, one that reads no context, or one not of the real line.
 
     Reference:
@@ -82,7 +82,9 @@ class Coupling(Ordered, Networked):
         elif network is None:
             self.net = Perceptron(inputs, hidden, start, activation, rate)
         else:
-            self.net = Gained(network(inputs, len(start)), start)
+            made = network(inputs, len(start))
+            check_module("network", made)
+            self.net = Gained(made, start)
         self._set_order(None if order is None else check_order(order, dim))
 
     def causal_order(self) -> Tensor | None:
@@ -138,7 +140,7 @@ class Perceptron(Rated):
         self, inputs: int, hidden: Sequence[int], start: Tensor, activation: Callable[[Tensor], Tensor], rate: float
     ) -> None:
         super().__init__(rate)
-        widths = [inputs, *(check_int("hidden", width, minimum=1) for width in hidden), len(start)]
+        widths = [inputs, *check_widths("hidden", hidden), len(start)]
         self.layers = nn.ModuleList(nn.Linear(*sizes) for sizes in pairwise(widths))
         self.activation = activation
         last = cast(nn.Linear, self.layers[-1])

@@ -11,7 +11,7 @@ from torch import Tensor, empty, nn
 
 from flowpost.masked.activations import Activation
 from flowpost.masked.staircase import Staircase
-from flowpost.numerics.arguments import check_int
+from flowpost.numerics.arguments import check_widths
 from flowpost.numerics.rates import Rated
 
 
@@ -95,7 +95,7 @@ class MADE(Rated):
         rate: float = 1.0,
     ) -> None:
         super().__init__(rate)
-        widths = [check_int("hidden", width, minimum=1) for width in hidden]
+        widths = check_widths("hidden", hidden)
         self.dim, self.outputs, self.activation = dim, outputs, activation
         self.units = [[unit * dim // width for unit in range(width)] for width in widths]
         """The degrees of every hidden layer's units."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
 from typing import cast
 
@@ -27,6 +27,13 @@ def check_int(name: str, value: object, minimum: int) -> int:
     if number < minimum:
         raise ValueError(f"{name}: expected an int >= {minimum}, got {number}")
     return number
+
+
+def check_widths(name: str, widths: object) -> list[int]:
+    """Return the widths of a network's hidden layers, any number of them, as ints of at least 1, or raise."""
+    if not isinstance(widths, Iterable) or isinstance(widths, str):
+        raise TypeError(f"{name}: expected a tuple of ints, got {widths!r}; write ({widths!r},) for one layer")
+    return [check_int(name, width, minimum=1) for width in widths]
 
 
 def check_positive(name: str, value: object) -> float:

@@ -16,7 +16,7 @@ from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.chain import Chain
 from flowpost.bijectors.coupling import Coupling
 from flowpost.bijectors.scale import Scaling
-from flowpost.numerics.arguments import check_int
+from flowpost.numerics.arguments import check_int, check_widths
 from flowpost.numerics.scales import exp_scale
 
 
@@ -76,7 +76,8 @@ def slowed(rate: float | None, hidden: Sequence[int]) -> float:
     """
     if rate is not None:
         return rate
-    return 1 / math.sqrt([*hidden][-1]) if len(hidden) else 1.0
+    widths = check_widths("hidden", hidden)
+    return 1 / math.sqrt(widths[-1]) if widths else 1.0
 
 
 def evened(rate: float | None, hidden: Sequence[int]) -> float:
@@ -87,7 +88,8 @@ def evened(rate: float | None, hidden: Sequence[int]) -> float:
     """
     if rate is not None:
         return rate
-    return min(1.0, 32 / [*hidden][-1]) if len(hidden) else 1.0
+    widths = check_widths("hidden", hidden)
+    return min(1.0, 32 / widths[-1]) if widths else 1.0
 
 
 def steadied(rate: float | None, features: int, dim: int) -> float:

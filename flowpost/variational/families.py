@@ -9,7 +9,7 @@ from typing import TypeAlias, cast
 
 import torch
 
-from flowpost.bijectors.base import Bijector
+from flowpost.bijectors.base import LINE, Bijector
 from flowpost.bijectors.chain import Chain
 from flowpost.bijectors.permute import Permute
 from flowpost.bijectors.spline import Spline
@@ -50,7 +50,13 @@ def build_flow(flow: Flow, dim: int, options: Mapping[str, object]) -> Bijector:
         raise ValueError(f"flow: expected a posterior of features=0, got features={flow.features}")
     if flow.dim != dim:
         raise ValueError(f"flow: expected dim={dim}, the number of free coordinates, got dim={flow.dim}")
-    return copy.deepcopy(flow.flow if isinstance(flow, FlowPosterior) else FlowPosterior(0, flow).flow)
+    built = flow if isinstance(flow, FlowPosterior) else FlowPosterior(0, flow)
+    if built.flow.codomain != LINE:
+        raise ValueError(
+            f"flow: expected one onto all real numbers, as the free coordinates are, got codomain "
+            f"{built.flow.codomain}; leave its last step out, and give the parameters constraints"
+        )
+    return copy.deepcopy(built.flow)
 
 
 def _default(dim: int, options: Mapping[str, object]) -> Bijector:
