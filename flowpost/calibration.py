@@ -24,8 +24,9 @@ def sbc_ranks(
 ) -> Tensor:
     """For each simulated (z, x) and each latent, how many of `samples` draws from q(z|x) lie below z.
 
-    If q is the posterior each rank is uniform on 0..samples; the converse does not hold (the prior passes too). Too
-    narrow a q heaps ranks at both ends, too wide a one in the middle, a biased one at one end.
+    If q is the posterior each rank is uniform on 0..samples; the converse does not hold (the prior passes too). If q is
+    too narrow, ranks at both ends are too frequent; if it is too wide, those in the middle; if it is biased, those at
+    one end.
 
     Args:
         simulate: from a number n to n draws of z ``(n, dim)`` from the prior and x given each, n on the first axis.

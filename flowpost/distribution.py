@@ -27,7 +27,7 @@ class FlowDistribution(Distribution):
     """q(.|x), a `torch.distributions.Distribution` that draws z with its log q: ``q = posterior.at(h)``.
 
     The features have been read: whatever is asked of it, the head runs no more. So it is q(.|x) of the parameters that
-    the head had then, to be made anew after an optimizer step. A sample is scored by the pass that makes it; `log_prob`
+    the head had then. Make a new one after an optimizer step. A sample is scored by the pass that makes it; `log_prob`
     of any other z inverts the flow.
 
     For a Gaussian family (`is_gaussian`) `mean`, `variance`, `stddev` and `entropy` are exact, and so is

@@ -62,10 +62,11 @@ def importance_estimate(
     0.7 for any of them it says so in an `UnreliableEstimateWarning`. Posterior mass that no sample has reached shows
     in none of these numbers.
 
-    The cheap cure of a large k-hat is ``refine=25``: short Hamiltonian chains of each example, 32 from q(z|x) and 32
+    Where k-hat is large, try ``refine=25`` first: short Hamiltonian chains of each example, 32 from q(z|x) and 32
     from p(z), for modes that q misses. A Student's t is fitted to either; the samples are then fresh draws of these,
     one in ten of q, so that the estimate is a lower bound in expectation as before. It takes `refine` times 400
-    gradients of log p(x|z) for each x. The model must be in eval mode for it. The dear cure is `annealed_estimate`.
+    gradients of log p(x|z) for each x. The model must be in eval mode for it. `annealed_estimate` costs more, and
+    needs no better q.
 
     Args:
         vae: the model.

@@ -115,7 +115,8 @@ class Bernoulli(Binomial):
     """Binary x, ``log p(x) = x a - softplus(a)`` with the logit a; one output an element.
 
     The decoder gives logits: it does not end in a sigmoid. An x between 0 and 1 is taken as the probability of a 1, and
-    log p(x) is the cross-entropy; for x that lie between 0 and 1 by themselves `ContinuousBernoulli` is a density.
+    log p(x) is the cross-entropy. For real x between 0 and 1 that are no probabilities, take `ContinuousBernoulli`,
+    which is a density.
     """
 
     def __init__(self) -> None:

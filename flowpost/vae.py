@@ -22,6 +22,7 @@ from flowpost.likelihoods import Gaussian as Gaussian
 from flowpost.likelihoods import Likelihood
 from flowpost.numerics.arguments import check_module
 from flowpost.objectives import ELBOTerms, elbo_terms, over_samples
+from flowpost.outputs import kind
 from flowpost.posterior import FlowPosterior
 from flowpost.terms import VAEOutput as VAEOutput
 from flowpost.terms import closed_kl
@@ -203,7 +204,12 @@ class VAE(Encoding, Generative):
             check_rows(y, len(x), "x")
         h = encode(self.encoder, x, y)
         h = h if self.reading is None else self.reading(h)
-        if isinstance(h, Tensor) and (h.ndim != 2 or h.shape[0] != x.shape[0]):
+        if not isinstance(h, Tensor):
+            wrapped = f"flowpost.wrap(encoder, dim={self.posterior.dim}, example=x)"
+            raise TypeError(
+                f"encoder: expected a tensor of features, got {kind(h)}; write VAE({wrapped}, decoder, likelihood)"
+            )
+        if h.ndim != 2 or h.shape[0] != x.shape[0]:
             raise ValueError(
                 f"encoder: expected features ({x.shape[0]}, features), one row for each x, got shape {tuple(h.shape)}; "
                 f"sum or average over tokens or pixels in the encoder, or, for latents with axes of their own, write "

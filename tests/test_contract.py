@@ -222,6 +222,13 @@ def test_failure_names_the_property_and_the_case() -> None:
         check_bijector(lambda dim, dtype, seed, push, context_size: Wrong(dim).to(dtype))
 
 
+def test_an_extreme_that_fails_is_the_case_that_is_named() -> None:
+    case = Case(lambda dim, dtype, **_: flowpost.Affine(dim, torch.exp).to(dtype), 1, 0)
+    found = r"forward has values or gradients that are not finite \(.*push=0.0, context scale 10000.0\)"
+    with pytest.raises(ContractError, match=found):
+        PROPERTIES["extremes"](case)
+
+
 def test_a_judge_decides_where_autodiff_is_over_the_bound() -> None:
     """At the foot of a steep planar step autodiff loses digits, and takes the log-det for wrong; a judge does not."""
 

@@ -519,6 +519,20 @@ def test_a_vae_s_x() -> None:
     raises(TypeError, "x: expected a real tensor, got torch.complex64", lambda: model()(x))
 
 
+class _Pair(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x[:, :2], x[:, 2:4]
+
+
+def test_a_pair_for_a_vae_is_wrapped() -> None:
+    vae = VAE(_Pair(), flowpost.diagonal(4, 2), nn.Linear(2, 5), Bernoulli())
+    message = (
+        "encoder: expected a tensor of features, got a tuple of a tensor of shape (4, 2), a tensor of shape (4, 2); "
+        "write VAE(flowpost.wrap(encoder, dim=2, example=x), decoder, likelihood)"
+    )
+    raises(TypeError, message, lambda: vae(torch.zeros(4, 5)))
+
+
 def test_features_of_several_tokens() -> None:
     """As many tokens as examples: sizes that agree by chance, where each x met the features of all others."""
     vae = VAE(nn.Unflatten(1, (4, 3)), flowpost.diagonal(3, 2), nn.Linear(2, 12), Bernoulli())

@@ -77,6 +77,16 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return code, out, err
 
 
+def test_the_page_loads_a_trained_model(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, *_ = run(capsys, "--data", "waves.npz", "--posterior", "iaf", "--dim", "2", "--out", "runs/swings", *TINY)
+    assert code == 0
+    page = (Path(__file__).parents[1] / "docs" / "own-data.md").read_text("utf-8")
+    namespace: dict[str, Any] = {}
+    exec(page.partition("```py\n")[2].partition("```")[0], namespace)
+    assert namespace["new"].shape == (16, 12, 2)
+    assert namespace["q"].sample((3,)).shape == (3, 5, 2)
+
+
 # ------------------------------------------------------------------------------------------- what a file is taken for
 
 

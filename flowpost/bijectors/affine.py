@@ -52,8 +52,8 @@ COLUMNS["inverse shift"] = lambda example, constants: lambda z, numbers: z - num
 class Affine(Bijector):
     """Element-wise affine map ``z' = loc + scale * z``: a diagonal Gaussian, when z is N(0, I).
 
-    Use it as the first step of an amortized posterior, to put the Gaussian that the other steps bend where x says; and
-    inside `Masked` and `Coupling`.
+    Use it as the first step of an amortized posterior: it puts a Gaussian where x says, and the other steps bend it.
+    Use it also inside `Masked` and `Coupling`.
 
     The context is ``(loc, raw)``, and ``scale`` makes raw positive, so that the map is invertible for every context.
     Identity at the zero context. Forward, inverse and log-det cost O(dim).

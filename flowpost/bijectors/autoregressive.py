@@ -40,7 +40,7 @@ class Masked(Ordered, Networked):
             weights' layout: in that order or its reverse the network's zeros are skipped.
         activation: element-wise; with ``F.elu``, ``F.relu`` and ``torch.tanh`` a whole run of steps is one node of the
             autograd graph.
-        rate: a positive constant times which the network's outputs come, so that an optimizer moves them less fast;
+        rate: a positive factor on the network's outputs, so that an optimizer moves them less fast;
             ``1 / sqrt(hidden[-1])`` in the recipes whose steps are no gates, which would shrink q to a point before its
             mean has learned to follow x.
 

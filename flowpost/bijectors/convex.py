@@ -22,7 +22,7 @@ def convex_combination(
         entries: ``(*batch, K, dim (dim - 1) / 2)``, every L_k below its unit diagonal, row by row.
         logits: ``(*batch, K)``.
         kept: ``numerics.triangles.places(dim)``, where a step keeps them; by default they are made anew.
-        rate: times which the entries come.
+        rate: a positive factor on the entries.
 
     Returns:
         z' ``(*batch, dim)`` and log_det, zero.
@@ -48,7 +48,7 @@ class ConvexCombination(RatedNumbers, Bijector):
     Args:
         dim: size of z.
         combinations: K, how many matrices; with one it is `UnitLowerTriangular`, and reads no weights.
-        rate: a positive constant times which the matrices' numbers come, as in `UnitLowerTriangular`.
+        rate: a positive factor on the matrices' numbers, as in `UnitLowerTriangular`.
 
     Shapes:
         z ``(*batch, dim)``, context ``(*batch, K * dim * (dim - 1) / 2 + K)``: every L_k below its diagonal, row by

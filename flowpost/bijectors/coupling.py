@@ -40,7 +40,7 @@ class Coupling(Ordered, Networked):
         network: from its number of inputs, those that pass and then c's, and its number of outputs to any module
             ``(*batch, inputs) -> (*batch, outputs)``, in place of `hidden`, `activation` and `rate`. Its outputs are
             multiplied by gains that start at 0.
-        rate: a positive constant times which the network's outputs come, so that an optimizer moves them less fast, as
+        rate: a positive factor on the network's outputs, so that an optimizer moves them less fast, as
             in `Masked`.
 
     Shapes:
@@ -133,7 +133,7 @@ class Perceptron(Rated):
         hidden: widths of the hidden layers.
         start: the outputs at the start.
         activation: element-wise.
-        rate: times which the outputs come.
+        rate: a positive factor on the outputs.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ def unit_lower_triangular(
         z: ``(*batch, dim)``.
         entries: ``(*batch, dim (dim - 1) / 2)``, L below its diagonal, row by row.
         kept: ``numerics.triangles.places(dim)``, where a step keeps them; by default they are made anew.
-        rate: times which the entries come.
+        rate: a positive factor on the entries.
 
     Returns:
         z' ``(*batch, dim)`` and log_det, zero.
@@ -39,7 +39,7 @@ class UnitLowerTriangular(RatedNumbers, Bijector):
 
     Args:
         dim: size of z.
-        rate: a positive constant times which the context's numbers come. Adam moves each of them as far in a step, and
+        rate: a positive factor on the context's numbers. Adam moves each of them as far in a step, and
             a row of L adds up to dim of them: a small rate lets many variables train as steadily as few. A state
             of another rate makes the step one of that rate; one from before there were rates is refused.
 

@@ -75,7 +75,7 @@ class MADE(Rated):
         activation: element-wise, between layers.
         order: the order of the variables: each one's outputs depend on those before it. By default as they come. It is
             folded into the weights' layout.
-        rate: a positive constant times which the outputs come, as in `Rated`.
+        rate: a positive factor on the outputs, as in `Rated`.
 
     Shapes:
         z ``(*batch, dim)``, context ``(*batch, context_size)`` or None, result ``(*batch, outputs, dim)``.

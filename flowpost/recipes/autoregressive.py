@@ -81,7 +81,7 @@ def affine_iaf(
         steps: number of autoregressive steps.
         hidden: widths of each step's hidden layers.
         context_size: size of c, which every step's network reads.
-        rate: times which the networks' outputs come, as in `Masked`; ``1 / sqrt(hidden[-1])`` by default.
+        rate: a positive factor on the networks' outputs, as in `Masked`; ``1 / sqrt(hidden[-1])`` by default.
 
     Returns:
         A posterior that starts near N(0, I).
@@ -113,7 +113,7 @@ def maf(
         steps: number of autoregressive steps.
         hidden: widths of each step's hidden layers.
         context_size: size of c, which every step's network reads.
-        rate: times which the networks' outputs come, as in `Masked`; ``1 / sqrt(hidden[-1])`` by default.
+        rate: a positive factor on the networks' outputs, as in `Masked`; ``1 / sqrt(hidden[-1])`` by default.
 
     Returns:
         A posterior that starts near N(0, I).
@@ -151,7 +151,7 @@ def spline_autoregressive(
         context_size: size of c, which every step's network reads.
         bins: of each spline, from 2 to 50.
         bound: where the splines end and the identity begins.
-        rate: times which the networks' outputs come, as in `Masked`; ``32 / hidden[-1]``, at most 1, by default.
+        rate: a positive factor on the networks' outputs, as in `Masked`; ``32 / hidden[-1]``, at most 1, by default.
         activation: of the networks, "relu", "elu" or "tanh". Splines of relu networks train faster.
 
     Returns:
@@ -189,7 +189,7 @@ def naf(
         steps: number of autoregressive steps.
         hidden: widths of each step's hidden layers.
         context_size: size of c, which every step's network reads.
-        rate: times which the networks' outputs come, as in `Masked`; ``1 / sqrt(hidden[-1])`` by default.
+        rate: a positive factor on the networks' outputs, as in `Masked`; ``1 / sqrt(hidden[-1])`` by default.
         units: sigmoids in a layer.
         layers: deep sigmoids in sequence in each step.
 

@@ -63,7 +63,7 @@ def realnvp(
         steps: number of couplings.
         hidden: widths of the hidden layers of each coupling's network.
         context_size: size of c, which every coupling's network reads.
-        rate: times which the networks' outputs come, as in `Coupling`; ``1 / sqrt(hidden[-1])`` by default.
+        rate: a positive factor on the networks' outputs, as in `Coupling`; ``1 / sqrt(hidden[-1])`` by default.
 
     Returns:
         A posterior that starts near N(0, I).
@@ -101,7 +101,7 @@ def spline_coupling(
         context_size: size of c, which every coupling's network reads.
         bins: of each spline, from 2 to 50.
         bound: where the splines end and the identity begins.
-        rate: times which the networks' outputs come, as in `Coupling`; ``32 / hidden[-1]``, at most 1, by default.
+        rate: a positive factor on the networks' outputs, as in `Coupling`; ``32 / hidden[-1]``, at most 1, by default.
         activation: of the networks, as in `spline_autoregressive`.
 
     Returns:

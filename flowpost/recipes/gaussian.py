@@ -49,7 +49,7 @@ def full_covariance(features: int, dim: int, rate: float | None = None) -> FlowP
     Args:
         features: size of the encoder's features; 0 for a posterior without an encoder.
         dim: size of z; the head grows with ``dim^2 / 2``.
-        rate: times which L's numbers come, as in `UnitLowerTriangular`; ``256 / (features * dim)``, at most 1, by
+        rate: a positive factor on L's numbers, as in `UnitLowerTriangular`; ``256 / (features * dim)``, at most 1, by
             default.
 
     Returns:
@@ -105,7 +105,7 @@ def cc_lin_iaf(
         features: size of the encoder's features; 0 for a posterior without an encoder.
         dim: size of z; the head grows with ``combinations * dim^2 / 2``.
         combinations: number of lower-triangular matrices.
-        rate: times which the matrices' numbers come, as in `full_covariance`.
+        rate: a positive factor on the matrices' numbers, as in `full_covariance`.
         centred: whether the mean comes last, as it does in `full_covariance`. False is the paper's order: the same
             family, in which the steps have to turn a mean that moves with x.
 

@@ -85,7 +85,8 @@ def check_bijector(
             rounding. With one the log-det is held to its bound as it stands; without, what autodiff rounds is allowed.
 
     Returns:
-        For every property the largest error seen, 0 where it has none to measure.
+        For every property the largest error seen, 0 where it has none to measure. For ``"meta"`` it is no error, but
+        how many operations a call and its gradient dispatch.
 
     Raises:
         ContractError: at the first property that fails, naming it and the case.

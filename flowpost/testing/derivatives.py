@@ -190,7 +190,8 @@ def extremes(case: Case) -> float:
     values = torch.tensor([0.0, 1e-30, 1.0, -1.0, 1e3, -1e3, 1e6, -1e6], dtype=case.dtype, device=case.device)
     z = values.unsqueeze(-1).repeat(1, case.dim)
     for amount in (0.0, 1.0, 20.0, 100.0):
-        step = dataclasses.replace(case, push=amount).step()
+        pushed = dataclasses.replace(case, push=amount)
+        step = pushed.step()
         for scale in (0.0, 1.0, 1e2, 1e4):
             context = case.context(len(values), scale=scale)
             if context is not None and scale == 0:
@@ -198,8 +199,8 @@ def extremes(case: Case) -> float:
             for direction, interval in ((step.forward, step.domain), (step.inverse, step.codomain)):
                 results = with_gradients(direction, step, place(z, interval), context)
                 finite = all(bool(t.isfinite().all()) for t in results)
-                name = direction.__name__
-                require(finite, case, f"extremes: {name} not finite at push {amount}, context scale {scale}")
+                found = f"{direction.__name__} has values or gradients that are not finite"
+                require(finite, dataclasses.replace(pushed, context_scale=scale), found)
     return 0.0
 
 

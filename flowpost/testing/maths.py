@@ -170,7 +170,7 @@ def _mass_2d(step: Bijector, context: Tensor | None, device: str, cells: int = 2
 
 
 def composition(case: Case) -> float:
-    """B21: Chain and Inverse of the step hold B1 too; ``Inverse(Inverse(step))`` is the step; log-dets add."""
+    """B21: Chain and Inverse of the step have exact log-dets; ``Inverse(Inverse(step))`` is the step; log-dets add."""
     first, second = case.step(), case.step(case.seed + 1)
     once = Inverse(first)
     right = once is first.step if isinstance(first, Inverse) else isinstance(once, Inverse) and Inverse(once) is first

@@ -144,14 +144,14 @@ class FittedPosterior:
             pool: how many draws of q they are taken from; ten times n by default.
 
         Warns:
-            UnreliableEstimateWarning: where k-hat is above 0.7, so that a few draws would be most of the result.
+            UnreliableEstimateWarning: where k-hat of the pool is above 0.7; it says how often one draw is taken.
         """
         z, k_hat = self._resampled(n, pool)
         if not k_hat <= LIMIT:
-            message = (
-                f"Pareto k-hat is {k_hat:.2f}, above {LIMIT}: a few draws are most of these; refine() moves them apart"
-            )
-            warnings.warn(f"importance_resample: {message}", UnreliableEstimateWarning, stacklevel=3)
+            most = int(z.unique(dim=0, return_counts=True)[1].max())
+            found = f"Pareto k-hat is {k_hat:.2f}, above {LIMIT}, and one draw is {most} of these {n}"
+            message = f"importance_resample: {found}; if that is many, refine() moves them apart"
+            warnings.warn(message, UnreliableEstimateWarning, stacklevel=3)
         return self.parameters.constrain(z)[0]
 
     def refine(self, n: int = 1000, *, steps: int = 20, leapfrogs: int = 5) -> Values:
