@@ -15,11 +15,10 @@ from flowpost.recipes import RECIPES
 WIDTH = 32  # of the two hidden layers of every network, where z is not wider
 CONTEXT = 4  # size of c, where a recipe has one
 RATE = 2e-2
-RATES: Mapping[str, float] = dict.fromkeys(
-    ("spline_autoregressive", "spline_coupling", "zuko NSF", "zuko NSF coupling")
-    + ("nflows RQS coupling", "pyro spline coupling"),
-    6e-3,
-)
+RATES: Mapping[str, float] = {
+    **dict.fromkeys(("spline_autoregressive", "zuko NSF"), 3e-3),
+    **dict.fromkeys(("spline_coupling", "zuko NSF coupling", "nflows RQS coupling", "pyro spline coupling"), 6e-3),
+}
 """Adam's learning rate at the start, where it is not `RATE`: a flow of a library has that of the recipe of its kind."""
 
 
