@@ -162,7 +162,7 @@ def test_fits_are_independent() -> None:
     """No fit's loss depends on another's weights."""
     posteriors = [pushed(planar(0, 2, steps=2)) for _ in ENERGIES]
     parameters, buffers = torch.func.stack_module_state(posteriors)
-    z, log_q = draw(posteriors[0], parameters, buffers, torch.randn(7, 2))
+    z, log_q = draw(posteriors[0], parameters, buffers, torch.randn(len(posteriors), 7, 2))
     losses = free_energies(z, log_q, ENERGIES, torch.zeros(4, 1, 2), 0.5)
     for index, loss in enumerate(losses):
         for gradient in torch.autograd.grad(loss, list(parameters.values()), retain_graph=True):
@@ -173,10 +173,10 @@ def test_fits_are_independent() -> None:
 def test_losses_are_free_energies_of_each_energy_s_own_posterior() -> None:
     posteriors = [pushed(planar(0, 2, steps=2)) for _ in ENERGIES]
     parameters, buffers = torch.func.stack_module_state(posteriors)
-    noise, centres = torch.randn(9, 2), torch.randn(4, 1, 2)
-    z, log_q = draw(posteriors[0], parameters, buffers, noise)
+    noises, centres = torch.randn(4, 9, 2), torch.randn(4, 1, 2)
+    z, log_q = draw(posteriors[0], parameters, buffers, noises)
     losses = free_energies(z, log_q, ENERGIES, centres, 0.3)
-    for posterior, energy, centre, loss in zip(posteriors, ENERGIES, centres, losses, strict=True):
+    for posterior, energy, noise, centre, loss in zip(posteriors, ENERGIES, noises, centres, losses, strict=True):
         z, log_q, _ = place(posterior, energy)(sample_shape=(9,), noise=noise)
         start = 0.5 * (z - centre).square().sum(-1)
         torch.testing.assert_close(loss, (log_q + 0.3 * energy.potential(z) + 0.7 * start).mean())

@@ -143,7 +143,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = 0.5 * lr * (1 + math.cos(math.pi * iteration / plan.iterations))
         optimizer.zero_grad()
-        noise = torch.randn(plan.batch, dim)  # common to all of them
+        noise = torch.randn(len(posteriors), plan.batch, dim)
         z, log_q = draw(posteriors[0], parameters, buffers, noise, together=together)
         losses = free_energies(z, log_q, energies, centres, temperature(iteration, plan))
         losses.sum().backward()
@@ -165,17 +165,19 @@ def temperature(iteration: int, plan: Plan) -> float:
 def draw(
     posterior: FlowPosterior, parameters: Tensors, buffers: Tensors, noise: Tensor, *, together: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Where every set of weights puts the same noise ``(samples, dim)``: z ``(sets, samples, dim)`` and its log q."""
+    """Where every set of weights puts its own noise ``(sets, samples, dim)``: z, of the same shape, and its log q."""
 
-    def one(parameters: Tensors, buffers: Tensors) -> tuple[Tensor, Tensor]:
+    def one(parameters: Tensors, buffers: Tensors, noise: Tensor) -> tuple[Tensor, Tensor]:
         given = {"sample_shape": tuple(noise.shape[:1]), "noise": noise}
         z, log_q, _ = functional_call(posterior, (parameters, buffers), (), given)
         return z, log_q
 
     if together:
-        return vmap(one)(parameters, buffers)
-    sets = len(next(iter(parameters.values())))
-    found = [one(*({name: each[i] for name, each in of.items()} for of in (parameters, buffers))) for i in range(sets)]
+        return vmap(one)(parameters, buffers, noise)
+    found = [
+        one(*({name: each[i] for name, each in of.items()} for of in (parameters, buffers)), own)
+        for i, own in enumerate(noise)
+    ]
     return torch.stack([z for z, _ in found]), torch.stack([log_q for _, log_q in found])
 
 
