@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal
 
 import flowpost
-from flowpost import Affine, Chain, FlowPosterior, Planar, Reverse, Sample, Scale, UnitLowerTriangular
+from flowpost import Affine, Chain, FlowPosterior, Learned, Planar, Reverse, Sample, Scale, UnitLowerTriangular
 
 RECIPES: dict[str, Callable[..., FlowPosterior]] = {
     "diagonal": flowpost.diagonal,
@@ -208,6 +208,58 @@ def test_a_map_of_one_s_own_is_not_the_gaussian_of_its_parent() -> None:
     q = FlowPosterior(4, Chain(ToldStretched(3))).at(h)
     z, log_prob, _ = q.draw((5,))
     torch.testing.assert_close(MultivariateNormal(q.mean, scale_tril=q.gaussian()[1]).log_prob(z), log_prob)
+
+
+class BentChain(Chain):
+    """As `Chain`, and then its exponential."""
+
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        image, log_det = super()._forward(z, context)
+        return image.exp(), log_det + image.sum(-1)
+
+
+class BentLearned(Learned):
+    """As `Learned`, and then its exponential."""
+
+    _forward = BentChain._forward
+
+
+class Bending:
+    """The same for any step."""
+
+    _forward = BentChain._forward
+
+
+class BentAffine(Bending, Affine):
+    pass
+
+
+class StraightChain(Chain):
+    triangular = False
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: BentChain(Affine(3)),
+        lambda: BentLearned(Affine(3)),
+        lambda: StraightChain(Affine(3)),
+        lambda: Chain(BentAffine(3)),
+    ],
+)
+def test_a_chain_of_gaussian_steps_with_a_map_of_its_own_is_not_gaussian(make: Callable) -> None:
+    """It took its steps' mean, entropy and KL."""
+    assert not FlowPosterior(4, Chain(make(), Affine(3))).is_gaussian
+
+
+def test_a_step_with_a_forward_of_its_own_is_refused() -> None:
+    """A posterior passed by it, and so drew from its parent's map."""
+    with pytest.raises(TypeError, match=r"^Doubled: expected a _forward of its own, got a forward"):
+
+        class Doubled(Affine):
+            def forward(self, z: Tensor, context: Tensor | None = None, *, checked: bool = False) -> tuple:
+                image, log_det = super().forward(z, context, checked=checked)
+                return 2 * image, log_det + self.dim * math.log(2)
 
 
 def test_only_gaussians_say_so() -> None:
