@@ -89,7 +89,7 @@ def path_log_density(flow: Bijector, sample: Sample, context: Tensor | None) -> 
             "path_log_prob: expected a call without gradients under torch.export, which leaves out those within a "
             "program; export it under torch.no_grad(), where it is sample.log_prob"
         )
-    refuse_random("flow", flow, 'call eval() on it, or take the log q of the sample, gradient="standard"')
+    refuse_random("flow", flow, 'call eval() on it, or take the log q of the sample, gradient="standard"', of_rows=True)
 
     with torch.no_grad(), full_precision(z.device.type):
         fixed = flow._check(z, None if context is None else context.detach())

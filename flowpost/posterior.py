@@ -128,7 +128,14 @@ class FlowPosterior(nn.Module):
             return None
         # The head's outputs are the map's parameters: half a digit less there is a tenth of a nat in log q.
         with full_precision(h.device.type):
-            return self.head(h)
+            context = self.head(h)
+        if isinstance(context, Tensor) and not _expands(context, h):
+            rows = ", ".join(map(str, h.shape[:-1]))
+            rows = ", ".join(map(str, h.shape[:-1]))
+            raise ValueError(
+                f"head: expected a row for each of h, ({rows}, {self.flow.context_size}), got {tuple(context.shape)}"
+            )
+        return context
 
     def log_prob(self, z: Tensor, h: Tensor | None = None) -> Tensor:
         """The log q(z|x) of any z, also one the posterior never drew, by the flow's inverse.
@@ -164,7 +171,8 @@ class FlowPosterior(nn.Module):
 
         Raises:
             TypeError: if `sample` is no Sample, and as `forward`.
-            ValueError: as `forward`; with dropout in train mode in the flow or the head, which would be other ones now.
+            ValueError: as `forward`; with dropout or spectral norm in train mode in the flow or the head,
+                which would be other ones now, or batch norm in the flow, whose rows it mixes.
             RuntimeError: under `torch.export`, unless under `torch.no_grad`; where its gradient is differentiated more
                 often than above.
 
@@ -208,3 +216,11 @@ class FlowPosterior(nn.Module):
         if h.device != like.device:
             raise ValueError(f"h: expected device {like.device} like the parameters, got {h.device}")
         return h.to(like.dtype)
+
+
+def _expands(context: Tensor, h: Tensor) -> bool:
+    """Whether a context goes with the rows of h; one with an axis more would mix them."""
+    batch, rows = context.shape[:-1], h.shape[:-1]
+    return len(batch) <= len(rows) and all(
+        size in (1, wanted) for size, wanted in zip(reversed(batch), reversed(rows), strict=False)
+    )

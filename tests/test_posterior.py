@@ -185,6 +185,14 @@ def test_any_chain_of_triangular_steps_is_gaussian(flow: Callable) -> None:
     torch.testing.assert_close(log_prob, MultivariateNormal(loc, scale_tril=scale_tril).log_prob(z))
 
 
+def test_a_head_with_an_axis_more_is_refused() -> None:
+    """It broadcast against the rows of noise: each example got the draws of all."""
+    flow = Chain(Affine(2), Planar(2))
+    head = nn.Sequential(nn.Linear(4, flow.context_size), nn.Unflatten(-1, (1, flow.context_size)))
+    with pytest.raises(ValueError, match=r"^head: expected a row for each of h, \(6, 9\), got \(6, 1, 9\)"):
+        FlowPosterior(4, flow, head)(torch.randn(6, 4))
+
+
 class Stretched(Affine):
     """As `Affine`, and twice as far."""
 
