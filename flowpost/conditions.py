@@ -13,6 +13,7 @@ from flowpost.bijectors.autoregressive import Masked
 from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.wrappers import Inverse
 from flowpost.distribution import FlowDistribution
+from flowpost.numerics.arguments import check_module
 from flowpost.numerics.watchers import recordable
 from flowpost.posterior import FlowPosterior
 from flowpost.wrapped import WrappedPosterior
@@ -32,6 +33,7 @@ def check_prior(prior: Prior, posterior: FlowPosterior) -> None:
     dim, (low, high) = posterior.dim, posterior.flow.codomain
     if not isinstance(prior, (FlowPosterior, WrappedPosterior)):
         raise TypeError(f"prior: expected a posterior, such as realnvp(0, dim={dim}), got {type(prior).__name__}")
+    _check_asked("prior", prior)
     if prior.dim != dim:
         raise ValueError(f"prior: expected one of dim={dim}, the posterior's, got dim={prior.dim}")
     flow = (prior.posterior if isinstance(prior, WrappedPosterior) else prior).flow
@@ -48,6 +50,27 @@ def check_prior(prior: Prior, posterior: FlowPosterior) -> None:
             UserWarning,
             stacklevel=3,
         )
+
+
+def check_part(name: str, part: nn.Module) -> None:
+    """Refuse a part of a VAE that is no module, or a posterior with methods of its own that nobody would call."""
+    check_module(name, part)
+    _check_asked(name, part, apart=isinstance(part, WrappedPosterior))
+
+
+def _check_asked(name: str, part: nn.Module, *, apart: bool = False) -> None:
+    """Refuse a subclass whose draws and log q are not those of its ``at``; or if it is taken apart, of its parts."""
+    kind = next((each for each in (FlowPosterior, WrappedPosterior) if isinstance(part, each)), None)
+    if kind is None or (type(part).at is not kind.at and not apart):
+        return
+    names = ["forward", "log_prob", "path_log_prob", "gaussian", "is_gaussian", *(["at", "features"] if apart else [])]
+    for own in names:
+        if getattr(type(part), own) is not getattr(kind, own):
+            cure = "write an encode of the VAE's own" if apart else "write an at(h) that gives such a q"
+            raise TypeError(
+                f"{name}: expected draws and log q as {kind.__name__} has them, got {type(part).__name__} with a {own} "
+                f"of its own, which a VAE does not call; {cure}"
+            )
 
 
 def reads(prior: Prior | None) -> bool:

@@ -44,7 +44,15 @@ class Generative(nn.Module):
         """Draw z ~ p(z), ``(count, dim)``, or one of p(z|y) for each row of y, of which a single one serves all.
 
         `noise`, a standard normal draw of that shape, takes the place of a fresh one.
+
+        Raises:
+            NotImplementedError: of a subclass with a `log_prior` of its own and no ``sample_prior``.
         """
+        kind = type(self)
+        if kind.log_prior is not Generative.log_prior and kind.sample_prior is Generative.sample_prior:
+            raise NotImplementedError(
+                f"sample_prior: expected one of {kind.__name__}'s own, as its log_prior is its own"
+            )
         if self.prior is not None:
             shape = () if reads(self.prior) else (count,)
             return prior_at(self.prior, row_for_each(y, count)).draw(shape, noise).z

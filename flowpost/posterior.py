@@ -71,8 +71,11 @@ class FlowPosterior(nn.Module):
 
     @property
     def is_gaussian(self) -> bool:
-        """Whether q(z|x) is Gaussian for every x, so that `gaussian` gives its mean and Cholesky factor."""
-        return self.flow.triangular
+        """Whether q(z|x) is Gaussian for every x, so that `gaussian` gives its mean and Cholesky factor.
+
+        Of a subclass with an `at` of its own, nobody knows, unless it says so.
+        """
+        return self.flow.triangular and type(self).at is FlowPosterior.at
 
     def forward(
         self, h: Tensor | None = None, sample_shape: tuple[int, ...] = (), noise: Tensor | None = None

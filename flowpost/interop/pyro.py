@@ -51,6 +51,10 @@ class PyroFlow(FlowDistribution, TorchDistributionMixin):
             return self._last.result
         return super().log_prob(value)
 
+    @property
+    def _is_of_flow(self) -> bool:
+        return type(self).log_prob is PyroFlow.log_prob
+
     def _read(self, z: Tensor) -> list[Tensor]:
         """All that log q(z|x) is made of."""
         return [z, *([] if self.context is None else [self.context]), *self.flow.parameters()]
@@ -71,7 +75,7 @@ def as_pyro(q: FlowDistribution) -> PyroFlow:
         The same q; the context is shared, nothing is computed.
 
     Raises:
-        TypeError: if `q` is no `FlowDistribution`.
+        TypeError: if `q` is no `FlowDistribution`, or one of a subclass with a `log_prob` of its own.
 
     Example:
         >>> encoder, posterior = nn.Linear(9, 16), flowpost.planar(16, dim=2)
@@ -85,4 +89,8 @@ def as_pyro(q: FlowDistribution) -> PyroFlow:
     """
     if not isinstance(q, FlowDistribution):
         raise TypeError(f"q: expected a FlowDistribution, as posterior.at(h) gives it, got {type(q).__name__}")
+    if not q._is_of_flow:
+        raise TypeError(
+            f"q: expected one with the log q of its flow, got {type(q).__name__} with a log_prob of its own"
+        )
     return PyroFlow(q.flow, q.context, tuple(q.batch_shape), validate_args=q._validate_args)
