@@ -8,9 +8,32 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 Activation = Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def check_elementwise(activation: Activation) -> None:
+    """Refuse an activation that mixes the units: each variable's numbers would follow those after it.
+
+    One that draws anew, or whose parameters have no values yet, cannot be asked.
+    """
+    parameters = activation.parameters() if isinstance(activation, nn.Module) else ()
+    if activation in KNOWN or any(each.device.type != "cpu" for each in parameters):
+        return
+    x = torch.linspace(-2.0, 2.0, 12, device="cpu").view(2, 6)
+    moved = x.clone()
+    moved[:, 1:] += 1.0
+    moved[1, 0] += 1.0
+    try:
+        first, again, other = (activation(each.clone())[0, 0] for each in (x, x, moved))
+    except (RuntimeError, IndexError):  # it says what it wants where it is called
+        return
+    if torch.equal(first, again) and not torch.equal(first, other):
+        name = getattr(activation, "__name__", type(activation).__name__)
+        raise ValueError(f"activation: expected an element-wise function, got {name}, which mixes the units")
+
 
 _relu_backward = torch.ops.aten.threshold_backward.default
 _elu_backward = torch.ops.aten.elu_backward.default

@@ -72,6 +72,11 @@ def watched() -> bool:
     )
 
 
+def changes(tensor: Tensor) -> int | None:
+    """How often a tensor was changed in place, where anybody counts that."""
+    return None if watched() or tensor.is_inference() else tensor._version
+
+
 def recordable(tensor: Tensor) -> Tensor:
     """A tensor that autograd can keep: of one that ``torch.inference_mode`` made, outside of that mode, a copy."""
     return tensor.clone() if tensor.is_inference() else tensor
