@@ -14,7 +14,7 @@ from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.wrappers import Inverse
 from flowpost.distribution import FlowDistribution
 from flowpost.numerics.arguments import check_module
-from flowpost.numerics.watchers import changes, recordable
+from flowpost.numerics.watchers import changes, check_left, recordable
 from flowpost.posterior import FlowPosterior
 from flowpost.wrapped import WrappedPosterior
 
@@ -114,15 +114,6 @@ def call(name: str, part: nn.Module, given: Tensor, y: Tensor | None) -> Tensor:
     made = part(given) if y is None else part(given, y)
     check_left(name, given, before)
     return made
-
-
-def check_left(name: str, given: Tensor, before: int | None) -> None:
-    """Refuse a part that has changed its input in place, where it was counted: others read that too."""
-    if before is not None and given._version != before:
-        raise ValueError(
-            f"{name}: expected its input left as it is, got it changed in place, whereas x and z are read again; write "
-            f"z * 2, not z.mul_(2), and no inplace=True in the first layer"
-        )
 
 
 def encode(encoder: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from flowpost.conditions import Prior, call, check_left, condition, prior_at, reads, row_for_each, spread
+from flowpost.conditions import Prior, call, condition, prior_at, reads, row_for_each, spread
 from flowpost.density import like_of, standard_normal_log_prob
 from flowpost.likelihoods import Likelihood
-from flowpost.numerics.watchers import changes
+from flowpost.numerics.watchers import changes, check_left
 from flowpost.outputs import kind
 from flowpost.posterior import FlowPosterior
 

@@ -14,7 +14,7 @@ from flowpost.numerics.arguments import FLOATS, check_int, check_module, check_u
 from flowpost.numerics.constants import follow
 from flowpost.numerics.repeated import refuse_random
 from flowpost.numerics.states import keep_constants
-from flowpost.numerics.watchers import first_parameter, full_precision
+from flowpost.numerics.watchers import changes, check_left, first_parameter, full_precision
 
 
 class FlowPosterior(nn.Module):
@@ -130,8 +130,10 @@ class FlowPosterior(nn.Module):
         if h is None or self.head is None:
             return None
         # The head's outputs are the map's parameters: half a digit less there is a tenth of a nat in log q.
+        before = changes(h)
         with full_precision(h.device.type):
             context = self.head(h)
+        check_left("head", h, before)
         if isinstance(context, Tensor) and not _expands(context, h):
             rows = ", ".join(map(str, h.shape[:-1]))
             rows = ", ".join(map(str, h.shape[:-1]))

@@ -256,3 +256,10 @@ def test_a_network_s_outputs_are_not_broadcast(end: Callable) -> None:
         ValueError, match=r"^network: expected a row of outputs for each of inputs, \(5, 4\), got shape"
     ):
         step(torch.randn(5, 4))
+
+
+def test_a_network_that_changes_its_input_in_place_is_refused() -> None:
+    """It moved what passes, and the caller's z too, and the log-det said nothing of it."""
+    network = lambda inputs, outputs: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(inputs, outputs))  # noqa: E731
+    with pytest.raises(ValueError, match="^network: expected its input left as it is"):
+        Coupling(4, Affine(2), network=network)(torch.randn(5, 4))

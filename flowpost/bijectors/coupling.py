@@ -17,7 +17,7 @@ from flowpost.masked.run import broadcast
 from flowpost.numerics.arguments import check_module, check_order, check_widths
 from flowpost.numerics.constants import Ordered
 from flowpost.numerics.rates import Rated
-from flowpost.numerics.watchers import untouched
+from flowpost.numerics.watchers import changes, check_left, untouched
 
 
 class Coupling(Ordered, Networked):
@@ -192,7 +192,9 @@ class Gained(nn.Module):
         if context is not None:
             z = torch.cat(broadcast(context, z, context), dim=-1)
         rows = z.reshape(-1, z.shape[-1])  # as batch norm wants them
+        before = changes(rows)
         outputs = self.network(rows)
+        check_left("network", rows, before)
         if outputs.shape != (expected := (len(rows), *self.bias.shape)):  # it would broadcast
             raise ValueError(
                 f"network: expected a row of outputs for each of inputs, {expected}, got shape {tuple(outputs.shape)}"
