@@ -52,16 +52,18 @@ def check_prior(prior: Prior, posterior: FlowPosterior) -> None:
         )
 
 
-def check_part(name: str, part: nn.Module) -> None:
+def check_part(name: str, part: object) -> None:
     """Refuse a part of a VAE that is no module, or a posterior with methods of its own that nobody would call."""
     check_module(name, part)
     _check_asked(name, part, apart=isinstance(part, WrappedPosterior))
 
 
-def _check_asked(name: str, part: nn.Module, *, apart: bool = False) -> None:
+def _check_asked(name: str, part: object, *, apart: bool = False) -> None:
     """Refuse a subclass whose draws and log q are not those of its ``at``; or if it is taken apart, of its parts."""
-    kind = next((each for each in (FlowPosterior, WrappedPosterior) if isinstance(part, each)), None)
-    if kind is None or (type(part).at is not kind.at and not apart):
+    if not isinstance(part, (FlowPosterior, WrappedPosterior)):
+        return
+    kind = FlowPosterior if isinstance(part, FlowPosterior) else WrappedPosterior
+    if type(part).at is not kind.at and not apart:
         return
     names = ["forward", "log_prob", "path_log_prob", "gaussian", "is_gaussian", *(["at", "features"] if apart else [])]
     for own in names:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 import torch
@@ -228,8 +229,9 @@ def _normed(inputs: int, outputs: int) -> nn.Module:
 def test_batch_norm_takes_samples_of_examples_for_rows(training: bool) -> None:  # noqa: FBT001
     """It took 16 examples for its 16 channels, and so others' statistics, without a word."""
     step = flowpost.testing.push(Coupling(4, Affine(2), network=_normed), 1.0, 0)
-    norm = step.net.network[1]  # pyright: ignore
-    norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2.0)
+    norm = cast(nn.BatchNorm1d, step.get_submodule("net.network.1"))
+    norm.get_buffer("running_mean").normal_()
+    norm.get_buffer("running_var").uniform_(0.5, 2.0)
     z = torch.randn(3, 16, 4)
     image, log_det = step.train(training)(z)
     rows, of_rows = step(z.flatten(0, 1))

@@ -207,12 +207,12 @@ def test_a_head_with_an_axis_more_is_refused() -> None:
 class Twice(Bijector):
     """``z' = 2 z``, by a function that may do it badly."""
 
-    def __init__(self, dim: int, double: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, dim: int, map_: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
         super().__init__(dim)
-        self.double = double
+        self.map_ = map_
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self.double(z)
+        return self.map_(z)
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         return z.div_(2), z.new_tensor(-self.dim * math.log(2))
@@ -282,13 +282,16 @@ class BentChain(Chain):
 class BentLearned(Learned):
     """As `Learned`, and then its exponential."""
 
-    _forward = BentChain._forward
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        image, log_det = super()._forward(z, context)
+        return image.exp(), log_det + image.sum(-1)
 
 
 class Bending:
-    """The same for any step."""
+    """The exponential of noise, for any step."""
 
-    _forward = BentChain._forward
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return z.exp(), z.sum(-1)
 
 
 class BentAffine(Bending, Affine):

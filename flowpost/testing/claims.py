@@ -43,8 +43,8 @@ def _gaussian_error(step: Bijector, z: Tensor, image: Tensor, context: Tensor | 
     zeros, eye = z.new_zeros(step.dim), torch.eye(step.dim, dtype=z.dtype, device=z.device)
     worst = 0.0
     for start in (None, eye.cumsum(0)):
-        loc, tril = (each if each is None else each.detach() for each in step._push_gaussian(zeros, start, context))
-        tril = eye if tril is None else tril
+        loc, found = step._push_gaussian(zeros, start, context)
+        loc, tril = loc.detach(), eye if found is None else found.detach()
         ends = image if start is None else step(z @ start.mT, context)[0].detach()
         size_of = (tril.abs() @ z.abs().unsqueeze(-1)).squeeze(-1) + loc.abs() + ends.abs()
         error = (loc + (tril @ z.unsqueeze(-1)).squeeze(-1) - ends).abs()
