@@ -13,7 +13,8 @@ from flowpost.bijectors.autoregressive import Masked
 from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.wrappers import Inverse
 from flowpost.distribution import FlowDistribution
-from flowpost.numerics.watchers import recordable
+from flowpost.numerics.arguments import check_module
+from flowpost.numerics.watchers import changes, check_left, recordable
 from flowpost.posterior import FlowPosterior
 from flowpost.wrapped import WrappedPosterior
 
@@ -32,6 +33,7 @@ def check_prior(prior: Prior, posterior: FlowPosterior) -> None:
     dim, (low, high) = posterior.dim, posterior.flow.codomain
     if not isinstance(prior, (FlowPosterior, WrappedPosterior)):
         raise TypeError(f"prior: expected a posterior, such as realnvp(0, dim={dim}), got {type(prior).__name__}")
+    _check_asked("prior", prior)
     if prior.dim != dim:
         raise ValueError(f"prior: expected one of dim={dim}, the posterior's, got dim={prior.dim}")
     flow = (prior.posterior if isinstance(prior, WrappedPosterior) else prior).flow
@@ -48,6 +50,29 @@ def check_prior(prior: Prior, posterior: FlowPosterior) -> None:
             UserWarning,
             stacklevel=3,
         )
+
+
+def check_part(name: str, part: object) -> None:
+    """Refuse a part of a VAE that is no module, or a posterior with methods of its own that nobody would call."""
+    check_module(name, part)
+    _check_asked(name, part, apart=isinstance(part, WrappedPosterior))
+
+
+def _check_asked(name: str, part: object, *, apart: bool = False) -> None:
+    """Refuse a subclass whose draws and log q are not those of its ``at``; or if it is taken apart, of its parts."""
+    if not isinstance(part, (FlowPosterior, WrappedPosterior)):
+        return
+    kind = FlowPosterior if isinstance(part, FlowPosterior) else WrappedPosterior
+    if type(part).at is not kind.at and not apart:
+        return
+    names = ["forward", "log_prob", "path_log_prob", "gaussian", "is_gaussian", *(["at", "features"] if apart else [])]
+    for own in names:
+        if getattr(type(part), own) is not getattr(kind, own):
+            cure = "write an encode of the VAE's own" if apart else "write an at(h) that gives such a q"
+            raise TypeError(
+                f"{name}: expected draws and log q as {kind.__name__} has them, got {type(part).__name__} with a {own} "
+                f"of its own, which a VAE does not call; {cure}"
+            )
 
 
 def reads(prior: Prior | None) -> bool:
@@ -85,11 +110,12 @@ def row_for_each(y: Tensor | None, count: int) -> Tensor | None:
 
 def call(name: str, part: nn.Module, given: Tensor, y: Tensor | None) -> Tensor:
     """What a part makes of its input and of y, each row of which goes to one row of the input."""
-    if y is None:
-        return part(given)
-    if not torch.compiler.is_compiling():
+    if y is not None and not torch.compiler.is_compiling():
         _check_takes_two(name, part)
-    return part(given, y)
+    before = changes(given)
+    made = part(given) if y is None else part(given, y)
+    check_left(name, given, before)
+    return made
 
 
 def encode(encoder: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:

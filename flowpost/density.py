@@ -15,7 +15,7 @@ from flowpost.numerics.along import along
 from flowpost.numerics.arguments import check_noise, check_sample_shape
 from flowpost.numerics.products import wide_dtype
 from flowpost.numerics.repeated import refuse_random
-from flowpost.numerics.watchers import exporting, first_parameter, full_precision, watched
+from flowpost.numerics.watchers import changes, check_left, exporting, first_parameter, full_precision, watched
 
 _LOG_2PI = math.log(2 * math.pi)
 
@@ -53,13 +53,18 @@ def push(
         noise = torch.randn(shape, dtype=like.dtype, device=like.device)
     else:
         check_noise(noise, shape, like)
-    return *apply(flow, noise, flow._check(noise, context)), noise
+    before = changes(noise)
+    z, log_det = apply(flow, noise, flow._check(noise, context))
+    check_left("flow", noise, before)
+    return z, log_det, noise
 
 
 def log_density(flow: Bijector, z: Tensor, context: Tensor | None, batch: tuple[int, ...]) -> Tensor:
     """The log q of any z, by the flow's inverse; over `batch`, which the context may have as axes of size 1, or not."""
     fixed = flow._check(z, context)
+    before = changes(z)
     noise, log_det = apply_inverse(flow, z, fixed, None)
+    check_left("flow", z, before)
     log_prob = _score(noise, log_det, 1)
     if active():
         flow.inverse(z, context)  # holds the values to its checks
@@ -89,7 +94,7 @@ def path_log_density(flow: Bijector, sample: Sample, context: Tensor | None) -> 
             "path_log_prob: expected a call without gradients under torch.export, which leaves out those within a "
             "program; export it under torch.no_grad(), where it is sample.log_prob"
         )
-    refuse_random("flow", flow, 'call eval() on it, or take the log q of the sample, gradient="standard"')
+    refuse_random("flow", flow, 'call eval() on it, or take the log q of the sample, gradient="standard"', of_rows=True)
 
     with torch.no_grad(), full_precision(z.device.type):
         fixed = flow._check(z, None if context is None else context.detach())
@@ -124,4 +129,9 @@ def _normal(z: Tensor) -> Tensor:
 def _score(noise: Tensor, log_det: Tensor, sign: int) -> Tensor:
     """The log N(noise; 0, I) + sign log_det in noise's dtype, nan where it is not finite."""
     log_prob = torch.add(_normal(noise), log_det, alpha=sign)
+    if log_prob.shape != noise.shape[:-1]:  # as of one that was summed over no axis
+        raise ValueError(
+            f"flow: expected a log-det for each z, {tuple(noise.shape[:-1])}, got shape {tuple(log_det.shape)}; a step "
+            f"sums it over the variables"
+        )
     return torch.nan_to_num(log_prob, nan=math.nan, posinf=math.nan, neginf=math.nan).to(noise.dtype)

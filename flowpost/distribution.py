@@ -34,6 +34,9 @@ class FlowDistribution(Distribution):
     `torch.distributions.kl_divergence` with another one, an ``Independent(Normal(...), 1)`` and a `MultivariateNormal`,
     either way round. No other family has them in closed form.
 
+    A subclass with a `log_prob` of its own is another q than the flow's: it is not Gaussian and has no path gradient,
+    unless it writes `is_gaussian` and what hangs on it, or `path_log_prob`.
+
     Where q is too far from p(z|x), `flowpost.evaluation.refine` draws from p(z|x) itself, by chains that start at q.
 
     Args:
@@ -96,6 +99,8 @@ class FlowDistribution(Distribution):
 
     def rsample(self, sample_shape: tuple[int, ...] = (), noise: Tensor | None = None) -> Tensor:
         """A reparameterized sample ``(*sample_shape, *batch_shape, dim)``, without its log q; `noise` as in `draw`."""
+        if type(self).draw is not FlowDistribution.draw:
+            return self.draw(from_list(sample_shape), noise).z
         return push(self.flow, self.context, self.batch_shape, from_list(sample_shape), noise)[0]
 
     def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
@@ -110,13 +115,26 @@ class FlowDistribution(Distribution):
         return log_density(self.flow, value, self.context, self.batch_shape)
 
     def path_log_prob(self, sample: Sample) -> Tensor:
-        """The log q(z|x) of an own sample as a function of z alone, as `FlowPosterior.path_log_prob`."""
+        """The log q(z|x) of an own sample as a function of z alone, as `FlowPosterior.path_log_prob`.
+
+        Raises:
+            NotImplementedError: of a subclass with a `log_prob` of its own and no ``path_log_prob``.
+        """
+        if not self._is_of_flow:
+            raise NotImplementedError(
+                f"path_log_prob: expected one of {type(self).__name__}'s own, which has a log_prob of its own"
+            )
         return path_log_density(self.flow, sample, self.context)
 
     @property
     def is_gaussian(self) -> bool:
         """Whether q is Gaussian for every context."""
-        return self.flow.triangular
+        return self._is_of_flow and self.flow.triangular
+
+    @property
+    def _is_of_flow(self) -> bool:
+        """Whether q is what the flow makes of noise, and not what a subclass says."""
+        return type(self).log_prob is FlowDistribution.log_prob
 
     def gaussian(self) -> tuple[Tensor, Tensor]:
         """Mean ``(*batch_shape, dim)`` and Cholesky factor ``(*batch_shape, dim, dim)`` of a Gaussian q.

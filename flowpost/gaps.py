@@ -115,12 +115,9 @@ def inference_gaps(
     for name, rate in {"lr": lr, "weights_lr": weights_lr}.items():
         if not 0 < rate < math.inf:
             raise ValueError(f"{name}: expected a positive finite number, got {rate}")
-    flows = [vae.posterior.flow]
-    if richer is not None:
-        flows.append(Chain(vae.posterior.flow, richer))
     size = max(1, pairs // min(examples, max(1, len(x))))
     parts = [
-        _gaps(vae, part, flows, (steps, step_samples, (lr, weights_lr)), (samples, size))
+        _gaps(vae, part, richer, (steps, step_samples, (lr, weights_lr)), (samples, size))
         for part in split(x, y, examples)
     ]
     elbos, found = (torch.cat(columns, dim=-1) for columns in zip(*parts, strict=True))
@@ -130,11 +127,16 @@ def inference_gaps(
 
 
 def _gaps(
-    vae: VAE, data: Data, flows: list[Bijector], fitting: tuple[int, int, tuple[float, float]], reading: tuple[int, int]
+    vae: VAE,
+    data: Data,
+    richer: Bijector | None,
+    fitting: tuple[int, int, tuple[float, float]],
+    reading: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
     """The posteriors' ELBOs ``(posteriors, B)``, and the rows of the best one's `ImportanceEstimate`, ``(4, B)``."""
     with torch.no_grad():
-        context = cast(Tensor, vae.encode(*data).context)
+        q = vae.encode(*data)
+        flows, context = [q.flow, *([] if richer is None else [Chain(q.flow, richer)])], cast(Tensor, q.context)
         starts = [_Local(flow, _start(flow, context)) for flow in flows]
     locals_ = [_fit(vae, data, start, *fitting) for start in starts]
     seed = int(torch.randint(2**62, (), device="cpu"))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from flowpost.conditions import Prior, call, condition, prior_at, reads, row_for_each, spread
 from flowpost.density import like_of, standard_normal_log_prob
 from flowpost.likelihoods import Likelihood
+from flowpost.numerics.watchers import changes, check_left
 from flowpost.outputs import kind
 from flowpost.posterior import FlowPosterior
 
@@ -44,7 +45,15 @@ class Generative(nn.Module):
         """Draw z ~ p(z), ``(count, dim)``, or one of p(z|y) for each row of y, of which a single one serves all.
 
         `noise`, a standard normal draw of that shape, takes the place of a fresh one.
+
+        Raises:
+            NotImplementedError: of a subclass with a `log_prior` of its own and no ``sample_prior``.
         """
+        kind = type(self)
+        if kind.log_prior is not Generative.log_prior and kind.sample_prior is Generative.sample_prior:
+            raise NotImplementedError(
+                f"sample_prior: expected one of {kind.__name__}'s own, as its log_prior is its own"
+            )
         if self.prior is not None:
             shape = () if reads(self.prior) else (count,)
             return prior_at(self.prior, row_for_each(y, count)).draw(shape, noise).z
@@ -69,6 +78,8 @@ class Generative(nn.Module):
                 f"decoder: expected a tensor of the likelihood's numbers, got {kind(outputs)}; write a module whose "
                 f"forward takes the tensor out of it"
             )
+        if not outputs.is_floating_point():
+            raise TypeError(f"decoder: expected numbers with a gradient, got {outputs.dtype}")
         outputs = outputs.flatten(1).to(z.dtype)
         numbers = self.likelihood.numbers
         if outputs.shape[1] != numbers * elements:
@@ -80,7 +91,9 @@ class Generative(nn.Module):
 
     def _log_likelihood(self, x: Tensor, z: Tensor, y: Tensor | None) -> Tensor:
         elements = x.flatten(1) if x.ndim > 1 else x.unsqueeze(-1)  # a number is an x too
-        found = self.likelihood.log_prob(self.decode(z, elements.shape[1], y), elements)
+        numbers, before = self.decode(z, elements.shape[1], y), changes(elements)
+        found = self.likelihood.log_prob(numbers, elements)
+        check_left("likelihood", elements, before)
         if found.shape != z.shape[:-1]:  # it would broadcast against log p(z)
             raise ValueError(
                 f"likelihood: expected a log p(x|z) for each z, {tuple(z.shape[:-1])}, got shape {tuple(found.shape)} "

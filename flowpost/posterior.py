@@ -14,7 +14,7 @@ from flowpost.numerics.arguments import FLOATS, check_int, check_module, check_u
 from flowpost.numerics.constants import follow
 from flowpost.numerics.repeated import refuse_random
 from flowpost.numerics.states import keep_constants
-from flowpost.numerics.watchers import first_parameter, full_precision
+from flowpost.numerics.watchers import changes, check_left, first_parameter, full_precision
 
 
 class FlowPosterior(nn.Module):
@@ -71,8 +71,11 @@ class FlowPosterior(nn.Module):
 
     @property
     def is_gaussian(self) -> bool:
-        """Whether q(z|x) is Gaussian for every x, so that `gaussian` gives its mean and Cholesky factor."""
-        return self.flow.triangular
+        """Whether q(z|x) is Gaussian for every x, so that `gaussian` gives its mean and Cholesky factor.
+
+        Of a subclass with an `at` of its own, nobody knows, unless it says so.
+        """
+        return self.flow.triangular and type(self).at is FlowPosterior.at
 
     def forward(
         self, h: Tensor | None = None, sample_shape: tuple[int, ...] = (), noise: Tensor | None = None
@@ -127,8 +130,17 @@ class FlowPosterior(nn.Module):
         if h is None or self.head is None:
             return None
         # The head's outputs are the map's parameters: half a digit less there is a tenth of a nat in log q.
+        before = changes(h)
         with full_precision(h.device.type):
-            return self.head(h)
+            context = self.head(h)
+        check_left("head", h, before)
+        if isinstance(context, Tensor) and not _expands(context, h):
+            rows = ", ".join(map(str, h.shape[:-1]))
+            rows = ", ".join(map(str, h.shape[:-1]))
+            raise ValueError(
+                f"head: expected a row for each of h, ({rows}, {self.flow.context_size}), got {tuple(context.shape)}"
+            )
+        return context
 
     def log_prob(self, z: Tensor, h: Tensor | None = None) -> Tensor:
         """The log q(z|x) of any z, also one the posterior never drew, by the flow's inverse.
@@ -164,7 +176,8 @@ class FlowPosterior(nn.Module):
 
         Raises:
             TypeError: if `sample` is no Sample, and as `forward`.
-            ValueError: as `forward`; with dropout in train mode in the flow or the head, which would be other ones now.
+            ValueError: as `forward`; with dropout or spectral norm in train mode in the flow or the head,
+                which would be other ones now, or batch norm in the flow, whose rows it mixes.
             RuntimeError: under `torch.export`, unless under `torch.no_grad`; where its gradient is differentiated more
                 often than above.
 
@@ -208,3 +221,11 @@ class FlowPosterior(nn.Module):
         if h.device != like.device:
             raise ValueError(f"h: expected device {like.device} like the parameters, got {h.device}")
         return h.to(like.dtype)
+
+
+def _expands(context: Tensor, h: Tensor) -> bool:
+    """Whether a context goes with the rows of h; one with an axis more would mix them."""
+    batch, rows = context.shape[:-1], h.shape[:-1]
+    return len(batch) <= len(rows) and all(
+        size in (1, wanted) for size, wanted in zip(reversed(batch), reversed(rows), strict=False)
+    )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flowpost.bounded import ContinuousBernoulli as ContinuousBernoulli
 from flowpost.bounded import DiscretizedLogistic as DiscretizedLogistic
-from flowpost.conditions import Prior, check_prior, check_rows, encode, prior_at
+from flowpost.conditions import Prior, check_part, check_prior, check_rows, encode, prior_at
 from flowpost.distribution import FlowDistribution
 from flowpost.generative import Generative, check_decoder
 from flowpost.gradients import check_gradient, reweigh
@@ -20,7 +20,6 @@ from flowpost.likelihoods import Binomial as Binomial
 from flowpost.likelihoods import Categorical as Categorical
 from flowpost.likelihoods import Gaussian as Gaussian
 from flowpost.likelihoods import Likelihood
-from flowpost.numerics.arguments import check_module
 from flowpost.objectives import ELBOTerms, elbo_terms, over_samples
 from flowpost.outputs import kind
 from flowpost.posterior import FlowPosterior
@@ -96,7 +95,7 @@ class VAE(Encoding, Generative):
         found = (_PARTS if wrapped is None else _PARTS_OF_WRAPPED).bind(*parts, **named).arguments
         for name, part in {"encoder": encoder, **found}.items():
             if name != "likelihood" or isinstance(part, type):
-                check_module(name, part)
+                check_part(name, part)
         super().__init__(encoder if wrapped is None else wrapped.encoder)
         self.posterior: FlowPosterior = found["posterior"] if wrapped is None else wrapped.posterior
         self.reading = None if wrapped is None else wrapped.reading
@@ -249,7 +248,8 @@ class VAE(Encoding, Generative):
         return self.likelihood.mean(numbers).view(x.shape)
 
     def _has_closed_kl(self, q: FlowDistribution) -> bool:
-        return q.is_gaussian and self._has_given_prior() and (self.prior is None or self.prior.is_gaussian)
+        given = self._has_given_prior() and type(self).evaluate is VAE.evaluate
+        return given and q.is_gaussian and (self.prior is None or self.prior.is_gaussian)
 
     def _closed_kl(self, q: FlowDistribution, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return closed_kl(q, None if self.prior is None else prior_at(self.prior, y))

@@ -420,6 +420,41 @@ class Restless(Affine):
         return super()._forward(z, context)
 
 
+class ClaimedGaussian(Affine):
+    """Bent after the line, and still said to be what its parent is."""
+
+    triangular = True
+
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        image, log_det = super()._forward(z, context)
+        return image.asinh(), log_det - (1 + image * image).log().sum(-1) / 2
+
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
+        found, log_det = super()._inverse(z.sinh(), context, preimage)
+        return found, log_det + z.cosh().log().sum(-1)
+
+
+class ClaimedElementwise(Affine):
+    """Each variable after the first has the first one added."""
+
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        image, log_det = super()._forward(z, context)
+        return torch.cat([image[..., :1], image[..., 1:] + image[..., :1]], -1), log_det
+
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
+        return super()._inverse(torch.cat([z[..., :1], z[..., 1:] - z[..., :1]], -1), context, preimage)
+
+
+class ClaimedInterval(Softplus):
+    """As far as the line goes, and said to end at 0."""
+
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return z - 1, z.new_zeros(())
+
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
+        return z + 1, z.new_zeros(())
+
+
 class TransposedSylvester(Bijector):
     """``z + Q R1 tanh(R2 Q^T z + b)`` with a log-det that is right for the transposed factors only."""
 
@@ -615,6 +650,16 @@ MUTANTS = (
         killer="dtypes",
     ),
     Mutant("mask not strict", "-", _step, ((staircase.Staircase, "_mask", _mask_not_strict),), killer="structure"),
+    Mutant("a bent map that says it is Gaussian", "-", lambda dim: Learned(ClaimedGaussian(dim)), killer="claims"),
+    Mutant("a mixing map that says it is element-wise", "-", ClaimedElementwise, dims=(2, 5), killer="claims"),
+    Mutant("a map of the line that says it ends", "-", ClaimedInterval, killer="claims"),
+    Mutant(
+        "a line that leaves out the scale",
+        "-",
+        Affine,
+        ((Affine, "_line", lambda self, c: (c.chunk(2, -1)[0], 1.0)),),
+        killer="claims",
+    ),
     Mutant("no mask", "-", _step, (PLAIN, (made.MaskedLinear, "forward", _unmasked)), killer="structure"),
     Mutant(
         "numbers of one variable go to another",

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from registry import Case, jacobian, push
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import flowpost
 from flowpost import Affine, Coupling, Planar, Reverse, Shift, UnitLowerTriangular
 from flowpost.functional import exp_scale, planar
 
@@ -130,7 +132,7 @@ def test_a_network_reads_what_passes_and_then_h_for_every_sample() -> None:
     step = Coupling(3, Affine(2), 2, network=Reader, order=[1, 0, 2])
     z, h = torch.randn(6, 4, 3), torch.randn(4, 2)
     step(z, h)
-    assert torch.equal(seen[0], torch.cat([z[..., [1]], h.expand(6, 4, 2)], dim=-1))
+    assert torch.equal(seen[0], torch.cat([z[..., [1]], h.expand(6, 4, 2)], dim=-1).flatten(0, 1))
 
 
 def test_samples_that_share_h_project_it_once() -> None:
@@ -217,3 +219,49 @@ def test_what_it_cannot_be_built_of() -> None:
     ):
         with pytest.raises(kind, match=message):
             build()
+
+
+def _normed(inputs: int, outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(inputs, 16), nn.BatchNorm1d(16), nn.Linear(16, outputs))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_takes_samples_of_examples_for_rows(training: bool) -> None:  # noqa: FBT001
+    """It took 16 examples for its 16 channels, and so others' statistics, without a word."""
+    step = flowpost.testing.push(Coupling(4, Affine(2), network=_normed), 1.0, 0)
+    norm = cast(nn.BatchNorm1d, step.get_submodule("net.network.1"))
+    norm.get_buffer("running_mean").normal_()
+    norm.get_buffer("running_var").uniform_(0.5, 2.0)
+    z = torch.randn(3, 16, 4)
+    image, log_det = step.train(training)(z)
+    rows, of_rows = step(z.flatten(0, 1))
+    torch.testing.assert_close(image, rows.view(3, 16, 4))
+    torch.testing.assert_close(log_det, of_rows.view(3, 16))
+
+
+class Odd(nn.Module):
+    """A network whose outputs go wrong at the end."""
+
+    def __init__(self, inputs: int, outputs: int, end: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.end = nn.Linear(inputs, outputs), end
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.end(self.layer(z))
+
+
+@pytest.mark.parametrize("end", [lambda out: out[..., :1], lambda out: out.unsqueeze(-2), lambda out: out.mean(0)])
+def test_a_network_s_outputs_are_not_broadcast(end: Callable) -> None:
+    """An axis more mixed each row with all others."""
+    step = Coupling(4, Affine(2), network=lambda inputs, outputs: Odd(inputs, outputs, end))
+    with pytest.raises(
+        ValueError, match=r"^network: expected a row of outputs for each of inputs, \(5, 4\), got shape"
+    ):
+        step(torch.randn(5, 4))
+
+
+def test_a_network_that_changes_its_input_in_place_is_refused() -> None:
+    """It moved what passes, and the caller's z too, and the log-det said nothing of it."""
+    network = lambda inputs, outputs: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(inputs, outputs))  # noqa: E731
+    with pytest.raises(ValueError, match="^network: expected its input left as it is"):
+        Coupling(4, Affine(2), network=network)(torch.randn(5, 4))

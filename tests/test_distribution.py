@@ -24,7 +24,8 @@ from torch.distributions import (
 from versions import untold
 
 import flowpost
-from flowpost import Chain, FlowDistribution, FlowPosterior, Sample, Scale
+from flowpost import Affine, Chain, FlowDistribution, FlowPosterior, Sample, Scale
+from flowpost.vae import VAE, Bernoulli
 
 RECIPES: dict[str, Callable[..., FlowPosterior]] = {
     "diagonal": flowpost.diagonal,
@@ -218,6 +219,44 @@ def test_it_copies_and_pickles(name: str) -> None:
     z = torch.randn(4, 3, dtype=torch.float64)
     for other in (copy.deepcopy(q), pickle.loads(pickle.dumps(q))):
         assert torch.equal(other.log_prob(z), q.log_prob(z))
+
+
+# ----------------------------------------------------------------------------------------------------- subclasses
+
+
+class Wide(FlowDistribution):
+    """Ten times as wide as the flow's."""
+
+    def draw(self, sample_shape: tuple[int, ...] = (), noise: Tensor | None = None) -> Sample:
+        z, log_prob, noise = super().draw(sample_shape, noise)
+        return Sample(10 * z, log_prob - self.event_shape[0] * math.log(10), noise)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return super().log_prob(value / 10) - self.event_shape[0] * math.log(10)
+
+
+class WidePosterior(FlowPosterior):
+    def at(self, h: Tensor | None = None, *, validate_args: bool = False) -> FlowDistribution:
+        return Wide(self.flow, self.context(h), () if h is None else tuple(h.shape[:-1]), validate_args=validate_args)
+
+
+def test_a_log_q_of_one_s_own_is_not_the_flow_s_gaussian() -> None:
+    """Mean, entropy, KL and path gradient were the flow's, and so was `rsample`."""
+    torch.manual_seed(0)
+    posterior = WidePosterior(0, Affine(3))
+    q = posterior.at()
+    assert not q.is_gaussian
+    assert not posterior.is_gaussian
+    assert q.rsample((1000,)).std() > 9
+    with pytest.raises(NotImplementedError, match="^path_log_prob: expected one of Wide's own"):
+        q.path_log_prob(q.draw())
+    parts = nn.Linear(5, 4), WidePosterior(4, Affine(3)), nn.Linear(3, 5), Bernoulli()
+    x = torch.ones(6, 5)
+    terms, out = VAE(*parts).elbo_terms(x, (2000,)), VAE(*parts)(x, (2000,))
+    assert out.kl is None
+    assert (terms.kl > 50).all()
+    prior = VAE(nn.Linear(5, 4), flowpost.diagonal(4, 3), nn.Linear(3, 5), Bernoulli(), prior=posterior)
+    assert prior(x).kl is None
 
 
 # --------------------------------------------------------------------------------------------------------- expand

@@ -1,7 +1,10 @@
 """The Householder flow against its formula, and what a product of reflections is."""
 
+import math
+
 import pytest
 import torch
+from torch import Tensor
 
 import flowpost
 from flowpost import Chain, Householder, Scaling, Shift
@@ -87,3 +90,21 @@ def test_the_posterior_is_a_gaussian_turned(steps: int) -> None:
         covariance = product @ torch.diag(scale**2) @ product.T
         normal = torch.distributions.MultivariateNormal(loc, covariance)
         torch.testing.assert_close(sample.log_prob[:, i], normal.log_prob(sample.z[:, i]), rtol=1e-9, atol=1e-9)
+
+
+class Tripled(Householder):
+    """As `Householder`, and three times as far."""
+
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        image, log_det = super()._forward(z, context)
+        return 3 * image, log_det + self.dim * math.log(3)
+
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
+        found, log_det = super()._inverse(z / 3, context, preimage)
+        return found, log_det - self.dim * math.log(3)
+
+
+def test_a_subclass_may_build_on_the_inverse() -> None:
+    """It called the subclass's own ``_forward``."""
+    step, z, context = Tripled(3), torch.randn(5, 3), torch.randn(3)
+    torch.testing.assert_close(step.inverse(step(z, context)[0], context)[0], z)

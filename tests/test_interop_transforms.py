@@ -199,6 +199,40 @@ def test_a_cache_notices_what_a_tensor_does_not_count(what: str) -> None:
         assert one.requires_grad
 
 
+class Tempered(Bijector):
+    """A step with a buffer, which in eval mode does nothing."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.register_buffer("by", torch.tensor(2.0))
+
+    def _by(self) -> Tensor:
+        return self.get_buffer("by") if self.training else torch.ones(())
+
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return z * self._by(), self.dim * self._by().log()
+
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
+        return z / self._by(), -self.dim * self._by().log()
+
+
+CHANGES: dict[str, Callable[[Tempered], object]] = {
+    "buffer": lambda step: step.get_buffer("by").fill_(3.0),
+    "mode": lambda step: step.eval(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_cache_notices_a_buffer_and_a_mode(change: str) -> None:
+    step = Tempered(3)
+    transform, x = Chain(step).as_transform().with_cache(), torch.randn(5, 3)
+    transform(x)
+    CHANGES[change](step)
+    y = transform(x)
+    for one, other in zip((y, transform.log_abs_det_jacobian(x, y)), step(x), strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_a_cache_notices_the_steps_of_a_fused_optimizer(keep: bool, epochs: int) -> None:  # noqa: FBT001

@@ -1,10 +1,11 @@
 """Masked: the papers' formulae written out, what the wrapper promises of any step, and the plain affine gate."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
 from registry import Case, jacobian, push
 from torch import Tensor, nn
 
@@ -425,3 +426,21 @@ def test_masked_linear_equals_the_full_masked_product() -> None:
 def test_a_product_of_few_columns_is_the_product(columns: int) -> None:
     left, right = torch.randn(7, 5, dtype=torch.float64), torch.randn(5, columns, dtype=torch.float64)
     torch.testing.assert_close(product(left, right), left @ right)
+
+
+@pytest.mark.parametrize(
+    "activation", [lambda x: F.layer_norm(x, x.shape[-1:]), nn.Softmax(-1), lambda x: x.softmax(0)], ids=str
+)
+def test_an_activation_that_mixes_the_units_is_refused(activation: Callable[[Tensor], Tensor]) -> None:
+    """Each variable followed those after it: the log-det was off by half a nat, and nothing was said."""
+    with pytest.raises(
+        ValueError, match=r"^activation: expected an element-wise function, got .*, which mixes the units"
+    ):
+        Masked(Affine(3), hidden=(8,), activation=activation)
+
+
+@pytest.mark.parametrize(
+    "activation", [nn.PReLU(), nn.RReLU(), nn.ReLU(inplace=True), F.gelu, torch.sin, F.relu_], ids=str
+)
+def test_any_element_wise_activation_is_taken(activation: Callable[[Tensor], Tensor]) -> None:
+    Masked(Affine(3), hidden=(8,), activation=activation)(torch.randn(5, 3))

@@ -458,9 +458,12 @@ def _dropping(inputs: int, outputs: int, layer: nn.Module | None = None) -> nn.M
 
 
 @pytest.mark.parametrize("gradient", ["stl", "dreg"])
-@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.RReLU()], ids=str)
-def test_a_flow_that_draws_anew_has_no_path_gradient(gradient: str, layer: nn.Module) -> None:
-    """Dropout in a coupling's network: the map that made z is gone, and another one's gradient was half wrong."""
+@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.RReLU(), nn.BatchNorm1d(8).double()], ids=str)
+def test_a_flow_that_draws_anew_or_mixes_rows_has_no_path_gradient(gradient: str, layer: nn.Module) -> None:
+    """Dropout in a coupling's network: the map that made z is gone, and another one's gradient was half wrong.
+
+    With batch norm log q of a row follows the z of the others too, and the weights of the rows were mixed up.
+    """
     vae = small_vae(dim=2)
     step = flowpost.Coupling(2, flowpost.Affine(1), network=partial(_dropping, layer=layer))
     flow = flowpost.Chain(step, flowpost.Affine(2))
@@ -485,6 +488,15 @@ def test_what_gives_features_anew_has_no_path_gradient() -> None:
         wrapped.path_log_prob(wrapped(x), x)
     for q in (posterior.at(x), wrapped.at(x)):
         assert q.path_log_prob(q.draw()).requires_grad
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_a_head_of_spectral_norm_moves_on_and_has_no_path_gradient(norm: Callable) -> None:
+    flow, x = flowpost.Chain(flowpost.Affine(2), flowpost.Planar(2)), torch.randn(6, 4)
+    posterior = FlowPosterior(4, flow, head=norm(nn.Linear(4, flow.context_size)))
+    with pytest.raises(ValueError, match=r"^head: .* in train mode, which moves on with each call"):
+        posterior.path_log_prob(posterior(x), x)
+    posterior.eval().path_log_prob(posterior(x), x)
 
 
 @every

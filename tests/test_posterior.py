@@ -10,7 +10,18 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal
 
 import flowpost
-from flowpost import Affine, Chain, FlowPosterior, Planar, Reverse, Sample, Scale, UnitLowerTriangular
+from flowpost import (
+    Affine,
+    Bijector,
+    Chain,
+    FlowPosterior,
+    Learned,
+    Planar,
+    Reverse,
+    Sample,
+    Scale,
+    UnitLowerTriangular,
+)
 
 RECIPES: dict[str, Callable[..., FlowPosterior]] = {
     "diagonal": flowpost.diagonal,
@@ -185,6 +196,56 @@ def test_any_chain_of_triangular_steps_is_gaussian(flow: Callable) -> None:
     torch.testing.assert_close(log_prob, MultivariateNormal(loc, scale_tril=scale_tril).log_prob(z))
 
 
+def test_a_head_with_an_axis_more_is_refused() -> None:
+    """It broadcast against the rows of noise: each example got the draws of all."""
+    flow = Chain(Affine(2), Planar(2))
+    head = nn.Sequential(nn.Linear(4, flow.context_size), nn.Unflatten(-1, (1, flow.context_size)))
+    with pytest.raises(ValueError, match=r"^head: expected a row for each of h, \(6, 9\), got \(6, 1, 9\)"):
+        FlowPosterior(4, flow, head)(torch.randn(6, 4))
+
+
+class Twice(Bijector):
+    """``z' = 2 z``, by a function that may do it badly."""
+
+    def __init__(self, dim: int, map_: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        super().__init__(dim)
+        self.map_ = map_
+
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.map_(z)
+
+    def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
+        return z.div_(2), z.new_tensor(-self.dim * math.log(2))
+
+
+def test_a_step_that_changes_z_in_place_is_refused() -> None:
+    """The log q was of the noise as it was left, nats away, and the point whose log q was asked for had moved."""
+    step = Twice(2, lambda z: (z.mul_(2), z.new_tensor(2 * math.log(2))))
+    message = "^flow: expected its input left as it is, got it changed in place"
+    for flow in (step, Chain(step, Scale(2, 1.0))):
+        with pytest.raises(ValueError, match=message):
+            FlowPosterior(0, flow)(sample_shape=(5,))
+    with pytest.raises(ValueError, match=message):
+        FlowPosterior(0, step).log_prob(torch.ones(5, 2))
+
+
+@pytest.mark.parametrize(
+    "log_det", [lambda z: torch.full_like(z, math.log(2)), lambda z: z[..., :1] * 0 + 2 * math.log(2)]
+)
+def test_a_step_that_leaves_the_variables_in_its_log_det_is_refused(log_det: Callable[[Tensor], Tensor]) -> None:
+    """It broadcast, and log q was a matrix of all draws by all."""
+    step = Twice(3, lambda z: (2 * z, log_det(z)))
+    for flow in (step, Chain(step, Scale(3, 1.0))):
+        with pytest.raises(ValueError, match=r"^flow: expected a log-det for each z, \(3,\), got shape \(3, [13]\)"):
+            FlowPosterior(0, flow)(sample_shape=(3,))
+
+
+def test_a_head_that_changes_the_features_in_place_is_refused() -> None:
+    head = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 6))
+    with pytest.raises(ValueError, match="^head: expected its input left as it is"):
+        FlowPosterior(4, Affine(3), head)(torch.randn(6, 4))
+
+
 class Stretched(Affine):
     """As `Affine`, and twice as far."""
 
@@ -208,6 +269,61 @@ def test_a_map_of_one_s_own_is_not_the_gaussian_of_its_parent() -> None:
     q = FlowPosterior(4, Chain(ToldStretched(3))).at(h)
     z, log_prob, _ = q.draw((5,))
     torch.testing.assert_close(MultivariateNormal(q.mean, scale_tril=q.gaussian()[1]).log_prob(z), log_prob)
+
+
+class BentChain(Chain):
+    """As `Chain`, and then its exponential."""
+
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        image, log_det = super()._forward(z, context)
+        return image.exp(), log_det + image.sum(-1)
+
+
+class BentLearned(Learned):
+    """As `Learned`, and then its exponential."""
+
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        image, log_det = super()._forward(z, context)
+        return image.exp(), log_det + image.sum(-1)
+
+
+class Bending:
+    """The exponential of noise, for any step."""
+
+    def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return z.exp(), z.sum(-1)
+
+
+class BentAffine(Bending, Affine):
+    pass
+
+
+class StraightChain(Chain):
+    triangular = False
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: BentChain(Affine(3)),
+        lambda: BentLearned(Affine(3)),
+        lambda: StraightChain(Affine(3)),
+        lambda: Chain(BentAffine(3)),
+    ],
+)
+def test_a_chain_of_gaussian_steps_with_a_map_of_its_own_is_not_gaussian(make: Callable) -> None:
+    """It took its steps' mean, entropy and KL."""
+    assert not FlowPosterior(4, Chain(make(), Affine(3))).is_gaussian
+
+
+def test_a_step_with_a_forward_of_its_own_is_refused() -> None:
+    """A posterior passed by it, and so drew from its parent's map."""
+    with pytest.raises(TypeError, match=r"^Doubled: expected a _forward of its own, got a forward"):
+
+        class Doubled(Affine):
+            def forward(self, z: Tensor, context: Tensor | None = None, *, checked: bool = False) -> tuple:
+                image, log_det = super().forward(z, context, checked=checked)
+                return 2 * image, log_det + self.dim * math.log(2)
 
 
 def test_only_gaussians_say_so() -> None:

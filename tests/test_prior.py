@@ -1,6 +1,8 @@
 """A prior of one's own: every use of p(z) finds it, its KL is exact where it is Gaussian, and it is trained."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,11 +10,12 @@ from torch import Tensor, nn
 from torch.distributions import Independent, MultivariateNormal, Normal
 
 import flowpost
-from flowpost import Affine, Chain, FlowPosterior, Shift, Sigmoid, Softplus
-from flowpost.evaluation import decompose_elbo, kl_per_latent, log_marginal
+from flowpost import Affine, Chain, FlowPosterior, Sample, Shift, Sigmoid, Softplus
+from flowpost.evaluation import decompose_elbo, kl_per_latent, log_marginal, sandwich
 from flowpost.gaps import inference_gaps
 from flowpost.objectives import elbo_terms
-from flowpost.vae import VAE, Bernoulli, Gaussian
+from flowpost.vae import VAE, Bernoulli, Gaussian, VAEOutput
+from flowpost.wrapped import WrappedPosterior
 
 DIM = 2
 
@@ -178,6 +181,63 @@ def test_a_subclass_s_own_prior_has_no_closed_kl() -> None:
     assert terms.dimension_kl is None
     with pytest.raises(ValueError, match="^prior: expected N"):
         kl_per_latent(vae, x)
+
+
+def test_a_prior_of_one_s_own_is_not_drawn_from_as_if_it_were_normal() -> None:
+    """`sandwich` drew its x from another model than the one whose log p(x) it then bounded from above."""
+    vae = Bimodal(nn.Linear(5, 4), flowpost.diagonal(4, DIM), nn.Linear(DIM, 5), Bernoulli())
+    with pytest.raises(NotImplementedError, match="^sample_prior: expected one of Bimodal's own"):
+        sandwich(vae, 5, (5,), 2, 2)
+
+
+class Scaled(VAE):
+    """Whose log p(x|z) counts double."""
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> VAEOutput:  # noqa: ANN401
+        out = super().evaluate(*args, **kwargs)
+        return out._replace(log_likelihood=2 * out.log_likelihood)
+
+
+def test_a_subclass_s_own_evaluate_is_what_both_ways_to_the_elbo_take() -> None:
+    """The terms of a Gaussian posterior passed it by."""
+    vae, x = Scaled(nn.Linear(5, 4), flowpost.diagonal(4, DIM), nn.Linear(DIM, 5), Bernoulli()), torch.ones(6, 5)
+    noise = torch.randn(3, 6, DIM)
+    out = vae(x, (3,), noise=noise)
+    torch.testing.assert_close(vae.elbo_terms(x, (3,), noise=noise), elbo_terms(*out[:4]))
+
+
+class TwoModes(FlowPosterior):
+    def log_prob(self, z: Tensor, h: Tensor | None = None) -> Tensor:
+        return torch.logaddexp(super().log_prob(z - 3, h), super().log_prob(z + 3, h)) - math.log(2)
+
+
+class Clamped(FlowPosterior):
+    def forward(
+        self, h: Tensor | None = None, sample_shape: tuple[int, ...] = (), noise: Tensor | None = None
+    ) -> Sample:
+        sample = super().forward(h, sample_shape, noise)
+        return sample._replace(z=sample.z.clamp(-1, 1))
+
+
+class Doubled(WrappedPosterior):
+    def features(self, *inputs: object, **kwargs: object) -> Tensor:
+        return 2 * super().features(*inputs, **kwargs)
+
+
+@pytest.mark.parametrize("part", ["prior", "posterior", "encoder"])
+def test_what_a_subclass_does_where_nobody_asks_is_refused(part: str) -> None:
+    """The KL was that to the prior's flow, the draws those of `at`, the features those of the parts."""
+    encoder, decoder = nn.Linear(5, 4), nn.Linear(DIM, 5)
+    wrapped = flowpost.wrap(encoder, DIM, features=4, flow="diagonal")
+    build: dict[str, Callable[[], VAE]] = {
+        "prior": lambda: VAE(wrapped, decoder, Bernoulli(), prior=TwoModes(0, Affine(DIM))),
+        "posterior": lambda: VAE(encoder, Clamped(4, Affine(DIM)), decoder, Bernoulli()),
+        "encoder": lambda: VAE(Doubled(encoder, wrapped.posterior, pair=False), decoder, Bernoulli()),
+    }
+    with pytest.raises(
+        TypeError, match=f"^{part}: expected draws and log q as .* of its own, which a VAE does not call"
+    ):
+        build[part]()
 
 
 @pytest.mark.parametrize("name", ["iaf", "affine_iaf", "naf"])

@@ -165,6 +165,46 @@ def test_the_elbo_s_terms_alone_are_those_of_a_whole_pass(name: str, sample_shap
     torch.testing.assert_close(*found)
 
 
+class Moving(nn.Module):
+    """A network that scales its input in place."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(inputs, outputs)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.layer(z.mul_(2))
+
+
+class MovingGaussian(Gaussian):
+    def log_prob(self, outputs: Tensor, x: Tensor) -> Tensor:
+        return super().log_prob(outputs, x.sub_(0.5))
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder", "likelihood"])
+def test_a_part_that_changes_its_input_in_place_is_refused(part: str) -> None:
+    """The log p(z) was of the moved z, and log q of the other; x moved on with each epoch."""
+    kinds = {name: Moving if name == part else nn.Linear for name in ("encoder", "decoder")}
+    likelihood = MovingGaussian() if part == "likelihood" else Gaussian()
+    vae = VAE(kinds["encoder"](5, 4), flowpost.diagonal(4, dim=2), kinds["decoder"](2, 10), likelihood)
+    for ask in (vae, vae.elbo_terms, lambda x: log_marginal(vae, x)):
+        with pytest.raises(ValueError, match=f"^{part}: expected its input left as it is, got it changed in place"):
+            ask(torch.ones(6, 5))
+
+
+def test_a_decoder_of_whole_numbers_is_refused() -> None:
+    """It has no gradient, and so was never trained."""
+    rounding = nn.Sequential(nn.Linear(2, 5), Whole())
+    vae = VAE(nn.Linear(5, 4), flowpost.diagonal(4, dim=2), rounding, Bernoulli())
+    with pytest.raises(TypeError, match="^decoder: expected numbers with a gradient, got torch.int64"):
+        vae(torch.ones(6, 5))
+
+
+class Whole(nn.Module):
+    def forward(self, numbers: Tensor) -> Tensor:
+        return numbers.long()
+
+
 def test_an_x_may_be_one_number() -> None:
     """Of no axes of its own: the same figures as with an axis of one element."""
     encoder = nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (-1, 1)), nn.Linear(1, 4))

@@ -34,7 +34,7 @@ class StepTransform(Transform):
 
     A `Transform` gives image and log-det by two calls: each is a pass of the step. With a cache (``with_cache()``, size
     1) the log-det of the last pair is remembered with it, as `torch.distributions` remembers the pair, but only while
-    the two tensors, the context and the step's parameters are as they were.
+    the two tensors, the context and the step's parameters, buffers and modes are as they were.
 
     Args:
         step: with event dim 1.
@@ -66,7 +66,7 @@ class StepTransform(Transform):
     def __call__(self, x: Tensor) -> Tensor:
         """The image of x, ``(*batch, dim)``."""
         last = self._last
-        if last is not None and last.fits(self._read(x, last.tensors[1])):
+        if last is not None and last.fits(self._read(x, last.tensors[1]), self.step):
             return last.tensors[1]
         y, log_det = self.step(x, self.context)
         self._keep(x, y, log_det)
@@ -74,7 +74,7 @@ class StepTransform(Transform):
 
     def _inv_call(self, y: Tensor) -> Tensor:
         last = self._last
-        if last is not None and last.fits(self._read(last.tensors[0], y)):
+        if last is not None and last.fits(self._read(last.tensors[0], y), self.step):
             return last.tensors[0]
         x, log_det = self.step.inverse(y, self.context)
         self._keep(x, y, -log_det)
@@ -82,7 +82,7 @@ class StepTransform(Transform):
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """The ``log|det dy/dx|`` at x, ``(*batch)``."""
-        if self._last is not None and self._last.fits(self._read(x, y)):
+        if self._last is not None and self._last.fits(self._read(x, y), self.step):
             return self._last.result
         return self.step(x, self.context)[1]
 
@@ -106,11 +106,11 @@ class StepTransform(Transform):
 
     def _keep(self, x: Tensor, y: Tensor, log_det: Tensor) -> None:
         if self._cache_size:
-            self._last = remember(log_det, self._read(x, y))
+            self._last = remember(log_det, self._read(x, y), self.step)
 
     def _read(self, x: Tensor, y: Tensor) -> list[Tensor]:
-        """All that the log-det is made of, the pair in front."""
-        return [x, y, *([] if self.context is None else [self.context]), *self.step.parameters()]
+        """All that the step makes the log-det of, the pair in front."""
+        return [x, y, *([] if self.context is None else [self.context])]
 
     def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "_inv": None, "_last": None}

@@ -49,7 +49,7 @@ class Masked(Ordered, Networked):
 
     Raises:
         TypeError: for a step that is no Bijector.
-        ValueError: for a step that is not element-wise, or reads no context.
+        ValueError: for a step or an activation that is not element-wise, or a step that reads no context.
 
     Reference:
         Kingma et al. (2016), Improving Variational Inference with Inverse Autoregressive Flow, eq. 9, 10;

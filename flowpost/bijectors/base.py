@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
+from itertools import takewhile
 from typing import cast
 
 import torch
@@ -70,9 +71,20 @@ class Bijector(Placed, Interchange, ABC):
     """
 
     def __init_subclass__(cls, **options: object) -> None:
-        """A class with a map of its own is not ``triangular`` because its parent's is: it says so, or how."""
+        """A class with a map of its own is not ``triangular`` because its parent's is: it says so, or how.
+
+        Raises:
+            TypeError: for a ``forward`` or ``inverse`` of its own, which whatever holds the step would pass by.
+        """
         super().__init_subclass__(**options)
-        if "_forward" in vars(cls) and not {"triangular", "_line", "_push_gaussian"} & set(vars(cls)):
+        mixed_in = takewhile(lambda base: not issubclass(base, Bijector), cls.__mro__[1:])
+        own = set(vars(cls)).union(*map(vars, mixed_in))
+        for name in {"forward", "inverse"} & own:
+            raise TypeError(
+                f"{cls.__name__}: expected a _{name} of its own, got a {name}, which checks the arguments and which a "
+                f"chain or a posterior does not call; write _forward(z, context) and _inverse(z, context, preimage)"
+            )
+        if "_forward" in own and not {"triangular", "_line", "_push_gaussian"} & own:
             cls.triangular = False
 
     def __init__(self, dim: int, context_size: int = 0, start: Tensor | None = None) -> None:

@@ -23,13 +23,14 @@ class _Steps(Bijector):
     """Steps applied one after the other; a subclass says what each of them reads."""
 
     shared: bool
+    triangular = True  # where all its steps are; of a class with a map of its own not
 
     def __init__(self, steps: tuple[Bijector, ...], context_size: int) -> None:
         super().__init__(steps[0].dim, context_size)
         self._join(*steps)
         self.steps = nn.ModuleList(steps)
         self.event_ndim = steps[0].event_ndim
-        self.triangular = all(step.triangular for step in steps)
+        self.triangular = self.triangular and all(step.triangular for step in steps)
         self.elementwise = not context_size and all(step.elementwise for step in steps)
         self.domain, self.codomain = steps[0].domain, steps[-1].codomain
 

@@ -17,7 +17,7 @@ from flowpost.masked.run import broadcast
 from flowpost.numerics.arguments import check_module, check_order, check_widths
 from flowpost.numerics.constants import Ordered
 from flowpost.numerics.rates import Rated
-from flowpost.numerics.watchers import untouched
+from flowpost.numerics.watchers import changes, check_left, untouched
 
 
 class Coupling(Ordered, Networked):
@@ -38,8 +38,9 @@ class Coupling(Ordered, Networked):
         order: the variables, first those that pass; by default as they come.
         activation: element-wise, between the layers.
         network: from its number of inputs, those that pass and then c's, and its number of outputs to any module
-            ``(*batch, inputs) -> (*batch, outputs)``, in place of `hidden`, `activation` and `rate`. Its outputs are
-            multiplied by gains that start at 0.
+            ``(N, inputs) -> (N, outputs)``, in place of `hidden`, `activation` and `rate`. It gets all rows of all
+            batch axes in one. Its outputs are multiplied by gains that start at 0. Batch norm in train mode, which
+            mixes the rows, is right for the ELBO alone: else call ``eval()`` first.
         rate: a positive factor on the network's outputs, so that an optimizer moves them less fast, as
             in `Masked`.
 
@@ -48,7 +49,8 @@ class Coupling(Ordered, Networked):
 
     Raises:
         TypeError: for a step that is no Bijector, or a `network` that makes no module.
-        ValueError: for a step of more variables than `dim`, one that reads no context, or one not of the real line.
+        ValueError: for a step of more variables than `dim`, one that reads no context, or one not of the real line; in
+            a call, for a network's outputs of another shape.
 
     Reference:
         Dinh et al. (2015), NICE: Non-linear Independent Components Estimation, section 3.2;
@@ -189,7 +191,15 @@ class Gained(nn.Module):
         """Outputs for z ``(*batch, variables)`` and the context."""
         if context is not None:
             z = torch.cat(broadcast(context, z, context), dim=-1)
-        return torch.addcmul(self.bias, self.gain, self.network(z))
+        rows = z.reshape(-1, z.shape[-1])  # as batch norm wants them
+        before = changes(rows)
+        outputs = self.network(rows)
+        check_left("network", rows, before)
+        if outputs.shape != (expected := (len(rows), *self.bias.shape)):  # it would broadcast
+            raise ValueError(
+                f"network: expected a row of outputs for each of inputs, {expected}, got shape {tuple(outputs.shape)}"
+            )
+        return torch.addcmul(self.bias, self.gain, outputs).view(*z.shape[:-1], -1)
 
 
 def _check_step(step: Bijector, dim: int) -> None:

@@ -70,7 +70,7 @@ class Householder(Bijector):
         return householder(z, z.new_ones(1) if context is None else context)
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._forward(z, context)
+        return Householder._forward(self, z, context)  # not a subclass's
 
     def _fuses(self, *, shared: bool) -> Hashable | None:
         return Householder if self.context_size and not shared and type(self)._forward is Householder._forward else None

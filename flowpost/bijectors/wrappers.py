@@ -22,6 +22,8 @@ _MOST_WEIGHTS = 100_000_000
 class _Wrapper(Bijector):
     """One step whose context comes from elsewhere; a subclass says from where."""
 
+    triangular = True  # where its step is; of a class with a map of its own not
+
     def __init__(self, step: Bijector, context_size: int) -> None:
         if not isinstance(step, Bijector):
             raise TypeError(f"step: expected a Bijector, got {type(step).__name__}")
@@ -29,7 +31,7 @@ class _Wrapper(Bijector):
         self._join(step)
         self.step = step
         self.event_ndim = step.event_ndim
-        self.triangular = step.triangular
+        self.triangular = self.triangular and step.triangular
         self.domain, self.codomain = step.domain, step.codomain
 
     @abstractmethod

@@ -38,7 +38,7 @@ class PyroFlow(FlowDistribution, TorchDistributionMixin):
         """As `FlowDistribution.draw`; the log q of a fresh sample is remembered."""
         sample = super().draw(sample_shape, noise)
         if noise is None:
-            self._last = remember(sample.log_prob, self._read(sample.z))
+            self._last = remember(sample.log_prob, self._read(sample.z), self.flow)
         return sample
 
     def rsample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
@@ -47,13 +47,17 @@ class PyroFlow(FlowDistribution, TorchDistributionMixin):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The log q(value|x): of the last own sample as it was drawn, of any other value by the flow's inverse."""
-        if self._last is not None and self._last.fits(self._read(value)):
+        if self._last is not None and self._last.fits(self._read(value), self.flow):
             return self._last.result
         return super().log_prob(value)
 
+    @property
+    def _is_of_flow(self) -> bool:
+        return type(self).log_prob is PyroFlow.log_prob
+
     def _read(self, z: Tensor) -> list[Tensor]:
-        """All that log q(z|x) is made of."""
-        return [z, *([] if self.context is None else [self.context]), *self.flow.parameters()]
+        """All that the flow makes log q(z|x) of."""
+        return [z, *([] if self.context is None else [self.context])]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_last"}  # a copy has drawn nothing
@@ -71,7 +75,7 @@ def as_pyro(q: FlowDistribution) -> PyroFlow:
         The same q; the context is shared, nothing is computed.
 
     Raises:
-        TypeError: if `q` is no `FlowDistribution`.
+        TypeError: if `q` is no `FlowDistribution`, or one of a subclass with a `log_prob` of its own.
 
     Example:
         >>> encoder, posterior = nn.Linear(9, 16), flowpost.planar(16, dim=2)
@@ -85,4 +89,8 @@ def as_pyro(q: FlowDistribution) -> PyroFlow:
     """
     if not isinstance(q, FlowDistribution):
         raise TypeError(f"q: expected a FlowDistribution, as posterior.at(h) gives it, got {type(q).__name__}")
+    if not q._is_of_flow:
+        raise TypeError(
+            f"q: expected one with the log q of its flow, got {type(q).__name__} with a log_prob of its own"
+        )
     return PyroFlow(q.flow, q.context, tuple(q.batch_shape), validate_args=q._validate_args)

@@ -12,6 +12,29 @@ from torch import Tensor
 
 Activation = Callable[[Tensor], Tensor]
 
+
+@torch.no_grad()
+def check_elementwise(activation: Activation) -> None:
+    """Refuse an activation that mixes the units: each variable's numbers would follow those after it.
+
+    One that draws anew, or whose parameters stand elsewhere, cannot be asked.
+    """
+    if activation in KNOWN:
+        return
+    x = torch.linspace(-2.0, 2.0, 12, device="cpu").view(2, 6)
+    moved = x.clone()
+    moved[:, 1:] += 1.0
+    moved[1, 0] += 1.0
+    try:
+        first, again, other = (activation(each.clone())[0, 0] for each in (x, x, moved))
+        mixes = torch.equal(first, again) and not torch.equal(first, other)
+    except (RuntimeError, IndexError):  # it says what it wants where it is called
+        return
+    if mixes:
+        name = getattr(activation, "__name__", type(activation).__name__)
+        raise ValueError(f"activation: expected an element-wise function, got {name}, which mixes the units")
+
+
 _relu_backward = torch.ops.aten.threshold_backward.default
 _elu_backward = torch.ops.aten.elu_backward.default
 _OF_ITSELF = True  # the derivative from the value and not from its argument

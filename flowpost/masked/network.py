@@ -9,7 +9,7 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, empty, nn
 
-from flowpost.masked.activations import Activation
+from flowpost.masked.activations import Activation, check_elementwise
 from flowpost.masked.staircase import Staircase
 from flowpost.numerics.arguments import check_widths
 from flowpost.numerics.rates import Rated
@@ -96,6 +96,7 @@ class MADE(Rated):
     ) -> None:
         super().__init__(rate)
         widths = check_widths("hidden", hidden)
+        check_elementwise(activation)
         self.dim, self.outputs, self.activation = dim, outputs, activation
         self.units = [[unit * dim // width for unit in range(width)] for width in widths]
         """The degrees of every hidden layer's units."""

@@ -14,18 +14,21 @@ State = tuple[int, int, bool, int]
 
 
 class Remembered(NamedTuple):
-    """A result, and the tensors it was made of as they were: who holds one asks `fits` before giving it again."""
+    """A result, and what it was made of as that was: who holds one asks `fits` before giving it again."""
 
     result: Tensor
     tensors: tuple[Tensor, ...]
     states: tuple[State, ...]
     grads: tuple[Tensor | None, ...]
     grad: bool
+    modes: tuple[bool, ...]
 
-    def fits(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the tensors, none of them changed since, gradients wanted or not as they were then."""
+    def fits(self, given: Sequence[Tensor], module: nn.Module) -> bool:
+        """Whether these are the tensors, none changed since, gradients wanted or not, and the modes those of then."""
+        tensors = _all(given, module)
         return (
             self.grad == torch.is_grad_enabled()
+            and self.modes == _modes(module)
             and not watched()
             and len(self.tensors) == len(tensors)
             and all(one is other for one, other in zip(self.tensors, tensors, strict=True))
@@ -34,14 +37,25 @@ class Remembered(NamedTuple):
         )
 
 
-def remember(result: Tensor, tensors: Sequence[Tensor]) -> Remembered | None:
-    """The result to keep; None where nobody could tell whether a tensor has changed.
+def remember(result: Tensor, given: Sequence[Tensor], module: nn.Module) -> Remembered | None:
+    """The result that a module made of tensors, to keep; None where nobody could tell whether a tensor has changed.
 
     A tensor of inference mode counts no changes, and whoever watches the operations hands out tensors of his own.
     """
+    tensors = _all(given, module)
     if watched() or any(tensor.is_inference() for tensor in tensors):
         return None
-    return Remembered(result, tuple(tensors), _states(tensors), _grads(tensors), torch.is_grad_enabled())
+    kept = tuple(tensors), _states(tensors), _grads(tensors), torch.is_grad_enabled(), _modes(module)
+    return Remembered(result, *kept)
+
+
+def _all(given: Sequence[Tensor], module: nn.Module) -> list[Tensor]:
+    return [*given, *module.parameters(), *module.buffers()]
+
+
+def _modes(module: nn.Module) -> tuple[bool, ...]:
+    """Whether each module within is in train mode, where it may be another map."""
+    return tuple(part.training for part in module.modules())
 
 
 def _states(tensors: Sequence[Tensor]) -> tuple[State, ...]:

@@ -2,27 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 
-def refuse_random(name: str, module: nn.Module, cure: str) -> None:
-    """Raise where a part in train mode draws anew at each call, as dropout does: asked again it is another function."""
-    part = _drawing(module)
-    if part is not None:
+def refuse_random(name: str, module: nn.Module, cure: str, *, of_rows: bool = False) -> None:
+    """Raise where a part in train mode is another function at each call, as dropout is and spectral norm.
+
+    Args:
+        name: of the module.
+        module: what is asked again.
+        cure: what to do instead.
+        of_rows: whether it has to be a function of each row by itself, which batch norm is not.
+    """
+    found = _found(module, _why_of_rows if of_rows else _why)
+    if found is not None:
+        part, why = found
         raise ValueError(
             f"{name}: expected the same function again for the path gradient, got {type(part).__name__} in train mode, "
-            f"which draws anew; {cure}"
+            f"which {why}; {cure}"
         )
 
 
-def _drawing(module: nn.Module) -> nn.Module | None:
-    if module.training and _draws(module):
-        return module
+def _found(module: nn.Module, why: Callable[[nn.Module], str]) -> tuple[nn.Module, str] | None:
+    if reason := why(module):
+        return module, reason
     for child in module._modules.values():
-        found = None if child is None else _drawing(child)
+        found = None if child is None else _found(child, why)
         if found is not None:
             return found
     return None
+
+
+def _why_of_rows(part: nn.Module) -> str:
+    if isinstance(part, nn.modules.batchnorm._BatchNorm) and (part.training or part.running_mean is None):
+        return "mixes the rows"
+    return _why(part)
+
+
+def _why(part: nn.Module) -> str:
+    if not part.training:
+        return ""
+    return "draws anew" if _draws(part) else "moves on with each call" if _iterates(part) else ""
+
+
+def _iterates(part: nn.Module) -> bool:
+    """Whether it is a spectral norm, of the new kind or the old, which takes a power iteration at each call."""
+    hooks = part._forward_pre_hooks  # hardly ever any
+    return isinstance(part, _SpectralNorm) or (bool(hooks) and any(map(_is_old_norm, hooks.values())))
+
+
+def _is_old_norm(hook: object) -> bool:
+    return isinstance(hook, SpectralNorm)
 
 
 def _draws(part: nn.Module) -> bool:

@@ -72,6 +72,20 @@ def watched() -> bool:
     )
 
 
+def changes(tensor: Tensor) -> int | None:
+    """How often a tensor was changed in place, where anybody counts that."""
+    return None if watched() or tensor.is_inference() else tensor._version
+
+
+def check_left(name: str, given: Tensor, before: int | None) -> None:
+    """Refuse a part that has changed its input in place, where that was counted: others read it too."""
+    if before is not None and given._version != before:
+        raise ValueError(
+            f"{name}: expected its input left as it is, got it changed in place, whereas it is read again; write "
+            f"z * 2, not z.mul_(2), and no inplace=True in the first layer"
+        )
+
+
 def recordable(tensor: Tensor) -> Tensor:
     """A tensor that autograd can keep: of one that ``torch.inference_mode`` made, outside of that mode, a copy."""
     return tensor.clone() if tensor.is_inference() else tensor

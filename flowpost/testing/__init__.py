@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from flowpost.testing import derivatives, inverses, maths, modules, tensors, transforms
+from flowpost.testing import claims, derivatives, inverses, maths, modules, tensors, transforms
 from flowpost.testing.cases import PUSHES, Case, ContractError, Judge, Make, push
 
 __all__ = ["PROPERTIES", "BijectorContract", "ContractError", "Judge", "Make", "check_bijector", "push"]
@@ -17,6 +17,7 @@ OFTEN: Mapping[str, Property] = {
     "log_det": maths.log_det,
     "orientation": maths.orientation,
     "structure": maths.structure,
+    "claims": claims.claims,
     "sampling": maths.sampling,
     "mass": maths.mass,
     "composition": maths.composition,
