@@ -175,7 +175,7 @@ def draw(
     if together:
         return vmap(one)(parameters, buffers, noise)
     found = [
-        one(*({name: each[i] for name, each in of.items()} for of in (parameters, buffers)), own)
+        one({name: each[i] for name, each in parameters.items()}, {name: each[i] for name, each in buffers.items()}, own)
         for i, own in enumerate(noise)
     ]
     return torch.stack([z for z, _ in found]), torch.stack([log_q for _, log_q in found])
