@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -17,7 +18,7 @@ from benchmarks.checkpoint import Keeper, clear
 from benchmarks.config import Config, ConfigError, is_file
 from benchmarks.data import Data, load
 from benchmarks.display import Display
-from benchmarks.figures import evaluate
+from benchmarks.figures import Figures, evaluate
 from benchmarks.models import build, count_parameters
 from benchmarks.networks import model_of
 from benchmarks.objective import bound_name, objective_name
@@ -173,15 +174,36 @@ def run_one(
     keeper = Keeper(tell, report.run.folder / CHECKPOINTS, name, seed, config, say)
     try:
         vae, history = train_one(data, name, seed, config, watchers(keeper, data, report, f"{name}-{seed}"))
+        keep_model(vae, report, result)
         figures = evaluate(vae, data, config, seed)
+        check_finite(figures)
     except TrainingError as error:
         return result | {"error": str(error)}, f"{name}, seed {seed} failed: {error}"
     cost = {"parameters": count_parameters(vae), "seconds": time.perf_counter() - start}
-    result |= figures | cost | asdict(history)
-    keep_model(vae, report, result)
+    result |= figures | cost | asdict(history) | curves(history)
     line = f"{name}, seed {seed}: -ELBO {result['neg_elbo']:.2f}, NLL {result['nll']:.2f}, best of "
     line += f"{len(history.valid)} epochs: {history.best_epoch}, {result['seconds']:.0f} s{_skipped(history)}"
     return result, line
+
+
+def check_finite(figures: Figures) -> None:
+    """Refuse figures that no mean over seeds can have.
+
+    Raises:
+        TrainingError: some are not finite.
+    """
+    if bad := [key for key, figure in figures.items() if not math.isfinite(figure)]:
+        raise TrainingError(f"figures of the test part that are not finite: {', '.join(bad)}")
+
+
+def curves(history: History) -> dict[str, list[float | None]]:
+    """Of an epoch whose figure is not finite None: JSON knows no nan."""
+    found = {"train": history.train, "valid": history.valid}
+    return {key: [_plain(figure) for figure in figures] for key, figures in found.items()}
+
+
+def _plain(figure: float | None) -> float | None:
+    return figure if figure is not None and math.isfinite(figure) else None
 
 
 def keep_model(vae: VAE, report: Report, result: Result) -> None:

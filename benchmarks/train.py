@@ -82,7 +82,7 @@ class Loop:
     def validate(self, valid: Tensor, config: Config) -> None:
         """Note how good the model is after an epoch, and keep the best one's weights."""
         self.history.valid.append(validate(self.judged, valid, config))
-        if self.history.valid[-1] < self.best:
+        if -math.inf < self.history.valid[-1] < self.best:
             self.best, self.history.best_epoch = self.history.valid[-1], self.epoch
             self.best_state = copy.deepcopy(self.judged.state_dict())
 
@@ -138,7 +138,8 @@ def train_one(
     """One training run: weights, order of the data and noise depend on the seed alone.
 
     Raises:
-        TrainingError: there was no finite loss and gradient for `BAD_STEPS` steps in a row.
+        TrainingError: there was no finite loss and gradient for `BAD_STEPS` steps in a row, or after no epoch a finite
+            bound of the validation part.
     """
     device = torch.device(config.device)
     with seeded(seed, device):
@@ -182,6 +183,8 @@ def fit(vae: VAE, data: Data, config: Config, seed: int, on_epoch: Callable[[His
         loop.validate(valid, config)
         loop.seconds = team.agreed(before + time.perf_counter() - start, device)
         watcher.end_epoch(loop)
+    if not history.best_epoch:
+        raise TrainingError(f"no finite bound of the validation part in {loop.epoch} epochs; lower --lr")
     vae.load_state_dict(loop.best_state)
     vae.eval()
     history.step_ms = 1e3 * statistics.median(times[WARM_STEPS:] or times or [0.0])

@@ -226,6 +226,38 @@ def test_a_failed_run_is_told_and_the_others_go_on(
     assert "lower --lr" in (tmp_path / "table.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("epochs", "figure", "error"),
+    [
+        ([5.0, math.nan], 1.0, None),
+        ([math.nan, math.inf], 1.0, "no finite bound of the validation part in 2 epochs; lower --lr"),
+        ([5.0, 4.0], math.nan, "figures of the test part that are not finite: nll"),
+    ],
+)
+def test_figures_that_are_not_finite_stop_no_job(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    epochs: list[float],
+    figure: float,
+    error: str | None,
+) -> None:
+    scores, evaluated = iter([*epochs, 3.0, 2.0]), job.evaluate
+
+    def evaluate(vae: VAE, data: Data, config: Config, seed: int) -> dict[str, float]:
+        return evaluated(vae, data, config, seed) | ({"nll": figure} if seed == 0 else {})
+
+    monkeypatch.setattr("benchmarks.train.validate", lambda *_: next(scores))
+    monkeypatch.setattr(job, "evaluate", evaluate)
+    options = "--posterior", "diagonal", "--dim", "3", "--seeds", "2", "--out", str(tmp_path)
+    code, out, err = run_cli(capsys, *TINY, *options)
+    first, second = results(tmp_path)["runs"]
+    assert (code, err) == (int(error is not None), "")
+    assert (first["error"], second["error"], second["valid"]) == (error, None, [3.0, 2.0])
+    assert (f"seed 0 failed: {error}" in out) == (error is not None)
+    assert first.get("valid", [5.0, None]) == [5.0, None]
+
+
 def state(vae: torch.nn.Module) -> list[torch.Tensor]:
     return [value.clone() for value in vae.state_dict().values()]
 
