@@ -235,6 +235,19 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
+def check_alone(context: typer.Context, name: str, *others: str) -> None:
+    """Refuse what stands on the command line beside an option that leaves nothing to the rest, but for `others`.
+
+    Raises:
+        ConfigError: something does.
+    """
+    sources = {param.name: (param.opts[0], context.get_parameter_source(param.name)) for param in context.command.params}
+    given = {each: opt for each, (opt, source) in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    if ignored := [opt for each, opt in given.items() if each not in (name, *others)]:
+        why = "since the job goes on as it began" if name == "resume" else "which it would not read"
+        raise ConfigError(f"{name}: expected no other option, {why}, got {', '.join(ignored)}")
+
+
 def terminal(*, quiet: bool = False) -> Console:
     """Where a command prints: what it says is text, not markup."""
     return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else WIDTH, quiet=quiet)
