@@ -52,7 +52,7 @@ def job(begun: Config | Report, out: Path | None = None, *, pictures: bool = Tru
     console, data = terminal(quiet=not team.leads), _data(config)
     if config.networks:
         check_networks(config, data)
-    report = begun if isinstance(begun, Report) else begin(shared(config, team), out)
+    report = begun if isinstance(begun, Report) else begin(shared(counted(config, data), team), out)
     report.run.silent = not team.leads
     with cpu_threads(config.threads):
         code = train(report, data, console, jobs)
@@ -66,6 +66,13 @@ def job(begun: Config | Report, out: Path | None = None, *, pictures: bool = Tru
 
 def _data(config: Config) -> Data:
     return load_own(config) if is_file(config.data) else load(config.data)
+
+
+def counted(config: Config, data: Data) -> Config:
+    """With as many images of the trusted NLL and of the split gap as there are, which the table's caption tells."""
+    there = min(config.images or len(data.test), len(data.test))
+    gap_images = min(config.gap_images, there) if config.gaps else config.gap_images
+    return replace(config, trusted_images=min(config.trusted_images, there), gap_images=gap_images)
 
 
 def shared(config: Config, team: Team) -> Config:

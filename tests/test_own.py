@@ -5,7 +5,7 @@ import json
 import sys
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +306,10 @@ def test_values_outside_a_likelihood_are_named(likelihood: str, x: np.ndarray, m
         (["--option", "nvp.steps=1"], "option: expected RECIPE.OPTION=VALUE of a recipe, one of diagonal, "),
         (["--option", "iaf.steps"], "option: expected RECIPE.OPTION=VALUE of a recipe; iaf has "),
         (["--option", "iaf.steps=0"], "option: expected what iaf takes, got steps=0: steps: expected "),
+        (
+            ["--option", "iaf.steps=4", "--posterior", "planar,diagonal", "--prior", "maf"],
+            "option: expected those of the job's posteriors (planar, diagonal) or of its prior, got iaf",
+        ),
         (["--option", "iaf.steps=two"], "option: expected what iaf takes, got steps=two: steps: expected "),
         (["--encoder-width", "-1"], "encoder-width: expected an integer of at least 0, got -1"),
         (["--networks", "own_nets:pair", "--width", "3"], "width: expected none beside networks of your own, got 3"),
@@ -481,6 +485,20 @@ def test_networks_of_features_get_every_posterior(here: Path) -> None:
     vae = build(load_own(config), "iaf", **config.model("iaf"))
     assert vae.posterior.features == 5
     assert isinstance(vae.likelihood, Gaussian)
+
+
+def test_no_more_examples_are_told_than_there_are(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 20 test rows neither 50 are annealed nor 100 given a q of their own, whatever is asked for."""
+    config, _ = configure_own("waves.npz", {"trusted_images": 50, "gaps": True, "gap_images": 100}, quick=False)
+    data = load_own(config)
+    counted = job.counted(config, data)
+    assert (counted.trusted_images, counted.gap_images) == (20, 20)
+    few = job.counted(replace(config, images=7, gaps=False), data)
+    assert (few.trusted_images, few.gap_images) == (7, 100)
+    options = [*TINY[:-1], "50", "--posterior", "diagonal", "--width", "8", "--out", "job"]
+    code, out, _ = run(capsys, "--data", "waves.npz", *options)
+    assert code == 0
+    assert "trusted: NLL of 20 examples" in " ".join(out.split())
 
 
 @pytest.mark.full
