@@ -24,7 +24,7 @@ from benchmarks.networks import model_of
 from benchmarks.objective import bound_name, objective_name
 from benchmarks.own.setup import check_networks, load_own
 from benchmarks.plots import draw
-from benchmarks.report import JOB, Report, Result, by_posterior
+from benchmarks.report import JOB, RESULTS, Report, Result, by_posterior
 from benchmarks.run import Run, cpu_threads, set_threads, terminal
 from benchmarks.team import Team
 from benchmarks.train import History, TrainingError, seeded, train_one
@@ -49,7 +49,7 @@ def job(begun: Config | Report, out: Path | None = None, *, pictures: bool = Tru
     """
     config = begun.config if isinstance(begun, Report) else begun
     team = Team.on(config.device)
-    console, data = terminal(quiet=not team.leads), _data(config)
+    console, data = terminal(quiet=not team.leads), load_data(config)
     if config.networks:
         check_networks(config, data)
     report = begun if isinstance(begun, Report) else begin(shared(counted(config, data), team), out)
@@ -64,7 +64,8 @@ def job(begun: Config | Report, out: Path | None = None, *, pictures: bool = Tru
     return code or int(len(report.finished) < len(report.results))
 
 
-def _data(config: Config) -> Data:
+def load_data(config: Config) -> Data:
+    """Of a job: a data set by its name, or a file as it was when the job began."""
     return load_own(config) if is_file(config.data) else load(config.data)
 
 
@@ -96,6 +97,7 @@ def begin(config: Config, out: Path | None) -> Report:
     team = Team.on(config.device)
     parts = (config.preset, config.name.removesuffix(".npz"), objective_name(config), _prior_name(config))
     name = "-".join(filter(None, parts))
+    _check_new(out, team)
     run = Run.begin(JOB, out, name=name, device=config.device, threads=config.threads)
     run.silent = not team.leads
     report = Report(run, config)
@@ -105,6 +107,14 @@ def begin(config: Config, out: Path | None) -> Report:
     report.write()
     team.wait()
     return report
+
+
+def _check_new(out: Path | None, team: Team) -> None:
+    """Refuse a folder with a job of its own, whose figures would be gone; of several processes before any writes."""
+    if out is not None and (out / RESULTS).exists():
+        begun = "a job; go on with --resume, take another folder, or remove this one"
+        raise ConfigError(f"out: expected a folder without a job, got {out}, which has {begun}")
+    team.wait()
 
 
 def _prior_name(config: Config) -> str:
@@ -160,7 +170,7 @@ def finished(
 def run_apart(report: Report, name: str, seed: int) -> tuple[list[str], Result, str]:
     """The same in a process of its own, which says nothing: what it would have said comes first."""
     said: list[str] = []
-    return said, *run_one(_data(report.config), name, seed, report, lambda _: None, said.append)
+    return said, *run_one(load_data(report.config), name, seed, report, lambda _: None, said.append)
 
 
 def run_one(

@@ -20,6 +20,7 @@ from benchmarks.table import Table, grouped, ranked
 from benchmarks.train import tensor_words
 
 JOB = "job"
+RESULTS = "results.json"  # a job's figures
 SPREAD = {"neg_elbo", "nll", "local_nll", "exact_nll", "neg_elbo_bits", "nll_bits"}  # whose sd the table shows too
 
 Result = dict[str, Any]
@@ -49,7 +50,7 @@ class Report:
         Raises:
             ConfigError: there is no such job.
         """
-        path = folder / "results.json"
+        path = folder / RESULTS
         try:
             return cls.of(json.loads(path.read_text(encoding="utf-8")), folder)
         except ConfigError:
@@ -79,7 +80,7 @@ class Report:
         then = report.run.environment
         changed = [f"{key} {then.get(key)} != {now}" for key, now in versions().items() if then.get(key) != now]
         if changed:
-            path = folder / "results.json"
+            path = folder / RESULTS
             raise ConfigError(
                 f"resume: expected the versions that {path} began with (then != now): {', '.join(changed)}"
             )
@@ -103,7 +104,7 @@ class Report:
 
     def write(self) -> None:
         """Both files."""
-        self.run.write("results.json", self.content())
+        self.run.write(RESULTS, self.content())
         self.run.write("table.md", self.table().markdown())
 
     def content(self) -> dict[str, Any]:
