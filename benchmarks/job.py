@@ -25,7 +25,7 @@ from benchmarks.objective import bound_name, objective_name
 from benchmarks.own.setup import check_networks, load_own
 from benchmarks.plots import draw
 from benchmarks.report import JOB, RESULTS, Report, Result, by_posterior
-from benchmarks.run import Run, cpu_threads, set_threads, terminal
+from benchmarks.run import Run, cpu_threads, set_threads, terminal, written
 from benchmarks.team import Team
 from benchmarks.train import History, TrainingError, seeded, train_one
 from benchmarks.watchers import clear_album, watchers
@@ -228,8 +228,9 @@ def keep_model(vae: VAE, report: Report, result: Result) -> None:
     if report.run.silent:
         return
     path = _model_path(report, result)
-    path.parent.mkdir(exist_ok=True)
-    flowpost.save(vae, path)
+    with written(report.run.folder):
+        path.parent.mkdir(exist_ok=True)
+        flowpost.save(vae, path)
 
 
 def models(report: Report, data: Data, console: Console) -> dict[str, VAE]:
