@@ -53,7 +53,9 @@ def sandwich_command(
         list[Path], typer.Argument(help="Folders of finished jobs; of 2 latents, the integral too.", file_okay=False)
     ],
     *,
-    count: Annotated[int, typer.Option(min=1, help="Images drawn from each model; of 2 latents and N(0, I), test images too.")] = 100,
+    count: Annotated[
+        int, typer.Option(min=1, help="Images drawn from each model; of 2 latents and N(0, I), test images too.")
+    ] = 100,
     chains: Annotated[int, typer.Option(min=1, help="For each image, either way.")] = 16,
     temperatures: Annotated[int, typer.Option(min=1, help="Of each chain.")] = 1000,
     leapfrogs: Annotated[int, typer.Option(min=1, help="Gradients at each temperature.")] = 5,

@@ -292,6 +292,47 @@ def test_training_counts_bad_steps_and_gives_up_after_ten_in_a_row(
         fit(vae, data, config, 0, lambda _: None)
 
 
+def test_a_training_figure_is_the_mean_over_images(
+    tiny_model: tuple[VAE, Data, Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 300 images 256 and then 44: the last batch counts by its size, and one that is skipped not at all."""
+    vae, data, _ = tiny_model
+    few = replace(data, train=data.train[:300], valid=data.valid[:8])
+    outcomes = iter([1.0, 7.0, math.nan, 7.0])
+    monkeypatch.setattr("benchmarks.step.step", lambda *_: torch.tensor(next(outcomes)))
+    history = fit(vae, few, configure(epochs=2, batch=256), 0, lambda _: None)
+    assert history.train == pytest.approx([(256 * 1.0 + 44 * 7.0) / 300, 7.0])
+
+
+def test_counts_of_runs_stand_as_the_rows_do(tmp_path: Path) -> None:
+    """A posterior that lost a run, and is ranked before one that did not."""
+    report = job.begin(configure(posteriors=("diagonal", "iaf"), seeds=(0, 1)), tmp_path)
+    common = {"error": None, "skipped_steps": 0, "neg_elbo": 1.0, "nll": 1.0}
+    for name, seed, trusted in (("diagonal", 0, 9.0), ("diagonal", 1, None), ("iaf", 0, 8.0)):
+        report.add({"posterior": name, "seed": seed, **common, **({"trusted_nll": trusted} if trusted else {})})
+    report.add({"posterior": "iaf", "seed": 1, "error": "lower --lr"})
+    table = report.table()
+    assert [row[0] for row in table.rows] == ["iaf", "diagonal"]
+    assert "over seeds (1/2 runs)" in table.caption
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    code, _, err = run_cli(capsys, *TINY, "--out", str(tmp_path / "file" / "job"))
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("out: expected a folder that can be written to, got ")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("flowpost.save", full)
+    code, _, err = run_cli(capsys, *TINY, "--posterior", "diagonal", "--dim", "3", "--out", str(tmp_path / "job"))
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.endswith("No space left on device\n")
+
+
 def test_early_stopping_restores_the_best_weights(
     tiny_model: tuple[VAE, Data, Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from benchmarks.config import ConfigError, configure, from_json
 from benchmarks.data import Data, DataError, load
 from benchmarks.figures import evaluate
 from benchmarks.flows import parse_options
+from benchmarks.heads import Standardize
 from benchmarks.models import build, count_parameters
 from benchmarks.own import archive, rows, values
 from benchmarks.own.setup import configure_own, load_own, sizes
@@ -499,6 +500,26 @@ def test_no_more_examples_are_told_than_there_are(here: Path, capsys: pytest.Cap
     code, out, _ = run(capsys, "--data", "waves.npz", *options)
     assert code == 0
     assert "trusted: NLL of 20 examples" in " ".join(out.split())
+
+
+def test_arrays_that_are_not_read_are_named() -> None:
+    x = DRAWS.normal(size=(100, 2))
+    found = rows.divide({"train": x, "val": x, "test": x, "labels": np.arange(100), "y": x})
+    assert len(found.valid) == 10
+    assert found.origin.endswith("; not read: val, y")
+    assert "not read" not in rows.divide({"anything": x, "labels": np.arange(100)}).origin
+
+
+def test_an_element_that_only_the_training_rows_hold_constant_blows_up_no_encoder() -> None:
+    """It is divided by the spread of the others: by its own, 1e-6 of that, a step of 1 would be a million."""
+    train, test = DRAWS.normal(size=(60, 3)), DRAWS.normal(size=(20, 3))
+    train[:, 1] = 5.0
+    first, other = torch.from_numpy(train).float(), torch.from_numpy(test).float()
+    data = Data("x", first, other, other, 1, "gaussian", scale=1.0)
+    standard = Standardize(data)(data.test)
+    assert standard.abs().max() < 20
+    free = torch.tensor([True, False, True])
+    torch.testing.assert_close(Standardize(data)(data.train)[:, free].std(0), torch.ones(2))
 
 
 @pytest.mark.full
