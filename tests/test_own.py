@@ -23,6 +23,7 @@ from benchmarks.flows import parse_options
 from benchmarks.heads import Standardize
 from benchmarks.models import build, count_parameters
 from benchmarks.own import archive, rows, values
+from benchmarks.own.networks import source_hash
 from benchmarks.own.setup import configure_own, load_own, sizes
 from benchmarks.split import permuted_parts
 from benchmarks.views import as_image
@@ -520,6 +521,18 @@ def test_an_element_that_only_the_training_rows_hold_constant_blows_up_no_encode
     assert standard.abs().max() < 20
     free = torch.tensor([True, False, True])
     torch.testing.assert_close(Standardize(data)(data.train)[:, free].std(0), torch.ones(2))
+
+
+def test_a_change_where_the_networks_come_from_is_seen(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that takes them from another one: either file may change."""
+    for name in ("other_nets", "taking_nets"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    (here / "other_nets.py").write_text(NETWORKS)
+    (here / "taking_nets.py").write_text("from other_nets import pair\n")
+    before = source_hash("taking_nets:pair")
+    (here / "other_nets.py").write_text(f"{NETWORKS}\n# changed\n")
+    assert source_hash("taking_nets:pair") != before
+    assert source_hash("own_nets:pair") == archive.sha256(here / "own_nets.py")
 
 
 @pytest.mark.full
