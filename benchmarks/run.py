@@ -155,7 +155,8 @@ def written(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"out: expected a folder that can be written to, got {folder}: {error.strerror}") from error
+        why = error.strerror or error
+        raise ConfigError(f"out: expected a folder that can be written to, got {folder}: {why}") from error
 
 
 def as_json(content: Content) -> str:
