@@ -34,7 +34,7 @@ from benchmarks.pages import pages
 from benchmarks.posteriors.command import posteriors
 from benchmarks.reliability.command import reliability
 from benchmarks.report import Report
-from benchmarks.run import Out, terminal
+from benchmarks.run import Out, check_alone, terminal
 from benchmarks.sandwich import sandwich_command
 from benchmarks.speed import speed
 from benchmarks.targets import targets
@@ -198,7 +198,7 @@ def main_job(
     if context.invoked_subcommand is not None:
         return
     if resume is not None:
-        _check_alone(context)
+        check_alone(context, "resume", "jobs")
         raise typer.Exit(job(Report.resume(resume), jobs=jobs))
     options = context.params | {
         "posteriors": posterior_names(posterior) if posterior else None,
@@ -212,17 +212,6 @@ def main_job(
     config, lines = configure_own(data, given, quick=quick)
     terminal().print("\n".join(lines), soft_wrap=True)
     raise typer.Exit(job(config, out, jobs=jobs))
-
-
-def _check_alone(context: typer.Context) -> None:
-    """Refuse options beside `--resume` that could change figures."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-    others = [f"--{name.replace('_', '-')}" for name in given if name not in ("resume", "jobs")]
-    if others:
-        raise ConfigError(
-            f"resume: expected no other option, since the job goes on as it began, got {', '.join(others)}"
-        )
 
 
 def _seeds(count: int | None, first: int, *, quick: bool) -> tuple[int, ...]:

@@ -19,7 +19,9 @@ from benchmarks.run import TABLES, Content, Page, as_json, fill, origin, publish
 from benchmarks.table import Table, ranked
 
 # Jobs whose figures of a run mean the same.
-SHARED = ("data", "data_hash", "likelihood", "samples", "gap_images")
+SHARED = ("data", "data_hash", "likelihood", "samples", "gap_images", "images")
+# And what a figure that not all runs have means besides.
+BEHIND = {"trusted_nll": "trusted_images", "approximation_gap": "gap_steps"}
 
 TITLES = {
     "neg_elbo": "-ELBO",
@@ -77,17 +79,18 @@ def shown(content: Content, page: str = "") -> str:
 def _table(content: Content) -> Table:
     reports = [Report.of(job, Path()) for job in content["runs"]]
     rows = [(report.config, name, runs) for report in reports for name, runs in by_posterior(report.finished).items()]
-    _check_comparable([report.config for report in reports])
+    _check_comparable([report.config for report in reports], rows)
     if not rows:
         raise ConfigError("folders: expected finished runs, got none")
     return table(rows)
 
 
-def _check_comparable(configs: Sequence[Config]) -> None:
-    for name in SHARED:
-        values = sorted({str(getattr(config, name)) for config in configs})
-        if len(values) > 1:
-            raise ConfigError(f"folders: expected jobs of one {name.replace('_', '-')}, got {', '.join(values)}")
+def _check_comparable(configs: Sequence[Config], rows: Sequence[Row]) -> None:
+    having = {name: [config for config, _, runs in rows if values(runs, key)] for key, name in BEHIND.items()}
+    for name, found in ({name: configs for name in SHARED} | having).items():
+        several = sorted({str(getattr(config, name)) for config in found})
+        if len(several) > 1:
+            raise ConfigError(f"folders: expected jobs of one {name.replace('_', '-')}, got {', '.join(several)}")
 
 
 def table(rows: Sequence[Row]) -> Table:

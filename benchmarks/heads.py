@@ -37,7 +37,9 @@ def _spread(data: Data) -> Tensor:
     Real numbers have one each, since columns of a table have units of their own.
     """
     if data.likelihood == "gaussian":
-        return deviation(data)
+        each, train = deviation(data), data.train.flatten(1)
+        constant = (train == train[0]).all(0)  # such an element may still vary in the other parts
+        return torch.where(constant, each.max(), each)
     mean = data.train.mean(0)
     variance = (mean * (1 - mean)).mean() if data.dynamic else (data.train - mean).square().mean()
     return variance.sqrt()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -17,14 +18,14 @@ from benchmarks.checkpoint import Keeper, clear
 from benchmarks.config import Config, ConfigError, is_file
 from benchmarks.data import Data, load
 from benchmarks.display import Display
-from benchmarks.figures import evaluate
+from benchmarks.figures import Figures, evaluate
 from benchmarks.models import build, count_parameters
 from benchmarks.networks import model_of
 from benchmarks.objective import bound_name, objective_name
 from benchmarks.own.setup import check_networks, load_own
 from benchmarks.plots import draw
-from benchmarks.report import JOB, Report, Result, by_posterior
-from benchmarks.run import Run, cpu_threads, set_threads, terminal
+from benchmarks.report import JOB, RESULTS, Report, Result, by_posterior
+from benchmarks.run import Run, cpu_threads, set_threads, terminal, written
 from benchmarks.team import Team
 from benchmarks.train import History, TrainingError, seeded, train_one
 from benchmarks.watchers import clear_album, watchers
@@ -48,10 +49,10 @@ def job(begun: Config | Report, out: Path | None = None, *, pictures: bool = Tru
     """
     config = begun.config if isinstance(begun, Report) else begun
     team = Team.on(config.device)
-    console, data = terminal(quiet=not team.leads), _data(config)
+    console, data = terminal(quiet=not team.leads), load_data(config)
     if config.networks:
         check_networks(config, data)
-    report = begun if isinstance(begun, Report) else begin(shared(config, team), out)
+    report = begun if isinstance(begun, Report) else begin(shared(counted(config, data), team), out)
     report.run.silent = not team.leads
     with cpu_threads(config.threads):
         code = train(report, data, console, jobs)
@@ -63,8 +64,16 @@ def job(begun: Config | Report, out: Path | None = None, *, pictures: bool = Tru
     return code or int(len(report.finished) < len(report.results))
 
 
-def _data(config: Config) -> Data:
+def load_data(config: Config) -> Data:
+    """Of a job: a data set by its name, or a file as it was when the job began."""
     return load_own(config) if is_file(config.data) else load(config.data)
+
+
+def counted(config: Config, data: Data) -> Config:
+    """With as many images of the trusted NLL and of the split gap as there are, which the table's caption tells."""
+    there = min(config.images or len(data.test), len(data.test))
+    gap_images = min(config.gap_images, there) if config.gaps else config.gap_images
+    return replace(config, trusted_images=min(config.trusted_images, there), gap_images=gap_images)
 
 
 def shared(config: Config, team: Team) -> Config:
@@ -88,6 +97,7 @@ def begin(config: Config, out: Path | None) -> Report:
     team = Team.on(config.device)
     parts = (config.preset, config.name.removesuffix(".npz"), objective_name(config), _prior_name(config))
     name = "-".join(filter(None, parts))
+    _check_new(out, team)
     run = Run.begin(JOB, out, name=name, device=config.device, threads=config.threads)
     run.silent = not team.leads
     report = Report(run, config)
@@ -97,6 +107,14 @@ def begin(config: Config, out: Path | None) -> Report:
     report.write()
     team.wait()
     return report
+
+
+def _check_new(out: Path | None, team: Team) -> None:
+    """Refuse a folder with a job of its own, whose figures would be gone; of several processes before any writes."""
+    if out is not None and (out / RESULTS).exists():
+        begun = "a job; go on with --resume, take another folder, or remove this one"
+        raise ConfigError(f"out: expected a folder without a job, got {out}, which has {begun}")
+    team.wait()
 
 
 def _prior_name(config: Config) -> str:
@@ -152,7 +170,7 @@ def finished(
 def run_apart(report: Report, name: str, seed: int) -> tuple[list[str], Result, str]:
     """The same in a process of its own, which says nothing: what it would have said comes first."""
     said: list[str] = []
-    return said, *run_one(_data(report.config), name, seed, report, lambda _: None, said.append)
+    return said, *run_one(load_data(report.config), name, seed, report, lambda _: None, said.append)
 
 
 def run_one(
@@ -173,15 +191,36 @@ def run_one(
     keeper = Keeper(tell, report.run.folder / CHECKPOINTS, name, seed, config, say)
     try:
         vae, history = train_one(data, name, seed, config, watchers(keeper, data, report, f"{name}-{seed}"))
+        keep_model(vae, report, result)
         figures = evaluate(vae, data, config, seed)
+        check_finite(figures)
     except TrainingError as error:
         return result | {"error": str(error)}, f"{name}, seed {seed} failed: {error}"
     cost = {"parameters": count_parameters(vae), "seconds": time.perf_counter() - start}
-    result |= figures | cost | asdict(history)
-    keep_model(vae, report, result)
+    result |= figures | cost | asdict(history) | curves(history)
     line = f"{name}, seed {seed}: -ELBO {result['neg_elbo']:.2f}, NLL {result['nll']:.2f}, best of "
     line += f"{len(history.valid)} epochs: {history.best_epoch}, {result['seconds']:.0f} s{_skipped(history)}"
     return result, line
+
+
+def check_finite(figures: Figures) -> None:
+    """Refuse figures that no mean over seeds can have.
+
+    Raises:
+        TrainingError: some are not finite.
+    """
+    if bad := [key for key, figure in figures.items() if not math.isfinite(figure)]:
+        raise TrainingError(f"figures of the test part that are not finite: {', '.join(bad)}")
+
+
+def curves(history: History) -> dict[str, list[float | None]]:
+    """Of an epoch whose figure is not finite None: JSON knows no nan."""
+    found = {"train": history.train, "valid": history.valid}
+    return {key: [_plain(figure) for figure in figures] for key, figures in found.items()}
+
+
+def _plain(figure: float | None) -> float | None:
+    return figure if figure is not None and math.isfinite(figure) else None
 
 
 def keep_model(vae: VAE, report: Report, result: Result) -> None:
@@ -189,8 +228,9 @@ def keep_model(vae: VAE, report: Report, result: Result) -> None:
     if report.run.silent:
         return
     path = _model_path(report, result)
-    path.parent.mkdir(exist_ok=True)
-    flowpost.save(vae, path)
+    with written(report.run.folder):
+        path.parent.mkdir(exist_ok=True)
+        flowpost.save(vae, path)
 
 
 def models(report: Report, data: Data, console: Console) -> dict[str, VAE]:

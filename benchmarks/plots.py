@@ -77,12 +77,12 @@ def curves(report: Report) -> Figure:
 
 def _curve(panel: Axes, run: dict, colour: str, *, labelled: bool) -> None:
     epochs = np.arange(1, len(run["valid"]) + 1)
-    train = [math.nan if value is None else value for value in run["train"]]
+    train, valid = ([math.nan if value is None else value for value in run[key]] for key in ("train", "valid"))
     labels = ("train", "validation", "weights kept") if labelled else (None,) * 3
     panel.plot(epochs, train, color="0.55", linestyle=":", linewidth=1.2, label=labels[0])
-    panel.plot(epochs, run["valid"], color=colour, linewidth=1.2, label=labels[1])
+    panel.plot(epochs, valid, color=colour, linewidth=1.2, label=labels[1])
     best = run["best_epoch"]
-    panel.plot(best, run["valid"][best - 1], "o", color="black", markersize=4, label=labels[2], zorder=3)
+    panel.plot(best, valid[best - 1], "o", color="black", markersize=4, label=labels[2], zorder=3)
 
 
 def bounds(report: Report) -> Figure:

@@ -20,6 +20,7 @@ from benchmarks.table import Table, grouped, ranked
 from benchmarks.train import tensor_words
 
 JOB = "job"
+RESULTS = "results.json"  # a job's figures
 SPREAD = {"neg_elbo", "nll", "local_nll", "exact_nll", "neg_elbo_bits", "nll_bits"}  # whose sd the table shows too
 
 Result = dict[str, Any]
@@ -49,7 +50,7 @@ class Report:
         Raises:
             ConfigError: there is no such job.
         """
-        path = folder / "results.json"
+        path = folder / RESULTS
         try:
             return cls.of(json.loads(path.read_text(encoding="utf-8")), folder)
         except ConfigError:
@@ -79,7 +80,7 @@ class Report:
         then = report.run.environment
         changed = [f"{key} {then.get(key)} != {now}" for key, now in versions().items() if then.get(key) != now]
         if changed:
-            path = folder / "results.json"
+            path = folder / RESULTS
             raise ConfigError(
                 f"resume: expected the versions that {path} began with (then != now): {', '.join(changed)}"
             )
@@ -103,7 +104,7 @@ class Report:
 
     def write(self) -> None:
         """Both files."""
-        self.run.write("results.json", self.content())
+        self.run.write(RESULTS, self.content())
         self.run.write("table.md", self.table().markdown())
 
     def content(self) -> dict[str, Any]:
@@ -117,16 +118,21 @@ class Report:
     def table(self) -> Table:
         """A row for each posterior, by the trusted NLL; a note for each result that failed or skipped steps."""
         columns, rows = _columns(self.config), []
-        found = {name: summarize(results) for name, results in by_posterior(self.finished).items()}
-        for name, summary in ranked([*found.items()], lambda item: item[1].get("trusted_nll", {}).get("mean")):
+        for name, results in self._ranked():
+            summary = summarize(results)
             rows.append([name, *(_cell(summary.get(key), digits, spread=key in SPREAD) for key, _, digits in columns)])
         notes = [_note(one, self.config) for one in self.results if one["error"] or one["skipped_steps"]]
         return Table(["posterior", *(title for _, title, _ in columns)], rows, caption=self.caption(), notes=notes)
 
+    def _ranked(self) -> list[tuple[str, list[Result]]]:
+        """The posteriors in the order of the table, with their finished runs."""
+        found = [*by_posterior(self.finished).items()]
+        return ranked(found, lambda item: summarize(item[1]).get("trusted_nll", {}).get("mean"))
+
     def caption(self) -> str:
         """What the table's numbers are."""
         config, unit = self.config, self.config.unit
-        counts = [len(results) for results in by_posterior(self.finished).values()] or [0]
+        counts = [len(results) for _, results in self._ranked()] or [0]  # as the rows stand
         seeds = "/".join(map(str, counts if len(set(counts)) > 1 else counts[:1]))
         return (
             f"{config.name}, test part; {_model_words(config)}trained on {objective_words(config)}; "

@@ -116,8 +116,9 @@ class Run:
             return
         if not isinstance(content, str):
             content = as_json(self.head() | dict(content))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        replace_text(self.folder / name, content.rstrip("\n") + "\n")
+        with written(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            replace_text(self.folder / name, content.rstrip("\n") + "\n")
 
     def head(self) -> dict[str, Any]:
         """What the run says of itself in its JSON files."""
@@ -146,6 +147,16 @@ class Run:
         if picture and (self.folder / picture).exists():
             shutil.copyfile(self.folder / picture, self.page.with_suffix(".png"))
         publish(self.page, (self.folder / name).read_text(encoding="utf-8"), shown, self.mark)
+
+
+@contextmanager
+def written(folder: Path) -> Iterator[None]:
+    """A folder that cannot be written to, or a disk that is full, is one line."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or error
+        raise ConfigError(f"out: expected a folder that can be written to, got {folder}: {why}") from error
 
 
 def as_json(content: Content) -> str:
@@ -233,6 +244,23 @@ def replace_text(path: Path, text: str) -> None:
     part = path.with_name(f"{path.name}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
+
+
+def check_alone(context: typer.Context, name: str, *others: str) -> None:
+    """Refuse what stands on the command line beside an option that leaves nothing to the rest, but for `others`.
+
+    Raises:
+        ConfigError: something does.
+    """
+    sources = {
+        param.name: (param.opts[0], context.get_parameter_source(param.name)) for param in context.command.params
+    }
+    given = {
+        each: opt for each, (opt, source) in sources.items() if source is not None and source.name == "COMMANDLINE"
+    }
+    if ignored := [opt for each, opt in given.items() if each not in (name, *others)]:
+        why = "since the job goes on as it began" if name == "resume" else "which it would not read"
+        raise ConfigError(f"{name}: expected no other option, {why}, got {', '.join(ignored)}")
 
 
 def terminal(*, quiet: bool = False) -> Console:

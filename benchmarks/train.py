@@ -42,7 +42,7 @@ class TrainingError(RuntimeError):
 class History:
     """What training leaves behind, besides the weights."""
 
-    train: list[float | None] = field(default_factory=list)  # negative bound at KL weight 1, mean over the epoch
+    train: list[float | None] = field(default_factory=list)  # negative bound at KL weight 1, mean over images
     valid: list[float] = field(default_factory=list)  # the same, after the epoch
     best_epoch: int = 0  # counted from 1
     skipped_steps: int = 0
@@ -82,7 +82,7 @@ class Loop:
     def validate(self, valid: Tensor, config: Config) -> None:
         """Note how good the model is after an epoch, and keep the best one's weights."""
         self.history.valid.append(validate(self.judged, valid, config))
-        if self.history.valid[-1] < self.best:
+        if -math.inf < self.history.valid[-1] < self.best:
             self.best, self.history.best_epoch = self.history.valid[-1], self.epoch
             self.best_state = copy.deepcopy(self.judged.state_dict())
 
@@ -138,7 +138,8 @@ def train_one(
     """One training run: weights, order of the data and noise depend on the seed alone.
 
     Raises:
-        TrainingError: there was no finite loss and gradient for `BAD_STEPS` steps in a row.
+        TrainingError: there was no finite loss and gradient for `BAD_STEPS` steps in a row, or after no epoch a finite
+            bound of the validation part.
     """
     device = torch.device(config.device)
     with seeded(seed, device):
@@ -166,22 +167,25 @@ def fit(vae: VAE, data: Data, config: Config, seed: int, on_epoch: Callable[[His
     while not loop.is_over(config):
         kl_weight = torch.tensor(schedules.linear(loop.epoch + 1, config.kl_warmup), device=device)
         set_learning_rate(loop.optimizer, config.rate(loop.epoch))
-        losses = []
+        total, images = 0.0, 0
         vae.train()
         batches = torch.randperm(len(train), generator=loop.order).to(device).split(config.batch)
-        for loss, seconds in outcomes(advance, batches, kl_weight, once=config.captured):
+        steps = outcomes(advance, batches, kl_weight, once=config.captured)
+        for index, (loss, seconds) in zip(batches, steps, strict=True):
             times.append(seconds)
             loop.steps += 1
             if math.isnan(loss):
                 loop.skip(config)
             else:
                 loop.bad = 0
-                losses.append(loss)
+                total, images = total + loss * len(index), images + len(index)  # the last batch may be smaller
         loop.epoch += 1
-        history.train.append(statistics.fmean(losses) if losses else None)
+        history.train.append(total / images if images else None)
         loop.validate(valid, config)
         loop.seconds = team.agreed(before + time.perf_counter() - start, device)
         watcher.end_epoch(loop)
+    if not history.best_epoch:
+        raise TrainingError(f"no finite bound of the validation part in {loop.epoch} epochs; lower --lr")
     vae.load_state_dict(loop.best_state)
     vae.eval()
     history.step_ms = 1e3 * statistics.median(times[WARM_STEPS:] or times or [0.0])

@@ -226,6 +226,38 @@ def test_a_failed_run_is_told_and_the_others_go_on(
     assert "lower --lr" in (tmp_path / "table.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("epochs", "figure", "error"),
+    [
+        ([5.0, math.nan], 1.0, None),
+        ([math.nan, math.inf], 1.0, "no finite bound of the validation part in 2 epochs; lower --lr"),
+        ([5.0, 4.0], math.nan, "figures of the test part that are not finite: nll"),
+    ],
+)
+def test_figures_that_are_not_finite_stop_no_job(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    epochs: list[float],
+    figure: float,
+    error: str | None,
+) -> None:
+    scores, evaluated = iter([*epochs, 3.0, 2.0]), job.evaluate
+
+    def evaluate(vae: VAE, data: Data, config: Config, seed: int) -> dict[str, float]:
+        return evaluated(vae, data, config, seed) | ({"nll": figure} if seed == 0 else {})
+
+    monkeypatch.setattr("benchmarks.train.validate", lambda *_: next(scores))
+    monkeypatch.setattr(job, "evaluate", evaluate)
+    options = "--posterior", "diagonal", "--dim", "3", "--seeds", "2", "--out", str(tmp_path)
+    code, out, err = run_cli(capsys, *TINY, *options)
+    first, second = results(tmp_path)["runs"]
+    assert (code, err) == (int(error is not None), "")
+    assert (first["error"], second["error"], second["valid"]) == (error, None, [3.0, 2.0])
+    assert (f"seed 0 failed: {error}" in out) == (error is not None)
+    assert first.get("valid", [5.0, None]) == [5.0, None]
+
+
 def state(vae: torch.nn.Module) -> list[torch.Tensor]:
     return [value.clone() for value in vae.state_dict().values()]
 
@@ -258,6 +290,47 @@ def test_training_counts_bad_steps_and_gives_up_after_ten_in_a_row(
     calls = iter([math.nan] * BAD_STEPS)
     with pytest.raises(TrainingError, match="10 steps in a row"):
         fit(vae, data, config, 0, lambda _: None)
+
+
+def test_a_training_figure_is_the_mean_over_images(
+    tiny_model: tuple[VAE, Data, Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 300 images 256 and then 44: the last batch counts by its size, and one that is skipped not at all."""
+    vae, data, _ = tiny_model
+    few = replace(data, train=data.train[:300], valid=data.valid[:8])
+    outcomes = iter([1.0, 7.0, math.nan, 7.0])
+    monkeypatch.setattr("benchmarks.step.step", lambda *_: torch.tensor(next(outcomes)))
+    history = fit(vae, few, configure(epochs=2, batch=256), 0, lambda _: None)
+    assert history.train == pytest.approx([(256 * 1.0 + 44 * 7.0) / 300, 7.0])
+
+
+def test_counts_of_runs_stand_as_the_rows_do(tmp_path: Path) -> None:
+    """A posterior that lost a run, and is ranked before one that did not."""
+    report = job.begin(configure(posteriors=("diagonal", "iaf"), seeds=(0, 1)), tmp_path)
+    common = {"error": None, "skipped_steps": 0, "neg_elbo": 1.0, "nll": 1.0}
+    for name, seed, trusted in (("diagonal", 0, 9.0), ("diagonal", 1, None), ("iaf", 0, 8.0)):
+        report.add({"posterior": name, "seed": seed, **common, **({"trusted_nll": trusted} if trusted else {})})
+    report.add({"posterior": "iaf", "seed": 1, "error": "lower --lr"})
+    table = report.table()
+    assert [row[0] for row in table.rows] == ["iaf", "diagonal"]
+    assert "over seeds (1/2 runs)" in table.caption
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    code, _, err = run_cli(capsys, *TINY, "--out", str(tmp_path / "file" / "job"))
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("out: expected a folder that can be written to, got ")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("flowpost.save", full)
+    code, _, err = run_cli(capsys, *TINY, "--posterior", "diagonal", "--dim", "3", "--out", str(tmp_path / "job"))
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.endswith("No space left on device\n")
 
 
 def test_early_stopping_restores_the_best_weights(

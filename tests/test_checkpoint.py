@@ -392,6 +392,16 @@ def test_a_job_of_other_versions_is_refused(
     assert "torch 0.1 != " in refusal(capsys, "--resume", tmp_path)
 
 
+def test_a_new_job_leaves_the_figures_of_another_alone(tmp_path: Path, config: Config) -> None:
+    """Neither a command that is typed twice nor a second job beside the first one costs what is there."""
+    begun = job.begin(config, tmp_path)
+    before = (tmp_path / "results.json").read_bytes()
+    with pytest.raises(ConfigError, match="^out: expected a folder without a job, got .*go on with --resume"):
+        job.begin(config, tmp_path)
+    assert (tmp_path / "results.json").read_bytes() == before
+    assert job.begin(config, tmp_path / "other").run.folder != begun.run.folder
+
+
 def test_a_new_job_in_an_old_folder_takes_up_nothing(tmp_path: Path, data: Data, config: Config) -> None:
     folder = tmp_path / "checkpoints"
     Training(data, config, folder).stop(1)

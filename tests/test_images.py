@@ -150,6 +150,12 @@ def test_frey_faces_and_means_reach_the_networks(digits: Data) -> None:
         (["--preset", "small-iaf", "--minutes", "-1"], "minutes: expected a finite number >= 0"),
         (["--preset", "small-iaf", "--log", "foo"], "log: expected one of"),
         (["nowhere"], "folder: expected that of a job"),
+        (["nowhere", "--preset", "small-iaf"], "folders: expected no other option, which it would not read, got --pre"),
+        (["--resume", "runs", "--images", "4", "--epochs", "3"], "goes on as it began, got --epochs, --images"),
+        (["--toys", "--preset", "small-iaf"], "toys: expected no other option, which it would not read, got --preset"),
+        (["--toys", "--data", "mine.npz"], "data: expected one of digits, "),
+        (["--preset", "small-iaf", "--data", "mine.npz"], "data: expected one of digits, "),
+        (["--preset", "small-iaf", "--page", "page.md"], "page: expected folders of runs whose table goes there"),
     ],
 )
 def test_wrong_use_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
@@ -254,6 +260,14 @@ def test_the_page_has_ours_theirs_and_what_was_changed(whole: Path, tmp_path: Pa
     assert origin(report.run.head()) in text
 
 
+def test_a_seed_that_is_repeated_is_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two equal runs would have a standard deviation of 0."""
+    begun: list[Config] = []
+    monkeypatch.setattr("benchmarks.images.job", lambda config, *_, **__: begun.append(config) or 0)
+    assert cli.main(["images", "--preset", "small-iaf", "--seed", "3", "--seed", "1", "--seed", "3"]) == 0
+    assert begun[0].seeds == (3, 1)
+
+
 def test_remembered_numbers_are_marked_and_depths_have_their_own() -> None:
     preset = presets.load("iaf-mnist")
     assert [preset.row(adapt(preset, depth), "iaf").get("nll") for depth in (2, 3, 4, 8)] == [79.30, None, 79.17, 79.10]
@@ -263,6 +277,10 @@ def test_remembered_numbers_are_marked_and_depths_have_their_own() -> None:
     assert preset.row(narrow, "iaf") == {"neg_elbo": 82.02, "nll": 79.77, "samples": 128}
     assert [preset.sizes(each, "iaf") for each in (preset.config, narrow)] == ["2", "2 of 320"]
     assert not preset.row(adapt(preset, 4, hidden=320), "iaf")
+    small = presets.load("small-iaf")
+    assert small.row(small.config, "iaf")["nll"] == 95.33
+    assert not small.row(adapt(small, 8), "iaf")  # nobody published that of 8 steps
+    assert not small.row(adapt(small, None, hidden=9), "iaf")
     frey = adapt(presets.load("sylvester-vae"), None, data="freyfaces")
     report = Report(Run(Path(), {}), frey, [{"posterior": "diagonal", "seed": 0, "error": None, "heavy_tails": 0.5}])
     report.results[0] |= {"neg_elbo_bits": 4.6, "nll_bits": 4.5}

@@ -361,6 +361,31 @@ def test_jobs_are_compared_from_the_command_line(job_folder: Path, capsys: pytes
     assert "less the reference's local" in out
 
 
+@pytest.mark.parametrize(
+    ("key", "option", "values"),
+    [
+        ("trusted_nll", "trusted_images", (50, 20)),
+        ("approximation_gap", "gap_steps", (500, 200)),
+        ("nll", "images", (0, 20)),
+    ],
+)
+def test_figures_of_unequal_meaning_are_not_compared(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, key: str, option: str, values: tuple[int, int]
+) -> None:
+    """Where neither has the figure, what is behind it does not matter."""
+    folders = [tmp_path / str(value) for value in values]
+    for folder, value in zip(folders, values, strict=True):
+        report = begin(replace(configure(), **{option: value}), folder)
+        report.add(runs(4.0)[0] | {"error": None, "skipped_steps": 0, "neg_elbo": 4.0, key: 4.0})
+    assert cli.main(["compare", *map(str, folders)]) == 2
+    assert capsys.readouterr().err.startswith(f"folders: expected jobs of one {option.replace('_', '-')}, got ")
+    for folder in folders if key != "nll" else ():
+        text = (folder / "results.json").read_text()
+        (folder / "results.json").write_text(text.replace(f'"{key}"', '"unknown"'))
+        assert cli.main(["compare", *map(str, folders[:1])]) == 0
+    assert cli.main(["compare", *map(str, folders)]) == (2 if key == "nll" else 0)
+
+
 def test_jobs_that_cannot_be_compared_are_refused(job_folder: Path, tmp_path: Path) -> None:
     begin(configure("mnist-static", samples=50), tmp_path)
     with pytest.raises(ConfigError, match="^folders: expected jobs of one data, got digits, mnist-static"):

@@ -5,7 +5,7 @@ import json
 import sys
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from benchmarks.config import ConfigError, configure, from_json
 from benchmarks.data import Data, DataError, load
 from benchmarks.figures import evaluate
 from benchmarks.flows import parse_options
+from benchmarks.heads import Standardize
 from benchmarks.models import build, count_parameters
 from benchmarks.own import archive, rows, values
+from benchmarks.own.networks import source_hash
 from benchmarks.own.setup import configure_own, load_own, sizes
 from benchmarks.split import permuted_parts
 from benchmarks.views import as_image
@@ -316,6 +318,10 @@ def test_values_outside_a_likelihood_are_named(likelihood: str, x: np.ndarray, m
         (["--option", "nvp.steps=1"], "option: expected RECIPE.OPTION=VALUE of a recipe, one of diagonal, "),
         (["--option", "iaf.steps"], "option: expected RECIPE.OPTION=VALUE of a recipe; iaf has "),
         (["--option", "iaf.steps=0"], "option: expected what iaf takes, got steps=0: steps: expected "),
+        (
+            ["--option", "iaf.steps=4", "--posterior", "planar,diagonal", "--prior", "maf"],
+            "option: expected those of the job's posteriors (planar, diagonal) or of its prior, got iaf",
+        ),
         (["--option", "iaf.steps=two"], "option: expected what iaf takes, got steps=two: steps: expected "),
         (["--encoder-width", "-1"], "encoder-width: expected an integer of at least 0, got -1"),
         (["--networks", "own_nets:pair", "--width", "3"], "width: expected none beside networks of your own, got 3"),
@@ -491,6 +497,52 @@ def test_networks_of_features_get_every_posterior(here: Path) -> None:
     vae = build(load_own(config), "iaf", **config.model("iaf"))
     assert vae.posterior.features == 5
     assert isinstance(vae.likelihood, Gaussian)
+
+
+def test_no_more_examples_are_told_than_there_are(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 20 test rows neither 50 are annealed nor 100 given a q of their own, whatever is asked for."""
+    config, _ = configure_own("waves.npz", {"trusted_images": 50, "gaps": True, "gap_images": 100}, quick=False)
+    data = load_own(config)
+    counted = job.counted(config, data)
+    assert (counted.trusted_images, counted.gap_images) == (20, 20)
+    few = job.counted(replace(config, images=7, gaps=False), data)
+    assert (few.trusted_images, few.gap_images) == (7, 100)
+    options = [*TINY[:-1], "50", "--posterior", "diagonal", "--width", "8", "--out", "job"]
+    code, out, _ = run(capsys, "--data", "waves.npz", *options)
+    assert code == 0
+    assert "trusted: NLL of 20 examples" in " ".join(out.split())
+
+
+def test_arrays_that_are_not_read_are_named() -> None:
+    x = DRAWS.normal(size=(100, 2))
+    found = rows.divide({"train": x, "val": x, "test": x, "labels": np.arange(100), "y": x})
+    assert len(found.valid) == 10
+    assert found.origin.endswith("; not read: val, y")
+    assert "not read" not in rows.divide({"anything": x, "labels": np.arange(100)}).origin
+
+
+def test_an_element_that_only_the_training_rows_hold_constant_blows_up_no_encoder() -> None:
+    """It is divided by the spread of the others: by its own, 1e-6 of that, a step of 1 would be a million."""
+    train, test = DRAWS.normal(size=(60, 3)), DRAWS.normal(size=(20, 3))
+    train[:, 1] = 5.0
+    first, other = torch.from_numpy(train).float(), torch.from_numpy(test).float()
+    data = Data("x", first, other, other, 1, "gaussian", scale=1.0)
+    standard = Standardize(data)(data.test)
+    assert standard.abs().max() < 20
+    free = torch.tensor([True, False, True])
+    torch.testing.assert_close(Standardize(data)(data.train)[:, free].std(0), torch.ones(2))
+
+
+def test_a_change_where_the_networks_come_from_is_seen(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that takes them from another one: either file may change."""
+    for name in ("other_nets", "taking_nets"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    (here / "other_nets.py").write_text(NETWORKS)
+    (here / "taking_nets.py").write_text("from other_nets import pair\n")
+    before = source_hash("taking_nets:pair")
+    (here / "other_nets.py").write_text(f"{NETWORKS}\n# changed\n")
+    assert source_hash("taking_nets:pair") != before
+    assert source_hash("own_nets:pair") == archive.sha256(here / "own_nets.py")
 
 
 @pytest.mark.full

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from linear_gaussian import LinearGaussian, fitted
@@ -11,7 +12,9 @@ from test_benchmarks import TINY, run_cli
 from benchmarks import __main__ as cli
 from benchmarks import sandwich
 from benchmarks.config import configure
-from benchmarks.job import begin
+from benchmarks.job import begin, load_data
+from benchmarks.models import build
+from benchmarks.own.setup import configure_own
 from benchmarks.quadrature import quadrature
 from benchmarks.report import summarize
 
@@ -76,6 +79,31 @@ def test_a_folder_without_a_job_is_refused(capsys: pytest.CaptureFixture[str], t
     assert code == 2
     assert error.startswith("folder: expected that of a job")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["--count", "--chains", "--temperatures", "--leapfrogs", "--samples", "--threads"])
+def test_numbers_out_of_range_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path, option: str) -> None:
+    code, _, error = run_cli(capsys, "sandwich", str(tmp_path), option, "0")
+    assert (code, error.count("\n")) == (2, 1)
+    assert option in error
+
+
+def test_a_job_on_a_file_of_one_s_own_is_bracketed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two latents and N(0, I) the integral too; how far out a learned prior reaches nobody knows."""
+    np.savez(tmp_path / "mine.npz", x=np.random.default_rng(0).normal(size=(100, 3)))
+    for prior, images in (("", ["its own", "test"]), ("full_covariance", ["its own"])):
+        config, _ = configure_own(str(tmp_path / "mine.npz"), {"dim": 2, "width": 4, "prior": prior}, quick=True)
+        begin(config, tmp_path / f"job{prior}")
+        data = load_data(config)
+        made = {"diagonal": build(data, "diagonal", **config.model("diagonal")).eval()}
+        monkeypatch.setattr(sandwich, "models", lambda *_, made=made: made)
+        out = tmp_path / f"out{prior}"
+        code, _, error = run_cli(capsys, "sandwich", str(tmp_path / f"job{prior}"), *FEW, "--out", str(out))
+        assert (code, error) == (0, "")
+        rows = json.loads((out / "sandwich.json").read_text())["rows"]
+        assert [row["images"] for row in rows] == images
 
 
 def test_the_images_are_drawn_again() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.config import GRADIENTS, LOGS, ConfigError, check_device, posterior_names
+from benchmarks.config import GRADIENTS, LOGS, ConfigError, check_choice, check_device, posterior_names
 from benchmarks.data import NAMES as DATA
 from benchmarks.data import load as load_data
 from benchmarks.images.page import publish
@@ -16,12 +16,13 @@ from benchmarks.images.toys import draw
 from benchmarks.job import job
 from benchmarks.optimizers import OPTIMIZERS, PRECISIONS, RATES
 from benchmarks.report import Report
-from benchmarks.run import Out, terminal
+from benchmarks.run import Out, check_alone, terminal
 
 TOY_STEPS = 1500
 
 
 def images(
+    context: typer.Context,
     folders: Annotated[
         list[Path] | None,
         typer.Argument(help="Folders of runs: trains nothing, and prints their numbers beside the published ones."),
@@ -78,15 +79,22 @@ def images(
     the file is named wherever the run's numbers are shown. A run is resumed to the same figures, on the CPU to the same
     bits. For several GPUs: accelerate launch -m benchmarks images --preset NAME --device cuda.
     """
+    if data is not None:
+        check_choice("data", data, DATA)
     if resume is not None:
+        check_alone(context, "resume", "pictures")
         raise typer.Exit(job(Report.resume(resume), pictures=pictures))
     if toys:
+        check_alone(context, "toys", "data", "out")
         found = draw(load_data(data or "digits"), folder := out or Path("runs/toys"), TOY_STEPS)
         terminal().print(f"ELBO of the toy: {found}\nPictures: {folder}", soft_wrap=True)
         return
     if folders:
+        check_alone(context, "folders", "page")
         publish([Report.read(folder) for folder in folders], page)
         return
+    if page is not None:
+        raise ConfigError("page: expected folders of runs whose table goes there, got none")
     if preset is None:
         raise ConfigError(f"preset: expected one of {', '.join(NAMES)}, or folders of runs, got neither")
     config = adapt(
@@ -95,7 +103,7 @@ def images(
         hidden=hidden,
         data=data,
         posteriors=posterior_names(posterior) if posterior else None,
-        seeds=tuple(seed) if seed else None,
+        seeds=tuple(dict.fromkeys(seed)) if seed else None,
         epochs=epochs,
         minutes=minutes,
         kl_warmup=kl_warmup,

@@ -30,13 +30,14 @@ class Preset:
     source: str
     config: Config
     published: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
-    """What was published, by data set and posterior; `iaf-2-320` is of 2 steps and width 320, `iaf` of any."""
+    """What was published, by data set and posterior; `iaf-2-320` is of 2 steps and width 320, `iaf` of the file's."""
 
     def row(self, config: Config, posterior: str) -> Mapping[str, Any]:
         """What was published of a posterior on a configuration's data; nothing where nothing was."""
         rows, options = self.published.get(config.data, {}), config.options_of(posterior)
         sizes = f"{posterior}-{options.get('steps')}-{_width(options)}"
-        return rows.get(sizes, rows.get(posterior, {}))
+        as_here = options == self.config.options_of(posterior)
+        return rows.get(sizes, rows.get(posterior, {}) if as_here else {})
 
     def sizes(self, config: Config, posterior: str) -> str:
         """A posterior's steps, and the width of its networks where it is not the file's."""

@@ -45,10 +45,13 @@ def find(name: str) -> Networks:
 
 
 def source_hash(name: str) -> str:
-    """SHA-256 of the file that the function stands in; another one would train other networks."""
+    """SHA-256 of the module's file, and of the function's where that is another; others would train other networks."""
+    module, _, function = name.partition(":")
     with answered(f"import of {name}"), _working_directory():
-        file = getsourcefile(importlib.import_module(name.partition(":")[0]))
-    return sha256(Path(file)) if file else ""
+        found = importlib.import_module(module)
+        defined = sys.modules.get(getattr(getattr(found, function), "__module__", module), found)
+        files = [file for file in map(getsourcefile, (found, defined)) if file]
+    return "+".join(sha256(Path(file)) for file in dict.fromkeys(files))
 
 
 @contextmanager

@@ -54,6 +54,8 @@ def divide(arrays: Arrays) -> Rows:
         parts |= {name: given["train"][index] for name, index in chosen.items()}
         labels = labels[chosen["test"]] if labels is not None and "test" in chosen else labels
         origin = f"{' and '.join(missing)}: a tenth of {rows} rows each, drawn with seed {SPLIT_SEED}"
+    if unread := [name for name in arrays if "train" in arrays and name not in (*PARTS, "labels")]:
+        origin += f"; not read: {', '.join(unread)}"
     for name, fewest in FEWEST.items():
         if len(parts[name]) < fewest:
             raise DataError(f"{name}: expected at least {fewest} rows, got {len(parts[name])}; {origin}")
