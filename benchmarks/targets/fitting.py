@@ -174,10 +174,10 @@ def draw(
 
     if together:
         return vmap(one)(parameters, buffers, noise)
-    found = [
-        one({name: each[i] for name, each in parameters.items()}, {name: each[i] for name, each in buffers.items()}, own)
-        for i, own in enumerate(noise)
-    ]
+    found = []
+    for i, own in enumerate(noise):
+        weights, constants = ({name: each[i] for name, each in group.items()} for group in (parameters, buffers))
+        found.append(one(weights, constants, own))
     return torch.stack([z for z, _ in found]), torch.stack([log_q for _, log_q in found])
 
 
