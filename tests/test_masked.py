@@ -429,7 +429,9 @@ def test_a_product_of_few_columns_is_the_product(columns: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "activation", [lambda x: F.layer_norm(x, x.shape[-1:]), nn.Softmax(-1), lambda x: x.softmax(0)], ids=str
+    "activation",
+    [lambda x: F.layer_norm(x, x.shape[-1:]), nn.Softmax(-1), lambda x: x.softmax(0)],
+    ids=["layer norm", "softmax", "over the rows"],
 )
 def test_an_activation_that_mixes_the_units_is_refused(activation: Callable[[Tensor], Tensor]) -> None:
     """Each variable followed those after it: the log-det was off by half a nat, and nothing was said."""
@@ -440,7 +442,9 @@ def test_an_activation_that_mixes_the_units_is_refused(activation: Callable[[Ten
 
 
 @pytest.mark.parametrize(
-    "activation", [nn.PReLU(), nn.RReLU(), nn.ReLU(inplace=True), F.gelu, torch.sin, F.relu_], ids=str
+    "activation",
+    [nn.PReLU(), nn.RReLU(), nn.ReLU(inplace=True), F.gelu, torch.sin, F.relu_],
+    ids=["prelu", "rrelu", "relu in place", "gelu", "sin", "relu_"],
 )
 def test_any_element_wise_activation_is_taken(activation: Callable[[Tensor], Tensor]) -> None:
     Masked(Affine(3), hidden=(8,), activation=activation)(torch.randn(5, 3))
