@@ -176,8 +176,8 @@ class FlowPosterior(nn.Module):
 
         Raises:
             TypeError: if `sample` is no Sample, and as `forward`.
-            ValueError: as `forward`; with dropout or spectral norm in train mode in the flow or the head,
-                which would be other ones now, or batch norm in the flow, whose rows it mixes.
+            ValueError: as `forward`; with dropout in train mode in the flow or the head, which would be other ones now,
+                or batch norm in the flow, whose rows it mixes.
             RuntimeError: under `torch.export`, unless under `torch.no_grad`; where its gradient is differentiated more
                 often than above.
 

@@ -86,7 +86,7 @@ class WrappedPosterior(Encoding):
         """The log q(z|x) of an own sample as a function of z alone, as `FlowPosterior.path_log_prob`.
 
         Raises:
-            ValueError: as that, and with dropout or spectral norm in train mode in the encoder, which is run again.
+            ValueError: as that, and with dropout in train mode in the encoder, which is run again.
         """
         if torch.is_grad_enabled():
             refuse_random("encoder", self.encoder, "q = wrapped.at(x) runs it once: q.path_log_prob(q.draw())")

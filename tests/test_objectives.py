@@ -490,15 +490,6 @@ def test_what_gives_features_anew_has_no_path_gradient() -> None:
         assert q.path_log_prob(q.draw()).requires_grad
 
 
-@pytest.mark.parametrize("norm", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
-def test_a_head_of_spectral_norm_moves_on_and_has_no_path_gradient(norm: Callable) -> None:
-    flow, x = flowpost.Chain(flowpost.Affine(2), flowpost.Planar(2)), torch.randn(6, 4)
-    posterior = FlowPosterior(4, flow, head=norm(nn.Linear(4, flow.context_size)))
-    with pytest.raises(ValueError, match=r"^head: .* in train mode, which moves on with each call"):
-        posterior.path_log_prob(posterior(x), x)
-    posterior.eval().path_log_prob(posterior(x), x)
-
-
 @every
 def test_path_log_prob_in_float32_and_autocast(name: str) -> None:
     posterior = make(name, push=0.1).float()

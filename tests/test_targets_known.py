@@ -133,10 +133,10 @@ def test_what_cannot_be_batched_is_drawn_one_by_one() -> None:
     for name, together in (("nflows RQS coupling", False), ("realnvp", True), ("realnvp", False)):
         posteriors = [_moved(build(name, 2)) for _ in range(3)]
         parameters, buffers = torch.func.stack_module_state(posteriors)
-        noise = torch.randn(7, 2)
+        noise = torch.randn(3, 7, 2)
         z, log_q = draw(posteriors[0], parameters, buffers, noise, together=together)
         for index, posterior in enumerate(posteriors):
-            wanted = posterior(sample_shape=(7,), noise=noise)
+            wanted = posterior(sample_shape=(7,), noise=noise[index])
             torch.testing.assert_close((z[index], log_q[index]), (wanted.z, wanted.log_prob))
 
 

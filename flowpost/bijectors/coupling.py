@@ -191,7 +191,7 @@ class Gained(nn.Module):
         """Outputs for z ``(*batch, variables)`` and the context."""
         if context is not None:
             z = torch.cat(broadcast(context, z, context), dim=-1)
-        rows = z.reshape(-1, z.shape[-1])  # as batch norm wants them
+        rows = z.reshape(z.shape[:-1].numel(), z.shape[-1])  # as batch norm wants them
         before = changes(rows)
         outputs = self.network(rows)
         check_left("network", rows, before)
@@ -199,7 +199,7 @@ class Gained(nn.Module):
             raise ValueError(
                 f"network: expected a row of outputs for each of inputs, {expected}, got shape {tuple(outputs.shape)}"
             )
-        return torch.addcmul(self.bias, self.gain, outputs).view(*z.shape[:-1], -1)
+        return torch.addcmul(self.bias, self.gain, outputs).view(*z.shape[:-1], len(self.bias))
 
 
 def _check_step(step: Bijector, dim: int) -> None:

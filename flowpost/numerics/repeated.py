@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import nn
-from torch.nn.utils.parametrizations import _SpectralNorm
-from torch.nn.utils.spectral_norm import SpectralNorm
 
 
 def refuse_random(name: str, module: nn.Module, cure: str, *, of_rows: bool = False) -> None:
-    """Raise where a part in train mode is another function at each call, as dropout is and spectral norm.
+    """Raise where a part in train mode is another function at each call, as dropout is.
+
+    Spectral norm is one too, but so nearly the same, once its vectors have turned, that nothing is lost by it.
 
     Args:
         name: of the module.
@@ -44,19 +44,7 @@ def _why_of_rows(part: nn.Module) -> str:
 
 
 def _why(part: nn.Module) -> str:
-    if not part.training:
-        return ""
-    return "draws anew" if _draws(part) else "moves on with each call" if _iterates(part) else ""
-
-
-def _iterates(part: nn.Module) -> bool:
-    """Whether it is a spectral norm, of the new kind or the old, which takes a power iteration at each call."""
-    hooks = part._forward_pre_hooks  # hardly ever any
-    return isinstance(part, _SpectralNorm) or (bool(hooks) and any(map(_is_old_norm, hooks.values())))
-
-
-def _is_old_norm(hook: object) -> bool:
-    return isinstance(hook, SpectralNorm)
+    return "draws anew" if part.training and _draws(part) else ""
 
 
 def _draws(part: nn.Module) -> bool:

@@ -51,7 +51,7 @@ def _gaussian_error(step: Bijector, z: Tensor, image: Tensor, context: Tensor | 
         worst = max(worst, within("claims: triangular", error, 64 * eps(case) * size(step) * (1 + size_of), case))
         require(bool((tril.diagonal(dim1=-2, dim2=-1) > 0).all()), case, "claims: the diagonal is not positive")
     if step.elementwise:
-        shift, factor = (torch.as_tensor(each, dtype=z.dtype).detach() for each in step._line(context))
+        shift, factor = (torch.as_tensor(each, dtype=z.dtype, device=z.device).detach() for each in step._line(context))
         error = (shift + factor * z - image).abs()
         bound = 64 * eps(case) * size(step) * (1 + (factor * z).abs() + shift.abs())
         worst = max(worst, within("claims: a line", error, bound, case))
