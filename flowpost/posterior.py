@@ -136,7 +136,6 @@ class FlowPosterior(nn.Module):
         check_left("head", h, before)
         if isinstance(context, Tensor) and not _expands(context, h):
             rows = ", ".join(map(str, h.shape[:-1]))
-            rows = ", ".join(map(str, h.shape[:-1]))
             raise ValueError(
                 f"head: expected a row for each of h, ({rows}, {self.flow.context_size}), got {tuple(context.shape)}"
             )
