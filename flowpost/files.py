@@ -11,6 +11,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType
 from typing import TypeVar, cast, overload
 
 import torch
@@ -25,6 +26,7 @@ from flowpost.recipes.record import arguments, record_of
 
 _STEPS = 4096  # each is Python objects, which the tensors' sizes do not bound
 _LISTED = 20
+_SETTINGS = (bool, int, float, str, tuple, list, FunctionType, BuiltinFunctionType)
 File = str | os.PathLike[str]
 Device = str | torch.device | None
 M = TypeVar("M", bound=nn.Module)
@@ -35,7 +37,8 @@ def save(module: nn.Module, path: File) -> None:
 
     The file is safetensors with JSON in its header: nothing in it is code. It is written beside `path` and moved there
     when it is on the disk, so that `path` always holds a whole file, whatever is killed or full. A write that fails is
-    tried once more. Of a posterior that a recipe built, the recipe and its arguments are saved too.
+    tried once more. Of a posterior that a recipe built, the recipe and its arguments are saved too, unless it was
+    altered since: another activation, say, is not in the tensors.
 
     Args:
         module: any module; its tensors may be shared, empty or not contiguous.
@@ -53,7 +56,9 @@ def save(module: nn.Module, path: File) -> None:
         ...     flowpost.save(flowpost.planar(16, dim=2), f"{folder}/posterior.safetensors")
     """
     state = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in _state(module).items()}
-    write(Path(os.path.realpath(path)), encode(state, _recipes(module)))
+    records = _recipes(module).items()
+    whole = {name: record for name, record in records if _unaltered(module.get_submodule(name), record)}
+    write(Path(os.path.realpath(path)), encode(state, whole))
 
 
 @overload
@@ -68,7 +73,8 @@ def load(
     Args:
         path: the file.
         into: a module of the saved one's architecture. All its parameters and buffers are set, or, if anything is
-            wrong, none. Without it, a posterior that a recipe built is built again; an old `iaf` with ``gain=1``.
+            wrong, none. Without it, a posterior that is as its recipe built it is built again; an old `iaf` with
+            ``gain=1``.
         device: where the module is put; by default `into` stays where it is, and a posterior is built on the CPU.
         allow_nonfinite: whether nan and inf may be loaded.
 
@@ -140,10 +146,26 @@ def _recipes(module: nn.Module) -> dict[str, dict]:
     return {path: record for path, record in records.items() if record is not None}
 
 
+def _unaltered(posterior: nn.Module, record: Mapping) -> bool:
+    """Whether a posterior's modules still are what its recipe builds, but for their tensors, mode and notes on them."""
+    with torch.device("meta"), DrawsApart():
+        built = dict(RECIPES[record["name"]](**record["arguments"]).named_modules())
+    parts = dict(posterior.named_modules())
+    return parts.keys() == built.keys() and all(_alike(parts[path], part) for path, part in built.items())
+
+
+def _alike(part: nn.Module, built: nn.Module) -> bool:
+    ours, theirs = vars(part), vars(built)
+    changed = [name for name, value in theirs.items() if isinstance(value, _SETTINGS) and ours.get(name) != value]
+    shadowed = [name for name in ours.keys() - theirs.keys() if hasattr(type(part), name)]
+    return type(part) is type(built) and {*changed, *shadowed} <= {"training", "_compiled_call_impl"}
+
+
 def _rebuild(header: Header) -> FlowPosterior:
     """The posterior of a file's recipe. It is built without memory first, to see whether its tensors are the file's."""
     if "" not in header.recipes:
-        raise ValueError(f"into: expected a module, since {header.path!r} is not of a recipe's posterior, got None")
+        what = f"{header.path!r} is not of a recipe's posterior, or of one that was altered before it was saved"
+        raise ValueError(f"into: expected a module, since {what}, got None")
     try:
         with torch.device("meta"):  # shapes without memory
             blank = _build(header)
