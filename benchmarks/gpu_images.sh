@@ -41,6 +41,7 @@ bound() {
     local folder
     folder=$(realpath --relative-to=. "$runs/${presets%% *}") # as it stands on the page
     printf '\n== sandwich of %s\n' "$folder"
+    rm -rf "$runs-sandwich" # of the script's run before
     # shellcheck disable=SC2086  # several options
     timeout -s INT -k 20 "${SECONDS_SANDWICH:-150}" "$python" -m benchmarks sandwich "$folder" $sandwich \
         --out "$runs-sandwich" --page "$page" --mark sandwich || failed+=("sandwich")

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.config import Config, ConfigError, check_device, from_json
-from benchmarks.environment import versions
 from benchmarks.figures import ACTIVE, ANNEALED, INTEGRATED, LEVELS, TEST_SAMPLES, is_integrated
 from benchmarks.flows import options_words
 from benchmarks.objective import objective_words
-from benchmarks.run import Content, Run, origin
+from benchmarks.run import Content, Run, check_versions, origin
 from benchmarks.table import Table, grouped, ranked
 from benchmarks.train import tensor_words
 
@@ -77,13 +76,7 @@ class Report:
         """
         report = cls.read(folder, "resume: expected the folder of an interrupted job")
         check_device(report.config)
-        then = report.run.environment
-        changed = [f"{key} {then.get(key)} != {now}" for key, now in versions().items() if then.get(key) != now]
-        if changed:
-            path = folder / RESULTS
-            raise ConfigError(
-                f"resume: expected the versions that {path} began with (then != now): {', '.join(changed)}"
-            )
+        check_versions("resume", folder / RESULTS, report.run.environment)
         return report
 
     def add(self, result: Result) -> None:

@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.config import ConfigError
-from benchmarks.environment import environment
+from benchmarks.environment import environment, versions
 
 try:
     from threadpoolctl import threadpool_limits
@@ -33,6 +33,7 @@ except ImportError:  # numpy keeps the threads it has: an environment of before 
 
 TABLES = "tables"  # what is marked on a page, unless it has several runs
 FIGURES = "_figures"  # the folder beside the pages
+INTERRUPTED = 130  # the shell's code for Ctrl-C
 WIDTH = 150  # columns of what is printed into a file
 
 Out = Annotated[Path | None, typer.Option(help="Folder to write to.  [default: a new one in runs/]", file_okay=False)]
@@ -89,6 +90,7 @@ class Run:
         libraries: Sequence[str] = (),
         page: Path | None = None,
         mark: str = TABLES,
+        goes_on: bool = False,
     ) -> Run:
         """A new run; a page that cannot be filled is refused here, before anything is measured.
 
@@ -101,14 +103,37 @@ class Run:
             libraries: import names of the public libraries that are measured beside flowpost.
             page: where the tables go too.
             mark: where on the page.
+            goes_on: whether a run of before in this folder is gone on with, by `resume`; else it is refused.
 
         Raises:
-            ConfigError: there is no such page, or it has no marks.
+            ConfigError: there is no such page, or it has no marks; the folder has figures already.
         """
         if page is not None:
             fill(page, "", mark)
         folder = folder or Path("runs") / f"{_now():%Y%m%d-%H%M%S}-{name or what}"
+        figures = folder / f"{what}.json"
+        if figures.exists() and not goes_on:
+            has = f"has {figures.name}; take another folder, or remove this one"
+            raise ConfigError(f"out: expected a folder without figures, got {folder}, which {has}")
         return cls(folder, environment(device, threads, libraries), typed(sys.argv[1:]), what, page, mark)
+
+    def resume(self) -> Content | None:
+        """What a process before this one wrote into the folder, whose time counts too; None if there was none.
+
+        Raises:
+            ConfigError: it is no file of this command, or of other versions of torch, numpy or flowpost.
+        """
+        path = self.folder / f"{self.what}.json"
+        if not path.exists():
+            return None
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            self.started, self.seconds_before = datetime.fromisoformat(content["started"]), float(content["seconds"])
+            then = dict(content["environment"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"out: expected a folder of this command, got {path}: {error}") from error
+        check_versions("out", path, then)
+        return content
 
     def write(self, name: str, content: str | Mapping[str, Any]) -> None:
         """A file of the folder, replaced in one go: a text, or as JSON a mapping after what the run says of itself."""
@@ -147,6 +172,14 @@ class Run:
         if picture and (self.folder / picture).exists():
             shutil.copyfile(self.folder / picture, self.page.with_suffix(".png"))
         publish(self.page, (self.folder / name).read_text(encoding="utf-8"), shown, self.mark)
+
+
+def check_versions(argument: str, path: Path, then: Mapping[str, Any]) -> None:
+    """Refuse to go on with what other versions of torch, numpy or flowpost began."""
+    changed = [f"{name} {then.get(name)} != {now}" for name, now in versions().items() if then.get(name) != now]
+    if changed:
+        began = f"the versions that {path} began with (then != now)"
+        raise ConfigError(f"{argument}: expected {began}: {', '.join(changed)}")
 
 
 @contextmanager

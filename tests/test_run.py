@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,6 +87,45 @@ def test_a_page_that_cannot_be_filled_is_refused_at_once(tmp_path: Path) -> None
     assert (tmp_path / "page.png").read_bytes() == b"plot"
     kept = tmp_path / "_figures" / "page" / "tables.json"
     assert kept.read_bytes() == (run.folder / "figures.json").read_bytes()
+
+
+def test_figures_of_before_are_not_written_over(tmp_path: Path) -> None:
+    Run.begin("speed", tmp_path).write("speed.json", {})
+    Run.begin("launches", tmp_path)
+    with pytest.raises(ConfigError, match=r"^out: expected a folder without figures, got .*, which has speed.json; "):
+        Run.begin("speed", tmp_path)
+
+
+def test_a_run_goes_on_with_what_its_folder_has(tmp_path: Path) -> None:
+    assert Run.begin("targets", tmp_path, goes_on=True).resume() is None
+    first = Run.begin("targets", tmp_path)
+    first.started, first.seconds_before = datetime(2020, 1, 2, tzinfo=timezone.utc), 100.0
+    first.write("targets.json", {"fits": [1, 2]})
+    second = Run.begin("targets", tmp_path, goes_on=True)
+    content = second.resume()
+    assert content is not None
+    assert content["fits"] == [1, 2]
+    assert second.started == first.started
+    assert 100 <= second.seconds() < 160
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content["environment"].update(torch="1.0"), r"expected the versions .*: torch 1.0 != 2"),
+        (lambda content: content.pop("environment"), "expected a folder of this command, got .*targets.json"),
+        (lambda content: content.update(started="today"), "expected a folder of this command, got .*targets.json"),
+    ],
+)
+def test_what_it_cannot_go_on_with_is_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    Run.begin("targets", tmp_path).write("targets.json", {})
+    content = json.loads((tmp_path / "targets.json").read_text())
+    change(content)
+    (tmp_path / "targets.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=message):
+        Run.begin("targets", tmp_path, goes_on=True).resume()
 
 
 def test_threads_come_back_after_an_error() -> None:

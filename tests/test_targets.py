@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -311,6 +312,40 @@ def test_several_processes_come_to_the_same_figures(tmp_path: Path, capsys: pyte
         assert run_cli(capsys, *TINY, *options)[0] == 0
         found.append([one["kl"] for one in json.loads((out / "targets.json").read_text())["fits"]])
     assert found[0] == found[1]
+
+
+def test_a_run_that_was_stopped_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, page = [*TINY, "--posterior", "diagonal,planar", "--steps", "1,3"], tmp_path / "page.md"
+    page.write_text("<!-- tables -->\n<!-- end of tables -->\n")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert run_cli(capsys, *options, "--out", str(whole))[0] == 0
+    fit = targets.fit
+    fitted = []
+
+    def two(name: str, steps: int | None, *rest: Any) -> Any:  # noqa: ANN401 - as it is called
+        if len(fitted) == 2:
+            raise KeyboardInterrupt
+        fitted.append((name, steps))
+        return fit(name, steps, *rest)
+
+    monkeypatch.setattr(targets, "fit", two)
+    code, text, _ = run_cli(capsys, *options, "--out", str(stopped), "--page", str(page))
+    assert code == 130
+    assert f"the same command with --out {stopped}" in text.replace("\n", "")
+    assert page.read_text() == "<!-- tables -->\n<!-- end of tables -->\n"
+    fitted.clear()
+    code, text, _ = run_cli(capsys, *options, "--out", str(stopped), "--page", str(page))
+    assert (code, fitted) == (0, [("planar", 3)])
+    assert "2 of 3 fits are already done." in text
+    found, expected = (json.loads((folder / "targets.json").read_text())["fits"] for folder in (stopped, whole))
+    assert [one["kl"] for one in found] == [one["kl"] for one in expected]
+    for name in ("diagonal", "planar", "targets"):
+        assert (stopped / f"{name}.png").read_bytes() == (whole / f"{name}.png").read_bytes()
+    code, _, err = run_cli(capsys, *options, "--iterations", "4", "--out", str(stopped))
+    assert code == 2
+    assert "out: expected the folder's own plan" in err
 
 
 def test_an_impossible_figure_is_told_and_fails(

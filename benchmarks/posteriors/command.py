@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
@@ -21,12 +19,11 @@ from benchmarks.posteriors.collection import collection, posterior
 from benchmarks.posteriors.fitting import FLOWS, GUIDES, Fit, Plan, contenders, fit
 from benchmarks.posteriors.pictures import pairs, traces
 from benchmarks.posteriors.table import beside_published, details, in_order, is_impossible, shortfalls, summary
-from benchmarks.run import Content, Out, Page, Run, cpu_threads, origin, pictured, set_threads, terminal
+from benchmarks.run import INTERRUPTED, Content, Out, Page, Run, cpu_threads, origin, pictured, set_threads, terminal
 
 QUICK = ("kilpisjarvi", "logmesquite_logvolume", "blr", "arK", "eight_schools_noncentered", "eight_schools_centered")
 QUICK_PLAN = Plan(budget=40_000, samples=5_000)
 FILE = "posteriors.json"
-INTERRUPTED = 130  # the shell's code for Ctrl-C
 DPI = 110
 GOALS = (
     "The goals are those of 1,000,000 gradients up to dimension 90, and of 3,000,000 above: 0.05 nats up to dimension "
@@ -111,18 +108,13 @@ def _begin(
     out: Path | None, page: Path | None, plan: Plan, threads: int, libraries: Sequence[str]
 ) -> tuple[Run, list[Fit]]:
     """A new run, or the one of a folder that has a file of it, with what that one had finished."""
-    run = Run.begin("posteriors", out, threads=threads, libraries=libraries, page=page)
-    if not (run.folder / FILE).exists():
+    run = Run.begin("posteriors", out, threads=threads, libraries=libraries, page=page, goes_on=True)
+    content = run.resume()
+    if content is None:
         return run, []
-    try:
-        content = json.loads((run.folder / FILE).read_text(encoding="utf-8"))
-        before, fits = Plan(**content["plan"]), [Fit.from_json(each) for each in content["fits"]]
-        run.started, run.seconds_before = datetime.fromisoformat(content["started"]), content["seconds"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"out: expected a folder of this command, got {run.folder / FILE}: {error}") from error
-    if before != plan:
-        raise ConfigError(f"out: expected the folder's own plan, {asdict(before)}, got {asdict(plan)}")
-    return run, fits
+    if content["plan"] != asdict(plan):
+        raise ConfigError(f"out: expected the folder's own plan, {content['plan']}, got {asdict(plan)}")
+    return run, [Fit.from_json(each) for each in content["fits"]]
 
 
 def hold(run: Run, tasks: Sequence[Task], plan: Plan, jobs: int, done: Sequence[Fit] = ()) -> int:

@@ -10,14 +10,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
 
 from benchmarks.canvas import title
 from benchmarks.config import ALL, ConfigError, posterior_names
-from benchmarks.run import TABLES, Content, Out, Page, Run, cpu_threads, origin, pictured, set_threads, terminal
+from benchmarks.run import (
+    INTERRUPTED,
+    TABLES,
+    Content,
+    Out,
+    Page,
+    Run,
+    cpu_threads,
+    origin,
+    pictured,
+    set_threads,
+    terminal,
+    written,
+)
 from benchmarks.targets.contestants import PEERS, has_steps, installed
 from benchmarks.targets.fitting import Fit, Plan, fit
 from benchmarks.targets.known import energies
@@ -28,6 +43,7 @@ from flowpost.recipes import RECIPES
 FULL, FULL_STEPS = Plan(), (2, 8, 32)
 QUICK, QUICK_STEPS = Plan(iterations=200, starts=2, batch=64, pace=1.5, samples=20_000, cells=60), (2, 8)
 DPI = 110
+FILE = "targets.json"
 NONE = "none"
 MORE = "more variables"  # where on the page targets of other sizes go
 
@@ -73,7 +89,8 @@ def targets(
 
     No encoder, no data: the four energies of Rezende & Mohamed (2015) at --dim 2; at other sizes a funnel, a Student, a
     banana and an ill-conditioned Gaussian. A picture for each recipe has its density beside the target for every K, as
-    figure 3 of the paper; targets.png has all of them. targets.json has every figure, targets.md the tables.
+    figure 3 of the paper; targets.png has all of them. targets.json in the --out folder has every figure and is written
+    after every fit; the same command with the same --out goes on where it was stopped. targets.md has the tables.
     """
     seeds = _integers("seed", seed, 0)
     plan = replace(QUICK if quick else FULL, seed=seeds[0])
@@ -82,13 +99,28 @@ def targets(
     ks = _integers("steps", steps, 1) if steps is not None else QUICK_STEPS if quick else FULL_STEPS
     names = *posterior_names(posterior or ["all"]), *_peers(peers or (NONE if quick else ALL))
     sizes = _integers("dim", dim, 2)
-    run = Run.begin("targets", out, threads=threads, page=page, mark=TABLES if DRAWN in sizes else MORE)
+    run, done = _begin(out, page, plan, threads, TABLES if DRAWN in sizes else MORE)
     sized = [(name, k, size) for size in sizes for name in names for k in (ks if has_steps(name) else (None,))]
     tasks = [(*each, one) for each in sized for one in seeds]
     with cpu_threads(threads):
-        code = hold(run, tasks, plan, jobs)
-        run.publish("targets.json", shown, "targets.png")
+        code = hold(run, tasks, plan, jobs, done)
+        if code != INTERRUPTED:
+            run.publish(FILE, shown, "targets.png")
     raise typer.Exit(code)
+
+
+def _begin(out: Path | None, page: Path | None, plan: Plan, threads: int, mark: str) -> tuple[Run, dict[Task, Result]]:
+    """A new run, or the one of a folder that has a file of it, with what that one had finished."""
+    run = Run.begin("targets", out, threads=threads, page=page, mark=mark, goes_on=True)
+    content = run.resume()
+    if content is None:
+        return run, {}
+    if content["plan"] | {"seed": plan.seed} != asdict(plan):
+        raise ConfigError(f"out: expected the folder's own plan, {content['plan']}, got {asdict(plan)}")
+    found: dict[Task, list[Fit]] = {}
+    for one in map(Fit.from_json, content["fits"]):
+        found.setdefault((one.posterior, one.steps, one.dim, one.seed), []).append(one)
+    return run, {task: (fits, _kept(run, task)) for task, fits in found.items()}
 
 
 def _integers(name: str, text: str, minimum: int) -> tuple[int, ...]:
@@ -110,17 +142,27 @@ def _peers(text: str) -> tuple[str, ...]:
     return names
 
 
-def hold(run: Run, tasks: Sequence[Task], plan: Plan, jobs: int) -> int:
-    """Fit, write after every fit and draw after every posterior; 1 if a figure is missing or impossible."""
-    console = terminal()
-    done: dict[Task, Result] = {}
-    fits: list[Fit] = []
-    for task, result in results(tasks, plan, jobs):
-        done[task] = result
-        fits = [one for each in tasks if each in done for one in done[each][0]]
-        console.print(_line(result[0]))
-        write(run, fits, plan)
-        picture(run, task[0], tasks, done)
+def hold(run: Run, tasks: Sequence[Task], plan: Plan, jobs: int, before: Mapping[Task, Result]) -> int:
+    """Make the fits that are not done, write after each, draw after every posterior.
+
+    Returns:
+        1 if a figure is missing or impossible, 130 if it was stopped.
+    """
+    console, done = terminal(), dict(before)
+    waiting = [task for task in tasks if task not in done]
+    if len(waiting) < len(tasks):
+        console.print(f"{len(tasks) - len(waiting)} of {len(tasks)} fits are already done.")
+    try:
+        for task, result in results(waiting, plan, jobs):
+            done[task] = result
+            keep(run, task, result[1])
+            console.print(_line(result[0]))
+            write(run, _fits(done), plan)
+            picture(run, task[0], tasks, done)
+    except KeyboardInterrupt:
+        console.print(f"Interrupted; to go on: the same command with --out {run.folder}", soft_wrap=True)
+        return INTERRUPTED
+    fits = _fits(done)
     drawable = sorted_as(_first(tasks), done)
     last = {title(name): densities for (name, *_), (_, densities) in drawable if densities}
     if last:
@@ -131,6 +173,27 @@ def hold(run: Run, tasks: Sequence[Task], plan: Plan, jobs: int) -> int:
         console.print(note, soft_wrap=True)
     console.print(f"Table, figures and pictures: {run.folder}", soft_wrap=True)
     return int(any(is_impossible(one) or one.kl != one.kl for one in fits))
+
+
+def keep(run: Run, task: Task, densities: Densities) -> None:
+    """The densities of a fit that is drawn, for a process that goes on after this one."""
+    if densities:
+        with written(run.folder):
+            _path(run, task).parent.mkdir(parents=True, exist_ok=True)
+            np.save(_path(run, task), torch.stack(densities).numpy())
+
+
+def _kept(run: Run, task: Task) -> Densities:
+    path = _path(run, task)
+    return [*torch.from_numpy(np.load(path, allow_pickle=False))] if path.exists() else []
+
+
+def _path(run: Run, task: Task) -> Path:
+    return run.folder / "densities" / f"{'-'.join(map(str, task))}.npy"
+
+
+def _fits(done: Mapping[Task, Result]) -> list[Fit]:
+    return in_order([one for fits, _ in done.values() for one in fits])
 
 
 def sorted_as(tasks: Sequence[Task], done: Mapping[Task, Result]) -> list[tuple[Task, Result]]:
@@ -181,7 +244,7 @@ def _line(figures: Sequence[Fit]) -> str:
 def write(run: Run, fits: Sequence[Fit], plan: Plan) -> None:
     """`targets.json` and `targets.md`."""
     content = run.head() | {"plan": asdict(plan), "fits": [one.as_json() for one in fits]}
-    run.write("targets.json", content)
+    run.write(FILE, content)
     run.write("targets.md", shown(content))
 
 
