@@ -13,23 +13,17 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 
 from benchmarks.config import ConfigError
 from benchmarks.environment import environment
-
-try:
-    from threadpoolctl import threadpool_limits
-except ImportError:  # numpy keeps the threads it has: an environment of before can still measure
-    threadpool_limits = None
 
 TABLES = "tables"  # what is marked on a page, unless it has several runs
 FIGURES = "_figures"  # the folder beside the pages
@@ -266,20 +260,3 @@ def check_alone(context: typer.Context, name: str, *others: str) -> None:
 def terminal(*, quiet: bool = False) -> Console:
     """Where a command prints: what it says is text, not markup."""
     return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else WIDTH, quiet=quiet)
-
-
-def set_threads(count: int) -> AbstractContextManager:
-    """So many threads of PyTorch and, for the sweeps of an inverse, of numpy's products from now on."""
-    torch.set_num_threads(count)
-    return nullcontext() if threadpool_limits is None else threadpool_limits(count, "blas")
-
-
-@contextmanager
-def cpu_threads(count: int) -> Iterator[None]:
-    """As `set_threads` inside, and as many as before afterwards."""
-    before = torch.get_num_threads()
-    try:
-        with set_threads(count):
-            yield
-    finally:
-        torch.set_num_threads(before)

@@ -23,9 +23,10 @@ from benchmarks.data import Data
 from benchmarks.job import load_data, models
 from benchmarks.quadrature import quadrature
 from benchmarks.report import Report
-from benchmarks.run import TABLES, Content, Out, Page, Run, cpu_threads, origin, pictured, terminal
+from benchmarks.run import TABLES, Content, Out, Page, Run, origin, pictured, terminal
 from benchmarks.table import Table
 from benchmarks.train import EVALUATION_SEED, seeded
+from benchmarks.workers import cpu_threads
 from flowpost.evaluation import annealed_estimate, importance_estimate, sandwich
 from flowpost.importance import LIMIT, ImportanceEstimate, UnreliableEstimateWarning
 from flowpost.vae import VAE

@@ -6,10 +6,8 @@ libraries beside them, and the exact KL: the energies' normalizers are known. Ot
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from multiprocessing import get_context
 from typing import Annotated
 
 import torch
@@ -17,12 +15,13 @@ import typer
 
 from benchmarks.canvas import title
 from benchmarks.config import ALL, ConfigError, posterior_names
-from benchmarks.run import TABLES, Content, Out, Page, Run, cpu_threads, origin, pictured, set_threads, terminal
+from benchmarks.run import TABLES, Content, Out, Page, Run, origin, pictured, terminal
 from benchmarks.targets.contestants import PEERS, has_steps, installed
 from benchmarks.targets.fitting import Fit, Plan, fit
 from benchmarks.targets.known import energies
 from benchmarks.targets.pictures import DRAWN, Densities, drawn, fitted, one_recipe, overview
 from benchmarks.targets.table import is_impossible, notes, tables
+from benchmarks.workers import cpu_threads, side_by_side
 from flowpost.recipes import RECIPES
 
 FULL, FULL_STEPS = Plan(), (2, 8, 32)
@@ -115,7 +114,9 @@ def hold(run: Run, tasks: Sequence[Task], plan: Plan, jobs: int) -> int:
     console = terminal()
     done: dict[Task, Result] = {}
     fits: list[Fit] = []
-    for task, result in results(tasks, plan, jobs):
+    # The longest first, where they do not come in turn.
+    order = tasks if jobs == 1 else sorted(tasks, key=lambda task: -(task[1] or 0) * task[2])
+    for task, result in side_by_side(work, [(task, plan) for task in order], jobs):
         done[task] = result
         fits = [one for each in tasks if each in done for one in done[each][0]]
         console.print(_line(result[0]))
@@ -151,25 +152,11 @@ def _first(tasks: Sequence[Task]) -> list[Task]:
     return [task for task in tasks if task[3] == tasks[0][3]]
 
 
-def results(tasks: Sequence[Task], plan: Plan, jobs: int) -> Iterator[tuple[Task, Result]]:
-    """Every task with its result, as they come: from this process, or from others, which begin with the longest."""
-    if jobs == 1:
-        yield from ((task, work(*task, plan)) for task in tasks)
-        return
-    with ProcessPoolExecutor(jobs, get_context("spawn"), set_threads, (torch.get_num_threads(),)) as pool:
-        longest_first = sorted(tasks, key=lambda task: -(task[1] or 0) * task[2])
-        waiting = {pool.submit(work, *task, plan): task for task in longest_first}
-        try:
-            for future in as_completed(waiting):
-                yield waiting[future], future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def work(name: str, steps: int | None, dim: int, seed: int, plan: Plan) -> Result:
+def work(task: Task, plan: Plan) -> tuple[Task, Result]:
     """The figures of one posterior, K, size and seed, and the densities where they are drawn."""
+    name, steps, dim, seed = task
     posteriors, figures = fit(name, steps, replace(plan, seed=seed), energies(dim))
-    return figures, fitted(posteriors, plan.cells) if drawn(name, dim) else []
+    return task, (figures, fitted(posteriors, plan.cells) if drawn(name, dim) else [])
 
 
 def _line(figures: Sequence[Fit]) -> str:
