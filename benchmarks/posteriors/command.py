@@ -135,11 +135,11 @@ def hold(run: Run, tasks: Sequence[Task], plan: Plan, jobs: int, done: Sequence[
             fits[_task(one)] = one
             keep(run, one, draws)
             console.print(_line(one), soft_wrap=True)
-            write(run, _sorted(fits), plan)
+            write(run, in_order(fits.values()), plan)
     except KeyboardInterrupt:
         console.print(f"Interrupted; to go on: the same command with --out {run.folder}", soft_wrap=True)
         code = INTERRUPTED
-    found = _sorted(fits)
+    found = in_order(fits.values())
     if found:
         finish(run, found, plan)
     return code or int(any(one.failed or is_impossible(one) for one in found))
@@ -147,13 +147,6 @@ def hold(run: Run, tasks: Sequence[Task], plan: Plan, jobs: int, done: Sequence[
 
 def _task(one: Fit) -> Task:
     return Task(one.posterior, one.contender, one.seed)
-
-
-def _sorted(fits: dict[Task, Fit]) -> list[Fit]:
-    """The smallest posteriors first, contender by contender, seed by seed."""
-    names, kinds = [one.short for one in collection().values()], [*FLOWS, *GUIDES]
-    places = {task: (names.index(task.posterior), kinds.index(task.contender), task.seed) for task in fits}
-    return [fits[task] for task in sorted(fits, key=lambda task: places[task])]
 
 
 def work(task: Task, plan: Plan) -> tuple[Fit, np.ndarray]:
