@@ -23,7 +23,7 @@ from benchmarks.objective import bound_name, objective_name
 from benchmarks.own.setup import check_networks, load_own
 from benchmarks.plots import draw
 from benchmarks.report import JOB, RESULTS, Report, Result, by_posterior
-from benchmarks.run import Run, terminal, written
+from benchmarks.run import Run, finite, terminal, written
 from benchmarks.team import Team
 from benchmarks.train import History, TrainingError, seeded, train_one
 from benchmarks.watchers import clear_album, watchers
@@ -209,11 +209,7 @@ def check_finite(figures: Figures) -> None:
 def curves(history: History) -> dict[str, list[float | None]]:
     """Of an epoch whose figure is not finite None: JSON knows no nan."""
     found = {"train": history.train, "valid": history.valid}
-    return {key: [_plain(figure) for figure in figures] for key, figures in found.items()}
-
-
-def _plain(figure: float | None) -> float | None:
-    return figure if figure is not None and math.isfinite(figure) else None
+    return {key: [finite(figure) for figure in figures] for key, figures in found.items()}
 
 
 def keep_model(vae: VAE, report: Report, result: Result) -> None:

@@ -8,6 +8,7 @@ A page of results is made of figures alone, and these lie beside it: between `<!
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -34,6 +35,7 @@ Page = Annotated[
     Path | None, typer.Option(help="Put the tables on this page too, between its marks, and the picture beside it.")
 ]
 
+T = TypeVar("T")
 Content = Mapping[str, Any]
 """Of a run's JSON file: what it says of itself, and its figures."""
 Shown = Callable[[Content, str], str]
@@ -156,6 +158,11 @@ def written(folder: Path) -> Iterator[None]:
 def as_json(content: Content) -> str:
     """As it stands in a file."""
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def finite(value: T) -> T | None:
+    """None in the place of a float that is not finite, which JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def publish(page: Path, figures: str, shown: Shown, mark: str = TABLES) -> None:
