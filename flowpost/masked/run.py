@@ -59,6 +59,11 @@ class Pulling(Protocol):
         ...
 
 
+def by_step(step: ElementWise) -> Solve:
+    """The step's own inverse, asked for one variable: of tensors, where there is no closed form."""
+    return lambda image, numbers: step._inverse(image.unsqueeze(-1), numbers.t(), None)[0].squeeze(-1)
+
+
 class Link(NamedTuple):
     """One step of a run: a network, the element-wise step whose numbers it gives, and the order of the variables."""
 
@@ -133,3 +138,16 @@ def broadcast(context: Tensor | None, *tensors: Tensor) -> list[Tensor]:
         return list(tensors)
     batch = torch.broadcast_shapes(batch, *others)
     return [each.expand(*batch, -1) for each in tensors]
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """``(*batch, size)`` as ``(N, size)``."""
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+
+
+def sum_to(grad: Tensor, batch: Sequence[int], smaller: Sequence[int]) -> Tensor:
+    """A gradient ``(N, width)`` over leading axes summed to the fewer, or shorter, ones of a context."""
+    if tuple(batch) == tuple(smaller):
+        return grad
+    width = grad.shape[-1]
+    return rows(grad.reshape(*batch, width).sum_to_size(*smaller, width))
