@@ -124,7 +124,7 @@ class Fit:
 
     def as_json(self) -> dict[str, object]:
         """The fields, with None in the place of what is not finite, which JSON does not have."""
-        plain = {name: finite(value) for name, value in asdict(self).items() if name != "history"}
+        plain: dict[str, object] = {name: finite(value) for name, value in asdict(self).items() if name != "history"}
         return plain | {"history": [[count, finite(kl)] for count, kl in self.history]}
 
     @classmethod
