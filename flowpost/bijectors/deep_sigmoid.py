@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowpost.bijectors.base import Bijector
-from flowpost.masked.run import COLUMNS, Array, Column, Solve
+from flowpost.masked.run import COLUMNS, Column, Solve
 from flowpost.numerics.arguments import check_int
+from flowpost.numerics.arrays import Array
 from flowpost.numerics.mixtures import mixture_root
 from flowpost.numerics.roots import correct, increasing_root
 

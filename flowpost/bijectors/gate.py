@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowpost.bijectors.base import Bijector
-from flowpost.masked.run import COLUMNS, Array, Column, Solve
+from flowpost.masked.run import COLUMNS, Column, Solve
 from flowpost.numerics.arguments import check_int
-from flowpost.numerics.arrays import module_of, numbers_for
+from flowpost.numerics.arrays import Array, module_of, numbers_for
 from flowpost.numerics.constants import Constant
 from flowpost.numerics.products import wide_dtype
 from flowpost.numerics.scales import SPREAD

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from flowpost.masked.network import MADE
+from flowpost.numerics.arrays import Array
 from flowpost.numerics.constants import Order
-
-Array = Any
-"""A tensor, or numpy's view of one: a sweep is written in what both can do."""
 
 
 class Column(NamedTuple):
