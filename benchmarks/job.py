@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -25,10 +23,11 @@ from benchmarks.objective import bound_name, objective_name
 from benchmarks.own.setup import check_networks, load_own
 from benchmarks.plots import draw
 from benchmarks.report import JOB, RESULTS, Report, Result, by_posterior
-from benchmarks.run import Run, cpu_threads, set_threads, terminal, written
+from benchmarks.run import Run, finite, terminal, written
 from benchmarks.team import Team
 from benchmarks.train import History, TrainingError, seeded, train_one
 from benchmarks.watchers import clear_album, watchers
+from benchmarks.workers import cpu_threads, side_by_side
 from flowpost.vae import VAE
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
@@ -154,17 +153,11 @@ def finished(
         for name, seed in tasks:
             yield run_one(data, name, seed, report, display.watch(name, seed), display.say)
         return
-    begun, threads = Report(report.run, report.config), report.config.threads
-    with ProcessPoolExecutor(jobs, get_context("spawn"), set_threads, (threads,)) as pool:
-        waiting = [pool.submit(run_apart, begun, *task) for task in tasks]
-        try:
-            for future in as_completed(waiting):
-                said, result, line = future.result()
-                for each in said:
-                    display.say(each)
-                yield result, line
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    begun = Report(report.run, report.config)
+    for said, result, line in side_by_side(run_apart, [(begun, *task) for task in tasks], jobs):
+        for each in said:
+            display.say(each)
+        yield result, line
 
 
 def run_apart(report: Report, name: str, seed: int) -> tuple[list[str], Result, str]:
@@ -216,11 +209,7 @@ def check_finite(figures: Figures) -> None:
 def curves(history: History) -> dict[str, list[float | None]]:
     """Of an epoch whose figure is not finite None: JSON knows no nan."""
     found = {"train": history.train, "valid": history.valid}
-    return {key: [_plain(figure) for figure in figures] for key, figures in found.items()}
-
-
-def _plain(figure: float | None) -> float | None:
-    return figure if figure is not None and math.isfinite(figure) else None
+    return {key: [finite(figure) for figure in figures] for key, figures in found.items()}
 
 
 def keep_model(vae: VAE, report: Report, result: Result) -> None:

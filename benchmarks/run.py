@@ -8,28 +8,23 @@ A page of results is made of figures alone, and these lie beside it: between `<!
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-import torch
 import typer
 from rich.console import Console
 
 from benchmarks.config import ConfigError
 from benchmarks.environment import environment, versions
-
-try:
-    from threadpoolctl import threadpool_limits
-except ImportError:  # numpy keeps the threads it has: an environment of before can still measure
-    threadpool_limits = None
 
 TABLES = "tables"  # what is marked on a page, unless it has several runs
 FIGURES = "_figures"  # the folder beside the pages
@@ -41,6 +36,7 @@ Page = Annotated[
     Path | None, typer.Option(help="Put the tables on this page too, between its marks, and the picture beside it.")
 ]
 
+T = TypeVar("T")
 Content = Mapping[str, Any]
 """Of a run's JSON file: what it says of itself, and its figures."""
 Shown = Callable[[Content, str], str]
@@ -197,6 +193,11 @@ def as_json(content: Content) -> str:
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
 
 
+def finite(value: T) -> T | None:
+    """None in the place of a float that is not finite, which JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def publish(page: Path, figures: str, shown: Shown, mark: str = TABLES) -> None:
     """Keep a JSON file's text beside a page, and fill the page from it."""
     kept = page.parent / FIGURES / page.stem / f"{mark}.json"
@@ -299,20 +300,3 @@ def check_alone(context: typer.Context, name: str, *others: str) -> None:
 def terminal(*, quiet: bool = False) -> Console:
     """Where a command prints: what it says is text, not markup."""
     return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else WIDTH, quiet=quiet)
-
-
-def set_threads(count: int) -> AbstractContextManager:
-    """So many threads of PyTorch and, for the sweeps of an inverse, of numpy's products from now on."""
-    torch.set_num_threads(count)
-    return nullcontext() if threadpool_limits is None else threadpool_limits(count, "blas")
-
-
-@contextmanager
-def cpu_threads(count: int) -> Iterator[None]:
-    """As `set_threads` inside, and as many as before afterwards."""
-    before = torch.get_num_threads()
-    try:
-        with set_threads(count):
-            yield
-    finally:
-        torch.set_num_threads(before)

@@ -23,9 +23,10 @@ from benchmarks.data import Data
 from benchmarks.job import load_data, models
 from benchmarks.quadrature import quadrature
 from benchmarks.report import Report
-from benchmarks.run import TABLES, Content, Out, Page, Run, cpu_threads, origin, pictured, terminal
+from benchmarks.run import TABLES, Content, Out, Page, Run, finite, origin, pictured, terminal
 from benchmarks.table import Table
 from benchmarks.train import EVALUATION_SEED, seeded
+from benchmarks.workers import cpu_threads
 from flowpost.evaluation import annealed_estimate, importance_estimate, sandwich
 from flowpost.importance import LIMIT, ImportanceEstimate, UnreliableEstimateWarning
 from flowpost.vae import VAE
@@ -166,7 +167,8 @@ def _figures(above: Tensor, lower: Tensor, sampled: ImportanceEstimate, refined:
 
 def _write(run: Run, rows: Sequence[Row], plan: Plan) -> None:
     """All that is known so far: a stop loses no model."""
-    content = run.head() | {"plan": asdict(plan), "rows": [_plain(row) for row in rows]}
+    plain = [{key: finite(value) for key, value in row.items()} for row in rows]
+    content = run.head() | {"plan": asdict(plan), "rows": plain}
     run.write("sandwich.json", content)
     run.write("sandwich.md", shown(content))
     picture(rows).savefig(run.folder / "sandwich.png", dpi=DPI)
@@ -178,11 +180,6 @@ def shown(content: Content, page: str = "") -> str:
     rows = [{key: math.nan if value is None else value for key, value in row.items()} for row in content["rows"]]
     plot = [pictured(page, "How far each estimate of log p(x) falls short")] if page else []
     return "\n\n".join([*plot, _table(rows, Plan(**content["plan"])).markdown(), origin(content)])
-
-
-def _plain(row: Row) -> Row:
-    """JSON knows no nan."""
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -76,6 +77,11 @@ def _legend(caption: str) -> str:
 def _line(cells: Sequence[str]) -> str:
     escaped = (cell.replace("|", "\\|") for cell in cells)
     return f"| {' | '.join(escaped)} |"
+
+
+def mean_sd(values: Sequence[float]) -> str:
+    """`mean (standard deviation)`, the latter where there are two values."""
+    return f"{statistics.fmean(values):.2f}" + (f" ({statistics.stdev(values):.2f})" if len(values) > 1 else "")
 
 
 def ranked(items: Sequence[Item], figure: Callable[[Item], float | None]) -> list[Item]:

@@ -105,27 +105,26 @@ def check_example(out: object, parts: Tensor | tuple[Tensor, Tensor], dim: int, 
         _check_states(parts)
     if isinstance(parts, Tensor):
         if parts.shape[-1] == 2 * dim and not told:
-            warnings.warn(
-                f"encoder: its output is {2 * dim} wide, twice dim, and is taken for features; if it is loc and "
-                f"log_var side by side, pass read=lambda out: out.chunk(2, -1); features={2 * dim} says that it is not",
-                UserWarning,
-                stacklevel=4,  # who called wrap
+            _warn(
+                f"its output is {2 * dim} wide, twice dim, and is taken for features; if it is loc and log_var side by "
+                f"side, pass read=lambda out: out.chunk(2, -1); features={2 * dim} says that it is not"
             )
     elif cure := _misnamed(out):
-        warnings.warn(
-            f"encoder: expected the pair (loc, log_var), got one named {', '.join(cast(Any, out)._fields)}; pass "
-            f"read=lambda out: {cure}, or, if it is right, read=lambda out: out",
-            UserWarning,
-            stacklevel=4,  # who called wrap
+        _warn(
+            f"expected the pair (loc, log_var), got one named {', '.join(cast(Any, out)._fields)}; pass "
+            f"read=lambda out: {cure}, or, if it is right, read=lambda out: out"
         )
     elif not isinstance(out, Distribution) and parts[1].numel() >= _MANY and bool((parts[1] > 0).all()):
-        warnings.warn(
-            "encoder: the second of the pair looks like a standard deviation, for it is positive throughout; expected "
-            "the logarithm of the variance; pass read=lambda out: torch.distributions.Normal(*out), or, if it is right,"
-            " read=lambda out: out",
-            UserWarning,
-            stacklevel=4,  # who called wrap
+        _warn(
+            "the second of the pair looks like a standard deviation, for it is positive throughout; expected the "
+            "logarithm of the variance; pass read=lambda out: torch.distributions.Normal(*out), or, if it is right, "
+            "read=lambda out: out"
         )
+
+
+def _warn(message: str) -> None:
+    """A warning at the line that called `wrap`."""
+    warnings.warn(f"encoder: {message}", UserWarning, stacklevel=5)
 
 
 def _misnamed(out: object) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flowpost.bijectors.base import LINE, Bijector
+from flowpost.bijectors.base import LINE, Bijector, check_step
 from flowpost.bijectors.wrappers import Learned, linear_head
 from flowpost.checks import active, check_finite
 from flowpost.density import Sample, batch_of, draw, log_density, path_log_density
@@ -51,8 +51,7 @@ class FlowPosterior(nn.Module):
     def __init__(self, features: int, flow: Bijector, head: nn.Module | None = None) -> None:
         super().__init__()
         self.features = check_int("features", features, minimum=0)
-        if not isinstance(flow, Bijector):
-            raise TypeError(f"flow: expected a Bijector, got {type(flow).__name__}")
+        check_step("flow", flow)
         if flow.domain != LINE:
             raise ValueError(f"flow: expected one from all real numbers, where noise lies, got domain {flow.domain}")
         self.flow = flow if features or not flow.context_size else Learned(flow)

@@ -15,6 +15,7 @@ from benchmarks.data import load
 from benchmarks.encoders.fitting import CONTESTS, Fit, Plan, fit, spaced
 from benchmarks.encoders.starts import Start
 from benchmarks.encoders.table import Trained, elbos, lines
+from benchmarks.workers import side_by_side
 
 PLAN = Plan(before=3, after=0, images=20, samples=100, dim=2)
 GRU = replace(next(each for each in CONTESTS if each.library == "torch"), data="digits", plan=PLAN)
@@ -93,8 +94,8 @@ def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 @pytest.mark.long
 def test_several_processes_come_to_the_same_figures() -> None:
     tasks = [(GRU, 0), (GRU, 1)]
-    alone = [figures(one) for one in encoders.results(tasks, 1)]
-    together = [figures(one) for one in encoders.results(tasks, 2)]
+    alone = [figures(one) for one in side_by_side(encoders.work, tasks, 1)]
+    together = [figures(one) for one in side_by_side(encoders.work, tasks, 2)]
     assert sorted(together, key=lambda one: one.seed) == alone
 
 

@@ -15,8 +15,9 @@ from rich.console import Console
 import flowpost
 from benchmarks import run as runs
 from benchmarks.config import ConfigError
-from benchmarks.run import Run, cpu_threads, origin, where
+from benchmarks.run import Run, origin, where
 from benchmarks.table import Table, grouped
+from benchmarks.workers import cpu_threads
 
 WIDE = Table(["who", "s"], [["a|b", "1"], ["[c]", "20"]], "times", "Calls", ["a: slow"])
 

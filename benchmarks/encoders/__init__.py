@@ -5,13 +5,10 @@ Needs the extra `encoders`; an encoder whose library is not installed is left ou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from multiprocessing import get_context
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from benchmarks.data import load
@@ -19,7 +16,8 @@ from benchmarks.encoders.collection import CASES
 from benchmarks.encoders.fitting import CONTESTS, Contest, Fit, Plan, fit
 from benchmarks.encoders.starts import Start, starts
 from benchmarks.encoders.table import Trained, elbos, lines
-from benchmarks.run import Content, Out, Page, Run, cpu_threads, origin, set_threads, terminal
+from benchmarks.run import Content, Out, Page, Run, origin, terminal
+from benchmarks.workers import cpu_threads, side_by_side
 
 QUICK: dict[str, Any] = {"before": 20, "after": 20, "images": 100, "samples": 4}
 
@@ -64,26 +62,13 @@ def hold(run: Run, found: Sequence[Start], contests: Sequence[Contest], seeds: S
     """Train every model with every seed; write after each."""
     tasks = [(contest, seed) for seed in seeds for contest in contests]
     done: dict[tuple[str, int], Fit] = {}
-    for one in results(tasks, jobs):
+    for one in side_by_side(work, tasks, jobs):
         done[one.model, one.seed] = one
         terminal().print(_line(one), soft_wrap=True)
         fits = [done[contest.name, seed] for contest, seed in tasks if (contest.name, seed) in done]
         write(run, found, fits, contests)
     run.publish("encoders.json", shown)
     return [*done.values()]
-
-
-def results(tasks: Sequence[tuple[Contest, int]], jobs: int) -> Iterator[Fit]:
-    """Every task's figures, as they come: from this process, or from others."""
-    if jobs == 1:
-        yield from (work(*task) for task in tasks)
-        return
-    with ProcessPoolExecutor(jobs, get_context("spawn"), set_threads, (torch.get_num_threads(),)) as pool:
-        waiting = [pool.submit(work, *task) for task in tasks]
-        try:
-            yield from (future.result() for future in as_completed(waiting))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def work(contest: Contest, seed: int) -> Fit:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from benchmarks.encoders import libraries as lib
+from benchmarks.peers import here
 from flowpost import wrap
 from flowpost.wrapped import WrappedPosterior
 
@@ -64,7 +64,7 @@ class Case:
 
     def missing(self) -> bool:
         """Whether its library is not installed."""
-        return importlib.util.find_spec(self.library) is None
+        return not here(self.library)
 
 
 class Heads(nn.Module):

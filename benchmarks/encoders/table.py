@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from benchmarks.encoders.fitting import Fit, Plan
 from benchmarks.encoders.starts import FLOWS, Start
-from benchmarks.table import Table, grouped
+from benchmarks.table import Table, grouped, mean_sd
 
 
 def lines(starts: Sequence[Start]) -> Table:
@@ -39,7 +39,7 @@ def elbos(fits: Sequence[Fit], trained: Mapping[str, Trained]) -> Table:
     rows = []
     for name, group in grouped(fits, lambda fit: fit.model).items():
         of = trained[name]
-        cells = [_spread([read(fit) for fit in group]) for read in COLUMNS.values()]
+        cells = [mean_sd([read(fit) for fit in group]) for read in COLUMNS.values()]
         time = statistics.fmean(fit.flow_ms / fit.gaussian_ms for fit in group)
         rows.append([name, of.data, f"{of.plan.before:,} + {of.plan.after:,}", *cells, f"{time:.1f}"])
     header = ["model", "data", "steps", *COLUMNS, "time"]
@@ -53,10 +53,6 @@ COLUMNS: dict[str, Callable[[Fit], float]] = {
     "flow after": lambda fit: fit.flow,
     "gain": lambda fit: fit.flow - fit.gaussian,
 }
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.fmean(values):.2f}" + (f" ({statistics.stdev(values):.2f})" if len(values) > 1 else "")
 
 
 def caption(fits: Sequence[Fit], plan: Plan) -> str:

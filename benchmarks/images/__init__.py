@@ -97,29 +97,10 @@ def images(
         raise ConfigError("page: expected folders of runs whose table goes there, got none")
     if preset is None:
         raise ConfigError(f"preset: expected one of {', '.join(NAMES)}, or folders of runs, got neither")
-    config = adapt(
-        load(preset),
-        depth,
-        hidden=hidden,
-        data=data,
-        posteriors=posterior_names(posterior) if posterior else None,
-        seeds=tuple(dict.fromkeys(seed)) if seed else None,
-        epochs=epochs,
-        minutes=minutes,
-        kl_warmup=kl_warmup,
-        samples=samples,
-        images=count,
-        trusted_images=trusted_images,
-        pairs=pairs,
-        gradient=gradient,
-        optimizer=optimizer,
-        decay=decay,
-        clip=clip,
-        averaging=averaging,
-        precision=precision,
-        device=device,
-        eager=eager,
-        threads=threads,
-        log=log,
-    )
+    given = context.params | {
+        "posteriors": posterior_names(posterior) if posterior else None,
+        "seeds": tuple(dict.fromkeys(seed)) if seed else None,
+        "images": count,
+    }
+    config = adapt(load(preset), **given)
     raise typer.Exit(job(check_device(config), out, pictures=pictures))

@@ -13,7 +13,7 @@ from benchmarks.config import ConfigError
 from benchmarks.images.presets import Preset, load
 from benchmarks.report import Report, Result, by_posterior
 from benchmarks.run import Content, as_json, origin, terminal
-from benchmarks.table import Table
+from benchmarks.table import Table, mean_sd
 
 BESIDE = ("published", "apart")
 HEADER = ("preset", "data", "posterior", "seeds", "-ELBO", *BESIDE, "NLL", *BESIDE, "k>0.7", "annealed")
@@ -78,12 +78,11 @@ def _annealed(runs: Sequence[Result]) -> str:
 def _beside(runs: Sequence[Result], key: str, published: Mapping[str, Any]) -> list[str]:
     """Ours with its spread, theirs, and how far apart."""
     values = [run[key] for run in runs]
-    mean = statistics.fmean(values)
-    ours = f"{mean:.2f}" + (f" ({statistics.stdev(values):.2f})" if len(values) > 1 else "")
+    ours = mean_sd(values)
     if key not in published:
         return [ours, "-", "-"]
     mark = "~" if key in published.get("remembered", ()) else ""
-    return [ours, f"{mark}{published[key]:.2f}", f"{mean - published[key]:+.2f}"]
+    return [ours, f"{mark}{published[key]:.2f}", f"{statistics.fmean(values) - published[key]:+.2f}"]
 
 
 def protocols(reports: Sequence[Report]) -> str:

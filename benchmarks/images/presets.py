@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from benchmarks.config import DEFAULTS, Config, ConfigError
+from benchmarks.errors import tuples
 from benchmarks.optimizers import Optimization
 
 # The same reader: Python has it from 3.11 on.
@@ -100,7 +101,7 @@ def _config(name: str, content: Mapping[str, Any]) -> Config:
     recipe, dim = posterior.pop("name"), posterior.pop("dim")
     optimization = Optimization(**{key: optimizer.pop(key) for key in OPTIMIZATION if key in optimizer})
     sections = content.get("objective", {}) | optimizer | content["schedule"] | content["evaluation"]
-    flows = {**DEFAULTS["mnist-static"].flows, recipe: _tuples(posterior)}
+    flows = {**DEFAULTS["mnist-static"].flows, recipe: tuples(posterior)}
     return Config(
         data=content["data"],
         posteriors=(recipe,),
@@ -109,24 +110,19 @@ def _config(name: str, content: Mapping[str, Any]) -> Config:
         flows=flows,
         optimization=optimization,
         preset=name,
-        encoder=_tuples(content["encoder"]),
-        decoder=_tuples(content["decoder"]),
+        encoder=tuples(content["encoder"]),
+        decoder=tuples(content["decoder"]),
         **sections,
     )
 
 
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Sequences as a configuration has them."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-
-
-def adapt(preset: Preset, depth: int | None, *, hidden: int | None = None, **given: object) -> Config:
-    """The preset's configuration with what was given on the command line and is not None.
+def adapt(preset: Preset, /, depth: int | None, *, hidden: int | None = None, **given: object) -> Config:
+    """The preset's configuration with those of the options given on the command line that are its own and not None.
 
     Raises:
         ConfigError: a value is out of range, or the posterior has no steps, or no networks.
     """
-    known = {item for item in asdict(preset.config)}
+    known = {item.name for item in fields(Config)}
     values = {key: value for key, value in given.items() if value is not None}
     optimization = {key: values.pop(key) for key in OPTIMIZATION if key in values}
     config = replace(preset.config, **{key: value for key, value in values.items() if key in known})  # pyright: ignore

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import torch
 import typer
 
 from benchmarks.config import ConfigError
@@ -19,7 +16,8 @@ from benchmarks.posteriors.collection import collection, posterior
 from benchmarks.posteriors.fitting import FLOWS, GUIDES, Fit, Plan, contenders, fit
 from benchmarks.posteriors.pictures import pairs, traces
 from benchmarks.posteriors.table import beside_published, details, in_order, is_impossible, shortfalls, summary
-from benchmarks.run import INTERRUPTED, Content, Out, Page, Run, cpu_threads, origin, pictured, set_threads, terminal
+from benchmarks.run import INTERRUPTED, Content, Out, Page, Run, origin, pictured, terminal
+from benchmarks.workers import cpu_threads, side_by_side
 
 QUICK = ("kilpisjarvi", "logmesquite_logvolume", "blr", "arK", "eight_schools_noncentered", "eight_schools_centered")
 QUICK_PLAN = Plan(budget=40_000, samples=5_000)
@@ -125,15 +123,15 @@ def hold(run: Run, tasks: Sequence[Task], plan: Plan, jobs: int, done: Sequence[
         console.print(f"{len(tasks) - len(waiting)} of {len(tasks)} fits are already done.")
     code = 0
     try:
-        for one, draws in results(waiting, plan, jobs):
+        for one, draws in side_by_side(work, [(task, plan) for task in waiting], jobs):
             fits[_task(one)] = one
             keep(run, one, draws)
             console.print(_line(one), soft_wrap=True)
-            write(run, _sorted(fits), plan)
+            write(run, in_order(fits.values()), plan)
     except KeyboardInterrupt:
         console.print(f"Interrupted; to go on: the same command with --out {run.folder}", soft_wrap=True)
         code = INTERRUPTED
-    found = _sorted(fits)
+    found = in_order(fits.values())
     if found:
         finish(run, found, plan)
     return code or int(any(one.failed or is_impossible(one) for one in found))
@@ -141,26 +139,6 @@ def hold(run: Run, tasks: Sequence[Task], plan: Plan, jobs: int, done: Sequence[
 
 def _task(one: Fit) -> Task:
     return Task(one.posterior, one.contender, one.seed)
-
-
-def _sorted(fits: dict[Task, Fit]) -> list[Fit]:
-    """The smallest posteriors first, contender by contender, seed by seed."""
-    names, kinds = [one.short for one in collection().values()], [*FLOWS, *GUIDES]
-    places = {task: (names.index(task.posterior), kinds.index(task.contender), task.seed) for task in fits}
-    return [fits[task] for task in sorted(fits, key=lambda task: places[task])]
-
-
-def results(tasks: Sequence[Task], plan: Plan, jobs: int) -> Iterator[tuple[Fit, np.ndarray]]:
-    """Every task's figures and draws, as they come: from this process, or from others."""
-    if jobs == 1:
-        yield from (work(task, plan) for task in tasks)
-        return
-    with ProcessPoolExecutor(jobs, get_context("spawn"), set_threads, (torch.get_num_threads(),)) as pool:
-        waiting = [pool.submit(work, task, plan) for task in tasks]
-        try:
-            yield from (future.result() for future in as_completed(waiting))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def work(task: Task, plan: Plan) -> tuple[Fit, np.ndarray]:

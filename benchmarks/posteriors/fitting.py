@@ -18,6 +18,7 @@ import flowpost
 from benchmarks.peers import here
 from benchmarks.posteriors.collection import Posterior, posterior
 from benchmarks.posteriors.measures import marginals
+from benchmarks.run import finite
 
 DEFAULT = "default"  # what `flowpost.fit` takes where nothing is said
 FLOWS = ("diagonal", "full_covariance", DEFAULT, "planar", "iaf", "realnvp", "spline_coupling")
@@ -123,8 +124,8 @@ class Fit:
 
     def as_json(self) -> dict[str, object]:
         """The fields, with None in the place of what is not finite, which JSON does not have."""
-        plain = {name: _plain(value) for name, value in asdict(self).items() if name != "history"}
-        return plain | {"history": [[count, _plain(kl)] for count, kl in self.history]}
+        plain: dict[str, object] = {name: finite(value) for name, value in asdict(self).items() if name != "history"}
+        return plain | {"history": [[count, finite(kl)] for count, kl in self.history]}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Fit:
@@ -135,10 +136,6 @@ class Fit:
         }
         history = tuple((count, math.nan if kl is None else kl) for count, kl in content["history"])
         return cls(**given, history=history)
-
-
-def _plain(value: object) -> object:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def contenders() -> tuple[str, ...]:

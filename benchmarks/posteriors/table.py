@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -78,7 +78,7 @@ def _by_contender(fits: Sequence[Fit]) -> dict[str, list[Fit]]:
     return grouped(fits, lambda fit: fit.contender)
 
 
-def in_order(fits: Sequence[Fit]) -> list[Fit]:
+def in_order(fits: Iterable[Fit]) -> list[Fit]:
     """Posteriors from the smallest to the largest, and of each our flows, then the guides."""
     places = {one.short: place for place, one in enumerate(collection().values())}
     names = [*FLOWS, *GUIDES]

@@ -15,7 +15,7 @@ import typer
 
 from benchmarks.config import ConfigError, configure
 from benchmarks.peers import installed, missing
-from benchmarks.run import Content, Out, Page, Run, as_json, cpu_threads, origin, pictured, terminal
+from benchmarks.run import Content, Out, Page, Run, as_json, origin, pictured, terminal
 from benchmarks.speed import counted
 from benchmarks.speed.hall import Hall
 from benchmarks.speed.plot import Curves, draw
@@ -23,6 +23,7 @@ from benchmarks.speed.programme import Held, curves, programme
 from benchmarks.speed.results import Contest
 from benchmarks.speed.sizes import FULL, ON_GPU, QUICK
 from benchmarks.speed.table import absences, goals, markdown, times
+from benchmarks.workers import cpu_threads
 
 MODES = ("default", "reduce-overhead", "max-autotune")
 

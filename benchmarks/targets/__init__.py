@@ -6,10 +6,8 @@ libraries beside them, and the exact KL: the energies' normalizers are known. Ot
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
@@ -19,25 +17,13 @@ import typer
 
 from benchmarks.canvas import title
 from benchmarks.config import ALL, ConfigError, posterior_names
-from benchmarks.run import (
-    INTERRUPTED,
-    TABLES,
-    Content,
-    Out,
-    Page,
-    Run,
-    cpu_threads,
-    origin,
-    pictured,
-    set_threads,
-    terminal,
-    written,
-)
+from benchmarks.run import INTERRUPTED, TABLES, Content, Out, Page, Run, origin, pictured, terminal, written
 from benchmarks.targets.contestants import PEERS, has_steps, installed
 from benchmarks.targets.fitting import Fit, Plan, fit
 from benchmarks.targets.known import energies
 from benchmarks.targets.pictures import DRAWN, Densities, drawn, fitted, one_recipe, overview
 from benchmarks.targets.table import is_impossible, notes, tables
+from benchmarks.workers import cpu_threads, side_by_side
 from flowpost.recipes import RECIPES
 
 FULL, FULL_STEPS = Plan(), (2, 8, 32)
@@ -152,8 +138,10 @@ def hold(run: Run, tasks: Sequence[Task], plan: Plan, jobs: int, before: Mapping
     waiting = [task for task in tasks if task not in done]
     if len(waiting) < len(tasks):
         console.print(f"{len(tasks) - len(waiting)} of {len(tasks)} fits are already done.")
+    # The longest first, where they do not come in turn.
+    order = waiting if jobs == 1 else sorted(waiting, key=lambda task: -(task[1] or 0) * task[2])
     try:
-        for task, result in results(waiting, plan, jobs):
+        for task, result in side_by_side(work, [(task, plan) for task in order], jobs):
             done[task] = result
             keep(run, task, result[1])
             console.print(_line(result[0]))
@@ -214,25 +202,11 @@ def _first(tasks: Sequence[Task]) -> list[Task]:
     return [task for task in tasks if task[3] == tasks[0][3]]
 
 
-def results(tasks: Sequence[Task], plan: Plan, jobs: int) -> Iterator[tuple[Task, Result]]:
-    """Every task with its result, as they come: from this process, or from others, which begin with the longest."""
-    if jobs == 1:
-        yield from ((task, work(*task, plan)) for task in tasks)
-        return
-    with ProcessPoolExecutor(jobs, get_context("spawn"), set_threads, (torch.get_num_threads(),)) as pool:
-        longest_first = sorted(tasks, key=lambda task: -(task[1] or 0) * task[2])
-        waiting = {pool.submit(work, *task, plan): task for task in longest_first}
-        try:
-            for future in as_completed(waiting):
-                yield waiting[future], future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def work(name: str, steps: int | None, dim: int, seed: int, plan: Plan) -> Result:
+def work(task: Task, plan: Plan) -> tuple[Task, Result]:
     """The figures of one posterior, K, size and seed, and the densities where they are drawn."""
+    name, steps, dim, seed = task
     posteriors, figures = fit(name, steps, replace(plan, seed=seed), energies(dim))
-    return figures, fitted(posteriors, plan.cells) if drawn(name, dim) else []
+    return task, (figures, fitted(posteriors, plan.cells) if drawn(name, dim) else [])
 
 
 def _line(figures: Sequence[Fit]) -> str:

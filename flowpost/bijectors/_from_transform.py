@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,7 +14,7 @@ from torch.distributions.transforms import _InverseTransform
 
 from flowpost.bijectors.base import LINE, Bijector
 from flowpost.numerics.constants import Constant
-from flowpost.numerics.owners import check_owned
+from flowpost.numerics.owners import check_owned, modules_of
 from flowpost.numerics.products import wide_dtype
 from flowpost.numerics.watchers import first_parameter, full_precision
 
@@ -146,7 +145,7 @@ def _walk(value: object, change: Callable[[Any], object]) -> object:
         return cast(Transform, _walk(value.transform, change)).inv
     if isinstance(value, (list, tuple)):
         return type(value)(_walk(each, change) for each in value)
-    if _of_module(value):
+    if list(modules_of(value)):
         raise ValueError(
             "transform: expected one without modules in it, whose parameters nobody would find; "
             "give a module that makes the transform: from_transform(module, dim)"
@@ -160,13 +159,6 @@ def _walk(value: object, change: Callable[[Any], object]) -> object:
         return value
     vars(new).update({name: _walk(each, change) for name, each in vars(new).items()})
     return new
-
-
-def _of_module(value: object) -> bool:
-    """Whether a value is a module, or a function that is one's, as the method of a network."""
-    if isinstance(value, partial):
-        return any(_of_module(each) for each in (value.func, *value.args, *value.keywords.values()))
-    return isinstance(value, nn.Module) or isinstance(getattr(value, "__self__", None), nn.Module)
 
 
 def _fresh(transform: Transform) -> Transform:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from flowpost.bijectors.base import Bijector, Line
-from flowpost.masked.run import COLUMNS, Array, Column, Solve
+from flowpost.masked.run import COLUMNS, Column, Solve
 from flowpost.numerics.arguments import check_int
+from flowpost.numerics.arrays import Array
 from flowpost.numerics.scales import CLOSED, scale_and_log, softplus_scale
 
 

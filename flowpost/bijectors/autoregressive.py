@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowpost.bijectors._networked import Networked
-from flowpost.bijectors.base import Bijector
+from flowpost.bijectors.base import Bijector, check_reads, check_step
 from flowpost.bijectors.gate import Gate
 from flowpost.masked import nodes
 from flowpost.masked.engine import fits
@@ -72,7 +72,10 @@ class Masked(Ordered, Networked):
         activation: Callable[[Tensor], Tensor] = F.elu,
         rate: float = 1.0,
     ) -> None:
-        _check_step(step)
+        check_step("step", step)
+        if not step.elementwise:
+            raise ValueError(f"step: expected an element-wise one, got {type(step).__name__}")
+        check_reads(step)
         super().__init__(step.dim, context_size)
         order = None if order is None else check_order(order, step.dim)
         self.net = MADE(step.dim, step.context_size // step.dim, hidden, context_size, activation, order, rate)
@@ -171,13 +174,3 @@ class Autoregressive(Masked):
         if self.takes_older_states and gate.gain != 1 and here and key not in state_dict:
             gate.drop_gain()
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _check_step(step: Bijector) -> None:
-    if not isinstance(step, Bijector):
-        raise TypeError(f"step: expected a Bijector, got {type(step).__name__}")
-    if not step.elementwise:
-        raise ValueError(f"step: expected an element-wise one, got {type(step).__name__}")
-    if not step.context_size:
-        name = type(step).__name__
-        raise ValueError(f"step: expected one that reads a context, got {name} with context_size=0")

@@ -257,3 +257,15 @@ class Bijector(Placed, Interchange, ABC):
     def _finish(self, z: Tensor, image: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
         batch = image.shape[: image.ndim - self.event_ndim]
         return image, log_det.to(z.dtype).expand(batch)
+
+
+def check_step(name: str, step: object) -> None:
+    """Raise unless it is a bijector."""
+    if not isinstance(step, Bijector):
+        raise TypeError(f"{name}: expected a Bijector, got {type(step).__name__}")
+
+
+def check_reads(step: Bijector) -> None:
+    """Raise unless it reads a context."""
+    if not step.context_size:
+        raise ValueError(f"step: expected one that reads a context, got {type(step).__name__} with context_size=0")

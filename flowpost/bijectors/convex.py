@@ -73,7 +73,7 @@ class ConvexCombination(RatedNumbers, Bijector):
         logits = torch.randn(weights, device="cpu")
         start = torch.cat([logits.new_zeros(combinations * below), logits])
         super().__init__(dim, len(start), start=start)
-        self._set_rate(rate)
+        self._set_number(rate)
         self.combinations = combinations
         self._places = places(dim)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flowpost.bijectors._networked import Networked
 from flowpost.bijectors._within import apply, apply_inverse
-from flowpost.bijectors.base import LINE, Bijector
+from flowpost.bijectors.base import LINE, Bijector, check_reads, check_step
 from flowpost.masked.run import broadcast
 from flowpost.numerics.arguments import check_module, check_order, check_widths
 from flowpost.numerics.constants import Ordered
@@ -203,11 +203,9 @@ class Gained(nn.Module):
 
 
 def _check_step(step: Bijector, dim: int) -> None:
-    if not isinstance(step, Bijector):
-        raise TypeError(f"step: expected a Bijector, got {type(step).__name__}")
+    check_step("step", step)
     if step.dim > dim:
         raise ValueError(f"step: expected one of at most dim={dim} variables, got dim={step.dim}")
-    if not step.context_size:
-        raise ValueError(f"step: expected one that reads a context, got {type(step).__name__} with context_size=0")
+    check_reads(step)
     if not step.domain == step.codomain == LINE:
         raise ValueError(f"step: expected one of the real line, got {type(step).__name__} from {step.domain}")

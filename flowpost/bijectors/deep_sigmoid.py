@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowpost.bijectors.base import Bijector
-from flowpost.masked.run import COLUMNS, Array, Column, Solve
+from flowpost.masked.run import COLUMNS, Column, Solve
 from flowpost.numerics.arguments import check_int
+from flowpost.numerics.arrays import Array
 from flowpost.numerics.mixtures import mixture_root
-from flowpost.numerics.roots import correct, increasing_root
+from flowpost.numerics.roots import Residual, correct, increasing_root
+from flowpost.numerics.scales import SPREAD, exp_scale
 
-_SPREAD = 4.0
-"""How far the logarithm of a scale moves from 0."""
 _REACH = 6.0
 """How far a shift moves from 0."""
 
@@ -38,8 +38,8 @@ def deep_sigmoid_parameters(scale: Tensor, shift: Tensor, weight: Tensor) -> tup
     Returns:
         a, b and log w, of the same shapes.
     """
-    log_scale = _SPREAD * torch.tanh(scale / _SPREAD)
-    return log_scale.exp(), _REACH * torch.tanh(_rates(shift) * shift / _REACH), torch.log_softmax(weight, dim=-2)
+    shift = _REACH * torch.tanh(_rates(shift) * shift / _REACH)
+    return exp_scale(scale), shift, torch.log_softmax(weight, dim=-2)
 
 
 def _rates(shift: Tensor) -> Tensor:
@@ -117,29 +117,30 @@ def deep_sigmoid_inverse(
     Returns:
         The preimage ``(*batch, dim)`` and the log-det of the inverse ``(*batch)``, first and second derivatives exact.
     """
+    root = _search(z, scale, shift, log_weight) if preimage is None else preimage.detach()
+    preimage = correct(_residual(z, scale, shift, log_weight), root)
+    return preimage, -_map(preimage, scale, shift, log_weight)[1].log().sum(-1)
+
+
+def _residual(z: Tensor, scale: Tensor, shift: Tensor, log_weight: Tensor) -> Residual:
+    """Whose root is the preimage of z."""
 
     def residual(x: Tensor) -> tuple[Tensor, Tensor]:
         image, slope = _map(x, scale, shift, log_weight)
         return image - z, slope
 
-    root = _search(z, scale, shift, log_weight) if preimage is None else preimage.detach()
-    preimage = correct(residual, root)
-    return preimage, -_map(preimage, scale, shift, log_weight)[1].log().sum(-1)
+    return residual
 
 
 def _search(z: Tensor, scale: Tensor, shift: Tensor, log_weight: Tensor) -> Tensor:
     """The preimage, without a gradient."""
-
-    def residual(x: Tensor) -> tuple[Tensor, Tensor]:
-        image, slope = _map(x, scale, shift, log_weight)
-        return image - z, slope
 
     def value(x: Tensor) -> Tensor:
         return _image(x, scale, shift, log_weight) - z
 
     with torch.no_grad():
         ends = (z.unsqueeze(-2) - shift) / scale
-        return increasing_root(residual, ends.amin(-2), ends.amax(-2), value)
+        return increasing_root(_residual(z, scale, shift, log_weight), ends.amin(-2), ends.amax(-2), value)
 
 
 def _column(example: Array, constants: Sequence[float]) -> Solve:
@@ -164,7 +165,7 @@ COLUMNS["deep sigmoid"] = _column
 
 def _search_by_array(image: Array, scale: Array, shift: Array, weight: Array) -> Array:
     """As `_search`, on numpy's arrays, of raw numbers ``(units, N)``."""
-    scale = np.exp(_SPREAD * np.tanh(scale / _SPREAD))
+    scale = np.exp(SPREAD * np.tanh(scale / SPREAD))
     shift = _REACH * np.tanh(_rates(torch.from_numpy(shift)).numpy() * shift / _REACH)
     return mixture_root(image, scale, shift, weight)
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowpost.bijectors.base import Bijector
-from flowpost.masked.run import COLUMNS, Array, Column, Solve
+from flowpost.masked.run import COLUMNS, Column, Solve
 from flowpost.numerics.arguments import check_int
-from flowpost.numerics.arrays import module_of, numbers_for
+from flowpost.numerics.arrays import Array, module_of, numbers_for
 from flowpost.numerics.constants import Constant
 from flowpost.numerics.products import wide_dtype
 from flowpost.numerics.scales import SPREAD
@@ -136,22 +136,18 @@ class Gate(Numbered, Bijector):
 
     elementwise = True
     _number = ("gain", "constant_gain")
+    gain: float
 
     def __init__(self, dim: int, forget_bias: float = 2.0, gain: float = 1.0) -> None:
         super().__init__(dim, 2 * check_int("dim", dim, minimum=1))
-        for name, value in (("forget_bias", forget_bias), ("gain", gain)):
-            if not isinstance(value, Real):
-                raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-        if not 0 < gain < math.inf:
-            raise ValueError(f"gain: expected a positive finite number, got {gain}")
-        self.forget_bias, self.gain = float(forget_bias), float(gain)
+        if not isinstance(forget_bias, Real):
+            raise TypeError(f"forget_bias: expected a number, got {type(forget_bias).__name__}")
+        self.forget_bias = float(forget_bias)
+        self._set_number(gain)
         rows = torch.tensor(
             [[1 / SPREAD, 1 / REACH], [SPREAD, REACH], [self.forget_bias, 0.0]], dtype=torch.float64, device="cpu"
         )
         self._inner, self._outer, self._offset = map(Constant, rows.repeat_interleave(dim, -1))
-        if self.gain != 1:
-            # No call reads it: it tells a state of this gate from one that was saved when gates had no gain.
-            self.register_buffer("constant_gain", torch.tensor(self.gain))
 
     def drop_gain(self) -> None:
         """Become the gate that was before gates had a gain."""

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowpost.bijectors.base import Bijector
-from flowpost.masked.run import COLUMNS, Array, Column, Solve
+from flowpost.masked.run import COLUMNS, Column, Solve
 from flowpost.numerics.arguments import check_int
-from flowpost.numerics.arrays import cumulated, like, module_of, take, wide
+from flowpost.numerics.arrays import Array, cumulated, like, module_of, take, wide
 from flowpost.numerics.constants import Constant
 from flowpost.numerics.knots import SHARE, SHIFT, SLOPE, STEEP, find_bin, knot_frame, knot_table
 from flowpost.numerics.products import wide_dtype

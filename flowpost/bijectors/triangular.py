@@ -62,7 +62,7 @@ class UnitLowerTriangular(RatedNumbers, Bijector):
 
     def __init__(self, dim: int, rate: float = 1.0) -> None:
         super().__init__(dim, check_int("dim", dim, minimum=1) * (dim - 1) // 2)
-        self._set_rate(rate)
+        self._set_number(rate)
         self._places = places(dim)
 
     def _entries(self, z: Tensor, context: Tensor | None) -> Tensor:

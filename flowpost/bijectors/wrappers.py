@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flowpost.bijectors._within import apply, apply_inverse, wrapped
-from flowpost.bijectors.base import Bijector, Line
+from flowpost.bijectors.base import Bijector, Line, check_reads, check_step
 from flowpost.masked.run import Column
 from flowpost.numerics.arguments import check_int
 from flowpost.numerics.watchers import full_precision
@@ -25,8 +25,7 @@ class _Wrapper(Bijector):
     triangular = True  # where its step is; of a class with a map of its own not
 
     def __init__(self, step: Bijector, context_size: int) -> None:
-        if not isinstance(step, Bijector):
-            raise TypeError(f"step: expected a Bijector, got {type(step).__name__}")
+        check_step("step", step)
         super().__init__(step.dim, context_size)
         self._join(step)
         self.step = step
@@ -74,7 +73,7 @@ class Learned(_Wrapper):
 
     def __init__(self, step: Bijector) -> None:
         super().__init__(step, 0)
-        _check_reads(step)
+        check_reads(step)
         self.elementwise = step.elementwise
         self.context = nn.Parameter(step.initial_context())
 
@@ -134,8 +133,7 @@ class Inverse(Bijector):
         return step.step if isinstance(step, Inverse) else super().__new__(cls)
 
     def __init__(self, step: Bijector) -> None:
-        if not isinstance(step, Bijector):
-            raise TypeError(f"step: expected a Bijector, got {type(step).__name__}")
+        check_step("step", step)
         super().__init__(step.dim, step.context_size)
         self._join(step)
         self.step = step
@@ -192,7 +190,7 @@ def linear_head(features: int, step: Bijector) -> nn.Linear:
     Raises:
         ValueError: if the step reads no context, or so much of it that the layer would have over 100 million weights.
     """
-    _check_reads(step)
+    check_reads(step)
     if (weights := features * step.context_size) > _MOST_WEIGHTS:
         raise ValueError(
             f"features: expected a head of at most {_MOST_WEIGHTS:,} weights, got {weights:,}, from {features:,} "
@@ -206,8 +204,3 @@ def linear_head(features: int, step: Bijector) -> nn.Linear:
         head.bias.copy_(start)
         head.weight.mul_(step.head_scale().unsqueeze(-1))
     return head
-
-
-def _check_reads(step: Bijector) -> None:
-    if not step.context_size:
-        raise ValueError(f"step: expected one that reads a context, got {type(step).__name__} with context_size=0")

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from flowpost.masked.network import MADE
+from flowpost.numerics.arrays import Array
 from flowpost.numerics.constants import Order
-
-Array = Any
-"""A tensor, or numpy's view of one: a sweep is written in what both can do."""
 
 
 class Column(NamedTuple):
@@ -57,6 +55,11 @@ class Pulling(Protocol):
     def pull(self, z: Tensor, kept: tuple[Tensor, Tensor], grad: Tensor, grad_log_det: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients at z and at the numbers, from those at the image and at the log-det."""
         ...
+
+
+def by_step(step: ElementWise) -> Solve:
+    """The step's own inverse, asked for one variable: of tensors, where there is no closed form."""
+    return lambda image, numbers: step._inverse(image.unsqueeze(-1), numbers.t(), None)[0].squeeze(-1)
 
 
 class Link(NamedTuple):
@@ -133,3 +136,16 @@ def broadcast(context: Tensor | None, *tensors: Tensor) -> list[Tensor]:
         return list(tensors)
     batch = torch.broadcast_shapes(batch, *others)
     return [each.expand(*batch, -1) for each in tensors]
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """``(*batch, size)`` as ``(N, size)``."""
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+
+
+def sum_to(grad: Tensor, batch: Sequence[int], smaller: Sequence[int]) -> Tensor:
+    """A gradient ``(N, width)`` over leading axes summed to the fewer, or shorter, ones of a context."""
+    if tuple(batch) == tuple(smaller):
+        return grad
+    width = grad.shape[-1]
+    return rows(grad.reshape(*batch, width).sum_to_size(*smaller, width))

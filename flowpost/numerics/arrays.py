@@ -13,7 +13,7 @@ from flowpost.numerics import sums
 from flowpost.numerics.products import wide_dtype
 
 Array = Any
-"""A tensor, or one of numpy's."""
+"""A tensor, or one of numpy's: a sweep is written in what both can do."""
 _ZERO = np.zeros((), dtype=np.float32)
 
 

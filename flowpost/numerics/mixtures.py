@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from flowpost.numerics.roots import Array, increasing_root_by_array
+from flowpost.numerics.arrays import Array
+from flowpost.numerics.roots import increasing_root_by_array
 
 
 def mixture_root(image: Array, scale: Array, shift: Array, weight: Array) -> Array:

@@ -24,7 +24,7 @@ def check_owned(name: str, function: object, owner: nn.Module | None, cure: str,
         depth: how many calls above this one the user's is.
     """
     owned = set() if owner is None else {id(parameter) for parameter in owner.parameters()}
-    for modules, expected in ((_made_of(function), "is"), (_named_by(function), "names")):
+    for modules, expected in ((modules_of(function), "is"), (_named_by(function), "names")):
         for module in modules:
             if any(parameter.requires_grad and id(parameter) not in owned for parameter in module.parameters()):
                 message = (
@@ -37,8 +37,8 @@ def check_owned(name: str, function: object, owner: nn.Module | None, cure: str,
                 return
 
 
-def _made_of(value: object) -> Iterator[nn.Module]:
-    """The modules that a function is, or is a method of."""
+def modules_of(value: object) -> Iterator[nn.Module]:
+    """The modules that a value is, or that a function is a method of."""
     bound = getattr(value, "__self__", None)
     if isinstance(value, nn.Module):
         yield value
@@ -46,11 +46,14 @@ def _made_of(value: object) -> Iterator[nn.Module]:
         yield bound
     elif isinstance(value, partial):
         for part in (value.func, *value.args, *value.keywords.values()):
-            yield from _made_of(part)
+            yield from modules_of(part)
 
 
 def _named_by(function: object) -> Iterator[nn.Module]:
-    """Those that its variables stand for."""
+    """Those that its variables stand for.
+
+    `inspect.getclosurevars` of Python 3.11 takes an attribute's name for a global's, and refuses a cell not set yet.
+    """
     if not isinstance(function, FunctionType):
         return
     for cell in function.__closure__ or ():

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowpost.numerics.arguments import check_positive
 from flowpost.numerics.states import Numbered
 
 
@@ -23,15 +22,13 @@ class Rated(Numbered):
     _version = 2
     """1 was when outputs had no rate. What carries no version, such as parameters alone, is loaded as it is."""
     _number = ("rate", "output_rate")
+    rate: float
     layers: nn.ModuleList
     activation: Callable[[Tensor], Tensor]
 
     def __init__(self, rate: float) -> None:
         super().__init__()
-        self.rate = check_positive("rate", rate)
-        if rate != 1:
-            # No call reads it: it tells a state of this network from one that was saved when outputs had no rate.
-            self.register_buffer("output_rate", torch.tensor(self.rate))
+        self._set_number(rate)
 
     def extra_repr(self) -> str:
         """Activation and rate, for the module's repr."""
@@ -55,12 +52,6 @@ class RatedNumbers(Numbered):
 
     _number = ("rate", "constant_rate")
     rate: float
-
-    def _set_rate(self, rate: float) -> None:
-        self.rate = check_positive("rate", rate)
-        if self.rate != 1:
-            # No call reads it: it tells a state of this step from one that was saved when its numbers had no rate.
-            self.register_buffer("constant_rate", torch.tensor(self.rate))
 
     def _rated(self, numbers: Tensor) -> Tensor:
         """``rate * numbers``."""

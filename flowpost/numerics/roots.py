@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flowpost.numerics.arrays import Array
+
 Residual = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From x to the value of an increasing function at x and its slope there, element by element."""
-
-
-Array = Any
-"""One of numpy's."""
-
 
 _POINTS, _ROUNDS, _STEPS = 5, 8, 6
 """Of `increasing_root`: at how many points at once the function is read, how many times, and steps from there on."""

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowpost.numerics.arguments import check_positive
+
 CONSTANT = ".constant_"
 """In the name of a buffer that no call reads: a state without it is of before the constant was."""
 _CURES = {
@@ -86,6 +88,14 @@ class Numbered(nn.Module):
 
     _number: tuple[str, str]
     """The attribute, and its buffer, which is there unless the number is 1; casts or `to_empty` may spoil it."""
+
+    def _set_number(self, value: float) -> None:
+        name, buffer = self._number
+        number = check_positive(name, value)
+        setattr(self, name, number)
+        if number != 1:
+            # No call reads it: it tells a state of this module from one that was saved when there was no such number.
+            self.register_buffer(buffer, torch.tensor(number))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
         name, buffer = self._number

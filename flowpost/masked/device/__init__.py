@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowpost.masked.activations import KNOWN
 from flowpost.masked.device import elements, full, fused, loops
-from flowpost.masked.run import ElementWise, Link, Parameters, Run, Saved, Solve, grouped
+from flowpost.masked.run import Link, Parameters, Run, Saved, by_step, grouped, rows
 from flowpost.numerics.watchers import autocast_dtype, full_precision
 
 _Back = tuple[Tensor, full.Pulled]
@@ -60,7 +60,7 @@ def gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Tensor |
 def _link_gradients(taped: _Taped, group: Parameters, grad: Tensor, grad_log_det: Tensor) -> _Back:
     link, _, kept, hidden, need = taped
     grad, of_numbers = elements.pull(link.step, kept, grad, grad_log_det)
-    steps = full.sums(link.net, full.rows(of_numbers), hidden, group.weights)
+    steps = full.sums(link.net, rows(of_numbers), hidden, group.weights)
     pulled = full.pull(kept[0], hidden, steps, need)
     return full.add_product(grad, pulled.first, group.weights[0]), pulled
 
@@ -107,7 +107,7 @@ def solve_gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Te
 def _link_solve_gradients(taped: _Taped, group: Parameters, grad: Tensor, grad_log_det: Tensor) -> _Back:
     link, _, kept, hidden, need = taped
     slope, moved, fixed, added = elements.pull_inverse(link.step, kept, grad_log_det)
-    v, *sums = _pull(link, full.rows(grad), full.rows(fixed), full.rows(moved), hidden, group)
+    v, *sums = _pull(link, rows(grad), rows(fixed), rows(moved), hidden, group)
     v = v.view(grad.shape)
     grad = v * slope if added is None else torch.addcmul(added, v, slope)
     return grad, full.pull(kept[0], hidden, ((each, None) for each in sums), need)
@@ -168,10 +168,10 @@ def _masked(saved: Saved, dtype: torch.dtype | None) -> Callable[[int], Paramete
 def _search(link: Link, z: Tensor, start: Tensor, group: Parameters) -> Tensor:
     """The preimage of z ``(*batch, dim)``."""
     column, name = link.step.columns()[1], KNOWN[link.net.activation].name
-    starts = full.rows(start.expand(*z.shape[:-1], start.shape[-1]))
-    inputs = full.rows(z), starts, group.weights, group.biases[1:]
+    starts = rows(start.expand(*z.shape[:-1], start.shape[-1]))
+    inputs = rows(z), starts, group.weights, group.biases[1:]
     if column is None:
-        return loops.solve(*inputs, _order(link, z)[1], name, _by_step(link.step)).view(z.shape)
+        return loops.solve(*inputs, _order(link, z)[1], name, by_step(link.step)).view(z.shape)
     return fused.sweep(*inputs, *_order(link, z), name, column).view(z.shape)
 
 
@@ -187,8 +187,3 @@ def _order(link: Link, like: Tensor) -> tuple[Tensor | None, Sequence[int]]:
     if link.order is None:
         return None, range(link.net.dim)
     return link.order.on(like)[0], link.order.order
-
-
-def _by_step(step: ElementWise) -> Solve:
-    """The step's own inverse, asked for one variable."""
-    return lambda image, numbers: step._inverse(image.unsqueeze(-1), numbers.t(), None)[0].squeeze(-1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from flowpost.masked.activations import KNOWN, Known
 from flowpost.masked.device import fused
 from flowpost.masked.network import MADE
-from flowpost.masked.run import Parameters, Run, Saved
+from flowpost.masked.run import Parameters, Run, Saved, rows, sum_to
 from flowpost.numerics.watchers import unless_compiled
 
 _ALIGN = 64
@@ -57,7 +57,8 @@ def starts(context: Tensor | None, groups: Sequence[Parameters]) -> list[Tensor]
     if context is None:
         return [group.biases[0] for group in groups]
     widths = [len(group.biases[0]) for group in groups]
-    bias, projection = _together([group.biases[0] for group in groups]), _projections(groups)
+    bias = _together([group.biases[0] for group in groups])
+    projection = _together([group.projection[0] for group in groups])
     start = torch.addmm(bias, rows(context).to(bias.dtype), projection.t()).view(*context.shape[:-1], sum(widths))
     return list(start.split(widths, -1))
 
@@ -103,7 +104,7 @@ def parameter_gradients(saved: Saved, links: Sequence[Pulled], batch: Sequence[i
     _mask(saved.run, links, dtype)
     if context is None:
         return [None, *(each for link in links for each in (*link.weights, *link.biases))]
-    at_starts = _sum_to(_together([link.first for link in links], -1), batch, context.shape[:-1])
+    at_starts = sum_to(_together([link.first for link in links], -1), batch, context.shape[:-1])
     widths = [link.first.shape[-1] for link in links]
     missing = [need.biases[0] and link.biases[0] is None for link, need in zip(links, needs, strict=True)]
     biases = _parts(lambda: at_starts.sum(0, dtype=dtype), widths, missing)
@@ -139,11 +140,6 @@ def add_product(grad: Tensor, first: Tensor, weight: Tensor) -> Tensor:
     if first.dtype == grad.dtype:
         return torch.addmm(rows(grad), first, weight).view(grad.shape)
     return grad + (first @ weight).view(grad.shape)
-
-
-def rows(tensor: Tensor) -> Tensor:
-    """``(*batch, size)`` as ``(N, size)``."""
-    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
 def _factors(run: Run, weights: Sequence[Tensor]) -> list[Tensor]:
@@ -198,10 +194,6 @@ _relu_layer = unless_compiled(
 )
 
 
-def _projections(groups: Sequence[Parameters]) -> Tensor:
-    return _together([group.projection[0] for group in groups])
-
-
 def _together(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), axis)
 
@@ -211,11 +203,3 @@ def _parts(whole: Callable[[], Tensor], sizes: Sequence[int], needed: Sequence[o
     if not any(needed):
         return [None] * len(sizes)
     return [part if need else None for part, need in zip(whole().split(sizes), needed, strict=True)]
-
-
-def _sum_to(grad: Tensor, batch: Sequence[int], smaller: Sequence[int]) -> Tensor:
-    """A gradient ``(N, width)`` over leading axes summed to the fewer, or shorter, ones of a context."""
-    if tuple(batch) == tuple(smaller):
-        return grad
-    width = grad.shape[-1]
-    return rows(grad.view(*batch, width).sum_to_size(*smaller, width))

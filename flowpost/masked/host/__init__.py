@@ -5,7 +5,7 @@ Only the layers' values are kept for the way back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -17,7 +17,7 @@ from flowpost.masked.host import sweep, transposed
 from flowpost.masked.layouts import by_output, by_variable, ranked, to_columns, to_rows
 from flowpost.masked.network import MADE
 from flowpost.masked.recorded import Recorded
-from flowpost.masked.run import ElementWise, Link, Parameters, Run, Saved, grouped
+from flowpost.masked.run import Link, Parameters, Run, Saved, by_step, grouped, sum_to
 from flowpost.numerics.products import plus
 from flowpost.numerics.watchers import on_host
 
@@ -185,21 +185,13 @@ def _of_network(
     found, context = [*weights[::-1], *biases[::-1]], saved.context
     if context is None:
         return at_sums, None, found
-    per_context = _sum_to(at_sums, point.shape[:-1], context.shape[:-1])
+    per_context = sum_to(at_sums, point.shape[:-1], context.shape[:-1])
     found.append(per_context.t() @ context.reshape(-1, context.shape[-1]) if need.projection[0] else None)
     if not saved.needs[1]:
         return at_sums, None, found
     projection = group.projection[0]
     more = per_context @ projection if of_context is None else torch.addmm(of_context, per_context, projection)
     return at_sums, more, found
-
-
-def _sum_to(grad: Tensor, batch: Sequence[int], smaller: Sequence[int]) -> Tensor:
-    """A gradient ``(N, width)`` over leading axes summed to the fewer, or shorter, ones of a context."""
-    if tuple(batch) == tuple(smaller):
-        return grad
-    width = grad.shape[-1]
-    return grad.reshape(*batch, width).sum_to_size(*smaller, width).view(-1, width)
 
 
 def _search(link: Link, group: Parameters, z: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
@@ -211,7 +203,7 @@ def _search(link: Link, group: Parameters, z: Tensor, context: Tensor | None) ->
     net, order, closed = link.net, link.order, link.step.columns()[1]
     weights, biases, projection = ranked(net, group, order)
     start = _start_columns(z, context, Parameters(weights, biases, projection))
-    column = _by_step(link.step) if closed is None else closed
+    column = by_step(link.step) if closed is None else closed
     name = KNOWN[net.activation].name
     found, *states = sweep.solve(
         to_columns(z, order), start, list(weights), list(biases[1:]), _sizes(net), name, column
@@ -228,11 +220,6 @@ def _search(link: Link, group: Parameters, z: Tensor, context: Tensor | None) ->
         swept = [torch.where(large.unsqueeze(-1), *pair) for pair in pairs]
     # In one layout whoever was evaluated: else a row that is large would change the others' last bits.
     return x, swept[0].reshape(*z.shape[:-1], swept[0].shape[-1]).contiguous(), *swept[1:]
-
-
-def _by_step(step: ElementWise) -> Callable[[Tensor, Tensor], Tensor]:
-    """The step's own inverse, asked for one variable."""
-    return lambda image, numbers: step._inverse(image.unsqueeze(-1), numbers.t(), None)[0].squeeze(-1)
 
 
 def _large(weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:

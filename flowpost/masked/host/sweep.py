@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from flowpost.masked.activations import NAMED
-from flowpost.masked.run import COLUMNS, Array, Column
+from flowpost.masked.run import COLUMNS, Column
+from flowpost.numerics.arrays import Array
 from flowpost.numerics.watchers import on_host, unless_compiled
 
 _ZERO = np.zeros((), dtype=np.float32)  # an array, for a number of Python's is converted on every call

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowpost.masked.host.sweep import GROUP, arrays, by_layer, cut, ends_of, readable
-from flowpost.masked.run import Array
+from flowpost.numerics.arrays import Array
 from flowpost.numerics.watchers import unless_compiled
 
 
