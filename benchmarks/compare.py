@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,7 +64,7 @@ def compare(
 def _kept(report: Report) -> dict[str, Any]:
     """What a job found, without its curves."""
     content = report.content()
-    runs = [{key: value for key, value in run.items() if key not in CURVES} for run in report.finished]
+    runs = [{key: value for key, value in run.items() if key not in CURVES} for run in report.results]
     # As long as it ran, for it may have been stopped since.
     return {key: content[key] for key in ("started", "command", "environment", "configuration")} | {
         "seconds": report.run.seconds_before,
@@ -82,7 +83,15 @@ def _table(content: Content) -> Table:
     _check_comparable([report.config for report in reports], rows)
     if not rows:
         raise ConfigError("folders: expected finished runs, got none")
-    return table(rows)
+    return replace(table(rows), notes=[line for report in reports for line in _failures(report)])
+
+
+def _failures(report: Report) -> Iterator[str]:
+    """What a job's row has no figures of."""
+    for run in report.results:
+        if run["error"]:
+            trained = _trained(report.config, run["posterior"])
+            yield f"{run['posterior']} trained on {trained}, seed {run['seed']}: failed: {run['error']}"
 
 
 def _check_comparable(configs: Sequence[Config], rows: Sequence[Row]) -> None:

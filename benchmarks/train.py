@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -145,7 +144,7 @@ def train_one(
     with seeded(seed, device):
         vae = build(data, posterior, **model_of(config, data, posterior))
         if config.decoder_of:
-            take_decoder(vae, Path(config.decoder_of))
+            take_decoder(vae, config)
         torch.manual_seed(seed)  # again: the recipes draw differently many initial weights
         return vae, fit(vae.to(device), data, config, seed, on_epoch)
 

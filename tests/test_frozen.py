@@ -86,3 +86,14 @@ def test_a_decoder_of_a_learned_prior_is_refused(job: Path, tmp_path: Path, caps
     assert main([*SMALL, "--decoder-of", str(folder), "--posterior", "diagonal", "--out", str(tmp_path / "no")]) == 2
     wanted = "decoder-of: expected a decoder that was trained for N(0, I), got one for prior maf"
     assert capsys.readouterr().err.splitlines()[-1] == wanted
+
+
+def test_a_decoder_of_other_data_is_refused(job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of equal sizes it would be loaded, and what a posterior makes of it would say nothing."""
+    folder = shutil.copytree(job, tmp_path / "job")
+    report = json.loads((folder / "results.json").read_text())
+    report["configuration"] |= {"data": "mine.npz", "data_hash": "abc", "likelihood": "bernoulli"}
+    (folder / "results.json").write_text(json.dumps(report))
+    assert main([*SMALL, "--decoder-of", str(folder), "--posterior", "diagonal", "--out", str(tmp_path / "no")]) == 2
+    wanted = "decoder-of: expected a decoder that was trained on the same data, digits, got abc, bernoulli"
+    assert capsys.readouterr().err.splitlines()[-1] == wanted

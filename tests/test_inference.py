@@ -354,6 +354,17 @@ def test_compared_jobs_fill_a_page(job_folder: Path, tmp_path: Path, capsys: pyt
     assert "expected the marks <!-- tables -->" in capsys.readouterr().err
 
 
+def test_what_failed_is_told_beside_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A mean over the seeds that are left would pass for one over all."""
+    report = begin(configure(seeds=(0, 1)), tmp_path)
+    report.add(runs(4.0)[0] | {"skipped_steps": 0})
+    report.add({"posterior": "diagonal", "seed": 1, "error": "no finite loss", "skipped_steps": 10})
+    assert cli.main(["compare", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^\| diagonal \| ELBO \| 16 \| 1 \| 4.00 ", out, re.MULTILINE)
+    assert "diagonal trained on ELBO, seed 1: failed: no finite loss" in out
+
+
 def test_jobs_are_compared_from_the_command_line(job_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["compare", str(job_folder), str(job_folder)]) == 0
     out = capsys.readouterr().out
