@@ -60,16 +60,9 @@ def active() -> bool:
 
 def check_finite(name: str, value: Tensor | None, hint: str = "") -> None:
     """Raise `NonFiniteError` naming the rows and the first feature that is not finite."""
-    if value is None or bool(value.isfinite().all()):
+    if value is None or bool((finite := value.isfinite()).all()):
         return
-    rows = value.detach().reshape(-1, value.shape[-1])
-    bad = ~rows.isfinite()
-    row, feature = (int(i) for i in bad.nonzero()[0])
-    count = int(bad.any(-1).sum())
-    raise NonFiniteError(
-        f"{name}: {count} of {len(rows)} rows are not finite (first: row {row}, feature {feature} = "
-        f"{rows[row, feature].item()}){hint}"
-    )
+    raise NonFiniteError(f"{name}: {_counted(value, ~finite, 'are not finite')}{hint}")
 
 
 def check_inside(name: str, value: Tensor, interval: tuple[float, float]) -> None:
@@ -87,14 +80,16 @@ def check_values(name: str, value: Tensor, low: int, high: int, *, whole: bool) 
 
 
 def _refuse(name: str, value: Tensor, bad: Tensor, expected: str) -> None:
-    if not bool(bad.any()):
-        return
+    if bool(bad.any()):
+        raise DomainError(f"{name}: expected {expected}, got {_counted(value, bad, 'outside')}")
+
+
+def _counted(value: Tensor, bad: Tensor, what: str) -> str:
+    """How many rows have a bad feature, and the first such feature."""
     rows, bad = value.detach().reshape(-1, value.shape[-1]), bad.reshape(-1, value.shape[-1])
     row, feature = (int(i) for i in bad.nonzero()[0])
-    raise DomainError(
-        f"{name}: expected {expected}, got {int(bad.any(-1).sum())} of {len(rows)} rows outside "
-        f"(first: row {row}, feature {feature} = {rows[row, feature].item()})"
-    )
+    first = f"(first: row {row}, feature {feature} = {rows[row, feature].item()})"
+    return f"{int(bad.any(-1).sum())} of {len(rows)} rows {what} {first}"
 
 
 def check_residual(residual: Tensor, bound: Tensor, log_det: Tensor) -> None:

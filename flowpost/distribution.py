@@ -20,7 +20,7 @@ from torch.distributions import (
 from flowpost.bijectors._as_transform import vectors_in
 from flowpost.bijectors.base import Bijector
 from flowpost.density import Sample, draw, like_of, log_density, path_log_density, push
-from flowpost.numerics.arguments import from_list
+from flowpost.numerics.arguments import expands, from_list
 
 
 class FlowDistribution(Distribution):
@@ -71,10 +71,7 @@ class FlowDistribution(Distribution):
     def expand(self, batch_shape: tuple[int, ...], _instance: Distribution | None = None) -> FlowDistribution:
         """The same q over a larger batch shape, of the same class; the context is not copied."""
         old, shape = self.batch_shape, torch.Size(batch_shape)
-        grows = len(old) <= len(shape) and all(
-            a in (1, b) for a, b in zip(reversed(old), reversed(shape), strict=False)
-        )
-        if not grows:
+        if not expands(old, shape):
             raise ValueError(f"batch_shape: expected one that {tuple(old)} expands to, got {tuple(shape)}")
         new = cast(FlowDistribution, copy(self) if _instance is None else _instance)
         new.flow, new.context = self.flow, self.context

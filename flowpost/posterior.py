@@ -10,7 +10,15 @@ from flowpost.bijectors.wrappers import Learned, linear_head
 from flowpost.checks import active, check_finite
 from flowpost.density import Sample, batch_of, draw, log_density, path_log_density
 from flowpost.distribution import FlowDistribution
-from flowpost.numerics.arguments import FLOATS, check_int, check_module, check_untraced, check_wide, refuse_shards
+from flowpost.numerics.arguments import (
+    FLOATS,
+    check_int,
+    check_module,
+    check_untraced,
+    check_wide,
+    expands,
+    refuse_shards,
+)
 from flowpost.numerics.constants import follow
 from flowpost.numerics.repeated import refuse_random
 from flowpost.numerics.states import keep_constants
@@ -133,7 +141,7 @@ class FlowPosterior(nn.Module):
         with full_precision(h.device.type):
             context = self.head(h)
         check_left("head", h, before)
-        if isinstance(context, Tensor) and not _expands(context, h):
+        if isinstance(context, Tensor) and not expands(context.shape[:-1], h.shape[:-1]):  # one more axis mixes rows
             rows = ", ".join(map(str, h.shape[:-1]))
             raise ValueError(
                 f"head: expected a row for each of h, ({rows}, {self.flow.context_size}), got {tuple(context.shape)}"
@@ -219,11 +227,3 @@ class FlowPosterior(nn.Module):
         if h.device != like.device:
             raise ValueError(f"h: expected device {like.device} like the parameters, got {h.device}")
         return h.to(like.dtype)
-
-
-def _expands(context: Tensor, h: Tensor) -> bool:
-    """Whether a context goes with the rows of h; one with an axis more would mix them."""
-    batch, rows = context.shape[:-1], h.shape[:-1]
-    return len(batch) <= len(rows) and all(
-        size in (1, wanted) for size, wanted in zip(reversed(batch), reversed(rows), strict=False)
-    )

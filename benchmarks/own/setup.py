@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks.config import DEFAULTS, QUICK, Config, settle
 from benchmarks.data import Data
@@ -93,7 +92,7 @@ def load_own(config: Config) -> Data:
         got = f"got SHA-256 {now[:12]}, not {config.data_hash[:12]}"
         raise ConfigError(f"data: expected {config.data} as it was when the job began, {got}; begin a new job")
     found, spec = rows.divide(archive.read(path)), values.parse(config.likelihood)
-    train, valid, test = (_tensor(part) for part in found.parts.values())
+    train, valid, test = (torch.from_numpy(part.astype(np.float32)) for part in found.parts.values())
     labels = None if found.labels is None else torch.from_numpy(found.labels.astype(np.int64))
     scale = spec.number if spec.kind == "gaussian" else None
     return Data(path.name, train, valid, test, spec.levels, spec.kind, labels=labels, scale=scale, unit="example")
@@ -112,7 +111,3 @@ def check_networks(config: Config, data: Data) -> None:
     with torch.random.fork_rng(devices=[]), answered("two examples"):
         torch.manual_seed(0)
         build(data, config.posteriors[0], **config.model(config.posteriors[0]))(data.train[:2])
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(array.astype(np.float32))

@@ -11,8 +11,9 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Annotated, cast
+from typing import IO, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -84,25 +85,32 @@ def ask(name: str, console: Console, *, quick: bool = False) -> Library:
     tries: list[Try] = []
     with live(console, "{task.completed}/{task.total}") as progress:
         task = progress.add_task(name, total=None)
+        tell = lambda total: progress.update(task, total=total, completed=len(tries))  # noqa: E731
         for _ in range(_DEATHS):
-            with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
-                with _start(name, len(tries), log, quick=quick) as process:
-                    lines = cast("IO[str]", process.stdout)
-                    head = json.loads(lines.readline() or "null")
-                    pairs = [(model, use) for model in head["models"] for use in head["uses"]] if head else []
-                    progress.update(task, total=len(pairs))
-                    for line in lines:
-                        tries.append(json.loads(line))
-                        progress.update(task, completed=len(tries))
-                if head is None:
-                    raise ScoreboardError(f"{name}: its models could not be built: {_last(log)}")
-                if len(tries) < len(pairs):
-                    model, use = pairs[len(tries)]
-                    reason = f"the process ended with code {process.returncode}: {_last(log)}"
-                    tries.append({"model": model, "use": use, "outcome": RAW, "reason": reason})
-                if len(tries) == len(pairs):
-                    return cast("Library", head | {"tries": tries})
+            head, total = _go_on(name, tries, tell, quick=quick)
+            if len(tries) == total:
+                return cast("Library", head | {"tries": tries})
     raise ScoreboardError(f"{name}: its process died {_DEATHS} times, last in '{tries[-1]['use']}'")
+
+
+def _go_on(name: str, tries: list[Try], tell: Callable[[int], None], *, quick: bool) -> tuple[dict[str, Any], int]:
+    """Add what one more process tries before it ends; what it says of its library, and how many tries there are."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
+        with _start(name, len(tries), log, quick=quick) as process:
+            lines = cast("IO[str]", process.stdout)
+            head = json.loads(lines.readline() or "null")
+            pairs = [(model, use) for model in head["models"] for use in head["uses"]] if head else []
+            tell(len(pairs))
+            for line in lines:
+                tries.append(json.loads(line))
+                tell(len(pairs))
+        if head is None:
+            raise ScoreboardError(f"{name}: its models could not be built: {_last(log)}")
+        if len(tries) < len(pairs):
+            model, use = pairs[len(tries)]
+            reason = f"the process ended with code {process.returncode}: {_last(log)}"
+            tries.append({"model": model, "use": use, "outcome": RAW, "reason": reason})
+    return head, len(pairs)
 
 
 def _start(name: str, skip: int, log: IO[str], *, quick: bool) -> subprocess.Popen[str]:

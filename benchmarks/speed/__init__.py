@@ -90,10 +90,9 @@ def hold(run: Run, hall: Hall, only: str, seconds: float) -> int:
     contests: list[Contest] = []
     drawn: Curves = {}
     late: list[str] = []
-    failed = 0
+    failed: list[str] = []
 
     def tried(title: str, held: Held) -> list[Contest]:
-        nonlocal failed
         if run.seconds() > seconds:
             late.append(title)
             return []
@@ -102,7 +101,7 @@ def hold(run: Run, hall: Hall, only: str, seconds: float) -> int:
             found = held()
             as_json(found.as_json())  # a file takes neither nan nor a ratio to 0
         except Exception as error:  # a compiler's, say, or the device's
-            failed += 1
+            failed.append(title)
             console.print(f"{title} failed: {type(error).__name__}: {error}", soft_wrap=True)
             return []
         return [found]
@@ -122,7 +121,7 @@ def hold(run: Run, hall: Hall, only: str, seconds: float) -> int:
     if late:
         console.print(f"No time was left for {len(late)} contests; the first is: {late[0]}", soft_wrap=True)
     console.print(f"Every round, tables and the plot: {run.folder}", soft_wrap=True)
-    return failed
+    return len(failed)
 
 
 def write(run: Run, contests: Sequence[Contest], drawn: Curves) -> None:

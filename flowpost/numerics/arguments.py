@@ -166,6 +166,11 @@ def _broadcasts(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     return all(m == n or m == 1 or n == 1 for m, n in pairs)
 
 
+def expands(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Whether a batch shape expands to another."""
+    return len(a) <= len(b) and all(m in (1, n) for m, n in zip(a, b[len(b) - len(a) :], strict=True))
+
+
 def check_sample_shape(sample_shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the axes of samples as ints (numpy's too), or raise."""
     if not isinstance(sample_shape, tuple) or not all(_is_int(size) for size in sample_shape):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -102,7 +103,7 @@ def structure(case: Case) -> float:
 
 def identity(case: Case) -> float:
     """B14: at its initial context a fresh step is the identity, both ways; to be skipped for a step that has none."""
-    step = Case(case.make, case.dim, case.context_size, case.dtype, case.seed, push=0.0, device=case.device).step()
+    step = dataclasses.replace(case, push=0.0).step()
     z, bound = case.z(16, scale=3.0), 1e-12 if case.dtype == torch.float64 else 1e-6
     context = step.initial_context().to(z) if step.context_size else None
     worst = 0.0
