@@ -13,10 +13,12 @@ import typer
 
 from benchmarks.config import Config, ConfigError
 from benchmarks.figures import TEST_SAMPLES
+from benchmarks.files import Content, as_json
+from benchmarks.filling import TABLES, fill, origin, publish
 from benchmarks.flows import options_words
 from benchmarks.objective import bound_name
 from benchmarks.report import Report, Result, by_posterior, exact_words, gap_words, trusted_words
-from benchmarks.run import TABLES, Content, Page, as_json, fill, origin, publish, terminal
+from benchmarks.run import Page, terminal
 from benchmarks.table import Table, ranked
 
 # Jobs whose figures of a run mean the same.

@@ -17,13 +17,14 @@ from benchmarks.config import Config, ConfigError, is_file
 from benchmarks.data import Data, load
 from benchmarks.display import Display
 from benchmarks.figures import Figures, evaluate
+from benchmarks.files import finite, written
 from benchmarks.models import build, count_parameters
 from benchmarks.networks import model_of
 from benchmarks.objective import bound_name, objective_name
 from benchmarks.own.setup import check_networks, load_own
 from benchmarks.plots import draw
 from benchmarks.report import JOB, RESULTS, Report, Result, by_posterior
-from benchmarks.run import Run, finite, terminal, written
+from benchmarks.run import Run, terminal
 from benchmarks.team import Team
 from benchmarks.train import History, TrainingError, seeded, train_one
 from benchmarks.watchers import clear_album, watchers

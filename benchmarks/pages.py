@@ -15,10 +15,12 @@ import typer
 
 from benchmarks import compare, encoders, report, sandwich, speed, targets
 from benchmarks.config import ConfigError
+from benchmarks.files import replace_text
+from benchmarks.filling import FIGURES, Shown, filled, page_of
 from benchmarks.images import page as images
 from benchmarks.posteriors import command as posteriors
 from benchmarks.reliability import command as reliability
-from benchmarks.run import FIGURES, Shown, filled, page_of, replace_text, terminal
+from benchmarks.run import terminal
 from benchmarks.speed import counted
 
 SHOWN: Mapping[str, Shown] = {

@@ -12,9 +12,11 @@ from typing import Any
 
 from benchmarks.config import Config, ConfigError, check_device, from_json
 from benchmarks.figures import ACTIVE, ANNEALED, INTEGRATED, LEVELS, TEST_SAMPLES, is_integrated
+from benchmarks.files import Content
+from benchmarks.filling import origin
 from benchmarks.flows import options_words
 from benchmarks.objective import objective_words
-from benchmarks.run import Content, Run, check_versions, origin
+from benchmarks.run import Run, check_versions
 from benchmarks.table import Table, grouped, ranked
 from benchmarks.train import tensor_words
 

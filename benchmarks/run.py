@@ -1,33 +1,25 @@
-"""A run of a command: its folder, files that are never half written, where it was measured, the page that it fills.
-
-A page of results is made of figures alone, and these lie beside it: between `<!-- tables -->` and
-`<!-- end of tables -->` on `docs/speed.md` stands what `docs/_figures/speed/tables.json` says, the JSON file of a run.
-`python -m benchmarks pages` fills every page anew.
-"""
+"""A run of a command: its folder, where it was measured, the page that it fills, and what it says on a terminal."""
 
 from __future__ import annotations
 
 import json
-import math
-import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from benchmarks.config import ConfigError
 from benchmarks.environment import environment, versions
+from benchmarks.files import Content, as_json, replace_text, written
+from benchmarks.filling import TABLES, Shown, fill, publish
 
-TABLES = "tables"  # what is marked on a page, unless it has several runs
-FIGURES = "_figures"  # the folder beside the pages
 INTERRUPTED = 130  # the shell's code for Ctrl-C
 WIDTH = 150  # columns of what is printed into a file
 
@@ -35,12 +27,6 @@ Out = Annotated[Path | None, typer.Option(help="Folder to write to.  [default: a
 Page = Annotated[
     Path | None, typer.Option(help="Put the tables on this page too, between its marks, and the picture beside it.")
 ]
-
-T = TypeVar("T")
-Content = Mapping[str, Any]
-"""Of a run's JSON file: what it says of itself, and its figures."""
-Shown = Callable[[Content, str], str]
-"""What of a run's JSON file stands on a page; with the page's name, which its picture bears too."""
 
 
 def _now() -> datetime:
@@ -178,63 +164,6 @@ def check_versions(argument: str, path: Path, then: Mapping[str, Any]) -> None:
         raise ConfigError(f"{argument}: expected {began}: {', '.join(changed)}")
 
 
-@contextmanager
-def written(folder: Path) -> Iterator[None]:
-    """A folder that cannot be written to, or a disk that is full, is one line."""
-    try:
-        yield
-    except OSError as error:
-        why = error.strerror or error
-        raise ConfigError(f"out: expected a folder that can be written to, got {folder}: {why}") from error
-
-
-def as_json(content: Content) -> str:
-    """As it stands in a file."""
-    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-
-
-def finite(value: T) -> T | None:
-    """None in the place of a float that is not finite, which JSON does not have."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def publish(page: Path, figures: str, shown: Shown, mark: str = TABLES) -> None:
-    """Keep a JSON file's text beside a page, and fill the page from it."""
-    kept = page.parent / FIGURES / page.stem / f"{mark}.json"
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(kept, figures)
-    replace_text(page, filled(kept, shown))
-
-
-def lasting(seconds: float) -> str:
-    """A time in whole minutes, in words."""
-    minutes = round(seconds / 60)
-    return {0: "less than a minute", 1: "1 minute"}.get(minutes, f"{minutes} minutes")
-
-
-def where(content: Content) -> str:
-    """When, how long and on what a run was measured, in a sentence."""
-    there = content["environment"]
-    device = there["device"] if there["device"] == there["cpu"] else f"{there['device']} with {there['cpu']}"
-    threads = f"{there['threads']} thread{'s' if there['threads'] > 1 else ''}"
-    names = ("torch", "flowpost", *there["libraries"])
-    versions = ", ".join(f"{name} {(there | there['libraries'])[name]}" for name in names)
-    return (
-        f"Measured on {content['started'][:10]}, {lasting(content['seconds'])}, on {device} "
-        f"({there['cores']} cores, {threads}); Python {there['python']}, {versions}; commit {there['commit']}."
-    )
-
-
-def origin(content: Content) -> str:
-    """`where`, and the command, for a page."""
-    return f"{where(content)}\n\n```bash\n{content['command']}\n```"
-
-
-def pictured(page: str, caption: str) -> str:
-    """The Markdown of the picture beside a page of this name."""
-    return f"![{caption}]({page}.png)"
-
-
 def typed(words: Sequence[str]) -> str:
     """The command that was typed, without where it was to be written."""
     kept, skip = [], False
@@ -243,41 +172,6 @@ def typed(words: Sequence[str]) -> str:
         skip = word in ("--out", "--page")
         kept += [] if here else [word]
     return shlex.join(["python", "-m", "benchmarks", *kept])
-
-
-def fill(page: Path, text: str, mark: str = TABLES) -> str:
-    """What is on the page, with `text` at the mark.
-
-    Raises:
-        ConfigError: there is no such page, or it is not marked.
-    """
-    begin, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
-    try:
-        before, _, rest = page.read_text(encoding="utf-8").partition(begin)
-    except OSError as error:
-        raise ConfigError(f"page: expected a page to put the tables on, got {page}: {error.strerror}") from error
-    _, found, after = rest.partition(end)
-    if not found:
-        raise ConfigError(f"page: expected the marks {begin} and {end} in {page}, got none")
-    return f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}"
-
-
-def page_of(kept: Path) -> Path:
-    """The page of a file of figures."""
-    return kept.parents[2] / f"{kept.parent.name}.md"
-
-
-def filled(kept: Path, shown: Shown) -> str:
-    """That page, filled from the file."""
-    page = page_of(kept)
-    return fill(page, shown(json.loads(kept.read_text(encoding="utf-8")), page.stem), kept.stem)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file in one go: never half of it."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def check_alone(context: typer.Context, name: str, *others: str) -> None:

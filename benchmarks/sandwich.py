@@ -20,10 +20,12 @@ from torch import Tensor
 from benchmarks.canvas import blank, title
 from benchmarks.config import ConfigError, check_device
 from benchmarks.data import Data
+from benchmarks.files import Content, finite
+from benchmarks.filling import TABLES, origin, pictured
 from benchmarks.job import load_data, models
 from benchmarks.quadrature import quadrature
 from benchmarks.report import Report
-from benchmarks.run import TABLES, Content, Out, Page, Run, finite, origin, pictured, terminal
+from benchmarks.run import Out, Page, Run, terminal
 from benchmarks.table import Table
 from benchmarks.train import EVALUATION_SEED, seeded
 from benchmarks.workers import cpu_threads

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from benchmarks.config import Config, ConfigError
 from benchmarks.data import Data
+from benchmarks.files import replace_text
 from benchmarks.models import mean_images
 from benchmarks.report import Report
-from benchmarks.run import replace_text
 from benchmarks.train import EVALUATION_SEED, Loop, Watcher
 from flowpost import schedules
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import __main__ as cli
+from benchmarks.filling import fill
 from benchmarks.peers import here
-from benchmarks.run import fill
 from benchmarks.speed import counted
 from benchmarks.speed.launches import Launches, launched, launches
 from benchmarks.speed.sizes import SMALL, Size

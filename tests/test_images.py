@@ -16,6 +16,7 @@ from benchmarks import __main__ as cli
 from benchmarks import checkpoint, job
 from benchmarks.config import Config, from_json
 from benchmarks.data import Data, load
+from benchmarks.filling import origin
 from benchmarks.images import presets, toys
 from benchmarks.images.page import table
 from benchmarks.images.presets import NAMES, adapt
@@ -23,7 +24,7 @@ from benchmarks.models import build, count_parameters
 from benchmarks.networks import gated, networks_of, residual
 from benchmarks.networks.gated import Gated
 from benchmarks.report import Report
-from benchmarks.run import Run, origin
+from benchmarks.run import Run
 from benchmarks.step import step
 from benchmarks.train import History
 from flowpost.vae import VAE

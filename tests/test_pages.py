@@ -8,8 +8,8 @@ import pytest
 
 import benchmarks.__main__ as cli
 from benchmarks import pages
+from benchmarks.filling import FIGURES, page_of
 from benchmarks.report import Report
-from benchmarks.run import FIGURES, page_of
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

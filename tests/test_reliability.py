@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 import flowpost
 from benchmarks import __main__ as cli
+from benchmarks.filling import fill
 from benchmarks.reliability import command
 from benchmarks.reliability.board import Library, count, markdown, tables
 from benchmarks.reliability.judge import NOT_APPLICABLE, RAW, SILENT, SURVIVED, Model, Pair, is_clear, judge
 from benchmarks.reliability.own import flowpost_models
 from benchmarks.reliability.worker import load, placeless, uses
-from benchmarks.run import fill
 from flowpost import bijectors
 from flowpost.recipes import RECIPES
 

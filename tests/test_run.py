@@ -15,7 +15,8 @@ from rich.console import Console
 import flowpost
 from benchmarks import run as runs
 from benchmarks.config import ConfigError
-from benchmarks.run import Run, origin, where
+from benchmarks.filling import origin, where
+from benchmarks.run import Run
 from benchmarks.table import Table, grouped
 from benchmarks.workers import cpu_threads
 

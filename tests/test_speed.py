@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 import benchmarks.speed as speed
 from benchmarks import __main__ as cli
+from benchmarks.filling import fill, origin
 from benchmarks.peers import here
-from benchmarks.run import Run, fill, origin, typed
+from benchmarks.run import Run, typed
 from benchmarks.speed import contests, others, timing
 from benchmarks.speed.contests import external, training, training_captured
 from benchmarks.speed.dense import Dense, products

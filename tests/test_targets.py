@@ -16,8 +16,8 @@ from torch import Tensor
 from benchmarks import __main__ as cli
 from benchmarks import targets
 from benchmarks.config import BASIC
+from benchmarks.filling import fill
 from benchmarks.models import POSTERIORS
-from benchmarks.run import fill
 from benchmarks.targets import fitting
 from benchmarks.targets.contestants import build, has_steps
 from benchmarks.targets.energies import ENERGIES, STRIP, Energy

@@ -16,7 +16,9 @@ from benchmarks.encoders.collection import CASES
 from benchmarks.encoders.fitting import CONTESTS, Contest, Fit, Plan, fit
 from benchmarks.encoders.starts import Start, starts
 from benchmarks.encoders.table import Trained, elbos, lines
-from benchmarks.run import Content, Out, Page, Run, origin, terminal
+from benchmarks.files import Content
+from benchmarks.filling import origin
+from benchmarks.run import Out, Page, Run, terminal
 from benchmarks.workers import cpu_threads, side_by_side
 
 QUICK: dict[str, Any] = {"before": 20, "after": 20, "images": 100, "samples": 4}

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import run
+from benchmarks import filling
 from benchmarks.canvas import title
 from benchmarks.config import ConfigError
+from benchmarks.files import Content, as_json
+from benchmarks.filling import origin
 from benchmarks.images.presets import Preset, load
 from benchmarks.report import Report, Result, by_posterior
-from benchmarks.run import Content, as_json, origin, terminal
+from benchmarks.run import terminal
 from benchmarks.table import Table, mean_sd
 
 BESIDE = ("published", "apart")
@@ -28,7 +30,7 @@ def publish(reports: Sequence[Report], page: Path | None = None) -> None:
     terminal().print(table(reports))
     if page is not None:
         figures = {"what": "images", "runs": [report.content() for report in reports]}
-        run.publish(page, as_json(figures) + "\n", shown)
+        filling.publish(page, as_json(figures) + "\n", shown)
 
 
 def shown(content: Content, page: str = "") -> str:

@@ -11,12 +11,14 @@ import numpy as np
 import typer
 
 from benchmarks.config import ConfigError
+from benchmarks.files import Content
+from benchmarks.filling import origin, pictured
 from benchmarks.peers import here, missing
 from benchmarks.posteriors.collection import collection, posterior
 from benchmarks.posteriors.fitting import FLOWS, GUIDES, Fit, Plan, contenders, fit
 from benchmarks.posteriors.pictures import pairs, traces
 from benchmarks.posteriors.table import beside_published, details, in_order, is_impossible, shortfalls, summary
-from benchmarks.run import INTERRUPTED, Content, Out, Page, Run, origin, pictured, terminal
+from benchmarks.run import INTERRUPTED, Out, Page, Run, terminal
 from benchmarks.workers import cpu_threads, side_by_side
 
 QUICK = ("kilpisjarvi", "logmesquite_logvolume", "blr", "arK", "eight_schools_noncentered", "eight_schools_centered")

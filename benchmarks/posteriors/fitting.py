@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 import flowpost
+from benchmarks.files import finite
 from benchmarks.peers import here
 from benchmarks.posteriors.collection import Posterior, posterior
 from benchmarks.posteriors.measures import marginals
-from benchmarks.run import finite
 
 DEFAULT = "default"  # what `flowpost.fit` takes where nothing is said
 FLOWS = ("diagonal", "full_covariance", DEFAULT, "planar", "iaf", "realnvp", "spline_coupling")

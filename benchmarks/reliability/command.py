@@ -20,10 +20,12 @@ from rich.console import Console
 
 from benchmarks.config import ConfigError
 from benchmarks.display import live
+from benchmarks.files import Content
+from benchmarks.filling import origin, where
 from benchmarks.peers import installed, missing
 from benchmarks.reliability.board import Board, Library, Try, markdown, tables
 from benchmarks.reliability.judge import RAW
-from benchmarks.run import Content, Out, Page, Run, origin, terminal, where
+from benchmarks.run import Out, Page, Run, terminal
 
 _DEATHS = 20  # a library whose process dies more often than this is given up
 

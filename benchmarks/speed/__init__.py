@@ -14,8 +14,10 @@ import torch
 import typer
 
 from benchmarks.config import ConfigError, configure
+from benchmarks.files import Content, as_json
+from benchmarks.filling import origin, pictured
 from benchmarks.peers import installed, missing
-from benchmarks.run import Content, Out, Page, Run, as_json, origin, pictured, terminal
+from benchmarks.run import Out, Page, Run, terminal
 from benchmarks.speed import counted
 from benchmarks.speed.hall import Hall
 from benchmarks.speed.plot import Curves, draw

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import flowpost
+from benchmarks.files import Content
+from benchmarks.filling import origin
 from benchmarks.peers import here
-from benchmarks.run import Content, Run, origin, terminal
+from benchmarks.run import Run, terminal
 from benchmarks.speed.flows import Flow
 from benchmarks.speed.launches import launched, launches
 from benchmarks.speed.peers import PEERS

@@ -17,7 +17,9 @@ import typer
 
 from benchmarks.canvas import title
 from benchmarks.config import ALL, ConfigError, posterior_names
-from benchmarks.run import INTERRUPTED, TABLES, Content, Out, Page, Run, origin, pictured, terminal, written
+from benchmarks.files import Content, written
+from benchmarks.filling import TABLES, origin, pictured
+from benchmarks.run import INTERRUPTED, Out, Page, Run, terminal
 from benchmarks.targets.contestants import PEERS, has_steps, installed
 from benchmarks.targets.fitting import Fit, Plan, fit
 from benchmarks.targets.known import energies
