@@ -31,6 +31,7 @@ from flowpost.variational.weighing import (
     mean_and_error,
     smooth,
     weigh,
+    where_apart,
     where_endless,
     where_lost,
 )
@@ -74,14 +75,16 @@ class FittedPosterior:
         self.evaluations, self.seconds, self.history = evaluations, seconds, list(history)
         self.notes, self.left_out = list(notes), list(left_out)
         seeded = torch.Generator(device_of(posterior)).manual_seed(0)
-        self._weighed = weigh(posterior, target, DRAWS, seeded) if weighed is None else weighed
+        self._weighed = weighed = weigh(posterior, target, DRAWS, seeded) if weighed is None else weighed
         self.estimate = estimate(self._weighed)
         self._elbo, self._smooth = mean_and_error(self._weighed), smooth(self._weighed, self.k_hat)
-        lost, endless = where_lost(self._weighed, target), where_endless(self._weighed, target)
+        lost, apart, endless = where_lost(weighed, target), where_apart(weighed, target), where_endless(weighed, target)
         changed = target.changed()
         notes = [*self.left_out, *self.notes, *([f"the log joint was {changed}: it is not one"] if changed else [])]
         missed = misses(self.parameters, self._smooth)
-        self._said = reasons(self.estimate, self._elbo[0], lost=lost, missed=missed, endless=endless, notes=notes)
+        self._said = reasons(
+            self.estimate, self._elbo[0], lost=lost, apart=apart, missed=missed, endless=endless, notes=notes
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.parameters!r}; {self.verdict})"
