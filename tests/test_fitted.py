@@ -352,6 +352,17 @@ def test_a_density_without_end_is_told() -> None:
     assert "draws 10 times as far out" in made(lambda p: 1e-9 * p["mu"], {"mu": ()}, (0.0, 1.0)).verdict
 
 
+@pytest.mark.parametrize(
+    ("constant", "dtype", "told"),
+    [(3e7, torch.float32, True), (1e6, torch.float32, False), (3e7, torch.float64, False)],
+)
+def test_a_log_joint_that_its_dtype_rounds_is_told(constant: float, dtype: torch.dtype, told: bool) -> None:  # noqa: FBT001
+    """Of 3e7 float32 knows every second number: the evidence is off by up to a nat, and no weight is right."""
+    fitted = made(lambda z: standard(z) + constant, 2, (0.0, 1.0), dtype=dtype)
+    assert fitted.is_trusted == (not told)
+    assert ("is about 3e+07 in size, which torch.float32 rounds to 4 nats, and with it" in fitted.verdict) == told
+
+
 def test_a_log_joint_that_fails_far_out_says_nothing() -> None:
     def near(z: Tensor) -> Tensor:
         if z.abs().max() > 5:

@@ -1,6 +1,7 @@
 """How a log joint is called, the density of free coordinates that is made of it, and what is refused."""
 
 import math
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -127,6 +128,16 @@ def test_a_prior_that_is_summed_over_draws_does_not_hide_in_a_large_value(dtype:
     torch.testing.assert_close(target.gradient(free)[1], -free)
     with pytest.raises(ValueError, match=r"^log_joint: expected a tensor \(S,\) of parameters with a leading axis"):
         made(lambda z: size - z[:, 0].square() - z.square().sum(), 2, dtype)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float64, 1e8), (torch.float32, 1e4)])
+def test_a_change_beside_a_large_value_is_told(dtype: torch.dtype, size: float) -> None:
+    """By a nat, which is many roundings of the value."""
+    data = torch.tensor(1.0, dtype=dtype)
+    target = made(lambda z: size - (z[:, 0] - data).square(), 1, dtype)
+    assert target.changed() == ""
+    data += 1
+    assert re.fullmatch(r"\d+\.?\d* at theta = \[0\.1541\], and now \d+\.?\d*", target.changed())
 
 
 def test_a_number_that_all_draws_share_and_that_cancels_is_no_mixing() -> None:

@@ -201,11 +201,12 @@ def _try(function: Callable[[Any], object], values: Values) -> object:
         return error
 
 
-def agree(one: object, other: object) -> bool:
-    """Whether two ways of calling, or two calls, give the same values, but for rounding."""
+def agree(one: object, other: object, rtol: float | None = None) -> bool:
+    """Whether two ways of calling give the same values, but for rounding; or two calls, within a given `rtol`."""
     if not (isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape):
         return False
-    rtol = _RTOL[torch.float64 if torch.float64 in (one.dtype, other.dtype) else torch.float32]
+    if rtol is None:
+        rtol = _RTOL[torch.float64 if torch.float64 in (one.dtype, other.dtype) else torch.float32]
     return bool(torch.isclose(one.double(), other.double(), rtol=rtol, atol=_ATOL, equal_nan=True).all())
 
 

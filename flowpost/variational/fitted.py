@@ -27,6 +27,7 @@ from flowpost.variational.weighing import (
     Progress,
     Weighed,
     device_of,
+    doubts,
     estimate,
     mean_and_error,
     smooth,
@@ -79,8 +80,7 @@ class FittedPosterior:
         self.estimate = estimate(self._weighed)
         self._elbo, self._smooth = mean_and_error(self._weighed), smooth(self._weighed, self.k_hat)
         lost, apart, endless = where_lost(weighed, target), where_apart(weighed, target), where_endless(weighed, target)
-        changed = target.changed()
-        notes = [*self.left_out, *self.notes, *([f"the log joint was {changed}: it is not one"] if changed else [])]
+        notes = [*self.left_out, *self.notes, *doubts(weighed, target)]
         missed = misses(self.parameters, self._smooth)
         self._said = reasons(
             self.estimate, self._elbo[0], lost=lost, apart=apart, missed=missed, endless=endless, notes=notes

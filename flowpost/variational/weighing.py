@@ -23,6 +23,9 @@ where they have less, no weight counts much, and the tail's shape means nothing.
 APART, FOUND = 1e-4, 0.01
 """The chance below which weights are too large for their tail, and the share of all weight that is worth a word."""
 
+COARSE = 0.5
+"""Nats to which a log joint may be rounded without a word."""
+
 
 class Progress(NamedTuple):
     """What a fit has come to."""
@@ -157,6 +160,20 @@ def where_lost(weighed: Weighed, target: Target) -> str:
         said = f"raises {raised}"
         hint = "; add a small number to the diagonal of a matrix" if "LinAlgError" in raised else ""
     return f"{lost.double().mean():.2%} of q's draws; log_joint {said}{hint}"
+
+
+def doubts(weighed: Weighed, target: Target) -> list[str]:
+    """What is said of a log joint that has changed, or is rounded, as one of 3e7 is in float32."""
+    changed = target.changed()
+    said = [f"the log joint was {changed}: it is not one"] if changed else []
+    size, dtype = weighed.log_ratio.abs().min().item(), weighed.z.dtype
+    step = size * torch.finfo(dtype).eps
+    if COARSE < step < math.inf:
+        said.append(
+            f"the log joint is about {size:.1g} in size, which {dtype} rounds to {step:.1g} nats, and with it every "
+            f"weight; its data in float64 help, or a constant left out"
+        )
+    return said
 
 
 @torch.no_grad()
