@@ -470,6 +470,13 @@ def test_resampling_moves_q_to_p() -> None:
             fitted.importance_resample(10, pool=pool)
 
 
+def test_where_no_draw_has_a_weight_none_is_taken() -> None:
+    fitted = made(lambda z: torch.where(z[:, 0] > 5, -math.inf, standard(z)), 1, (9.0, 0.1))
+    for read in (fitted.importance_resample, fitted.refine):
+        with pytest.raises(ValueError, match=r"^log_joint: expected a finite log p/q at some draws of q, got none"):
+            read(5)
+
+
 def test_resampling_warns_where_weights_do_not_allow_it() -> None:
     fitted = made(standard, 1, (0.0, 0.2))
     with pytest.warns(

@@ -30,6 +30,7 @@ from flowpost.variational.weighing import (
     doubts,
     estimate,
     mean_and_error,
+    resampled,
     smooth,
     weigh,
     where_apart,
@@ -247,7 +248,4 @@ class FittedPosterior:
         weighed = weigh(
             self.posterior, self.target, check_int("pool", 10 * n if pool is None else pool, minimum=n), generator
         )
-        k_hat = estimate(weighed).k_hat.item()
-        chances = (smooth(weighed, k_hat).log_ratio + weighed.share.log()).softmax(0)
-        taken = torch.multinomial(chances, n, replacement=True, generator=generator)
-        return weighed.z[taken], k_hat
+        return resampled(weighed, n, generator)

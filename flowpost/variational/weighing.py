@@ -115,6 +115,23 @@ def smooth(weighed: Weighed, k_hat: float) -> Weighed:
     return weighed._replace(log_ratio=torch.where(new == raw, weighed.log_ratio, new - of_share))
 
 
+def resampled(weighed: Weighed, count: int, generator: torch.Generator) -> tuple[Tensor, float]:
+    """So many of the draws, ``(count, dim)``, taken with chances in proportion to their weights, and k-hat of these.
+
+    Raises:
+        ValueError: if none has a weight.
+    """
+    if weighed.log_ratio.isinf().all():
+        raise ValueError(
+            f"log_joint: expected a finite log p/q at some draws of q, got none at any of {len(weighed.z)}, so that "
+            f"there is none to take or to refine; the verdict says where and why"
+        )
+    k_hat = estimate(weighed).k_hat.item()
+    chances = (smooth(weighed, k_hat).log_ratio + weighed.share.log()).softmax(0)
+    taken = torch.multinomial(chances, count, replacement=True, generator=generator)
+    return weighed.z[taken], k_hat
+
+
 def _tamed(log_w: Tensor) -> Tensor:
     """Smoothed log-weights; as they are where the largest is not one of its tail, for it has found something."""
     return log_w if chance_of_largest(log_w) < APART else smoothed(log_w)
