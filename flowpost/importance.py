@@ -153,17 +153,63 @@ def smoothed(log_w: Tensor) -> Tensor:
         tensor([1., 2.], dtype=torch.float64)
     """
     log_w = log_w.double()
+    tail = _tail(log_w)
+    if tail is None:
+        return log_w
+    size = len(tail.places)
+    level = (torch.arange(size, dtype=torch.float64, device=log_w.device) + 0.5) / size
+    excess = tail.scale * torch.expm1(-tail.k_hat * torch.log1p(-level)) / tail.k_hat  # quantiles
+    return log_w.index_copy(0, tail.places, log_w.max() + (tail.threshold + excess).log().clamp_max(0))
+
+
+@torch.no_grad()
+def chance_of_largest(log_w: Tensor) -> float:
+    """How likely the Pareto distribution fitted to the tail of weights has one as large as their largest, at most.
+
+    It is small where a few draws have found mass that the others do not know of, such as a mode that q all but misses:
+    these are not of the tail's shape, and `smoothed` would take from them what they have found.
+
+    Args:
+        log_w: ``(S,)``; minus infinity for a weight of 0.
+
+    Returns:
+        The chance, summed over the draws of the tail, so that it may exceed 1; 1 where `smoothed` leaves all weights.
+
+    Example:
+        >>> log_w = torch.cat([0.1 * torch.randn(9999), torch.tensor([7.0])])
+        >>> chance_of_largest(log_w) < 1e-4
+        True
+    """
+    tail = _tail(log_w.double())
+    if tail is None:
+        return 1.0
+    # The largest is 1 in its own units; a negative shape ends somewhere, and beyond its end there is no chance.
+    beyond = (1 + tail.k_hat * (1 - tail.threshold) / tail.scale).clamp_min(0).log() / -tail.k_hat
+    return len(tail.places) * beyond.exp().item()
+
+
+class _Tail(NamedTuple):
+    """A Pareto distribution fitted to the largest of some weights, which are divided by the very largest."""
+
+    places: Tensor
+    """Of the weights of the tail, in ascending order, ``(M,)``."""
+    threshold: Tensor
+    """The weight below them."""
+    k_hat: Tensor
+    """The shape, as `pareto_k` has it."""
+    scale: Tensor
+
+
+def _tail(log_w: Tensor) -> _Tail | None:
+    """None where there are too few weights to say anything, or equal ones."""
     size = tail_size(len(log_w))
     values, places = log_w.topk(min(size + 1, len(log_w)))
     k_hat = pareto_k(values, len(log_w))
     if not bool(k_hat.isfinite()):
-        return log_w
-    values, places = values.flip(0) - values[0], places.flip(0)[1:]
-    threshold = values[0].exp()
-    k, theta = _fit_pareto(values[1:].exp() - threshold)
-    level = (torch.arange(size, dtype=torch.float64, device=log_w.device) + 0.5) / size
-    excess = k / theta * torch.expm1(-k_hat * torch.log1p(-level)) / k_hat  # quantiles, of scale k / theta
-    return log_w.index_copy(0, places, log_w.max() + (threshold + excess).log().clamp_max(0))
+        return None
+    values = values.flip(0) - values[0]
+    k, theta = _fit_pareto(values[1:].exp() - values[0].exp())
+    return _Tail(places.flip(0)[1:], values[0].exp(), k_hat, k / theta)
 
 
 def fit_pareto(excess: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import flowpost
 from flowpost.evaluation import active_units, decompose_elbo, importance_estimate, kl_per_latent, log_marginal
 from flowpost.importance import (
     UnreliableEstimateWarning,
+    chance_of_largest,
     fit_pareto,
     pareto_k,
     smoothed,
@@ -118,6 +119,16 @@ def test_smoothed_weights_are_arviz_s(spread: float) -> None:
     log_w = spread * torch.randn(900, dtype=torch.float64)
     expected = array_stats.psislw(-log_w.numpy())[0]
     np.testing.assert_allclose(smoothed(log_w).log_softmax(0), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("k", [0.3, 0.6, 1.0])
+def test_the_largest_weight_of_a_pareto_tail_is_one_of_it(k: float) -> None:
+    """Of 50 sets of weights ``u^-k`` none has a largest one by a chance of 1e-4; one 1e4^k times as large is none."""
+    log_w = -k * torch.rand(50, 4000, dtype=torch.float64).log()
+    assert min(chance_of_largest(row) for row in log_w) > 1e-4
+    log_w.scatter_add_(1, log_w.argmax(1, keepdim=True), torch.full((50, 1), 1e4**k, dtype=torch.float64).log())
+    assert sum(chance_of_largest(row) < 0.01 for row in log_w) > 40
+    assert chance_of_largest(torch.zeros(1000)) == chance_of_largest(torch.randn(20)) == 1
 
 
 @pytest.mark.full

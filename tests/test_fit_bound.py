@@ -329,6 +329,29 @@ def test_a_tempered_density_cools_over_a_third_of_the_steps() -> None:
     assert weights[100:] == [1.0] * (len(weights) - 100)
 
 
+def test_a_tempered_density_is_fitted_also_where_q_is_exact_in_one_mode() -> None:
+    """There log p/q is constant to begin with, and would end the fit before it has seen another mode."""
+    line = Line()
+
+    def even(noise: Tensor, weight: Tensor) -> Bound:
+        return Bound(line.x.sum(), torch.full((4,), 2.0), torch.full((4,), 0.25))
+
+    made = Ascent(line, even, lambda: torch.zeros(()), 90, CPU, temperature=4.0)
+    assert len(list(made.run())) == 2
+    assert made.made == 2 * BLOCK  # the first block that ends at or after a third of the steps
+
+
+def test_an_elbo_that_falls_while_the_density_is_tempered_is_no_divergence() -> None:
+    """It is that of the density itself, and falls as q widens; when the density is cold, it counts."""
+    made, line, _ = climb(lambda step, x: -float(step) if step < 100 else step - 1000.0, 300, temperature=4.0)
+    list(made.run())
+    assert made.restarts == 0
+    assert made.top is not None
+    assert made.top.elbo < -600
+    made.settle()
+    assert line.x.item() > 1
+
+
 def test_nothing_but_nan_is_given_up_and_not_a_crash() -> None:
     made, line, _ = climb(lambda step, x: math.nan, 200)
     list(made.run())

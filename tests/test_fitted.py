@@ -122,6 +122,36 @@ def test_one_draw_s_chance_is_smoothed_away() -> None:
     assert fitted.ess > 5 * (log_ratio.logsumexp(0) * 2 - (2 * log_ratio).logsumexp(0)).exp()
 
 
+def found_by_few(count: int, above: float, spread: float = 0.1) -> Weighed:
+    """Of 10,000 normal draws so many are at 5, with weights so far above all others, which are nearly equal."""
+    generator = torch.Generator().manual_seed(4)
+    z, log_ratio = torch.randn(2, 10_000, generator=generator, dtype=torch.float64)
+    z[:count], log_ratio = 5.0, spread * log_ratio
+    log_ratio[:count] = math.log(above)
+    return Weighed(z.unsqueeze(-1), log_ratio, torch.full_like(z, 1e-4))
+
+
+@pytest.mark.parametrize(("count", "above"), [(1, 4000), (2, 1500), (3, 5000)])
+def test_what_a_few_draws_have_found_is_not_smoothed_away(count: int, above: float) -> None:
+    """A mode that q all but misses: its few draws stand for much of the mass, and k-hat, of the others, may be fine."""
+    wild = found_by_few(count, above)
+    fitted = made(standard, 1, (0.0, 1.0), weighed=wild)
+    share = count * above / (count * above + 10_000)
+    assert fitted.log_evidence == pytest.approx(-math.log1p(-share), abs=0.02)
+    assert fitted.estimate.standard_error.item() == pytest.approx(share / math.sqrt(count), rel=0.1)
+    assert re.search(rf"{count} of 10000 draws have \d+% of all weight, as near theta = \[5\]: more", fitted.verdict)
+    assert not fitted.is_trusted
+    if fitted.summary().weighted:
+        assert fitted.summary().mean.item() == pytest.approx(5 * share, abs=0.2)
+
+
+@pytest.mark.parametrize(("count", "above"), [(1, 20), (0, 1)])
+def test_what_a_few_draws_have_found_is_not_said_where_it_is_little(count: int, above: float) -> None:
+    fitted = made(standard, 1, (0.0, 1.0), weighed=found_by_few(count, above))
+    assert fitted.log_evidence == pytest.approx(0.005, abs=0.005)
+    assert fitted.is_trusted
+
+
 def test_the_means_of_a_gaussian_are_exact_and_each_draw_is_its(monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise is centred a thousand at a time; in twos the loss of variance would show, were it not made up for."""
     fitted = made(standard, 1, (0.3, 2.0))
@@ -322,6 +352,17 @@ def test_a_density_without_end_is_told() -> None:
     assert "draws 10 times as far out" in made(lambda p: 1e-9 * p["mu"], {"mu": ()}, (0.0, 1.0)).verdict
 
 
+@pytest.mark.parametrize(
+    ("constant", "dtype", "told"),
+    [(3e7, torch.float32, True), (1e6, torch.float32, False), (3e7, torch.float64, False)],
+)
+def test_a_log_joint_that_its_dtype_rounds_is_told(constant: float, dtype: torch.dtype, told: bool) -> None:  # noqa: FBT001
+    """Of 3e7 float32 knows every second number: the evidence is off by up to a nat, and no weight is right."""
+    fitted = made(lambda z: standard(z) + constant, 2, (0.0, 1.0), dtype=dtype)
+    assert fitted.is_trusted == (not told)
+    assert ("is about 3e+07 in size, which torch.float32 rounds to 4 nats, and with it" in fitted.verdict) == told
+
+
 def test_a_log_joint_that_fails_far_out_says_nothing() -> None:
     def near(z: Tensor) -> Tensor:
         if z.abs().max() > 5:
@@ -427,6 +468,13 @@ def test_resampling_moves_q_to_p() -> None:
     for pool in (0, 5):
         with pytest.raises(ValueError, match=f"^pool: expected an int >= 10, got {pool}$"):
             fitted.importance_resample(10, pool=pool)
+
+
+def test_where_no_draw_has_a_weight_none_is_taken() -> None:
+    fitted = made(lambda z: torch.where(z[:, 0] > 5, -math.inf, standard(z)), 1, (9.0, 0.1))
+    for read in (fitted.importance_resample, fitted.refine):
+        with pytest.raises(ValueError, match=r"^log_joint: expected a finite log p/q at some draws of q, got none"):
+            read(5)
 
 
 def test_resampling_warns_where_weights_do_not_allow_it() -> None:

@@ -1,6 +1,7 @@
 """How a log joint is called, the density of free coordinates that is made of it, and what is refused."""
 
 import math
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -112,6 +113,41 @@ def test_rows_that_mix_are_not_taken_for_a_batch() -> None:
     torch.testing.assert_close(target(free), Normal(free[:, 0], 1.0).log_prob(free[:, 1]))
     with pytest.raises(ValueError, match=r"^log_joint: expected a tensor \(S,\) of parameters with a leading axis"):
         made(lambda z: -(z - z.mean(0)).square().sum(1), 2)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float64, 1e8), (torch.float32, 1e5)])
+def test_a_prior_that_is_summed_over_draws_does_not_hide_in_a_large_value(dtype: torch.dtype, size: float) -> None:
+    """The sum passes for rounding of the value, and in a step of 512 draws its slope is 512 times a prior's."""
+
+    def log_joint(p: dict[str, Tensor]) -> Tensor:
+        return Normal(0.0, 1.0).log_prob(p["e"]).sum() - 0.5 * p["mu"].square() + size
+
+    target = made(log_joint, {"mu": (), "e": 3}, dtype)
+    assert target.calls == "vmap"
+    free = torch.randn(5, 4, dtype=dtype)
+    torch.testing.assert_close(target.gradient(free)[1], -free)
+    with pytest.raises(ValueError, match=r"^log_joint: expected a tensor \(S,\) of parameters with a leading axis"):
+        made(lambda z: size - z[:, 0].square() - z.square().sum(), 2, dtype)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float64, 1e8), (torch.float32, 1e4)])
+def test_a_change_beside_a_large_value_is_told(dtype: torch.dtype, size: float) -> None:
+    """By a nat, which is many roundings of the value."""
+    data = torch.tensor(1.0, dtype=dtype)
+    target = made(lambda z: size - (z[:, 0] - data).square(), 1, dtype)
+    assert target.changed() == ""
+    data += 1
+    assert re.fullmatch(r"\d+\.?\d* at theta = \[0\.1541\], and now \d+\.?\d*", target.changed())
+
+
+def test_a_number_that_all_draws_share_and_that_cancels_is_no_mixing() -> None:
+    """The largest logarithm of all draws is taken off, as one does against overflow, and added again."""
+
+    def log_joint(z: Tensor) -> Tensor:
+        logs = Normal(torch.tensor([-1.0, 2.0], dtype=z.dtype), 0.1).log_prob(z)
+        return (logs - logs.max()).exp().sum(-1).log() + logs.max()
+
+    assert made(log_joint, 1).calls == "vectorised"
 
 
 def short_of(z: Tensor) -> Tensor:

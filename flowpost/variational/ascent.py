@@ -90,9 +90,10 @@ class Ascent:
     def run(self) -> Iterator[Reading]:
         """Make the steps, a block at a time; each block's reading is yielded, and nothing is lost between two.
 
-        None is made where log p/q is constant to begin with: on a gradient of noise alone Adam would only move away.
+        None is made where log p/q is constant to begin with: on a gradient of noise alone Adam would only move away. At
+        a temperature it may be constant in one of several modes, and steps are made.
         """
-        if self._is_exact():
+        if self._is_exact() and not self.cold:
             return
         step = self._launched()
         while self.made < self.steps:
@@ -108,7 +109,8 @@ class Ascent:
             reading = Reading(elbo, variance, lost)
             self._judge(reading, before)
             yield reading
-            if reading.variance < 2 * EXACT and not reading.lost or self.fall and self.made >= self.fall.stop:
+            exact = self.made >= self.cold and reading.variance < 2 * EXACT and not reading.lost
+            if exact or self.fall and self.made >= self.fall.stop:
                 return
 
     def settle(self) -> None:
@@ -167,13 +169,16 @@ class Ascent:
         return self.heat ** min(0.0, self.made / self.cold - 1) if self.cold else 1.0
 
     def _judge(self, reading: Reading, before: list[Tensor]) -> None:
-        """Take a reading, and the weights before its steps: those after them may be on their way down."""
+        """Take a reading, and the weights before its steps: those after them may be on their way down.
+
+        Of a tempered density none is the best: the ELBO, that of p itself, falls there for the sake of other modes.
+        """
         self.readings.append(reading)
         if self._fell(reading):
             self._restore()
             self.peak, self.restarts = 0.5 * self.peak, self.restarts + 1
             self.readings.pop()
-        elif self.top is None or reading.elbo > self.top.elbo:
+        elif self.made > self.cold and (self.top is None or reading.elbo > self.top.elbo):
             self.top, self.best = reading, before
         if self.fall is None and self.made >= self.cold and (2 * self.made >= self.steps or self._still()):
             self.hurried = not self._still()

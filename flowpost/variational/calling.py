@@ -24,6 +24,8 @@ REFUSALS = (torch.linalg.LinAlgError, ArithmeticError, AssertionError, ValueErro
 """What a log joint raises at draws that it has no value for, as at a matrix that is not positive definite."""
 _ATOL, _RTOL = 1e-3, {torch.float32: 1e-4, torch.float64: 1e-6}
 """How near two ways of calling agree: what rounding, or a solver of differential equations, leaves between them."""
+_SHARED = 100
+"""Roundings of a slope: what a number may leave that all draws share and that cancels, as a largest logarithm does."""
 
 
 class Found(NamedTuple):
@@ -98,7 +100,8 @@ def find(log_joint: LogJoint, parameters: Parameters, free: Tensor) -> Found:
     many = isinstance(batch, REFUSALS) or (isinstance(batch, Tensor) and batch.ndim == 1)
     slices = _slices(log_joint, values) if many else None
     if slices is not None and _same(log_joint, values, "vectorised", batch, slices):
-        return Found("vectorised", _checked(slices, free), "")
+        if not _mixes(log_joint, _kept(values, slices.isfinite())):
+            return Found("vectorised", _checked(slices, free), "")
     singles = _singles(log_joint, values, batch)
     mapped = _try(torch.func.vmap(log_joint), values)
     if _same(log_joint, values, "vmap", mapped, singles):
@@ -150,9 +153,30 @@ def _same(log_joint: LogJoint, values: Values, calls: Calls, got: object, alone:
     """Whether draws have together the values that they have alone; those that are refused are left out."""
     if isinstance(got, REFUSALS):
         kept = ~alone.isnan()
-        taken = values[kept] if isinstance(values, Tensor) else {name: part[kept] for name, part in values.items()}
-        got, alone = _try(lambda given: _called(log_joint, given, calls), taken), alone[kept]
+        got, alone = _try(lambda given: _called(log_joint, given, calls), _kept(values, kept)), alone[kept]
     return agree(got, alone)
+
+
+def _kept(values: Values, kept: Tensor) -> Values:
+    return values[kept] if isinstance(values, Tensor) else {name: part[kept] for name, part in values.items()}
+
+
+@torch.enable_grad()
+def _mixes(log_joint: LogJoint, values: Values) -> bool:
+    """Whether the value of the last draw has a slope at another one, as where a term is summed over all draws.
+
+    Beside a value of a million such a term passes for rounding, and its slope in a sum over S draws is S times its own.
+    """
+    leaves = {name: part.detach().clone().requires_grad_() for name, part in named(values).items()}
+    got = _try(log_joint, leaves if isinstance(values, dict) else leaves["theta"])
+    if not (isinstance(got, Tensor) and got.requires_grad and len(got) > 1):
+        return False
+    try:
+        slopes = torch.autograd.grad(got[-1], list(leaves.values()), allow_unused=True)
+    except RuntimeError:  # it has no gradient, which is told elsewhere
+        return False
+    sizes = [slope.nan_to_num(0.0, 0.0, 0.0).abs() for slope in slopes if slope is not None]
+    return any(bool((size[:-1] > _SHARED * torch.finfo(size.dtype).eps * size.max()).any()) for size in sizes)
 
 
 def _each(log_joint: LogJoint, batches: Iterator[Values]) -> list[object]:
@@ -177,11 +201,12 @@ def _try(function: Callable[[Any], object], values: Values) -> object:
         return error
 
 
-def agree(one: object, other: object) -> bool:
-    """Whether two ways of calling, or two calls, give the same values, but for rounding."""
+def agree(one: object, other: object, rtol: float | None = None) -> bool:
+    """Whether two ways of calling give the same values, but for rounding; or two calls, within a given `rtol`."""
     if not (isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape):
         return False
-    rtol = _RTOL[torch.float64 if torch.float64 in (one.dtype, other.dtype) else torch.float32]
+    if rtol is None:
+        rtol = _RTOL[torch.float64 if torch.float64 in (one.dtype, other.dtype) else torch.float32]
     return bool(torch.isclose(one.double(), other.double(), rtol=rtol, atol=_ATOL, equal_nan=True).all())
 
 

@@ -27,10 +27,13 @@ from flowpost.variational.weighing import (
     Progress,
     Weighed,
     device_of,
+    doubts,
     estimate,
     mean_and_error,
+    resampled,
     smooth,
     weigh,
+    where_apart,
     where_endless,
     where_lost,
 )
@@ -74,14 +77,15 @@ class FittedPosterior:
         self.evaluations, self.seconds, self.history = evaluations, seconds, list(history)
         self.notes, self.left_out = list(notes), list(left_out)
         seeded = torch.Generator(device_of(posterior)).manual_seed(0)
-        self._weighed = weigh(posterior, target, DRAWS, seeded) if weighed is None else weighed
+        self._weighed = weighed = weigh(posterior, target, DRAWS, seeded) if weighed is None else weighed
         self.estimate = estimate(self._weighed)
         self._elbo, self._smooth = mean_and_error(self._weighed), smooth(self._weighed, self.k_hat)
-        lost, endless = where_lost(self._weighed, target), where_endless(self._weighed, target)
-        changed = target.changed()
-        notes = [*self.left_out, *self.notes, *([f"the log joint was {changed}: it is not one"] if changed else [])]
+        lost, apart, endless = where_lost(weighed, target), where_apart(weighed, target), where_endless(weighed, target)
+        notes = [*self.left_out, *self.notes, *doubts(weighed, target)]
         missed = misses(self.parameters, self._smooth)
-        self._said = reasons(self.estimate, self._elbo[0], lost=lost, missed=missed, endless=endless, notes=notes)
+        self._said = reasons(
+            self.estimate, self._elbo[0], lost=lost, apart=apart, missed=missed, endless=endless, notes=notes
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.parameters!r}; {self.verdict})"
@@ -244,7 +248,4 @@ class FittedPosterior:
         weighed = weigh(
             self.posterior, self.target, check_int("pool", 10 * n if pool is None else pool, minimum=n), generator
         )
-        k_hat = estimate(weighed).k_hat.item()
-        chances = (smooth(weighed, k_hat).log_ratio + weighed.share.log()).softmax(0)
-        taken = torch.multinomial(chances, n, replacement=True, generator=generator)
-        return weighed.z[taken], k_hat
+        return resampled(weighed, n, generator)

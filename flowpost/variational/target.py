@@ -11,6 +11,9 @@ from flowpost.variational.calling import Calls, LogJoint, agree, beyond, call, f
 from flowpost.variational.draws import described, named, short
 from flowpost.variational.parameters import Parameters
 
+SAME = 100
+"""Roundings by which a value differs at most from call to call."""
+
 
 class Target:
     """The log density ``log p(x, g(u)) + log|det dg/du|`` of coordinates u, for many draws at once.
@@ -64,7 +67,8 @@ class Target:
                 "draws themselves; write x = x.abs(), not x.abs_(), or give the parameter a constraint"
             )
         self.calls: Calls = found.calls
-        self._trial = free, found.values
+        with torch.no_grad():
+            self._trial = free, call(log_joint, parameters.constrain(free)[0], found.calls)
         lost = self._without_gradient(free)
         self.check(free, *self.gradient(free))
         self.evaluations = 0
@@ -139,10 +143,11 @@ class Target:
         """
         free, before = self._trial
         now = call(self.log_joint, self.parameters.constrain(free)[0], self.calls)
-        if agree(now, before):
+        rtol = SAME * torch.finfo(before.dtype).eps
+        if agree(now, before, rtol):
             return ""
-        row = next((i for i in range(len(free)) if not agree(now[i], before[i])), 0)
-        return f"{before[row].item():.6g} at {self.describe(free[row])}, and now {now[row].sum().item():.6g}"
+        row = next((i for i in range(len(free)) if not agree(now[i], before[i], rtol)), 0)
+        return f"{before[row].item():.10g} at {self.describe(free[row])}, and now {now[row].sum().item():.10g}"
 
     def check_same(self) -> None:
         """Raise if the log joint has changed: what reads it beside what was read before would mix two models.

@@ -17,6 +17,7 @@ def reasons(
     elbo: float,
     *,
     lost: str,
+    apart: str = "",
     missed: Sequence[str],
     endless: tuple[float, str],
     notes: Sequence[str],
@@ -27,6 +28,7 @@ def reasons(
         estimate: of the log evidence, from draws of q.
         elbo: from the same draws.
         lost: how many of them have no finite log p/q, and where; empty where all have.
+        apart: which of them weigh more than the tail of the others has it, and where; empty where none does.
         missed: what is wrong with q's own draws if the weights p/q are right.
         endless: by how many nats the log evidence rises with draws far out, and where.
         notes: what the fit itself had to say.
@@ -38,6 +40,11 @@ def reasons(
             f"Pareto k-hat is {k_hat:.2f}, above {LIMIT}: q's tails are too light somewhere, and means over its draws, "
             f"importance-sampled ones too, may be wrong there; a richer flow, more steps or budget, or refine() helps, "
             f"but nothing does where a prior is improper and the posterior has no finite integral"
+        )
+    if apart:
+        said.append(
+            f"{apart}: more than chance allows, so that q all but misses mass there, of roughly that share; a larger "
+            f"budget or other modes= may reach it, and refine() starts at such draws too"
         )
     if gap > GAP and not lost:
         said.append(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowpost.importance import ImportanceEstimate, smoothed, summarize
+from flowpost.importance import ImportanceEstimate, chance_of_largest, smoothed, summarize
 from flowpost.variational.bound import Fitted, draw, noise_for
 from flowpost.variational.families import components
 from flowpost.variational.target import Target
@@ -20,6 +20,11 @@ WIDER, LOOKED = 10.0, 1000
 SAME, LITTLE = 0.5, 1e-3
 """Nats by which a weight may exceed the mean of all, and the share of all weight that those of more may have together:
 where they have less, no weight counts much, and the tail's shape means nothing."""
+APART, FOUND = 1e-4, 0.01
+"""The chance below which weights are too large for their tail, and the share of all weight that is worth a word."""
+
+COARSE = 0.5
+"""Nats to which a log joint may be rounded without a word."""
 
 
 class Progress(NamedTuple):
@@ -88,7 +93,7 @@ def estimate(weighed: Weighed) -> ImportanceEstimate:
     """Of the log evidence; k-hat is minus infinity where draws that weigh much more than others have next to nothing.
 
     A q so near to p that its weights are almost equal has a tail too, of any shape, and would be blamed for it. Any
-    other tail is smoothed.
+    other tail is smoothed, unless some weights stand apart from it.
     """
     log_w = weighed.log_ratio + (weighed.share * len(weighed.share)).log()
     found = summarize([log_w.unsqueeze(-1)], len(log_w))
@@ -96,7 +101,7 @@ def estimate(weighed: Weighed) -> ImportanceEstimate:
     heavy = torch.where(above < SAME, 0.0, above.exp()).mean()
     k_hat = torch.where(heavy < LITTLE, -math.inf, found.k_hat)
     if bool(k_hat.isfinite()):
-        found = summarize([smoothed(log_w).unsqueeze(-1)], len(log_w))
+        found = summarize([_tamed(log_w).unsqueeze(-1)], len(log_w))
     return ImportanceEstimate(*(value.squeeze(0) for value in found._replace(k_hat=k_hat)))
 
 
@@ -106,8 +111,46 @@ def smooth(weighed: Weighed, k_hat: float) -> Weighed:
         return weighed
     of_share = (weighed.share * len(weighed.share)).log()
     raw = weighed.log_ratio + of_share
-    new = smoothed(raw)
+    new = _tamed(raw)
     return weighed._replace(log_ratio=torch.where(new == raw, weighed.log_ratio, new - of_share))
+
+
+def resampled(weighed: Weighed, count: int, generator: torch.Generator) -> tuple[Tensor, float]:
+    """So many of the draws, ``(count, dim)``, taken with chances in proportion to their weights, and k-hat of these.
+
+    Raises:
+        ValueError: if none has a weight.
+    """
+    if weighed.log_ratio.isinf().all():
+        raise ValueError(
+            f"log_joint: expected a finite log p/q at some draws of q, got none at any of {len(weighed.z)}, so that "
+            f"there is none to take or to refine; the verdict says where and why"
+        )
+    k_hat = estimate(weighed).k_hat.item()
+    chances = (smooth(weighed, k_hat).log_ratio + weighed.share.log()).softmax(0)
+    taken = torch.multinomial(chances, count, replacement=True, generator=generator)
+    return weighed.z[taken], k_hat
+
+
+def _tamed(log_w: Tensor) -> Tensor:
+    """Smoothed log-weights; as they are where the largest is not one of its tail, for it has found something."""
+    return log_w if chance_of_largest(log_w) < APART else smoothed(log_w)
+
+
+def where_apart(weighed: Weighed, target: Target) -> str:
+    """How many draws have weights too large for the tail of the others, their share, and where the largest is.
+
+    Empty where there is none, or where they matter little.
+    """
+    log_w = weighed.log_ratio + weighed.share.log()
+    if not chance_of_largest(log_w) < APART:
+        return ""
+    apart = log_w > smoothed(log_w).max()
+    share = log_w.softmax(0)[apart].sum().item()
+    if share < FOUND:
+        return ""
+    where = target.describe(weighed.z[int(log_w.argmax())])
+    return f"{int(apart.sum())} of {len(log_w)} draws have {share:.0%} of all weight, as near {where}"
 
 
 def mean_and_error(weighed: Weighed) -> tuple[float, float]:
@@ -134,6 +177,20 @@ def where_lost(weighed: Weighed, target: Target) -> str:
         said = f"raises {raised}"
         hint = "; add a small number to the diagonal of a matrix" if "LinAlgError" in raised else ""
     return f"{lost.double().mean():.2%} of q's draws; log_joint {said}{hint}"
+
+
+def doubts(weighed: Weighed, target: Target) -> list[str]:
+    """What is said of a log joint that has changed, or is rounded, as one of 3e7 is in float32."""
+    changed = target.changed()
+    said = [f"the log joint was {changed}: it is not one"] if changed else []
+    size, dtype = weighed.log_ratio.abs().min().item(), weighed.z.dtype
+    step = size * torch.finfo(dtype).eps
+    if COARSE < step < math.inf:
+        said.append(
+            f"the log joint is about {size:.1g} in size, which {dtype} rounds to {step:.1g} nats, and with it every "
+            f"weight; its data in float64 help, or a constant left out"
+        )
+    return said
 
 
 @torch.no_grad()
