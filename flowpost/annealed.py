@@ -56,7 +56,8 @@ def schedule(temperatures: int, kind: str = "sigmoidal") -> Tensor:
     """
     if kind not in SCHEDULES:
         raise ValueError(f"path: expected one of {', '.join(SCHEDULES)}, got {kind!r}")
-    line = torch.linspace(0, 1, check_int("temperatures", temperatures, minimum=1) + 1, dtype=torch.float64)
+    count = check_int("temperatures", temperatures, minimum=1) + 1
+    line = torch.linspace(0, 1, count, dtype=torch.float64, device="cpu")
     if kind == "linear":
         return line
     bent = torch.sigmoid(STEEPNESS * (2 * line - 1))

@@ -33,13 +33,15 @@ class ContinuousBernoulli(Likelihood):
             warn_of_shares(outputs)
         logit = outputs.squeeze(-2)
         away, safe = _away(logit)
-        log_c = torch.where(away, torch.log(safe / torch.tanh(safe / 2)), math.log(2) + logit**2 / 12)
+        square = logit * logit
+        near = square * (1 / 12 - square * (7 / 1440 - square * (31 / 90720 - square * (127 / 4838400))))
+        log_c = torch.where(away, torch.log(safe / torch.tanh(safe / 2)), math.log(2) + near)
         return (x.to(logit.dtype) * logit - F.softplus(logit) + log_c).sum(-1)
 
     def mean(self, outputs: Tensor) -> Tensor:
         """The expectation of x, ``(*batch, elements)``: ``1 / (1 - e^-a) - 1 / a``."""
         logit = outputs.squeeze(-2)
-        away, safe = _away(logit, 0.1)  # nearer, the two would cancel
+        away, safe = _away(logit)
         square = logit * logit
         near = logit * (1 / 12 - square * (1 / 720 - square * (1 / 30240 - square / 1209600)))
         return torch.where(away, -1 / torch.expm1(-safe) - 1 / safe, 0.5 + near)
@@ -47,14 +49,14 @@ class ContinuousBernoulli(Likelihood):
     def sample(self, outputs: Tensor) -> Tensor:
         """An x ~ p(x|z), by the inverse of the falling density's distribution function; turned where it rises."""
         logit = outputs.detach().squeeze(-2)
-        _, safe = _away(logit)
+        _, safe = _away(logit, 1e-4)
         share, rate = torch.rand_like(logit), safe.abs()
         falling = -torch.log1p(share * torch.expm1(-rate)) / rate
         return torch.where(logit > 0, 1 - falling, falling)
 
 
-def _away(logit: Tensor, near: float = 1e-4) -> tuple[Tensor, Tensor]:
-    """Where a logit is not near 0, and one that never is."""
+def _away(logit: Tensor, near: float = 0.1) -> tuple[Tensor, Tensor]:
+    """Where a logit is not near 0, where differences cancel, and one that never is."""
     away = logit.abs() > near
     return away, torch.where(away, logit, near)
 

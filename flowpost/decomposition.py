@@ -80,7 +80,8 @@ def decompose_elbo(
     if reads(vae.prior):
         raise ValueError("prior: expected one p(z) for all examples, to which q(z) is compared, got one of p(z|y)")
     with torch.no_grad():
-        contexts = torch.cat([cast(Tensor, vae.encode(*part).context) for part in split(x, y, _EXAMPLES)])
+        found = [vae.encode(*part) for part in split(x, y, _EXAMPLES)]  # a head may give one row for all
+        contexts = torch.cat([cast(Tensor, q.context).expand(*q.batch_shape, -1) for q in found])
         marginals, size = _marginals(vae, contexts), max(1, min(_EXAMPLES, pairs // samples))
         pieces = zip(split(x, y, size), torch.arange(len(x), device=x.device).split(size), strict=True)
         parts = [_decompose(vae, piece, row, contexts, marginals, samples, pairs) for piece, row in pieces]

@@ -20,6 +20,7 @@ from torch.distributions import (
 from flowpost.bijectors._as_transform import vectors_in
 from flowpost.bijectors.base import Bijector
 from flowpost.density import Sample, draw, like_of, log_density, path_log_density, push
+from flowpost.kl import gaussian_kl
 from flowpost.numerics.arguments import expands, from_list
 
 
@@ -196,9 +197,13 @@ class FlowDistribution(Distribution):
 def _kl(p: Distribution, q: Distribution) -> Tensor:
     """KL(p || q) of two Gaussians; between factorized ones no matrix is made."""
     normals = [_as_normal("p", p), _as_normal("q", q)]
-    if any(isinstance(each, MultivariateNormal) for each in normals):
-        normals = [_with_matrix(each) for each in normals]
-    return kl_divergence(*normals)
+    if not any(isinstance(each, MultivariateNormal) for each in normals):
+        return kl_divergence(*normals)
+    one, other = (_with_matrix(each) for each in normals)
+    unit = other.scale_tril  # both in the units of q; torch's own formula cannot do it for no rows
+    away = torch.linalg.solve_triangular(unit, (one.loc - other.loc).unsqueeze(-1), upper=False).squeeze(-1)
+    tril = torch.linalg.solve_triangular(unit, one.scale_tril, upper=False)
+    return gaussian_kl(away, tril)
 
 
 def _as_normal(name: str, given: Distribution) -> MultivariateNormal | Independent:

@@ -136,7 +136,10 @@ def _gaps(
     """The posteriors' ELBOs ``(posteriors, B)``, and the rows of the best one's `ImportanceEstimate`, ``(4, B)``."""
     with torch.no_grad():
         q = vae.encode(*data)
-        flows, context = [q.flow, *([] if richer is None else [Chain(q.flow, richer)])], cast(Tensor, q.context)
+        flows = [q.flow, *([] if richer is None else [Chain(q.flow, richer)])]
+        context = cast(Tensor, q.context).expand(*q.batch_shape, -1)  # a head may give one row for all
+        if not len(context):  # of which `vmap` makes nothing
+            return context.new_zeros(1 + len(flows), 0).double(), context.new_zeros(4, 0).double()
         starts = [_Local(flow, _start(flow, context)) for flow in flows]
     locals_ = [_fit(vae, data, start, *fitting) for start in starts]
     seed = int(torch.randint(2**62, (), device="cpu"))

@@ -71,6 +71,10 @@ class Generative(nn.Module):
 
     def decode(self, z: Tensor, elements: int, y: Tensor | None = None) -> Tensor:
         """The likelihood's numbers ``(*batch, numbers, elements)`` for z ``(*batch, dim)`` and y ``(B, *event)``."""
+        return self._decode(z, elements, y)
+
+    def _decode(self, z: Tensor, elements: int, y: Tensor | None, event: tuple[int, ...] = ()) -> Tensor:
+        """As `decode`; where the shape of one x is known, the decoder's axes are held to it."""
         y = None if y is None else spread(y, z.shape[:-1])
         outputs = call("decoder", self.decoder, z.flatten(0, -2), y)
         if not isinstance(outputs, Tensor):
@@ -80,8 +84,9 @@ class Generative(nn.Module):
             )
         if not outputs.is_floating_point():
             raise TypeError(f"decoder: expected numbers with a gradient, got {outputs.dtype}")
-        outputs = outputs.flatten(1).to(z.dtype)
         numbers = self.likelihood.numbers
+        _check_order(outputs, numbers, event)
+        outputs = outputs.flatten(1).to(z.dtype)
         if outputs.shape[1] != numbers * elements:
             name = type(self.likelihood).__name__
             raise ValueError(
@@ -91,7 +96,11 @@ class Generative(nn.Module):
 
     def _log_likelihood(self, x: Tensor, z: Tensor, y: Tensor | None) -> Tensor:
         elements = x.flatten(1) if x.ndim > 1 else x.unsqueeze(-1)  # a number is an x too
-        numbers, before = self.decode(z, elements.shape[1], y), changes(elements)
+        if type(self).decode is Generative.decode and "decode" not in self.__dict__:
+            numbers = self._decode(z, elements.shape[1], y, tuple(x.shape[1:]))
+        else:
+            numbers = self.decode(z, elements.shape[1], y)
+        before = changes(elements)
         found = self.likelihood.log_prob(numbers, elements)
         check_left("likelihood", elements, before)
         if found.shape != z.shape[:-1]:  # it would broadcast against log p(z)
@@ -108,6 +117,17 @@ def elements_of(shape: tuple[int, ...]) -> int:
         return math.prod(shape)
     except TypeError:
         raise TypeError(f"shape: expected the shape of one x, a tuple of ints, got {shape!r}") from None
+
+
+def _check_order(outputs: Tensor, numbers: int, event: tuple[int, ...]) -> None:
+    """Refuse the numbers of each element side by side, as a transformer gives logits: they would be mixed up."""
+    shape, wanted = tuple(outputs.shape[1:]), (numbers, *event)
+    if numbers > 1 and shape != wanted and shape == (*event, numbers) and elements_of(event) > 1:
+        raise ValueError(
+            f"decoder: expected the likelihood's {numbers} numbers in front of the axes of x, (N, "
+            f"{', '.join(map(str, wanted))}), got shape {tuple(outputs.shape)}, with them behind; give "
+            f"outputs.movedim(-1, 1)"
+        )
 
 
 def check_decoder(decoder: nn.Module, likelihood: Likelihood) -> None:

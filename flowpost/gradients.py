@@ -7,9 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowpost.numerics.along import last
 from flowpost.numerics.arguments import check_alpha
 
 GRADIENTS = ("standard", "stl", "dreg")
+_TWICE = (
+    "double reparameterization: expected a first derivative, got a second one, which would be weighed like a first; "
+    'for second derivatives of the bound take gradient="standard"'
+)
 
 
 def check_gradient(gradient: str, alpha: float) -> None:
@@ -32,7 +37,7 @@ def reweigh(z: Tensor, alpha: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     ``v dlog w/dz``, is multiplied by ``1 - weight (1 - alpha) (1 - v)``: at a `kl_weight` of 1 by ``alpha + (1 - alpha)
     v``, for `iwae` by v. So the posterior gets ``(alpha v + (1 - alpha) v^2) dlog w/dz`` and the decoder the plain v,
     in one backward pass. This is right for such a bound over all of z's sample axes, times any factor; it is wrong for
-    `elbo`, and for a bound of another alpha.
+    `elbo`, and for a bound of another alpha. It is a first derivative: one of the gradient that z passes on raises.
 
     Args:
         z: ``(*samples, B, dim)``.
@@ -44,6 +49,7 @@ def reweigh(z: Tensor, alpha: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         TypeError: if alpha is a tensor.
         ValueError: if alpha is not in [0, 1).
+        RuntimeError: where its gradient is differentiated.
 
     Reference:
         Tucker, Lawson, Gu & Maddison (2018), Doubly Reparameterized Gradient Estimators for Monte
@@ -85,4 +91,6 @@ class _Reweigh(torch.autograd.Function):
         total = weight.sum(axes, keepdim=True) if axes else weight  # what the loss is scaled by, for each example
         rest = (minus_weight.sum(axes, keepdim=True) if axes else minus_weight) - minus_weight
         factor = 1 + ctx.power * rest / torch.where(total == 0, 1, total)
-        return through_z * factor.unsqueeze(-1), None
+        found = through_z * factor.unsqueeze(-1)
+        # A second derivative comes back by this node, where its weights add up to 0 and say nothing.
+        return last(_TWICE, found, *grads) if torch.is_grad_enabled() else found, None

@@ -43,7 +43,7 @@ class VAE(Encoding, Generative):
         encoder: from x ``(B, *event)`` to features ``(B, features)``; or what `wrap` made of one.
         posterior: q(z|x) from the features; left out where the encoder is wrapped.
         decoder: from z ``(N, dim)`` to the likelihood's numbers, ``likelihood.numbers`` for each element of x, as
-            ``(N, numbers, *event)`` or anything that flattens to that.
+            ``(N, numbers, *event)`` or anything that flattens to that; not ``(N, *event, numbers)``.
         likelihood: p(x|z).
         prior: p(z), by keyword: a posterior without features, learned with the rest, whose log p(z) is cheap at any z:
             ``realnvp(0, dim)``, ``maf(0, dim)``, ``full_covariance(0, dim)``. Or p(z|y): a posterior whose features
@@ -143,8 +143,9 @@ class VAE(Encoding, Generative):
         Raises:
             TypeError: if x is no real tensor, or one of integers at which the encoder fails.
             ValueError: if the encoder does not give one row of features for each x, the decoder not
-                ``likelihood.numbers`` for each of its elements, the likelihood not one log-density for each sample; for
-                an unknown `gradient`, an `alpha` outside [0, 1), or one for another gradient than ``"dreg"``.
+                ``likelihood.numbers`` for each of its elements, or these behind x's axes, the likelihood not one
+                log-density for each sample; for an unknown `gradient`, an `alpha` outside [0, 1), or one for another
+                gradient than ``"dreg"``.
 
         Reference:
             Kingma & Welling (2014); Roeder et al. (2017); Tucker et al. (2018); Daudel et al. (2023).

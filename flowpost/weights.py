@@ -80,7 +80,9 @@ def prior_rows(vae: VAE, q: FlowDistribution, y: Tensor | None) -> FlowDistribut
     """The p(z), or p(z|y), as a map from noise, once for each row of q."""
     if vae.prior is not None:
         return prior_at(vae.prior, y).expand(q.batch_shape)
-    return FlowDistribution(Scale(q.flow.dim, 1.0).to(noise_like(q)), None, tuple(q.batch_shape))
+    like = noise_like(q)
+    unit = Scale(q.flow.dim, 1.0).to_empty(device=like.device).to(like.dtype)  # whatever the default device is
+    return FlowDistribution(unit, None, tuple(q.batch_shape))
 
 
 def _check_fixed(gradient: Gradient, q: FlowDistribution) -> None:

@@ -385,6 +385,21 @@ def test_kl_is_torch_s_either_way_round(name: str, other: str, batch: tuple[int,
     assert (kl_divergence(q, p) > 0).all()
 
 
+@pytest.mark.parametrize("rows", [(), (0,), (3, 1)])
+def test_kl_of_correlated_gaussians_is_torch_s_also_of_no_rows(rows: tuple[int, ...]) -> None:
+    """A ZeroDivisionError of torch's formula came out of the loss of an empty batch."""
+    q, r = flowpost.full_covariance(2, dim=3).double(), flowpost.full_covariance(2, dim=3).double()
+    with torch.no_grad():
+        for parameter in (*q.parameters(), *r.parameters()):
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    p, other = q.at(torch.randn(*rows, 2).double()), r.at(torch.randn(4 if rows != (0,) else 1, 2).double())
+    shape = torch.broadcast_shapes(p.batch_shape, other.batch_shape)
+    normals = [MultivariateNormal(loc, scale_tril=tril) for loc, tril in (p.gaussian(), other.gaussian())]
+    expected = kl_divergence(*normals) if 0 not in rows else torch.zeros(0).double()
+    assert kl_divergence(p, other).shape == shape
+    torch.testing.assert_close(kl_divergence(p, other), expected, rtol=1e-10, atol=1e-10)
+
+
 def test_kl_by_samples() -> None:
     """KL(q || p) by Monte Carlo, within four standard errors of the closed form; and of `Independent`, summed."""
     q = make("full_covariance", push=0.2).at(features(1))

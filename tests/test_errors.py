@@ -463,6 +463,22 @@ def test_the_decoder_s_width() -> None:
     raises(ValueError, message, lambda: model(6)(torch.zeros(4, 5)))
 
 
+def test_a_decoder_whose_numbers_stand_behind_the_axes_of_x() -> None:
+    """Logits (N, tokens, levels), as a transformer gives them, were read as (N, levels, tokens): 3 nats off."""
+
+    def model(*shape: int, numbers: int = 7) -> VAE:
+        decoder = nn.Sequential(nn.Linear(2, math.prod(shape)), nn.Unflatten(1, shape))
+        return VAE(nn.Flatten(), flowpost.diagonal(6, 2), decoder, Categorical(numbers))
+
+    x = torch.zeros(4, 3, 2)
+    message = "decoder: expected the likelihood's 7 numbers in front of the axes of x, (N, 7, 3, 2), got shape "
+    message += "(4, 3, 2, 7), with them behind; give outputs.movedim(-1, 1)"
+    raises(ValueError, message, lambda: model(3, 2, 7)(x))
+    for shape in ((7, 3, 2), (21, 2), (42,)):
+        model(*shape)(x)
+    model(6, 2, numbers=2).reconstruct(x)  # two maps (3, 2), one after the other
+
+
 PARTS = {
     "encoder": (
         nn.Linear(5, 3).forward,

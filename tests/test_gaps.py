@@ -23,6 +23,7 @@ from flowpost import (
     Shared,
     UnitLowerTriangular,
 )
+from flowpost.decomposition import decompose_elbo
 from flowpost.density import standard_normal_log_prob
 from flowpost.gaps import _Local, _start, inference_gaps
 from flowpost.importance import UnreliableEstimateWarning
@@ -192,3 +193,34 @@ def test_the_gaps_are_those_of_the_q_that_a_subclass_encodes() -> None:
         wanted = elbo(*vae(x, (20_000,))[:3])
     found = inference_gaps(vae, x, steps=0, samples=20_000).elbo
     torch.testing.assert_close(found.float(), wanted, rtol=0.02, atol=0.2)
+
+
+@pytest.mark.parametrize("richer", [None, full(2)])
+def test_the_gaps_of_no_example_are_none(richer: Bijector | None) -> None:
+    """It was an IndexError out of `torch.vmap`."""
+    vae = VAE(nn.Linear(9, 8), flowpost.planar(8, 2, steps=1), nn.Linear(2, 9), Bernoulli()).double()
+    found = inference_gaps(vae, torch.ones(0, 9, dtype=torch.float64), richer=richer, steps=1, samples=30)
+    assert found.approximation.shape == found.amortization.shape == (0,)
+    assert (found.richer_elbo is None) == (richer is None)
+
+
+class OneRow(nn.Module):
+    """A head whose context is the same for all."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.row = nn.Parameter(torch.linspace(-1, 1, size, dtype=torch.float64).unsqueeze(0))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.row
+
+
+@pytest.mark.filterwarnings("ignore::flowpost.importance.UnreliableEstimateWarning")
+def test_a_head_may_give_one_row_for_all() -> None:
+    flow = Chain(Affine(2), Planar(2)).double()
+    posterior = flowpost.FlowPosterior(9, flow, head=OneRow(flow.context_size))
+    vae, x = VAE(nn.Identity(), posterior, nn.Linear(2, 9).double(), Bernoulli()), torch.eye(3, 9).double()
+    found = inference_gaps(vae, x, steps=1, samples=50)
+    assert found.amortization.shape == (3,)
+    terms = decompose_elbo(vae, x, 5)
+    torch.testing.assert_close(terms.mutual_information, torch.zeros(3).double(), rtol=0, atol=1e-9)

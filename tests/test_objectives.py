@@ -752,6 +752,22 @@ def test_reweighing_under_vmap_and_grad() -> None:
     torch.testing.assert_close(found.squeeze(1), expected)
 
 
+def test_a_reweighed_gradient_is_not_differentiated() -> None:
+    """The second derivative came back by the same node and was weighed by 0 / 0: it was 1e15 in place of 10."""
+    vae, x = small_vae("planar", dim=2), torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+
+    def bound(x: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return iwae(*vae(x, (4,), "dreg")[:3]).sum()
+
+    (slope,) = torch.autograd.grad(bound(x), x, create_graph=True)
+    torch.testing.assert_close(slope, torch.autograd.grad(bound(x), x)[0])
+    with pytest.raises(RuntimeError, match=r"^double reparameterization: expected a first derivative"):
+        torch.autograd.grad(slope.sum(), x)
+    with pytest.raises(RuntimeError, match=r"^double reparameterization: expected a first derivative"):
+        torch.func.jacrev(torch.func.jacrev(bound))(x.detach())
+
+
 def test_a_term_in_the_sample_itself_is_not_reweighted() -> None:
     vae, x = small_vae("planar", dim=2), torch.randn(3, 4, dtype=torch.float64)
     found = []

@@ -19,7 +19,7 @@ from versions import adam_elsewhere
 import flowpost
 from flowpost import Bijector, FlowPosterior
 from flowpost.calibration import rank_ecdf
-from flowpost.evaluation import active_units, decompose_elbo, log_marginal
+from flowpost.evaluation import active_units, decompose_elbo, log_marginal, refine, sandwich
 from flowpost.gaps import inference_gaps
 from flowpost.objectives import elbo, elbo_terms, free_bits, gaussian_kl, iwae, latent_kl
 from flowpost.recipes import RECIPES
@@ -220,6 +220,23 @@ def test_closed_forms_of_the_kl_are_where_their_arguments_are() -> None:
     with OnMeta():
         assert gaussian_kl(loc, torch.diag_embed(scale)).is_meta
         assert latent_kl(loc, scale).is_meta
+
+
+@pytest.mark.filterwarnings("ignore::flowpost.importance.UnreliableEstimateWarning")
+def test_chains_build_nothing_on_the_default_device() -> None:
+    """Their temperatures and the prior's map from noise were built there: a NotImplementedError of torch."""
+    vae = model(float32("diagonal"), Bernoulli()).eval()
+
+    def reports() -> list[Tensor]:
+        torch.manual_seed(1)
+        bounds = sandwich(vae, 1, (PIXELS,), chains=1, temperatures=2, leapfrogs=1, samples=30)
+        q = vae.encode(torch.zeros(1, PIXELS, device="cpu"))
+        return [bounds.gap, refine(q, lambda z: -z.square().sum(-1), 2, 1, 1)]
+
+    expected = reports()
+    with torch.device("meta"):
+        found = reports()
+    assert all(map(torch.equal, found, expected))
 
 
 @adam_elsewhere

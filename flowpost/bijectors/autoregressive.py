@@ -170,7 +170,9 @@ class Autoregressive(Masked):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
         gate, key = cast(Gate, self.step), f"{prefix}step.constant_gain"
-        here = any(name.startswith(f"{prefix}net.") for name in state_dict)
-        if self.takes_older_states and gate.gain != 1 and here and key not in state_dict:
+        whole = all(f"{prefix}net.{name}" in state_dict for name, _ in self.net.named_parameters())
+        if key in state_dict:
+            gate.take_gain_back()  # of a state in parts, the first of which ended before it
+        elif self.takes_older_states and gate.gain != 1 and whole:
             gate.drop_gain()
         super()._load_from_state_dict(state_dict, prefix, *args)

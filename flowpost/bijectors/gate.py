@@ -137,6 +137,8 @@ class Gate(Numbered, Bijector):
     elementwise = True
     _number = ("gain", "constant_gain")
     gain: float
+    _dropped: float | None = None
+    """The gain before `drop_gain`."""
 
     def __init__(self, dim: int, forget_bias: float = 2.0, gain: float = 1.0) -> None:
         super().__init__(dim, 2 * check_int("dim", dim, minimum=1))
@@ -151,8 +153,14 @@ class Gate(Numbered, Bijector):
 
     def drop_gain(self) -> None:
         """Become the gate that was before gates had a gain."""
-        self.gain = 1.0
+        self.gain, self._dropped = 1.0, self.gain
         del self.constant_gain
+
+    def take_gain_back(self) -> None:
+        """Undo `drop_gain`, where there was one."""
+        if self._dropped is not None:
+            self.gain, self._dropped = self._dropped, None
+            self.register_buffer("constant_gain", self._like.new_full((), self.gain))
 
     def columns(self) -> tuple[Column | None, Column | None]:
         """The inverse's, unless a subclass may have a map of its own."""

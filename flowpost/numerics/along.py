@@ -15,6 +15,10 @@ from flowpost.numerics.watchers import full_precision
 
 Values = Callable[[Tensor], Tensor]
 Ctx = Any  # of an autograd function: torch types it without what it stores
+_PATH = (
+    "path gradient: expected first or second derivatives, under torch.func and of a Mixture first ones, got a further "
+    "one; take log_prob of a copy whose parameters need no gradient"
+)
 
 
 def along(value: Tensor, z: Tensor, values: Values, module: nn.Module) -> Tensor:
@@ -56,7 +60,12 @@ def first_along(value: Tensor, z: Tensor, slope: Tensor) -> Tensor:
     """As `along`, of a slope ``(*batch, dim)`` that is given; a second derivative raises."""
     if torch.compiler.is_compiling():  # which has first derivatives alone
         return value.detach() + ((z - z.detach()) * slope).sum(-1)
-    return _Along.apply(value.detach(), z, slope, _Last.apply)
+    return _Along.apply(value.detach(), z, slope, partial(last, _PATH))
+
+
+def last(words: str, value: Tensor, *others: Tensor) -> Tensor:
+    """A value that would follow others, and raises these words where it is differentiated."""
+    return _Last.apply(words, value, *others)
 
 
 class _Along(torch.autograd.Function):
@@ -107,7 +116,7 @@ class _Slope(torch.autograd.Function):
                 (found,) = torch.autograd.grad(
                     slope, leaf, grads[0].detach(), allow_unused=True, materialize_grads=True
                 )
-        return None, None, None, _Last.apply(found.detach(), z, *grads) if torch.is_grad_enabled() else found
+        return None, None, None, last(_PATH, found.detach(), z, *grads) if torch.is_grad_enabled() else found
 
 
 class _Last(torch.autograd.Function):
@@ -116,16 +125,13 @@ class _Last(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(value: Tensor, *others: Tensor) -> Tensor:
+    def forward(words: str, value: Tensor, *others: Tensor) -> Tensor:
         return value.clone()
 
     @staticmethod
     def setup_context(ctx: Ctx, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
+        ctx.words = inputs[0]
 
     @staticmethod
     def backward(ctx: Ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(
-            "path gradient: expected first or second derivatives, under torch.func and of a Mixture first ones, got a "
-            "further one; take log_prob of a copy whose parameters need no gradient"
-        )
+        raise RuntimeError(ctx.words)
