@@ -99,7 +99,8 @@ def protocol(report: Report) -> str:
     kept = (
         f"Changed, with the preset's in brackets: {', '.join(changes)}." if changes else "The preset's whole protocol."
     )
-    best = ", ".join(f"{run['posterior']} {run['best_epoch']} of {len(run['valid'])}" for run in report.finished)
+    epochs = (f"{run['posterior']} {run['best_epoch']} of {len(run['valid'])}" for run in report.finished)
+    best = ", ".join(dict.fromkeys(epochs))  # seeds are often alike
     return f"**{preset.name}**: {preset.source}. {kept} Best epoch: {best}. {origin(report.run.head())}"
 
 
