@@ -1,0 +1,65 @@
+"""Whoever alters a step after it was made, by an attribute, say, gets one map, the same everywhere."""
+
+import pytest
+import torch
+
+from flowpost import Autoregressive, Bijector, Gate, Masked, Spline
+
+
+def altered(step: Bijector, name: str, value: object) -> Bijector:
+    setattr(step, name, value)
+    return step
+
+
+@pytest.mark.parametrize(
+    ("found", "made"),
+    [
+        (altered(Spline(2, bins=4), "bound", 5), Spline(2, bins=4, bound=5.0)),
+        (altered(Spline(2, bins=4, bound=1.0), "bound", 3.0), Spline(2, bins=4)),
+        (altered(Gate(2), "forget_bias", -1), Gate(2, -1.0)),
+        (altered(Gate(2), "gain", 1.5), Gate(2, gain=1.5)),
+    ],
+    ids=["a wider spline", "from a narrow spline", "a gate's bias", "a gate's gain"],
+)
+def test_an_attribute_that_is_set_is_as_if_the_step_had_been_made_with_it(found: Bijector, made: Bijector) -> None:
+    z, context = 3 * torch.randn(50, 2), torch.randn(50, made.context_size)
+    torch.testing.assert_close(found(z, context), made(z, context), rtol=0, atol=0)
+    torch.testing.assert_close(found.inverse(z, context), made.inverse(z, context), rtol=0, atol=0)
+
+
+def test_a_gate_that_is_altered_within_an_autoregressive_step_is_undone_as_it_was_done() -> None:
+    step = Autoregressive(3, hidden=(5,))
+    assert isinstance(step.step, Gate)
+    step.step.forget_bias = -1.0
+    z = torch.randn(20, 3)
+    image, log_det = step(z)
+    assert log_det[0].item() == pytest.approx(-3 * torch.tensor(1.0).exp().log1p().item())
+    torch.testing.assert_close(step.inverse(image), (z, -log_det), rtol=1e-5, atol=1e-5)
+
+
+def test_a_spline_that_is_altered_within_a_masked_step_is_undone_as_it_was_done() -> None:
+    step = Masked(Spline(3), hidden=(5,)).double()
+    for parameter in step.parameters():
+        torch.nn.init.normal_(parameter)
+    assert isinstance(step.step, Spline)
+    step.step.bound = 1.0
+    z = torch.randn(20, 3, dtype=torch.float64)
+    image, log_det = step(z)
+    torch.testing.assert_close(step.inverse(image), (z, -log_det), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("step", "name", "value", "error"),
+    [
+        (Spline(2), "bound", 0.0, ValueError),
+        (Spline(2), "bound", float("nan"), ValueError),
+        (Gate(2), "forget_bias", "2", TypeError),
+    ],
+)
+def test_a_bad_value_is_refused_and_changes_nothing(
+    step: Bijector, name: str, value: object, error: type[Exception]
+) -> None:
+    before = getattr(step, name)
+    with pytest.raises(error, match=rf"{name}: expected a .*number, got"):
+        setattr(step, name, value)
+    assert getattr(step, name) == before
