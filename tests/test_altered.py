@@ -1,9 +1,10 @@
-"""Whoever alters a step after it was made, by an attribute, say, gets one map, the same everywhere."""
+"""Whoever alters a step after it was made, by an attribute, a part or a subclass, gets one map, the same everywhere."""
 
 import pytest
 import torch
+from torch import Tensor
 
-from flowpost import Autoregressive, Bijector, Gate, Masked, Spline
+from flowpost import Autoregressive, Bijector, Chain, Gate, Masked, Planar, Radial, Spline
 
 
 def altered(step: Bijector, name: str, value: object) -> Bijector:
@@ -63,3 +64,35 @@ def test_a_bad_value_is_refused_and_changes_nothing(
     with pytest.raises(error, match=rf"{name}: expected a .*number, got"):
         setattr(step, name, value)
     assert getattr(step, name) == before
+
+
+class Wide(Planar):
+    """Reads its numbers in a way of its own."""
+
+    def _numbers(self, context: Tensor | None) -> tuple[Tensor, ...]:
+        u, w, b = super()._numbers(context)
+        return 2 * u, w, b
+
+
+class Far(Radial):
+    """Reads its numbers in a way of its own."""
+
+    def _numbers(self, context: Tensor | None) -> tuple[Tensor, ...]:
+        center, alpha, beta = super()._numbers(context)
+        return 2 * center, alpha, beta
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [(Planar(3), Wide(3)), (Wide(3), Planar(3)), (Radial(3), Far(3)), (Far(3), Radial(3))],
+    ids=["Wide last", "Wide first", "Far last", "Far first"],
+)
+def test_a_step_that_reads_its_numbers_in_a_way_of_its_own_does_so_beside_others(
+    steps: tuple[Bijector, Bijector],
+) -> None:
+    chain = Chain(*steps)
+    z, context = torch.randn(20, 3), torch.randn(20, chain.context_size)
+    first, second = context.chunk(2, -1)
+    expected = steps[1](steps[0](z, first)[0], second)[0]
+    torch.testing.assert_close(chain(z, context)[0], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(chain.inverse(expected, context)[0], z, rtol=1e-3, atol=1e-3)
