@@ -1,10 +1,29 @@
 """Whoever alters a step after it was made, by an attribute, a part or a subclass, gets one map, the same everywhere."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
-from flowpost import Autoregressive, Bijector, Chain, Gate, Masked, Planar, Radial, Spline
+from flowpost import (
+    Affine,
+    Autoregressive,
+    Bijector,
+    Chain,
+    Conditioned,
+    FlowDistribution,
+    FlowPosterior,
+    Gate,
+    Masked,
+    Planar,
+    Radial,
+    Reverse,
+    Scale,
+    Spline,
+    Tanh,
+    UnitLowerTriangular,
+)
 
 
 def altered(step: Bijector, name: str, value: object) -> Bijector:
@@ -96,3 +115,37 @@ def test_a_step_that_reads_its_numbers_in_a_way_of_its_own_does_so_beside_others
     expected = steps[1](steps[0](z, first)[0], second)[0]
     torch.testing.assert_close(chain(z, context)[0], expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(chain.inverse(expected, context)[0], z, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda flow: flow, lambda flow: Conditioned(flow, 4), lambda flow: Chain(flow, Affine(2))]
+)
+def test_a_posterior_is_gaussian_while_all_its_steps_are(wrap: Callable[[Bijector], Bijector]) -> None:
+    chain = Chain(UnitLowerTriangular(2), Affine(2))
+    posterior = FlowPosterior(5, wrap(chain))
+    q = posterior.at(torch.randn(3, 5))
+    assert posterior.is_gaussian
+    assert q.entropy().isfinite().all()
+    chain.steps.append(Tanh(2))
+    assert not posterior.is_gaussian
+    for ask in (q.entropy, lambda: q.mean, lambda: q.variance):
+        with pytest.raises(NotImplementedError, match="only a Gaussian has"):
+            ask()
+    chain.steps[2] = Scale(2, 3.0)
+    assert q.is_gaussian
+    sample = q.draw((2,))
+    torch.testing.assert_close(sample.log_prob, torch.distributions.MultivariateNormal(*_moments(q)).log_prob(sample.z))
+
+
+def _moments(q: FlowDistribution) -> tuple[Tensor, None, None, Tensor]:
+    loc, scale_tril = q.gaussian()
+    return loc, None, None, scale_tril
+
+
+def test_a_step_that_reads_more_than_the_one_it_replaces_is_refused() -> None:
+    chain, fixed = Chain(Affine(2), Planar(2)), Chain(Scale(2, 2.0), Reverse(2))
+    chain.steps[0], fixed.steps[0] = Spline(2, bins=2), Affine(2)
+    with pytest.raises(ValueError, match="steps: expected ones that read 9 .*, got 15; make a new chain"):
+        chain(torch.zeros(2), torch.zeros(9))
+    with pytest.raises(ValueError, match="steps: expected ones that read 0 .*, got 4"):
+        fixed.inverse(torch.zeros(2))
