@@ -1,6 +1,6 @@
 """Whoever alters a step after it was made, by an attribute, a part or a subclass, gets one map, the same everywhere."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -12,10 +12,12 @@ from flowpost import (
     Bijector,
     Chain,
     Conditioned,
+    Coupling,
     FlowDistribution,
     FlowPosterior,
     Gate,
     Masked,
+    Permute,
     Planar,
     Radial,
     Reverse,
@@ -149,3 +151,18 @@ def test_a_step_that_reads_more_than_the_one_it_replaces_is_refused() -> None:
         chain(torch.zeros(2), torch.zeros(9))
     with pytest.raises(ValueError, match="steps: expected ones that read 0 .*, got 4"):
         fixed.inverse(torch.zeros(2))
+
+
+@pytest.mark.parametrize("order", [[2, 1, 0], (2, 1, 0), torch.tensor([2, 1, 0])])
+def test_another_order_may_be_set(order: Sequence[int] | Tensor) -> None:
+    step = Permute([1, 2, 0])
+    step.order = order
+    assert step(torch.tensor([1.0, 2.0, 3.0]))[0].tolist() == [3.0, 2.0, 1.0]
+    assert step.state_dict()["order"].tolist() == [2, 1, 0]
+
+
+@pytest.mark.parametrize(("order", "to"), [(None, [1, 0]), ([0, 1], None)])
+def test_where_there_is_no_order_none_is_set(order: list[int] | None, to: list[int] | None) -> None:
+    step = Coupling(2, Affine(1), order=order)
+    with pytest.raises(ValueError, match="order: expected one in the place of another"):
+        step.order = to  # pyright: ignore[reportAttributeAccessIssue]
