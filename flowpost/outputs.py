@@ -140,6 +140,8 @@ def _misnamed(out: object) -> str:
     varies = any(word in second for word in (("var", "cov", "2", "sq") if deviates else ("var", "cov")))
     if any(word in first for word in ("var", "std", "scale", "sigma")):
         return "(out[1], out[0])"
+    if "prec" in second:
+        return "(out[0], -out[1])" if "log" in second else "(out[0], -out[1].log())"
     if "log" in second:
         return "(out[0], 2 * out[1])" if deviates and not varies else ""
     return "(out[0], out[1].log())" if varies else "torch.distributions.Normal(*out)" if deviates else ""

@@ -217,6 +217,8 @@ def test_what_is_hardly_meant_warns_and_both_cures_silence_it() -> None:
         ("loc log_scale", STD.log(), "(out[0], 2 * out[1])"),
         ("mu variance", STD.square(), "(out[0], out[1].log())"),
         ("mu sigma_sq", STD.square(), "(out[0], out[1].log())"),
+        ("mu log_prec", -LOG_VAR, "(out[0], -out[1])"),
+        ("loc precision", 1 / STD.square(), "(out[0], -out[1].log())"),
         ("logvar mu", LOC, "(out[1], out[0])"),
         ("mu logvar", LOG_VAR, ""),
         ("loc log_sigma2", LOG_VAR, ""),
