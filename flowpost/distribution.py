@@ -127,7 +127,7 @@ class FlowDistribution(Distribution):
     @property
     def is_gaussian(self) -> bool:
         """Whether q is Gaussian for every context."""
-        return self._is_of_flow and self.flow.triangular
+        return self._is_of_flow and self.flow._is_triangular()
 
     @property
     def _is_of_flow(self) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
 from flowpost.checks import active
+from flowpost.numerics.arguments import FLOATS
 
 Read = Callable[[Any], object]
 """From what an encoder returns to features, to a pair or to a Gaussian."""
@@ -57,15 +58,20 @@ def as_features(out: object) -> Tensor | tuple[Tensor, Tensor] | None:
 
 def _of_gaussian(out: Distribution) -> tuple[Tensor, Tensor]:
     """The pair of a diagonal Gaussian, whose scale leaves no doubt."""
+    # In half precision a logarithm of -8 is off by up to 0.03.
     if isinstance(out, MultivariateNormal):
-        return out.loc, out.variance.log()
+        return out.loc, _wide(out.variance).log()
     inner = out.base_dist if isinstance(out, Independent) else out
     if isinstance(inner, Normal):
-        return inner.loc, 2 * inner.scale.log()
+        return inner.loc, 2 * _wide(inner.scale).log()
     raise TypeError(
         f"encoder: expected a tensor, the pair (loc, log_var) or a diagonal Gaussian, got {kind(out)}; pass wrap "
         f"read= a function from it to one of these"
     )
+
+
+def _wide(scale: Tensor) -> Tensor:
+    return scale if scale.dtype in FLOATS else scale.float()
 
 
 def joined(pair: tuple[Tensor, Tensor], dim: int) -> Tensor:
@@ -134,6 +140,8 @@ def _misnamed(out: object) -> str:
     varies = any(word in second for word in (("var", "cov", "2", "sq") if deviates else ("var", "cov")))
     if any(word in first for word in ("var", "std", "scale", "sigma")):
         return "(out[1], out[0])"
+    if "prec" in second:
+        return "(out[0], -out[1])" if "log" in second else "(out[0], -out[1].log())"
     if "log" in second:
         return "(out[0], 2 * out[1])" if deviates and not varies else ""
     return "(out[0], out[1].log())" if varies else "torch.distributions.Normal(*out)" if deviates else ""

@@ -82,7 +82,7 @@ class FlowPosterior(nn.Module):
 
         Of a subclass with an `at` of its own, nobody knows, unless it says so.
         """
-        return self.flow.triangular and type(self).at is FlowPosterior.at
+        return self.flow._is_triangular() and type(self).at is FlowPosterior.at
 
     def forward(
         self, h: Tensor | None = None, sample_shape: tuple[int, ...] = (), noise: Tensor | None = None

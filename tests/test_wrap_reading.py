@@ -69,6 +69,14 @@ def test_it_starts_at_the_encoder_s_own_gaussian(name: str, flow: str) -> None:
     torch.testing.assert_close(log_prob, Normal(LOC, scale).log_prob(z).sum(-1), rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_scale_of_half_precision_keeps_its_digits(dtype: torch.dtype) -> None:
+    scale = torch.linspace(0.02, 0.1, 12, dtype=dtype).view(4, 3)
+    for out in (Normal(LOC.to(dtype), scale), Independent(Normal(LOC.to(dtype), scale), 1)):
+        q = wrap(Returns(out), 3, example=X, flow="diagonal").at(X)
+        torch.testing.assert_close(q.stddev, scale.float(), rtol=1e-5, atol=0)
+
+
 def test_a_named_read_pickles_and_copies() -> None:
     posterior = wrap(Returns(Moments(LOC, LOG_VAR)), 3, example=X, read=moments, flow="planar")
     noise = torch.randn(4, 3)
@@ -209,6 +217,8 @@ def test_what_is_hardly_meant_warns_and_both_cures_silence_it() -> None:
         ("loc log_scale", STD.log(), "(out[0], 2 * out[1])"),
         ("mu variance", STD.square(), "(out[0], out[1].log())"),
         ("mu sigma_sq", STD.square(), "(out[0], out[1].log())"),
+        ("mu log_prec", -LOG_VAR, "(out[0], -out[1])"),
+        ("loc precision", 1 / STD.square(), "(out[0], -out[1].log())"),
         ("logvar mu", LOC, "(out[1], out[0])"),
         ("mu logvar", LOG_VAR, ""),
         ("loc log_sigma2", LOG_VAR, ""),

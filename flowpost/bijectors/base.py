@@ -185,6 +185,10 @@ class Bijector(Placed, Interchange, ABC):
         if not steps:
             yield self
 
+    def _is_triangular(self) -> bool:
+        """Whether it is ``triangular`` as it stands: one of the steps within may have been replaced since."""
+        return self.triangular
+
     def columns(self) -> tuple[Column | None, Column | None]:
         """Closed forms of an ``elementwise`` map and of its inverse for one variable, where there are such."""
         return None, None

@@ -37,6 +37,9 @@ class _Steps(Bijector):
     def __iter__(self) -> Iterator[Bijector]:
         return iter(cast("Iterator[Bijector]", self.steps))
 
+    def _is_triangular(self) -> bool:
+        return self.triangular and all(step._is_triangular() for step in self)
+
     @abstractmethod
     def _runs(self, context: Tensor | None) -> list[Run]:
         """The steps in runs, with what each reads."""
@@ -135,9 +138,15 @@ class Chain(_Steps):
         return list(zip(self, self._split(context, [[step] for step in self]), strict=True))
 
     def _split(self, context: Tensor | None, groups: Sequence[Sequence[Bijector]]) -> list[Tensor | None]:
+        sizes = [sum(step.context_size for step in steps) for steps in groups]
+        given = 0 if context is None else context.shape[-self.event_ndim]
+        if given != sum(sizes):  # one was replaced
+            raise ValueError(
+                f"steps: expected ones that read {given} numbers in all, as when the chain was made, got {sum(sizes)}; "
+                f"make a new chain of these steps, and a head for it"
+            )
         if context is None:
             return [None] * len(groups)
-        sizes = [sum(step.context_size for step in steps) for steps in groups]
         parts = context.split(sizes, dim=-self.event_ndim)
         return [part if size else None for part, size in zip(parts, sizes, strict=True)]
 

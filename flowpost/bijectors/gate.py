@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -142,14 +142,19 @@ class Gate(Numbered, Bijector):
 
     def __init__(self, dim: int, forget_bias: float = 2.0, gain: float = 1.0) -> None:
         super().__init__(dim, 2 * check_int("dim", dim, minimum=1))
-        if not isinstance(forget_bias, Real):
-            raise TypeError(f"forget_bias: expected a number, got {type(forget_bias).__name__}")
-        self.forget_bias = float(forget_bias)
+        self.forget_bias = forget_bias
         self._set_number(gain)
-        rows = torch.tensor(
-            [[1 / SPREAD, 1 / REACH], [SPREAD, REACH], [self.forget_bias, 0.0]], dtype=torch.float64, device="cpu"
-        )
-        self._inner, self._outer, self._offset = map(Constant, rows.repeat_interleave(dim, -1))
+
+    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
+        """Another `forget_bias` takes the constants along that are made of it: not all that is computed reads them."""
+        if name == "forget_bias":
+            if not isinstance(value, Real):
+                raise TypeError(f"forget_bias: expected a number, got {type(value).__name__}")
+            value = float(value)
+            rows = [[1 / SPREAD, 1 / REACH], [SPREAD, REACH], [value, 0.0]]
+            constants = torch.tensor(rows, dtype=torch.float64, device="cpu").repeat_interleave(self.dim, -1)
+            self._inner, self._outer, self._offset = map(Constant, constants)
+        super().__setattr__(name, value)
 
     def drop_gain(self) -> None:
         """Become the gate that was before gates had a gain."""

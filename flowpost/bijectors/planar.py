@@ -174,7 +174,8 @@ class Planar(Bijector):
         return planar(z, *self._numbers(context))
 
     def _fuses(self, *, shared: bool) -> Hashable | None:
-        ours = type(self)._forward is Planar._forward and type(self)._inverse is Planar._inverse
+        own = type(self)
+        ours = own._forward is Planar._forward and own._inverse is Planar._inverse and own._numbers is Planar._numbers
         return Planar if ours and not shared else None
 
     def _forward_run(self, steps: Sequence[Bijector], z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -177,8 +177,9 @@ class Radial(Bijector):
         return radial_inverse(z, *self._numbers(context))
 
     def _fuses(self, *, shared: bool) -> Hashable | None:
-        own = type(self)._forward is Radial._forward and type(self)._inverse is Radial._inverse
-        return Radial if own and not shared else None
+        own = type(self)
+        ours = own._forward is Radial._forward and own._inverse is Radial._inverse and own._numbers is Radial._numbers
+        return Radial if ours and not shared else None
 
     def _forward_run(self, steps: Sequence[Bijector], z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return radial_chain(z, *self._numbers(cast(Tensor, context).unflatten(-1, (len(steps), self.context_size))))

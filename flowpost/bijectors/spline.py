@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -210,12 +210,18 @@ class Spline(Bijector):
         if check_int("bins", bins, minimum=2) > _MOST:
             raise ValueError(f"bins: expected an int from 2 to {_MOST}, got {bins}")
         super().__init__(dim, (3 * bins - 1) * check_int("dim", dim, minimum=1))
-        if not 0 < bound < math.inf:
-            raise ValueError(f"bound: expected a positive finite number, got {bound}")
-        self.bins, self.bound = bins, float(bound)
-        self._frame, self._units, self._sides = (
-            Constant(part, wide=True) for part in knot_frame(bins, self.bound, SLOPE, STEEP)
-        )
+        self.bins, self.bound = bins, bound
+
+    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
+        """Another `bound` takes the knots along, which lie between its ends."""
+        if name == "bound":
+            if not 0 < value < math.inf:
+                raise ValueError(f"bound: expected a positive finite number, got {value}")
+            value = float(value)
+            self._frame, self._units, self._sides = (
+                Constant(part, wide=True) for part in knot_frame(self.bins, value, SLOPE, STEEP)
+            )
+        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         """Sizes and bound, for the module's repr."""

@@ -42,6 +42,9 @@ class _Wrapper(Bijector):
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         return apply_inverse(self.step, z, self._read(context), preimage)
 
+    def _is_triangular(self) -> bool:
+        return self.triangular and self.step._is_triangular()
+
     def causal_order(self) -> Tensor | None:
         """The step's."""
         return self.step.causal_order()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -135,8 +135,11 @@ class Ordered(Placed):
         return None if self._order is None else torch.tensor(self._order.order, device=self._like.device)
 
     @order.setter
-    def order(self, order: Tensor) -> None:  # `torch.func.functional_call` sets whatever a state dict names
-        self._set_order(check_order(order.tolist(), len(cast(Order, self._order).order)))
+    def order(self, order: Tensor | Sequence[int]) -> None:  # `functional_call` sets whatever a state dict names
+        if self._order is None or order is None:
+            raise ValueError("order: expected one in the place of another, for weights lie in it; make a step with it")
+        given = order.tolist() if isinstance(order, Tensor) else order
+        self._set_order(check_order(given, len(self._order.order)))
 
     @property
     def back(self) -> Tensor | None:
