@@ -157,8 +157,8 @@ def _unaltered(posterior: nn.Module, record: Mapping) -> bool:
 def _alike(part: nn.Module, built: nn.Module) -> bool:
     ours, theirs = vars(part), vars(built)
     changed = [name for name, value in theirs.items() if isinstance(value, _SETTINGS) and ours.get(name) != value]
-    shadowed = [name for name in ours.keys() - theirs.keys() if hasattr(type(part), name)]
-    return type(part) is type(built) and {*changed, *shadowed} <= {"training", "_compiled_call_impl"}
+    shadowed = [name for name in ours.keys() - theirs.keys() if callable(getattr(type(part), name, None))]
+    return type(part) is type(built) and {*changed, *shadowed} <= {"training"}
 
 
 def _rebuild(header: Header) -> FlowPosterior:
