@@ -51,7 +51,13 @@ class WrappedPosterior(Encoding):
     def __init__(self, encoder: nn.Module, posterior: FlowPosterior, *, pair: bool, read: Read | None = None) -> None:
         super().__init__(encoder)
         self.posterior, self.reading = posterior, Reading(read, pair, posterior.dim)
-        self._taken = tuple(name for name in ("sample_shape", "noise") if name in _arguments(encoder))
+
+    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
+        """Another encoder may have other arguments of the posterior's names."""
+        super().__setattr__(name, value)
+        if name == "encoder":
+            arguments = _arguments(value)
+            self._taken = tuple(each for each in ("sample_shape", "noise") if each in arguments)
 
     @property
     def dim(self) -> int:
@@ -122,6 +128,7 @@ class WrappedPosterior(Encoding):
 
 def _arguments(encoder: nn.Module) -> list[str]:
     """The names of what its ``forward`` takes; none where that cannot be told, as of a scripted module."""
+    encoder = getattr(encoder, "_orig_mod", encoder)  # of a compiled one, which says that it takes anything
     try:
         return list(inspect.signature(encoder.forward).parameters)
     except ValueError:

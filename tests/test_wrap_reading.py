@@ -285,6 +285,17 @@ def test_an_encoder_s_own_noise_is_not_swallowed() -> None:
     assert torch.equal(z, posterior.posterior(X + 2, noise=noise).z)
 
 
+@pytest.mark.parametrize("change", [lambda encoder: encoder, partial(torch.compile, backend="eager")])
+def test_nor_is_that_of_an_encoder_put_in_its_place(change: Callable[[nn.Module], nn.Module]) -> None:
+    posterior = wrap(nn.Identity(), 3, features=6, flow="diagonal")
+    assert posterior(X, noise=torch.zeros(4, 3)).z.shape == (4, 3)
+    posterior.encoder = change(Noisy())
+    with pytest.raises(TypeError, match="noise: the encoder has an argument of this name"):
+        posterior(X, noise=torch.zeros(4, 3))
+    posterior.encoder = nn.Identity()
+    assert posterior(X, noise=torch.zeros(4, 3)).z.shape == (4, 3)
+
+
 def test_a_scripted_encoder_is_a_module_too() -> None:
     inner = nn.Linear(6, 7)
     posterior, noise = wrap(torch.jit.trace(inner, X), 3, example=X, flow="diagonal"), torch.randn(4, 3)  # pyright: ignore
