@@ -145,6 +145,9 @@ def test_figures_survive_json() -> None:
     assert math.isnan(back.history[0][1])
     assert back.as_json() == one.as_json()
     assert (back.posterior, back.contender, back.seed, back.kl, back.w1_where) == ("dogs", "iaf", 2, 0.25, "beta[1]")
+    near = Fit("dogs", "iaf", 2, 100, kl=0.0, k_hat=-math.inf)
+    assert Fit.from_json(json.loads(json.dumps(near.as_json(), allow_nan=False))).k_hat == -math.inf
+    assert math.isnan(Fit.from_json(Fit("dogs", "iaf", 2, 100, error="diverged").as_json()).k_hat)
 
 
 def test_large_posteriors_have_three_times_the_budget() -> None:

@@ -134,6 +134,8 @@ class Fit:
         given: dict[str, Any] = {
             name: math.nan if value is None else value for name, value in content.items() if name in known
         }
+        if content["k_hat"] is None and content["kl"] is not None:
+            given["k_hat"] = -math.inf  # of a q so near to p that no weight counts; JSON has no infinity
         history = tuple((count, math.nan if kl is None else kl) for count, kl in content["history"])
         return cls(**given, history=history)
 

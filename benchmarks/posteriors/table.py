@@ -167,10 +167,11 @@ def details(fits: Sequence[Fit]) -> Table:
 
 
 _DETAILS = (
-    "The worst k-hat, W1 and errors of all seeds; se: standard error of the ELBO; W1: 1-Wasserstein distance of the "
-    "marginals to the reference draws, mean and largest, in posterior standard deviations (1,000 exact draws are "
-    "themselves 0.03 away); mean: the largest error of a mean, in posterior standard deviations; sd: the ratio of "
-    "standard deviations that is farthest from 1; gradients: evaluations of the log joint's gradient"
+    "The worst k-hat, W1 and errors of all seeds; k-hat -inf: q is so near to p that no draw weighs much; se: standard "
+    "error of the ELBO; W1: 1-Wasserstein distance of the marginals to the reference draws, mean and largest, in "
+    "posterior standard deviations (1,000 exact draws are themselves 0.03 away); mean: the largest error of a mean, in "
+    "posterior standard deviations; sd: the ratio of standard deviations that is farthest from 1; gradients: "
+    "evaluations of the log joint's gradient"
 )
 
 
