@@ -164,5 +164,7 @@ def test_another_order_may_be_set(order: Sequence[int] | Tensor) -> None:
 @pytest.mark.parametrize(("order", "to"), [(None, [1, 0]), ([0, 1], None)])
 def test_where_there_is_no_order_none_is_set(order: list[int] | None, to: list[int] | None) -> None:
     step = Coupling(2, Affine(1), order=order)
-    with pytest.raises(ValueError, match="order: expected one in the place of another"):
+    with pytest.raises(
+        ValueError, match="order: expected an order in the place of the one that the step was made with"
+    ):
         step.order = to  # pyright: ignore[reportAttributeAccessIssue]

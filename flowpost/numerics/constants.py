@@ -137,7 +137,11 @@ class Ordered(Placed):
     @order.setter
     def order(self, order: Tensor | Sequence[int]) -> None:  # `functional_call` sets whatever a state dict names
         if self._order is None or order is None:
-            raise ValueError("order: expected one in the place of another, for weights lie in it; make a step with it")
+            had = "none" if self._order is None else "one"
+            raise ValueError(
+                f"order: expected an order in the place of the one that the step was made with, got {order} where it "
+                f"was made with {had}; make a new step with order="
+            )
         given = order.tolist() if isinstance(order, Tensor) else order
         self._set_order(check_order(given, len(self._order.order)))
 
