@@ -149,7 +149,7 @@ def _recipes(module: nn.Module) -> dict[str, dict]:
 def _unaltered(posterior: nn.Module, record: Mapping) -> bool:
     """Whether a posterior's modules still are what its recipe builds, but for their tensors, mode and notes on them."""
     with torch.device("meta"), DrawsApart():
-        built = dict(RECIPES[record["name"]](**record["arguments"]).named_modules())
+        built = dict(RECIPES[record["name"]](**arguments(record)).named_modules())
     parts = dict(posterior.named_modules())
     return parts.keys() == built.keys() and all(_alike(parts[path], part) for path, part in built.items())
 
