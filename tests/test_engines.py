@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowpost import Affine, Autoregressive, Bijector, Masked
-from flowpost.masked import engine
+from flowpost.masked import engine, staircase
 from flowpost.masked.network import MADE
 from flowpost.masked.staircase import Staircase
 
@@ -110,8 +110,9 @@ def test_on_tensors_as_on_numpy_and_without_a_host_read(sizes: tuple, direction:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_blocks_are_cut_and_their_zeros_never_read() -> None:
+def test_blocks_are_cut_and_their_zeros_never_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that no unit reads may be nan: the forward and both gradients are those of a masked product."""
+    monkeypatch.setattr(staircase, "_GRAIN", 2**14)
     rising = [unit * 40 // 800 for unit in range(800)]
     for inputs in (rising, rising[::-1]):
         stairs = Staircase(inputs, rising, groups=2)

@@ -35,8 +35,9 @@ def check_elementwise(activation: Activation) -> None:
         raise ValueError(f"activation: expected an element-wise function, got {name}, which mixes the units")
 
 
-_relu_backward = torch.ops.aten.threshold_backward.default
-_elu_backward = torch.ops.aten.elu_backward.default
+_relu_backward, _elu_backward, _tanh_backward = (
+    getattr(torch.ops.aten, name) for name in ("threshold_backward", "elu_backward", "tanh_backward")
+)
 _OF_ITSELF = True  # the derivative from the value and not from its argument
 
 
@@ -48,10 +49,22 @@ class Known(NamedTuple):
     """In place."""
     gradient: Callable[[Tensor, Tensor], Tensor]
     """From the gradient at the value, and the value, to the gradient at the input."""
+    gradient_: Callable[[Tensor, Tensor], Tensor]
+    """The same, written over the first."""
 
 
-_RELU = Known("relu", torch.relu_, lambda grad, value: _relu_backward(grad, value, 0))
-_ELU = Known("elu", partial(F.elu, inplace=True), lambda grad, value: _elu_backward(grad, 1, 1, 1, _OF_ITSELF, value))
-_TANH = Known("tanh", torch.tanh_, torch.ops.aten.tanh_backward.default)
+_RELU = Known(
+    "relu",
+    torch.relu_,
+    lambda grad, value: _relu_backward(grad, value, 0),
+    lambda grad, value: _relu_backward(grad, value, 0, grad_input=grad),
+)
+_ELU = Known(
+    "elu",
+    partial(F.elu, inplace=True),
+    lambda grad, value: _elu_backward(grad, 1, 1, 1, _OF_ITSELF, value),
+    lambda grad, value: _elu_backward(grad, 1, 1, 1, _OF_ITSELF, value, grad_input=grad),
+)
+_TANH = Known("tanh", torch.tanh_, _tanh_backward, lambda grad, value: _tanh_backward(grad, value, grad_input=grad))
 KNOWN: dict[Activation, Known] = {F.relu: _RELU, torch.relu: _RELU, F.elu: _ELU, torch.tanh: _TANH}
 NAMED = {known.name: known for known in KNOWN.values()}

@@ -53,6 +53,8 @@ _apart = unless_compiled(lambda *inputs: inputs, _viewed)
 # A compiler, that of torch 2.11, loses the gradient of an output that some operation before gave already, as that of a
 # cast to its own dtype is.
 _own = unless_compiled(lambda log_det: log_det, Tensor.clone)
+# So that an engine can free on its way back what it no longer needs.
+_let_go = unless_compiled(lambda ctx: ctx.maybe_clear_saved_tensors(), lambda ctx: None)
 
 
 class _Pass(torch.autograd.Function):
@@ -79,6 +81,8 @@ class _Pass(torch.autograd.Function):
         parameters, tape = rest[: len(needs) - 2], rest[len(needs) - 2 :]
         if engine.replays(*grads):
             return None, None, *_replay(partial(plain.forward, run), (z, context, *parameters), needs, grads)
+        _let_go(ctx)
+        del rest
         return None, None, *engine.engine_on(z).gradients(Saved(run, tape, context, parameters, needs), *grads)
 
 
@@ -111,6 +115,8 @@ class _Solve(torch.autograd.Function):
                 return plain.inverse(run, z, context, preimage, parameters)
 
             return None, None, None, *_replay(inverse, (z, context, *parameters), needs, grads)
+        _let_go(ctx)
+        del rest
         saved = Saved(run, tape, context, parameters, needs)
         return None, None, None, *engine.engine_on(z).solve_gradients(saved, *grads)
 

@@ -85,8 +85,8 @@ class Saved(NamedTuple):
     """What a node has kept for its way back."""
 
     run: Run
-    tape: Sequence[Tensor]
-    """The tensors that an engine's pass or solve gave for it, in an order of the engine's own."""
+    tape: list[Tensor]
+    """The tensors that an engine's pass or solve gave for it, in an order of the engine's own, for it to take out."""
     context: Tensor | None
     parameters: Sequence[Tensor]
     needs: Sequence[bool]

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from flowpost.numerics.constants import Constant
-from flowpost.numerics.products import full_size, product
+from flowpost.numerics.multiplying import HELPS, add_product, affine, pays, product, write_product
+from flowpost.numerics.products import full_size
 from flowpost.numerics.watchers import unless_compiled
 
 _ALIGN = 32  # matrix products of odd width run at half the speed
-_GRAIN = 2**14  # weights whose product, at a batch of some hundred, costs what the calls for one more block do
+# Weights whose product, at a batch of some hundred, costs what the calls for one more block do.
+_GRAIN = 2**17 if HELPS else 2**14
 _APART = 256  # columns from which a product of their own costs less than masking them
 
 Run = tuple[int, int]
@@ -85,14 +87,14 @@ class Staircase:
         """Add ``x W^T`` to y ``(N, out)`` for x ``(N, in)``."""
         masks = self.edges(weight)
         if len(masks) == 1:
-            y.addmm_(x, (weight * masks[0]).t())
+            add_product(y, x, (weight * masks[0]).t())
         else:
             (_add_product if len(masks) == 2 else _add_many)(y, x, weight, masks, self._runs)
 
     def affine(self, bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """The layer, ``b + x W^T``, for x ``(N, in)``."""
         if len(self.blocks) == 1:
-            return torch.addmm(bias, x, (weight * self._edges[0].on(weight)).t())
+            return affine(bias, x, (weight * self._edges[0].on(weight)).t())
         y = bias.expand(len(x), -1).clone()
         self.add_product(y, x, weight)
         return y
@@ -108,7 +110,7 @@ class Staircase:
         """The product ``grad^T x``, zero where the weight is not read."""
         masks = self.edges(x)
         if len(masks) == 1:
-            return masks[0] * product(grad.t(), x)
+            return product(grad.t(), x).mul_(masks[0])
         return (_weight_gradient if len(masks) == 2 else _weight_many)(grad, x, masks, self._runs)
 
 
@@ -120,33 +122,37 @@ def _blocks(runs: Sequence[int]) -> list[Block]:
 def _add_product(y: Tensor, x: Tensor, weight: Tensor, masks: Sequence[Tensor], runs: Sequence[int]) -> None:
     for (rows, stair, full, _), mask in zip(_blocks(runs), masks, strict=True):
         part, weights = y.narrow(1, *rows), weight.narrow(0, *rows)
-        part.addmm_(x.narrow(1, *stair), (weights.narrow(1, *stair) * mask).t())
+        add_product(part, x.narrow(1, *stair), (weights.narrow(1, *stair) * mask).t())
         if full[1]:
-            part.addmm_(x.narrow(1, *full), weights.narrow(1, *full).t())
+            add_product(part, x.narrow(1, *full), weights.narrow(1, *full).t())
 
 
 def _input_gradient(grad: Tensor, weight: Tensor, masks: Sequence[Tensor], runs: Sequence[int]) -> Tensor:
     result = grad.new_empty(len(grad), weight.shape[1])
-    beta = 0  # the last block, which reads most, writes; the others add
+    put = write_product  # of the last block, which reads most; those of the others are added
     for (rows, stair, full, rest), mask in zip(_blocks(runs)[::-1], masks[::-1], strict=True):
         part, weights = grad.narrow(1, *rows), weight.narrow(0, *rows)
-        result.narrow(1, *stair).addmm_(part, weights.narrow(1, *stair) * mask, beta=beta)
+        put(result.narrow(1, *stair), part, weights.narrow(1, *stair) * mask)
         if full[1]:
-            result.narrow(1, *full).addmm_(part, weights.narrow(1, *full), beta=beta)
-        if rest[1] and not beta:
+            put(result.narrow(1, *full), part, weights.narrow(1, *full))
+        if rest[1] and put is write_product:
             result.narrow(1, *rest).zero_()
-        beta = 1
+        put = add_product
     return result
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, masks: Sequence[Tensor], runs: Sequence[int]) -> Tensor:
     grad = grad.t()
-    result = grad.new_empty(len(grad), x.shape[1])
+    whole = pays(grad, x)  # its result is written once, and parts of one would be copied
+    result = product(grad, x) if whole else grad.new_empty(len(grad), x.shape[1])
     for (rows, stair, full, rest), mask in zip(_blocks(runs), masks, strict=True):
         weights, grads = result.narrow(0, *rows), grad.narrow(0, *rows)
-        weights.narrow(1, *stair).addmm_(grads, x.narrow(1, *stair), beta=0).mul_(mask)
-        if full[1]:
-            weights.narrow(1, *full).addmm_(grads, x.narrow(1, *full), beta=0)
+        edge = weights.narrow(1, *stair)
+        if not whole:
+            write_product(edge, grads, x.narrow(1, *stair))
+            if full[1]:
+                write_product(weights.narrow(1, *full), grads, x.narrow(1, *full))
+        edge.mul_(mask)
         if rest[1]:
             weights.narrow(1, *rest).zero_()
     return result

@@ -10,8 +10,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-_FEW = 16
-
 
 def wide_dtype(value: Tensor) -> torch.dtype:
     """The dtype in which log-densities of `value` are summed: float64, or float32 on a device that has no float64."""
@@ -51,11 +49,6 @@ def summed(log_dets: Sequence[Tensor]) -> Tensor:
 def by_rows(matrix: Tensor, columns: Tensor) -> Tensor:
     """``matrix @ columns``, as rows: many matrices with a column each are several times slower in torch's libraries."""
     return (columns.mT @ matrix.mT).mT
-
-
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """The matrix ``left @ right``; few columns come as rows, which a CPU's libraries do several times faster."""
-    return (right.t() @ left.t()).t() if 1 < right.shape[1] < _FEW else left @ right
 
 
 def by_columns(multiply: Callable[[Tensor, Tensor], Tensor], matrix: Tensor, z: Tensor) -> Tensor:

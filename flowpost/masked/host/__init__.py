@@ -18,9 +18,11 @@ from flowpost.masked.layouts import by_output, by_variable, ranked, to_columns, 
 from flowpost.masked.network import MADE
 from flowpost.masked.recorded import Recorded
 from flowpost.masked.run import Link, Parameters, Run, Saved, by_step, grouped, sum_to
+from flowpost.numerics.multiplying import affine, product
 from flowpost.numerics.products import plus
 from flowpost.numerics.watchers import on_host
 
+_Back = tuple[Link, Parameters, Parameters, Recorded, Sequence[Tensor]]
 _LARGE = 64.0  # the rounding of sums below it was at most 0.6 of it, in units of eps; B3 allows 8 (dim + 16) of them
 
 
@@ -40,7 +42,7 @@ def values(
 def gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Tensor | None]:
     """The gradients at z, at the context and at the parameters."""
     of_context, of_parameters = None, []
-    for link, group, need, step, hidden in reversed(_links(saved)):
+    for link, group, need, step, hidden in _taken(_links(saved)[::-1]):
         grad, of_numbers = recorded.pull(link.step, step, grad, grad_log_det)
         sums = _sums(link.net, of_numbers.reshape(-1, link.net.outputs * link.net.dim), hidden, group)
         first, of_context, found = _of_network(saved, link.net, step.point, hidden, sums, group, need, of_context)
@@ -78,7 +80,7 @@ def solve_gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Te
     the log-det adds) dc_i/dx_j``, and the gradient at y is ``v df/dy``: one transposed sweep.
     """
     of_context, of_parameters = None, []
-    for link, group, need, step, hidden in _links(saved):
+    for link, group, need, step, hidden in _taken(_links(saved)):
         net, order = link.net, link.order
         of_map, of_log_det = recorded.pull_inverse(link.step, step, grad_log_det)
         fixed, moved = (
@@ -87,7 +89,7 @@ def solve_gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Te
             .contiguous()
             for each in (of_log_det[1], of_map[1])
         )
-        gradient = KNOWN[net.activation].gradient
+        gradient = KNOWN[net.activation].gradient_
         slopes = [gradient(torch.ones_like(value), value).t().contiguous() for value in hidden]
         weights = ranked(net, group, order).weights
         v, *layers, last = transposed.pull(to_columns(grad, order), fixed, moved, list(weights), slopes, _sizes(net))
@@ -102,14 +104,22 @@ def _like_context(grad: Tensor | None, saved: Saved) -> Tensor | None:
     return None if grad is None else grad.view(cast(Tensor, saved.context).shape)
 
 
-def _links(saved: Saved) -> list[tuple[Link, Parameters, Parameters, Recorded, Sequence[Tensor]]]:
+def _links(saved: Saved) -> list[_Back]:
     """Each link with its parameters, which of them need a gradient, its recorded step and its hidden values."""
     found, first, count = [], 0, len(Recorded._fields)
     for link, group, need in saved.links():
         middle, last = first + count, first + count + len(group.weights) - 1
         found.append((link, group, need, Recorded(*saved.tape[first:middle]), saved.tape[middle:last]))
         first = last
+    saved.tape.clear()
     return found
+
+
+def _taken(links: list[_Back]) -> Iterator[_Back]:
+    """One by one, so that what is kept of a link is freed once the next one is asked for."""
+    links.reverse()
+    while links:
+        yield links.pop()
 
 
 def _evaluate(net: MADE, z: Tensor, context: Tensor | None, group: Parameters) -> list[Tensor]:
@@ -139,7 +149,7 @@ def _start(z: Tensor, context: Tensor | None, group: Parameters) -> Tensor:
     bias, batch = group.biases[0], z.shape[:-1]
     if context is None:
         return bias.expand(batch.numel(), -1).clone()
-    y = torch.addmm(bias, context.reshape(-1, context.shape[-1]), group.projection[0].t())
+    y = affine(bias, context.reshape(-1, context.shape[-1]), group.projection[0].t())
     if context.shape[:-1] == batch:
         return y
     y = y.view(*context.shape[:-1], len(bias)).expand(*batch, -1)
@@ -157,7 +167,7 @@ def _sums(net: MADE, grad: Tensor, hidden: Sequence[Tensor], group: Parameters) 
     """The gradients ``(N, width)`` at the layers' sums, from that at the outputs to that of the first layer."""
     yield grad
     for layer, weight, value in zip(net.stack[:0:-1], group.weights[:0:-1], hidden[::-1], strict=True):
-        grad = KNOWN[net.activation].gradient(layer.staircase.input_gradient(grad, weight), value)
+        grad = KNOWN[net.activation].gradient_(layer.staircase.input_gradient(grad, weight), value)
         yield grad
 
 
@@ -186,7 +196,7 @@ def _of_network(
     if context is None:
         return at_sums, None, found
     per_context = sum_to(at_sums, point.shape[:-1], context.shape[:-1])
-    found.append(per_context.t() @ context.reshape(-1, context.shape[-1]) if need.projection[0] else None)
+    found.append(product(per_context.t(), context.reshape(-1, context.shape[-1])) if need.projection[0] else None)
     if not saved.needs[1]:
         return at_sums, None, found
     projection = group.projection[0]
