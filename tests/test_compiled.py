@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from versions import untraceable
 
 from flowpost import Affine, Autoregressive, Bijector, DeepSigmoid, Inverse, Masked, Shared, Shift, Spline
-from flowpost.masked import recorded
+from flowpost.masked import recorded, staircase
 from flowpost.masked.host import sweep, transposed
 from flowpost.masked.network import MADE
 from flowpost.masked.run import Column
@@ -253,8 +253,9 @@ def test_operators_keep_their_word(widths: list[int]) -> None:
     torch.testing.assert_close(torch.ops.flowpost.pull(*pulled), transposed.pull(*pulled))
 
 
-def test_products_of_many_blocks_are_operators_under_a_compiler() -> None:
+def test_products_of_many_blocks_are_operators_under_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their schemas and fakes hold, and each gives what autodiff gives for ``x (W mask)^T``."""
+    monkeypatch.setattr(staircase, "_GRAIN", 2**14)
     layout = Staircase(range(300), [i // 2 for i in range(600)])
     weight = torch.randn(600, 300, dtype=torch.float64)
     masks, runs, mask = layout.edges(weight), layout._runs, layout.mask.on(weight)

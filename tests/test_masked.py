@@ -13,7 +13,7 @@ from flowpost import Affine, Autoregressive, Bijector, Inverse, Masked, Planar, 
 from flowpost.functional import exp_scale, gate_parameters, softplus_scale
 from flowpost.masked import engine
 from flowpost.masked.network import MADE, MaskedLinear
-from flowpost.numerics.products import product
+from flowpost.numerics.multiplying import product
 
 F64 = torch.float64
 

@@ -55,11 +55,6 @@ def add_product(result: Tensor, left: Tensor, right: Tensor) -> None:
         result.addmm_(left, right)
 
 
-@torch.compiler.assume_constant_result
-def _threads() -> int:
-    return torch.get_num_threads()
-
-
 def pays(left: Tensor, right: Tensor) -> bool:
     """Whether oneDNN gives ``left @ right`` sooner."""
     if not HELPS:
@@ -85,11 +80,17 @@ def _dense(matrix: Tensor) -> Tensor:
     return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
 
 
+def _by_either(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    return product(left, right).contiguous() if bias is None else affine(bias, left, right)
+
+
 _operator = torch.library.custom_op(
     "flowpost::multiply",
-    lambda *inputs: _by_onednn(*inputs),
+    _by_either,
     mutates_args=(),
     schema="(Tensor left, Tensor right, Tensor? bias) -> Tensor",
 )
 _operator.register_fake(lambda left, right, _: left.new_empty(left.shape[0], right.shape[1]))
-_multiply = unless_compiled(_by_onednn, _operator)  # a compiler knows no oneDNN where weights are no constants
+# A compiler can follow neither: it sees an operator, which chooses when it runs.
+_multiply = unless_compiled(_by_onednn, _operator)
+_threads = unless_compiled(torch.get_num_threads, lambda: 1)
