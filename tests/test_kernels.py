@@ -166,6 +166,17 @@ def test_an_activation_s_gradient_and_its_sum(name: str, rows: int, width: int) 
     torch.testing.assert_close(bias.double(), expected.sum(0), rtol=0, atol=EPS * max(rows, 1) * 4)
 
 
+def test_many_rows_fit_into_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its axes but the first end at 65,535, which at shares of 512 rows are 34 million."""
+    from flowpost.masked.device import kernels
+
+    grids: list[tuple[int, ...]] = []
+    monkeypatch.setattr(kernels, "launch", lambda _, programs, *inputs, **options: grids.append(programs))
+    rows = torch.empty(40_000_000, 64, device="meta")
+    kernels.activation_pull(rows, rows, "relu")
+    assert grids[0][0] > 65_535 >= grids[0][1]
+
+
 @interpreted
 def test_a_gradient_that_is_not_finite_reaches_no_unit_that_is_off() -> None:
     found, _ = fused.activation_pull(NAMED["relu"], torch.full((1, 2), torch.inf), torch.tensor([[0.0, 1.0]]))

@@ -99,9 +99,11 @@ def activation_kernel(
     ACTIVATION: tl.constexpr, SHARE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The gradient at the sums of COLUMNS units, SHARE rows, and its sum over these rows."""
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    # The shares are many of many rows, and a grid's first axis alone has room for more than 65,535.
+    share, block = tl.program_id(0), tl.program_id(1)
+    columns = block * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     total = tl.zeros([COLUMNS], tl.float32)
-    begin = tl.program_id(1) * SHARE
+    begin = share * SHARE
     for first in range(begin, tl.minimum(begin + SHARE, count), ROWS):
         rows = (first + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         here = (rows < count) & (columns < width)
@@ -112,8 +114,8 @@ def activation_kernel(
         grad = tl.where(slope == 0, 0.0, grad * slope)
         tl.store(found_ptr + rows * width + columns, grad, mask=here)
         total += tl.sum(grad, 0)
-    units = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    tl.store(bias_ptr + tl.program_id(1) * width + units, total, mask=units < width)
+    units = block * COLUMNS + tl.arange(0, COLUMNS)
+    tl.store(bias_ptr + share.to(tl.int64) * width + units, total, mask=units < width)
 
 
 def element(
@@ -157,7 +159,7 @@ def activation_pull(grad: Tensor, value: Tensor, activation: str) -> tuple[Tenso
     found, biases = grad.new_empty(count, width), grad.new_empty(shares, width, dtype=torch.float32)
     inputs = grad, grad.stride(0), value, value.stride(0), found, biases, count, width
     options = {"ACTIVATION": ACTIVATIONS.index(activation), "SHARE": _SHARE, "ROWS": min(64, power(count))}
-    launch(activation_kernel, (triton.cdiv(width, _UNITS), shares), *inputs, COLUMNS=_UNITS, **options)
+    launch(activation_kernel, (shares, triton.cdiv(width, _UNITS)), *inputs, COLUMNS=_UNITS, **options)
     return found, biases[0] if shares == 1 else biases.sum(0)
 
 
