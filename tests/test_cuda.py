@@ -1,6 +1,7 @@
 """What only a GPU can show: the same numbers as the CPU, no wait for the device, CUDA graphs, streams, kernels."""
 
 import copy
+import os
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -22,6 +23,8 @@ from flowpost.vae import VAE, Bernoulli
 if not torch.cuda.is_available():  # the file as a whole: its tests are 1,300
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
+# What torch asks for under deterministic algorithms. It looks once in a process, at the first product of matrices.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 pytestmark = [
     pytest.mark.cuda,
     # Of torch, about itself: that the check of waits is new, and that a capture warms up on a stream of its own.
@@ -137,9 +140,8 @@ def test_log_densities_are_a_cuda_graph(name: str) -> None:
 
 
 @recipes
-def test_deterministic_algorithms_are_allowed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of samples, log q and their gradients, twice the same bits; with the workspace that torch asks for."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+def test_deterministic_algorithms_are_allowed(name: str) -> None:
+    """Of samples, log q and their gradients, twice the same bits."""
     posterior, given, x = made(name), inputs(), torch.rand(5, 6, device="cuda").round()
     torch.use_deterministic_algorithms(True)  # noqa: FBT003
     try:
