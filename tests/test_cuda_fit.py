@@ -16,8 +16,8 @@ OPTIONS = {"steps": 2, "hidden": (16, 16)}
 
 
 def two_modes(theta: Tensor) -> Tensor:
-    """Of weights 2/3 and 1/3, at +-4."""
-    normal = torch.distributions.Normal(torch.zeros((), device="cuda"), 1.0)
+    """Of weights 2/3 and 1/3, at +-4. A scale of 1.0 would be copied from the host, which no graph can."""
+    normal = torch.distributions.Normal(torch.zeros((), device="cuda"), torch.ones((), device="cuda"))
     left = normal.log_prob(theta + 4).sum(-1) - math.log(2)
     return torch.logaddexp(normal.log_prob(theta - 4).sum(-1), left)
 
