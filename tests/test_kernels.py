@@ -363,6 +363,19 @@ def test_the_operators_fakes_hold() -> None:
         torch.library.opcheck(operator, inputs, test_utils=("test_schema", "test_faketensor"))
 
 
+def test_another_number_of_rows_compiles_no_kernel_anew() -> None:
+    """As the last batch of an epoch has: Triton makes one kernel for multiples of 16, and others for 1 and the rest."""
+    from flowpost.masked.device import kernels, sweeps
+    from flowpost.numerics import root_kernels
+
+    found = [each for module in (kernels, sweeps, root_kernels) for each in vars(module).items()]
+    launched = {name: each for name, each in found if name.endswith("_kernel")}
+    assert len(launched) == 7
+    for name, kernel in launched.items():
+        options = getattr(kernel, "kwargs", vars(kernel))  # the interpreter's, or the compiler's
+        assert options["do_not_specialize"] == ["gains" if name == "roots_kernel" else "count"]
+
+
 def test_a_sweep_s_result_lies_as_its_fake_s_does() -> None:
     """Of points that lie column by column, and in float64, which no kernel knows: a compiler asserts it."""
     hidden, first, last = (each.double() for each in _network())

@@ -2,7 +2,8 @@
 """Triton's kernels of a pass: an element-wise map, its gradients, and an activation's gradient with the bias's.
 
 Each function launches one. Everything is computed in float32 but log-dets, which are summed in float64; what a network
-gives and gets back may be in half precision.
+gives and gets back may be in half precision. No kernel is made for some numbers of rows alone: a last short batch of an
+epoch would wait for its compilation.
 """
 
 # Where Triton is installed, its annotations are of what a kernel sees, and not of what is handed to it.
@@ -25,9 +26,10 @@ _COLUMNS = 1024  # of a tile, at most
 _TILE = 512  # elements
 _UNITS = 32  # of a program's, by 128 bytes of a row
 _SHARE = 512  # rows of a program's; of many more the few programs that there are units for would keep a GPU waiting
+_ROWS = 64  # of them at once
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def element_kernel(
     z_ptr, numbers_ptr, numbers_row, total_ptr, image_ptr, log_det_ptr, count, forget_bias, gain,
     DIM: tl.constexpr, KIND: tl.constexpr, INVERSE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -52,7 +54,7 @@ def element_kernel(
     tl.store(log_det_ptr + rows, log_det, mask=rows < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def gradient_kernel(
     z_ptr, numbers_ptr, numbers_row, grad_ptr, grad_row, grad_column, of_log_det_ptr, of_log_det_row,
     at_z_ptr, at_numbers_ptr, fixed_ptr, count, forget_bias, gain,
@@ -93,7 +95,7 @@ def activation_slope(value, ACTIVATION: tl.constexpr):
         return 1 - value * value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def activation_kernel(
     grad_ptr, grad_row, value_ptr, value_row, found_ptr, bias_ptr, count, width,
     ACTIVATION: tl.constexpr, SHARE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -158,7 +160,7 @@ def activation_pull(grad: Tensor, value: Tensor, activation: str) -> tuple[Tenso
     shares = max(1, blocks(count, _SHARE))
     found, biases = grad.new_empty(count, width), grad.new_empty(shares, width, dtype=torch.float32)
     inputs = grad, grad.stride(0), value, value.stride(0), found, biases, count, width
-    options = {"ACTIVATION": ACTIVATIONS.index(activation), "SHARE": _SHARE, "ROWS": min(64, power(count))}
+    options = {"ACTIVATION": ACTIVATIONS.index(activation), "SHARE": _SHARE, "ROWS": _ROWS}
     launch(activation_kernel, (shares, blocks(width, _UNITS)), *inputs, COLUMNS=_UNITS, **options)
     return found, biases[0] if shares == 1 else biases.sum(0)
 
