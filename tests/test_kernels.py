@@ -166,6 +166,17 @@ def test_an_activation_s_gradient_and_its_sum(name: str, rows: int, width: int) 
     torch.testing.assert_close(bias.double(), expected.sum(0), rtol=0, atol=EPS * max(rows, 1) * 4)
 
 
+def test_many_rows_fit_into_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its axes but the first end at 65,535, which at shares of 512 rows are 34 million."""
+    from flowpost.masked.device import kernels
+
+    grids: list[tuple[int, ...]] = []
+    monkeypatch.setattr(kernels, "launch", lambda _, programs, *inputs, **options: grids.append(programs))
+    rows = torch.empty(40_000_000, 64, device="meta")
+    kernels.activation_pull(rows, rows, "relu")
+    assert grids[0][0] > 65_535 >= grids[0][1]
+
+
 @interpreted
 def test_a_gradient_that_is_not_finite_reaches_no_unit_that_is_off() -> None:
     found, _ = fused.activation_pull(NAMED["relu"], torch.full((1, 2), torch.inf), torch.tensor([[0.0, 1.0]]))
@@ -350,6 +361,19 @@ def test_the_operators_fakes_hold() -> None:
         (maps.transposed_sweep, (z, numbers, numbers, [first.t(), last.t()], [hidden], None, range(DIM), "elu")),
     ]:
         torch.library.opcheck(operator, inputs, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_another_number_of_rows_compiles_no_kernel_anew() -> None:
+    """As the last batch of an epoch has: Triton makes one kernel for multiples of 16, and others for 1 and the rest."""
+    from flowpost.masked.device import kernels, sweeps
+    from flowpost.numerics import root_kernels
+
+    found = [each for module in (kernels, sweeps, root_kernels) for each in vars(module).items()]
+    launched = {name: each for name, each in found if name.endswith("_kernel")}
+    assert len(launched) == 7
+    for name, kernel in launched.items():
+        options = getattr(kernel, "kwargs", vars(kernel))  # the interpreter's, or the compiler's
+        assert options["do_not_specialize"] == ["gains" if name == "roots_kernel" else "count"]
 
 
 def test_a_sweep_s_result_lies_as_its_fake_s_does() -> None:

@@ -39,7 +39,7 @@ def _root(gain, target):
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def root_kernel(gain_ptr, target_ptr, found_ptr, count, BLOCK: tl.constexpr):  # noqa: N803
     """One equation an entry."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -49,7 +49,7 @@ def root_kernel(gain_ptr, target_ptr, found_ptr, count, BLOCK: tl.constexpr):  #
     tl.store(found_ptr + index, tl.where(target < 0, -x, x).to(tl.float32), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["gains"])
 def roots_kernel(gain_ptr, target_ptr, found_ptr, gains, SIZE: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
     """A triangle of equations a program, from the last to the first; `gains` matrices in turn serve all programs."""
     row, index = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)

@@ -23,7 +23,7 @@ from flowpost.masked.device.kernels import ACTIVATIONS, activation_slope, launch
 from flowpost.masked.device.tiles import activate, product, tile, variable
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def sweep_kernel(
     image_ptr, start_ptr, start_row, weights, biases, states, found_ptr, order_ptr, count, first_constant,
     second_constant, DIM: tl.constexpr, OUTPUTS: tl.constexpr, WIDTHS: tl.constexpr, HIDDEN: tl.constexpr,
@@ -72,7 +72,7 @@ def sweep_kernel(
         tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def transposed_kernel(
     grad_ptr, fixed_ptr, moved_ptr, weights, hidden, hidden_rows, total_ptr, out_ptr, sums, order_ptr, count,
     DIM: tl.constexpr, OUTPUTS: tl.constexpr, NUMBERS: tl.constexpr, WIDTHS: tl.constexpr, HIDDEN: tl.constexpr,

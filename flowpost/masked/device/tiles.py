@@ -12,7 +12,7 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 from flowpost.masked.device import maps
-from flowpost.masked.device.kernels import power
+from flowpost.masked.device.kernels import blocks, power
 
 _TILE = 8192  # elements of a product's tile
 _LARGEST = 16384  # those of any: larger ones spill the registers of 8 warps, and take minutes to compile
@@ -96,7 +96,7 @@ def tile(count: int, dim: int, widths: Sequence[int], numbers: int = 1) -> tuple
     columns = max(power(numbers), least)
     column_block = 64 if dot else _block(block, rows * columns)
     sizes = {"ROWS": rows, "UNITS": max(units, least), "BLOCK": block, "COLUMNS": columns, "COLUMN_BLOCK": column_block}
-    return triton.cdiv(count, rows), {"DIM": dim, "HIDDEN": len(widths), **sizes, "DOT": dot, "num_warps": 8}
+    return blocks(count, rows), {"DIM": dim, "HIDDEN": len(widths), **sizes, "DOT": dot, "num_warps": 8}
 
 
 def _block(width: int, sums: int) -> int:
