@@ -462,6 +462,15 @@ def test_a_known_preimage_is_what_the_inverse_returns() -> None:
     assert torch.equal(step.inverse(y, preimage=known)[0], known)
 
 
+def test_a_known_preimage_of_more_points_than_z() -> None:
+    """As within a chain, the last of whose steps reads no context, where one z serves several."""
+    chain = Chain(Affine(DIM), Bijector.from_transform(T.TanhTransform(), DIM)).double()
+    z = torch.rand(DIM, dtype=torch.float64) - 0.5
+    context = torch.randn(BATCH, chain.context_size, dtype=torch.float64)
+    preimage, log_det = chain.inverse(z, context)
+    torch.testing.assert_close(chain.inverse(z, context, preimage=preimage), (preimage, log_det))
+
+
 def test_a_start_and_the_head_s_scale() -> None:
     start = torch.cat([torch.ones(DIM), torch.zeros(DIM)])
     step = Bijector.from_transform(affine, DIM, 2 * DIM, start=start)

@@ -66,7 +66,7 @@ class TransformStep(Bijector):
             found = cast(Tensor, transform.inv(z))
             if preimage is not None:  # the value that is known, the gradient of the transform's own inverse
                 found = preimage + (found - found.detach())
-            return found, -self._summed(transform.log_abs_det_jacobian(found, z), z)
+            return found, -self._summed(transform.log_abs_det_jacobian(found, z), found)  # z may have fewer axes
 
     def _over(self, z: Tensor, context: Tensor | None) -> Tensor:
         """Z over the context's batch too: not every transform broadcasts its own numbers."""
