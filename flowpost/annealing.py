@@ -202,7 +202,8 @@ def noise_target(q: FlowDistribution, log_density: Callable[[Tensor], Tensor]) -
         log_density: of z ``(*samples, *batch, dim)``, ``(*samples, *batch)``; normalised or not.
 
     Returns:
-        A function of e ``(*samples, *batch, dim)`` for `hamiltonian_step`.
+        A function of e ``(*samples, *batch, dim)`` for `hamiltonian_step`. It raises a ValueError for a `log_density`
+        of another shape.
 
     Reference:
         Hoffman et al. (2019), NeuTra-lizing Bad Geometry in Hamiltonian Monte Carlo Using Neural Transport.
@@ -225,7 +226,12 @@ def noise_target(q: FlowDistribution, log_density: Callable[[Tensor], Tensor]) -
             leaf = recordable(noise.detach()).requires_grad_()
             samples = tuple(leaf.shape[: leaf.ndim - 1 - len(batch)])
             z, log_det, _ = push(flow, context, batch, samples, leaf)
-            value = (log_density(z) + log_det).to(z.dtype)
+            found = log_density(z)
+            if found.shape != z.shape[:-1]:  # it would broadcast, and mix the rows
+                raise ValueError(
+                    f"log_density: expected a value for each z, {tuple(z.shape[:-1])}, got shape {tuple(found.shape)}"
+                )
+            value = (found + log_det).to(z.dtype)
             (slope,) = torch.autograd.grad(value.sum(), leaf)
         return value.detach(), slope
 

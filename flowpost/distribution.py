@@ -197,6 +197,8 @@ class FlowDistribution(Distribution):
 def _kl(p: Distribution, q: Distribution) -> Tensor:
     """KL(p || q) of two Gaussians; between factorized ones no matrix is made."""
     normals = [_as_normal("p", p), _as_normal("q", q)]
+    if p.event_shape != q.event_shape:  # one of size 1 would be taken for each variable's
+        raise ValueError(f"q: expected one over {tuple(p.event_shape)} like p, got {tuple(q.event_shape)}")
     if not any(isinstance(each, MultivariateNormal) for each in normals):
         return kl_divergence(*normals)
     one, other = (_with_matrix(each) for each in normals)

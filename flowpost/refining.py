@@ -55,7 +55,7 @@ def refine(
 
     Raises:
         TypeError: if `q` is no `FlowDistribution`.
-        ValueError: if a number is below 1.
+        ValueError: if a number is below 1, or `log_joint` gives another shape.
 
     Reference:
         Hoffman et al. (2019), NeuTra-lizing Bad Geometry in Hamiltonian Monte Carlo Using Neural Transport.

@@ -203,6 +203,16 @@ def test_the_noise_of_another_p() -> None:
     torch.testing.assert_close(slope, torch.stack([torch.func.grad(due)(e) for e in noise]))
 
 
+@pytest.mark.parametrize("rows", [(), (4,)])
+def test_a_density_of_another_shape_is_refused(rows: tuple[int, ...]) -> None:
+    """It would broadcast: one value for each draw to all examples, one in an axis of its own to a square."""
+    q = flowpost.diagonal(3, dim=2).at(torch.randn(*rows, 3))
+    for wrong in (lambda z: z.sum(-1, keepdim=True), lambda z: z.sum((-2, -1), keepdim=True)[..., 0], Tensor.sum):
+        gradient = noise_target(q, wrong)
+        with pytest.raises(ValueError, match="^log_density: expected a value for each z, "):
+            gradient(torch.randn(5, *rows, 2))
+
+
 def test_a_wrong_q_is_moved_to_p() -> None:
     """From 20,000 draws of N(0, 1) to N(0.5, 1.2^2), within 4.5 standard errors; q itself is 60 away."""
     posterior, count = FlowPosterior(0, Affine(1)).double(), 20_000

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import flowpost
 from flowpost import (
+    ActNorm,
     Affine,
     Autoregressive,
     Bijector,
@@ -472,3 +473,27 @@ def test_a_backward_hook_on_a_step_is_called() -> None:
     step.register_full_backward_hook(lambda *_: calls.append(1))
     posterior_loss(posterior, h, z).backward()
     assert calls == [1]
+
+
+USES: dict[str, Callable[[FlowPosterior, Tensor], Tensor]] = {
+    "log_prob": lambda posterior, z: posterior.log_prob(z),
+    "inverse": lambda posterior, z: posterior.flow.inverse(z)[0],
+    "mean": lambda posterior, z: posterior.at().mean,
+    "gaussian": lambda posterior, z: posterior.gaussian()[1],
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("parameter", ["center", "context"])
+def test_a_step_s_own_parameter_is_pruned_also_where_the_step_is_not_called(use: str, parameter: str) -> None:
+    """The hook of pruning makes the parameter when the step is called, which an inverse and a closed form are not."""
+    act_norm, learned = ActNorm(4), Learned(Affine(4))
+    posterior = FlowPosterior(0, Chain(act_norm, learned)).double()
+    step = act_norm if parameter == "center" else learned
+    prune.custom_from_mask(step, parameter, torch.ones(getattr(step, parameter).shape))
+    with torch.no_grad():
+        step.get_parameter(f"{parameter}_orig").add_(0.5)
+    z = torch.randn(5, 4, dtype=torch.float64)
+    found = USES[use](posterior, z)
+    posterior(sample_shape=(5,))  # which calls the step
+    torch.testing.assert_close(found, USES[use](posterior, z), rtol=0, atol=0)

@@ -410,6 +410,15 @@ def test_kl_by_samples() -> None:
     assert kl_divergence(Independent(q, 1), Independent(q, 1)).shape == ()
 
 
+@pytest.mark.parametrize("name", ["diagonal", "full_covariance"])
+def test_a_gaussian_of_another_size_is_refused(name: str) -> None:
+    q, zeros = make(name).at(features(4)), torch.zeros(1).double()
+    for other in (Independent(Normal(zeros, 1.0), 1), flowpost.diagonal(0, dim=1).double().at()):
+        for p, r in [(q, other), (other, q)]:
+            with pytest.raises(ValueError, match=r"^q: expected one over "):
+                kl_divergence(p, r)
+
+
 def test_a_bare_normal_is_refused() -> None:
     q, normal = make("diagonal").at(features(4)), Normal(torch.zeros(3).double(), 1.0)
     for p, r in [(q, normal), (normal, q)]:

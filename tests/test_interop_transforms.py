@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 import torch
@@ -414,11 +415,60 @@ def test_what_a_cache_was_filled_with_before_is_no_constant() -> None:
     torch.testing.assert_close(found, image, rtol=0, atol=0)
 
 
+class Kept(nn.Module):
+    """A module that gives the same transform at each call, a part of which has a cache, as Pyro's modules have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(DIM, dtype=torch.float64))
+        self.transform = T.ComposeTransform([T.AffineTransform(self.shift, 2.0, cache_size=1), T.ExpTransform()])
+
+    def forward(self) -> T.Transform:
+        return self.transform
+
+
+class Itself(T.ComposeTransform, nn.Module):
+    """The same as a module that is the transform."""
+
+    def __init__(self) -> None:
+        shift = nn.Parameter(torch.zeros(DIM, dtype=torch.float64))
+        super().__init__([T.AffineTransform(shift, 2.0, cache_size=1), T.ExpTransform()])
+        self.shift = shift
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+@pytest.mark.parametrize("kind", [Kept, Itself])
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_a_part_s_cache_is_not_asked(kind: type[nn.Module], direction: str) -> None:
+    module, z = kind(), torch.rand(BATCH, DIM, dtype=torch.float64) + 0.5
+    step = Bijector.from_transform(module, DIM)
+    run = step if direction == "forward" else step.inverse
+    with torch.no_grad():
+        run(z)
+    assert run(z)[0].requires_grad
+    with torch.no_grad():
+        cast(Tensor, module.shift).add_(1.0)
+    torch.testing.assert_close(run(z), run(z.clone()), rtol=0, atol=0)
+    z.mul_(2.0)
+    torch.testing.assert_close(run(z), run(z.clone()), rtol=0, atol=0)
+
+
 def test_a_known_preimage_is_what_the_inverse_returns() -> None:
     step, known = GIVEN["an inverse, composed"](DIM), torch.rand(BATCH, DIM, dtype=torch.float64) + 0.5
     y = step(known)[0]
     assert not torch.equal(step.inverse(y)[0], known)
     assert torch.equal(step.inverse(y, preimage=known)[0], known)
+
+
+def test_a_known_preimage_of_more_points_than_z() -> None:
+    """As within a chain, the last of whose steps reads no context, where one z serves several."""
+    chain = Chain(Affine(DIM), Bijector.from_transform(T.TanhTransform(), DIM)).double()
+    z = torch.rand(DIM, dtype=torch.float64) - 0.5
+    context = torch.randn(BATCH, chain.context_size, dtype=torch.float64)
+    preimage, log_det = chain.inverse(z, context)
+    torch.testing.assert_close(chain.inverse(z, context, preimage=preimage), (preimage, log_det))
 
 
 def test_a_start_and_the_head_s_scale() -> None:

@@ -19,6 +19,8 @@ from flowpost.numerics.products import wide_dtype
 from flowpost.numerics.watchers import first_parameter, full_precision
 
 Maker = Callable[..., Transform]
+_OWN = ("_inv", "_cached_x_y")
+"""What a transform keeps of what it has seen."""
 
 
 class TransformStep(Bijector):
@@ -64,7 +66,7 @@ class TransformStep(Bijector):
             found = cast(Tensor, transform.inv(z))
             if preimage is not None:  # the value that is known, the gradient of the transform's own inverse
                 found = preimage + (found - found.detach())
-            return found, -self._summed(transform.log_abs_det_jacobian(found, z), z)
+            return found, -self._summed(transform.log_abs_det_jacobian(found, z), found)  # z may have fewer axes
 
     def _over(self, z: Tensor, context: Tensor | None) -> Tensor:
         """Z over the context's batch too: not every transform broadcasts its own numbers."""
@@ -72,14 +74,14 @@ class TransformStep(Bijector):
 
     def _make(self, context: Tensor | None, like: Tensor) -> Transform:
         """The transform at a context, on the device and of the dtype of `like`; nobody else has seen it."""
-        if isinstance(self.transform, Transform):
-            return _fresh(self.transform)  # a module that is one
         if isinstance(self.transform, _Constants):
             return self.transform.on(like)
-        made = self.transform() if context is None else self.transform(context)
+        made = self.transform  # a module that is one
+        if not isinstance(made, Transform):
+            made = made() if context is None else made(context)
         if not isinstance(made, Transform):
             raise TypeError(f"transform: expected what makes a Transform, got one that makes a {type(made).__name__}")
-        return made
+        return cast(Transform, _unseen(made))
 
     def _summed(self, log_det: Tensor, z: Tensor) -> Tensor:
         """The log-det of the vectors, of a transform that may act on each variable by itself."""
@@ -167,6 +169,21 @@ def _fresh(transform: Transform) -> Transform:
     vars(new).update(vars(transform), _inv=None)
     if new._cache_size:
         new._cached_x_y = None, None
+    return new
+
+
+def _unseen(value: object) -> object:
+    """A transform as `_fresh` copies it, its parts too: each may have a cache, which notices no change of a tensor."""
+    if isinstance(value, _InverseTransform):
+        return cast(Transform, _unseen(value.inv)).inv
+    if type(value) is list:
+        return [_unseen(each) for each in value]
+    if type(value) is tuple:
+        return tuple(_unseen(each) for each in value)
+    if not isinstance(value, Transform):
+        return value
+    new = _fresh(value)
+    vars(new).update({name: _unseen(each) for name, each in vars(value).items() if name not in _OWN})
     return new
 
 

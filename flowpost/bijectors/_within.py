@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowpost.numerics.arguments import refuse_shards
 from flowpost.numerics.products import summed
-from flowpost.numerics.watchers import all_hooked, hooked
+from flowpost.numerics.watchers import all_hooked, hooked, remake
 
 if TYPE_CHECKING:
     from flowpost.bijectors.base import Bijector
@@ -30,6 +30,7 @@ def apply_inverse(step: Bijector, z: Tensor, context: Tensor | None, preimage: T
         return step.inverse(z, context, preimage=preimage, checked=True)
     if hooked(step):
         refuse_shards(step)
+        remake(step)
     return step._inverse(z, context, preimage)
 
 

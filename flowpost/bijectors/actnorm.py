@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from flowpost.bijectors.base import Bijector, Line
 from flowpost.numerics.products import wide_dtype
+from flowpost.numerics.watchers import remake
 
 _REACH = 20.0
 
@@ -97,5 +98,6 @@ class ActNorm(Bijector):
         return self.center + z * torch.exp(-bounded), -bounded.sum(-1)
 
     def _line(self, context: Tensor | None) -> Line:
+        remake(self)
         scale = _bounded(self.log_scale).exp()
         return -self.center * scale, scale

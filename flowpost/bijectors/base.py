@@ -24,7 +24,7 @@ from flowpost.numerics.arguments import (
     refuse_shards,
 )
 from flowpost.numerics.constants import Constant, Placed
-from flowpost.numerics.watchers import first_parameter
+from flowpost.numerics.watchers import first_parameter, remake
 
 LINE = (-math.inf, math.inf)
 Line = tuple[Tensor | float, Tensor | float]
@@ -144,6 +144,7 @@ class Bijector(Placed, Interchange, ABC):
         if checked:
             return self._inverse(z, context, preimage)
         refuse_shards(self)
+        remake(self)
         context = self._check(z, context)
         if preimage is not None:
             check_tensor("preimage", preimage, self.dim, self.event_ndim)

@@ -13,7 +13,7 @@ from flowpost.bijectors._within import apply, apply_inverse, wrapped
 from flowpost.bijectors.base import Bijector, Line, check_reads, check_step
 from flowpost.masked.run import Column
 from flowpost.numerics.arguments import check_int
-from flowpost.numerics.watchers import full_precision
+from flowpost.numerics.watchers import full_precision, remake
 
 _MOST_WEIGHTS = 100_000_000
 """Of a head that nobody has asked for by name: 400 MB, and 1.6 GB while Adam trains it."""
@@ -50,9 +50,11 @@ class _Wrapper(Bijector):
         return self.step.causal_order()
 
     def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        remake(self)
         return self.step._push_gaussian(loc, tril, self._read(context))
 
     def _line(self, context: Tensor | None) -> Line:
+        remake(self)
         return self.step._line(self._read(context))
 
 

@@ -112,6 +112,13 @@ def hooked(module: nn.Module) -> bool:
     return bool(hooks or "forward" in module.__dict__)
 
 
+def remake(module: nn.Module) -> None:
+    """Make the parameters anew that a hook of torch's makes before each call, as of pruning: an inverse is no call."""
+    for hook in module._forward_pre_hooks.values():
+        if type(hook).__module__.startswith("torch.nn.utils."):
+            hook(module, ())
+
+
 def all_hooked() -> bool:
     """Whether somebody has hooked the calls of all modules."""
     hooks = modules._global_forward_hooks or modules._global_forward_pre_hooks
