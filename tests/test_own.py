@@ -59,6 +59,10 @@ def broken(shape, dim, numbers):
     return nn.Flatten(), shape["x"]
 
 nothing = 3
+made = nn.Sequential(nn.Flatten(), nn.Linear(64, 5)), nn.Linear(2, 64)
+
+def once(shape, dim, numbers):
+    return made
 """
 
 
@@ -332,6 +336,10 @@ def test_values_outside_a_likelihood_are_named(likelihood: str, x: np.ndarray, m
         (
             ["--networks", "own_nets:one"],
             "networks(shape, dim, numbers) -> (encoder, decoder), two modules, got Linear",
+        ),
+        (
+            ["--networks", "own_nets:once", "--dim", "2"],
+            "networks: expected new modules at each call, got encoder.1.weight again",
         ),
         (["--networks", "own_nets:narrow"], "two examples: ValueError: decoder: expected 1 x 64 outputs per example"),
         (
