@@ -58,6 +58,9 @@ def narrow(shape, dim, numbers):
 def broken(shape, dim, numbers):
     return nn.Flatten(), shape["x"]
 
+def normed(shape, dim, numbers):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.BatchNorm1d(5)), nn.Linear(dim, 64)
+
 nothing = 3
 made = nn.Sequential(nn.Flatten(), nn.Linear(64, 5)), nn.Linear(2, 64)
 
@@ -340,6 +343,10 @@ def test_values_outside_a_likelihood_are_named(likelihood: str, x: np.ndarray, m
         (
             ["--networks", "own_nets:once", "--dim", "2"],
             "networks: expected new modules at each call, got encoder.1.weight again",
+        ),
+        (
+            ["--networks", "own_nets:normed", "--batch", "1196"],
+            "networks: one example, as in a batch of --batch 1196: ValueError: Expected more than 1 value per channel",
         ),
         (["--networks", "own_nets:narrow"], "two examples: ValueError: decoder: expected 1 x 64 outputs per example"),
         (

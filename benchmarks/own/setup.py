@@ -111,11 +111,13 @@ def check_networks(config: Config, data: Data) -> None:
         raise ConfigError(f"networks: expected the file of {config.networks} as the job began, {got}; begin a new job")
     with torch.random.fork_rng(devices=[]), answered("two examples"):
         torch.manual_seed(0)
-        name, twice = config.posteriors[0], []
-        for _ in range(2):
-            twice.append(build(data, name, **config.model(name)))
-            twice[-1](data.train[:2])
-        _check_new(*twice)
+        name = config.posteriors[0]
+        vae, other = (build(data, name, **config.model(name)) for _ in range(2))
+        vae(data.train[:2])
+    _check_new(vae, other)
+    if len(data.train) % config.batch == 1 or config.batch == 1:  # batch norm cannot train on it
+        with torch.random.fork_rng(devices=[]), answered(f"one example, as in a batch of --batch {config.batch}"):
+            vae(data.train[:1])
 
 
 def _check_new(one: VAE, other: VAE) -> None:
