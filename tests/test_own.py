@@ -68,6 +68,18 @@ def once(shape, dim, numbers):
     return made
 """
 
+NUMPY = """
+import random
+import numpy as np
+import torch
+from torch import nn
+
+def drawn(shape, dim, numbers):
+    encoder = nn.Linear(24, 5)
+    encoder.weight.data = torch.from_numpy(np.random.randn(5, 24)).float() + random.random()
+    return nn.Sequential(nn.Flatten(), encoder), nn.Linear(dim, 24 * numbers)
+"""
+
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -512,6 +524,18 @@ def test_networks_of_features_get_every_posterior(here: Path) -> None:
     vae = build(load_own(config), "iaf", **config.model("iaf"))
     assert vae.posterior.features == 5
     assert isinstance(vae.likelihood, Gaussian)
+
+
+def test_networks_that_numpy_draws_follow_the_seed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They followed how often anything had drawn before: two jobs of one seed differed."""
+    (here / "own_nets.py").write_text(NUMPY)
+    job = ["--data", "waves.npz", "--networks", "own_nets:drawn", *TINY, "--dim", "2", "--posterior", "diagonal"]
+    found = []
+    for out in ("one", "other"):
+        assert run(capsys, *job, "--out", out)[0] == 0
+        found.append(json.loads(Path(out, "results.json").read_text())["runs"][0])
+    assert found[0]["valid"] == found[1]["valid"]
+    assert found[0]["nll"] == found[1]["nll"]
 
 
 def test_no_more_examples_are_told_than_there_are(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
