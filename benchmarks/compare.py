@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +25,8 @@ from benchmarks.table import Table, ranked
 SHARED = ("data", "data_hash", "likelihood", "samples", "gap_images", "images")
 # And what a figure that not all runs have means besides.
 BEHIND = {"trusted_nll": "trusted_images", "approximation_gap": "gap_steps"}
+# What a row says of its training where not all jobs have the same, besides the optimizer.
+SETTINGS = ("preset", "width", "dropout", "batch", "lr", "epochs", "patience", "kl_warmup", "minutes")
 
 TITLES = {
     "neg_elbo": "-ELBO",
@@ -116,13 +118,14 @@ def table(rows: Sequence[Row]) -> Table:
     best = next(key for key in ("exact_nll", "local_nll", "nll") if key in keys)
     decisive = ("neg_elbo", best)
     apart = [f"less the reference's {keys[key]}" for key in decisive]
+    unequal = _unequal([config for config, _, _ in rows])
     header = ["posterior", "trained on", "dim", "seeds", *keys.values(), *apart, "params"]
     body = []
     for config, name, runs in ranked(ranked(rows, lambda row: _mean(row[2], "neg_elbo")), lambda row: _mean(row[2])):
         figures = [mean_error(values(runs, key)) for key in keys]
         figures += [mean_error(differences(runs, rows[0][2], key), signed=True) for key in decisive]
         parameters = f"{runs[0]['parameters']:,}"
-        body.append([name, _trained(config, name), str(config.dim), str(len(runs)), *figures, parameters])
+        body.append([name, _trained(config, name, unequal), str(config.dim), str(len(runs)), *figures, parameters])
     return Table(header, body, caption=_caption([config for config, _, _ in rows]))
 
 
@@ -144,16 +147,29 @@ def _caption(configs: Sequence[Config]) -> str:
     )
 
 
-def _trained(config: Config, posterior: str) -> str:
-    """The objective, and what of the model is not as usual."""
+def _settings(config: Config) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in SETTINGS} | asdict(config.optimization)
+
+
+def _unequal(configs: Sequence[Config]) -> list[str]:
+    """The settings of which the jobs have several."""
+    settings = [_settings(config) for config in configs]
+    return [name for name in settings[0] if len({each[name] for each in settings}) > 1]
+
+
+def _trained(config: Config, posterior: str, unequal: Sequence[str] = ()) -> str:
+    """The objective, what of the model is not as usual, and the settings that are not those of the other jobs."""
     words = [bound_name(config)[1:]]
+    words += [f"{config.train_samples} samples"] if config.objective == "elbo" and config.train_samples > 1 else []
+    words += [f"free bits {config.free_bits:g}"] if config.free_bits else []
     words += [options_words(config.options[posterior])] if posterior in config.options else []
     words += [config.gradient] if config.gradient != "standard" else []
     words += [f"prior {config.prior}"] if config.prior else []
     words += ["frozen decoder"] if config.decoder_of else []
     words += [f"encoder {config.encoder_width}"] if config.encoder_width else []
     words += [config.networks] if config.networks else []
-    return " ".join(words)
+    settings = _settings(config)
+    return " ".join([*words, *(f"{name.replace('_', '-')} {settings[name]}" for name in unequal)])
 
 
 def differences(runs: Sequence[Result], others: Sequence[Result], key: str) -> list[float]:

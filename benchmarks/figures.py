@@ -36,7 +36,8 @@ def evaluate(vae: VAE, data: Data, config: Config, seed: int = 0) -> Figures:
         warnings.simplefilter("ignore", UnreliableEstimateWarning)  # the table has the share of such images
         figures = _bounds(vae, x, config) | _codes(vae, x, config) | (_gaps(vae, x, config) if config.gaps else {})
         if is_integrated(config):
-            figures["exact_nll"] = -quadrature(vae, x[:INTEGRATED]).mean().item()
+            exact = -quadrature(vae, x[:INTEGRATED]).mean().item()
+            figures |= {"exact_nll": exact} if math.isfinite(exact) else {}  # too narrow a p(z|x) is not integrated
         if config.trusted_images and seed == config.seeds[0]:
             figures |= _trusted(vae, x[: config.trusted_images], config)
         figures |= _valid(vae, data, config) if config.valid_samples else {}

@@ -196,7 +196,8 @@ def gap_words(config: Config) -> str:
 
 def exact_words(config: Config) -> str:
     """What the exact column is, where there is one."""
-    what = f"exact: NLL of {INTEGRATED} {config.unit}s, or of all there are, by the integral over z; "
+    what = f"exact: NLL of {INTEGRATED} {config.unit}s, or of all there are, by the integral over z"
+    what += ", none where a p(z|x) is too narrow for its grid; "
     return what if is_integrated(config) else ""
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import starmap
-from multiprocessing import get_context
-from typing import Any, TypeVar
+from multiprocessing import active_children, get_context, parent_process
+from multiprocessing.process import BaseProcess
+from threading import Thread
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -47,9 +50,24 @@ def side_by_side(work: Callable[..., T], tasks: Sequence[tuple[Any, ...]], jobs:
     if jobs == 1:
         yield from starmap(work, tasks)
         return
-    with ProcessPoolExecutor(jobs, get_context("spawn"), set_threads, (torch.get_num_threads(),)) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _begin, (torch.get_num_threads(),)) as pool:
         waiting = [pool.submit(work, *task) for task in tasks]
         try:
             yield from (future.result() for future in as_completed(waiting))
+        except BaseException:  # an interrupt of this process alone: the others would finish what they have in hand
+            for process in active_children():
+                process.terminate()
+            raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _begin(threads: int) -> None:
+    """In a new process: it has so many threads, and ends with the one that began it, however that ended."""
+    set_threads(threads)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    cast(BaseProcess, parent_process()).join()
+    os._exit(1)  # else it would work on, for nobody, and beside the job that goes on

@@ -62,6 +62,7 @@ def decompose_elbo(
         last two are None where `ELBODecomposition` says so.
 
     Raises:
+        TypeError: if q(z|x) is not what the posterior's flow makes of noise, but a subclass with a log_prob of its own.
         ValueError: if `samples` or `pairs` is below 1, there is no example, or the prior is a p(z|y), which is another
             for each example.
 
@@ -81,6 +82,8 @@ def decompose_elbo(
         raise ValueError("prior: expected one p(z) for all examples, to which q(z) is compared, got one of p(z|y)")
     with torch.no_grad():
         found = [vae.encode(*part) for part in split(x, y, _EXAMPLES)]  # a head may give one row for all
+        for q in found:
+            q._require_of_flow(vae.posterior.flow)
         contexts = torch.cat([cast(Tensor, q.context).expand(*q.batch_shape, -1) for q in found])
         marginals, size = _marginals(vae, contexts), max(1, min(_EXAMPLES, pairs // samples))
         pieces = zip(split(x, y, size), torch.arange(len(x), device=x.device).split(size), strict=True)

@@ -134,6 +134,18 @@ class FlowDistribution(Distribution):
         """Whether q is what the flow makes of noise, and not what a subclass says."""
         return type(self).log_prob is FlowDistribution.log_prob
 
+    def _of_flow(self) -> FlowDistribution:
+        """What the flow makes of noise, whatever a subclass says: the map by which chains walk in its noise space."""
+        return FlowDistribution(self.flow, self.context, tuple(self.batch_shape))
+
+    def _require_of_flow(self, flow: Bijector) -> None:
+        """Raise for a q that is not of this flow alone, where one of a known context is to be made again."""
+        if not self._is_of_flow or self.flow is not flow:
+            raise TypeError(
+                f"posterior: expected a q(z|x) that is what the posterior's own flow makes of noise, got a "
+                f"{type(self).__name__} with a log_prob or a flow of its own, which would be left out"
+            )
+
     def gaussian(self) -> tuple[Tensor, Tensor]:
         """Mean ``(*batch_shape, dim)`` and Cholesky factor ``(*batch_shape, dim, dim)`` of a Gaussian q.
 

@@ -97,6 +97,7 @@ def inference_gaps(
         `InferenceGaps`, with properties ``amortization`` and ``approximation``.
 
     Raises:
+        TypeError: if q(z|x) is not what its flow makes of noise, but a subclass with a log_prob of its own.
         ValueError: if a number is out of range, or `richer` is of another dim.
 
     Reference:
@@ -136,6 +137,7 @@ def _gaps(
     """The posteriors' ELBOs ``(posteriors, B)``, and the rows of the best one's `ImportanceEstimate`, ``(4, B)``."""
     with torch.no_grad():
         q = vae.encode(*data)
+        q._require_of_flow(q.flow)
         flows = [q.flow, *([] if richer is None else [Chain(q.flow, richer)])]
         context = cast(Tensor, q.context).expand(*q.batch_shape, -1)  # a head may give one row for all
         if not len(context):  # of which `vmap` makes nothing

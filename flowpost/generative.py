@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from flowpost.conditions import Prior, call, condition, prior_at, reads, row_for_each, spread
+from flowpost.conditions import Prior, call, prior_at, reads, row_for_each, spread
 from flowpost.density import like_of, standard_normal_log_prob
 from flowpost.likelihoods import Likelihood
 from flowpost.numerics.watchers import changes, check_left
@@ -31,9 +31,7 @@ class Generative(nn.Module):
 
     def log_prior(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         """The log p(z), or log p(z|y), ``(*batch)``, of z ``(*batch, dim)``."""
-        if self.prior is None:
-            return standard_normal_log_prob(z)
-        return self.prior.log_prob(z, condition(y)) if reads(self.prior) else self.prior.log_prob(z)
+        return standard_normal_log_prob(z) if self.prior is None else prior_at(self.prior, y).log_prob(z)
 
     def _has_given_prior(self) -> bool:
         """Whether p(z) is that of `prior`, or N(0, I): a subclass may have a `log_prior` or `log_joint` of its own."""

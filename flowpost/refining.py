@@ -69,6 +69,7 @@ def refine(
     samples, pairs = check_int("samples", samples, minimum=1), check_int("pairs", pairs, minimum=1)
     if not isinstance(q, FlowDistribution):
         raise TypeError(f"q: expected a FlowDistribution, as vae.encode(x) gives it, got {type(q).__name__}")
+    q = q._of_flow()
     gradient, like = noise_target(q, log_joint), noise_like(q)
     size = max(1, pairs // max(1, q.batch_shape.numel()))
     moved = []

@@ -221,7 +221,7 @@ def _both(vae: VAE, data: Data, z: Tensor, runs: Chains) -> tuple[AnnealedEstima
 def _parts(vae: VAE, data: Data, runs: Chains) -> list[tuple[Part, FlowDistribution]]:
     """The noise spaces that chains walk in, each with what its flow makes of noise: q(z|x), and p(z)."""
     with torch.no_grad():
-        q = vae.encode(*data)
+        q = vae.encode(*data)._of_flow()
         shares = [(q, runs.chains, 1.0)]
         if runs.prior_chains:
             shares = [(q, runs.chains, 1 - PRIOR_SHARE), (prior_rows(vae, q, data[1]), runs.prior_chains, PRIOR_SHARE)]

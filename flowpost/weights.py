@@ -37,6 +37,7 @@ def _chunks(vae: VAE, data: Data, samples: int, size: int, refine: int) -> Itera
     x, y = data
     with torch.no_grad():
         q = vae.encode(x, y)
+    q = q._of_flow() if refine else q
     proposal = _proposal(vae, q, data, refine) if refine else None
     for start in range(0, samples, size):
         count = min(size, samples - start)
@@ -79,7 +80,7 @@ def joint_target(vae: VAE, q: FlowDistribution, data: Data) -> Gradient:
 def prior_rows(vae: VAE, q: FlowDistribution, y: Tensor | None) -> FlowDistribution:
     """The p(z), or p(z|y), as a map from noise, once for each row of q."""
     if vae.prior is not None:
-        return prior_at(vae.prior, y).expand(q.batch_shape)
+        return prior_at(vae.prior, y)._of_flow().expand(q.batch_shape)
     like = noise_like(q)
     unit = Scale(q.flow.dim, 1.0).to_empty(device=like.device).to(like.dtype)  # whatever the default device is
     return FlowDistribution(unit, None, tuple(q.batch_shape))

@@ -25,6 +25,8 @@ from versions import untold
 
 import flowpost
 from flowpost import Affine, Chain, FlowDistribution, FlowPosterior, Sample, Scale
+from flowpost.evaluation import decompose_elbo, importance_estimate, refine
+from flowpost.gaps import inference_gaps
 from flowpost.vae import VAE, Bernoulli
 
 RECIPES: dict[str, Callable[..., FlowPosterior]] = {
@@ -257,6 +259,38 @@ def test_a_log_q_of_one_s_own_is_not_the_flow_s_gaussian() -> None:
     assert (terms.kl > 50).all()
     prior = VAE(nn.Linear(5, 4), flowpost.diagonal(4, 3), nn.Linear(3, 5), Bernoulli(), prior=posterior)
     assert prior(x).kl is None
+
+
+def test_estimates_leave_no_density_of_one_s_own_out() -> None:
+    """Draws of `refine` were moved twice, and gaps and decomposition were those of the flow: off by nats."""
+    torch.manual_seed(0)
+    q = WidePosterior(0, Affine(3)).at()
+    z = refine(q, lambda z: -0.5 * (z - 1).square().sum(-1), samples=2000)
+    assert (z.mean(0) - 1).abs().max() < 0.1
+    assert (z.std(0) - 1).abs().max() < 0.1
+    vae = VAE(nn.Linear(5, 4), WidePosterior(4, Affine(3)), nn.Linear(3, 5), Bernoulli())
+    for estimate in (decompose_elbo, inference_gaps):
+        with pytest.raises(TypeError, match=r"^posterior: expected a q\(z\|x\) that is what .* got a Wide with"):
+            estimate(vae, torch.ones(6, 5))
+
+
+class HeavyTailed(FlowDistribution):
+    """Its noise is no normal one: log q is not that of the flow."""
+
+    def draw(self, sample_shape: tuple[int, ...] = (), noise: Tensor | None = None) -> Sample:
+        z, log_prob, noise = super().draw(sample_shape, noise)
+        return Sample(z, log_prob - 3, noise)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return super().log_prob(value) - 3
+
+
+def test_a_refined_proposal_is_of_the_flow_s_own_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    vae, x = VAE(nn.Linear(5, 4), flowpost.diagonal(4, 3), nn.Linear(3, 5), Bernoulli()).eval(), torch.ones(6, 5)
+    expected = importance_estimate(vae, x, 2000, refine=5).log_p
+    monkeypatch.setattr(vae.posterior, "at", lambda h: HeavyTailed(vae.posterior.flow, vae.posterior.context(h), (6,)))
+    torch.testing.assert_close(importance_estimate(vae, x, 2000, refine=5).log_p, expected, rtol=0, atol=0.1)
 
 
 # --------------------------------------------------------------------------------------------------------- expand

@@ -306,6 +306,18 @@ def test_compared_rows_are_paired_by_seed() -> None:
     assert body[2] == ["iaf", "ELBO gain=1, hidden=[9, 9]", "16", "1", "3.00", "3.00", "-", "-", "7,000"]
 
 
+def test_compared_rows_say_in_what_their_training_differs() -> None:
+    """Jobs of other widths, rates or free bits were rows of one name."""
+    configs = configure(), configure(width=64, lr=0.001), configure(free_bits=2.0), configure(train_samples=4)
+    found = table([(config, "diagonal", runs(float(i))) for i, config in enumerate(configs)])
+    assert [row[1] for row in found.rows] == [
+        "ELBO width 256 lr 0.003",
+        "ELBO width 64 lr 0.001",
+        "ELBO free bits 2 width 256 lr 0.003",
+        "ELBO 4 samples width 256 lr 0.003",
+    ]
+
+
 def test_a_figure_that_only_some_jobs_have_is_compared_where_it_is() -> None:
     split = [run | {"local_nll": run["nll"] - 1} for run in runs(9.0, 4.0)]
     found = table([(configure(gaps=True), "diagonal", split), (configure(), "iaf", runs(3.0, posterior="iaf"))])

@@ -58,7 +58,26 @@ def narrow(shape, dim, numbers):
 def broken(shape, dim, numbers):
     return nn.Flatten(), shape["x"]
 
+def normed(shape, dim, numbers):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.BatchNorm1d(5)), nn.Linear(dim, 64)
+
 nothing = 3
+made = nn.Sequential(nn.Flatten(), nn.Linear(64, 5)), nn.Linear(2, 64)
+
+def once(shape, dim, numbers):
+    return made
+"""
+
+NUMPY = """
+import random
+import numpy as np
+import torch
+from torch import nn
+
+def drawn(shape, dim, numbers):
+    encoder = nn.Linear(24, 5)
+    encoder.weight.data = torch.from_numpy(np.random.randn(5, 24)).float() + random.random()
+    return nn.Sequential(nn.Flatten(), encoder), nn.Linear(dim, 24 * numbers)
 """
 
 
@@ -333,6 +352,14 @@ def test_values_outside_a_likelihood_are_named(likelihood: str, x: np.ndarray, m
             ["--networks", "own_nets:one"],
             "networks(shape, dim, numbers) -> (encoder, decoder), two modules, got Linear",
         ),
+        (
+            ["--networks", "own_nets:once", "--dim", "2"],
+            "networks: expected new modules at each call, got encoder.1.weight again",
+        ),
+        (
+            ["--networks", "own_nets:normed", "--batch", "1196"],
+            "networks: one example, as in a batch of --batch 1196: ValueError: Expected more than 1 value per channel",
+        ),
         (["--networks", "own_nets:narrow"], "two examples: ValueError: decoder: expected 1 x 64 outputs per example"),
         (
             ["--networks", "own_nets:broken"],
@@ -497,6 +524,18 @@ def test_networks_of_features_get_every_posterior(here: Path) -> None:
     vae = build(load_own(config), "iaf", **config.model("iaf"))
     assert vae.posterior.features == 5
     assert isinstance(vae.likelihood, Gaussian)
+
+
+def test_networks_that_numpy_draws_follow_the_seed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They followed how often anything had drawn before: two jobs of one seed differed."""
+    (here / "own_nets.py").write_text(NUMPY)
+    job = ["--data", "waves.npz", "--networks", "own_nets:drawn", *TINY, "--dim", "2", "--posterior", "diagonal"]
+    found = []
+    for out in ("one", "other"):
+        assert run(capsys, *job, "--out", out)[0] == 0
+        found.append(json.loads(Path(out, "results.json").read_text())["runs"][0])
+    assert found[0]["valid"] == found[1]["valid"]
+    assert found[0]["nll"] == found[1]["nll"]
 
 
 def test_no_more_examples_are_told_than_there_are(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from torch.distributions import Independent, MultivariateNormal, Normal
 
 import flowpost
 from flowpost import Affine, Chain, FlowPosterior, Sample, Shift, Sigmoid, Softplus
+from flowpost.distribution import FlowDistribution
 from flowpost.evaluation import decompose_elbo, kl_per_latent, log_marginal, sandwich
 from flowpost.gaps import inference_gaps
 from flowpost.objectives import elbo_terms
@@ -29,6 +30,23 @@ def at(loc: float) -> FlowPosterior:
     return prior
 
 
+class Wide(FlowDistribution):
+    """Ten times as wide as the flow's."""
+
+    def draw(self, sample_shape: tuple[int, ...] = (), noise: Tensor | None = None) -> Sample:
+        z, log_prob, noise = super().draw(sample_shape, noise)
+        return Sample(10 * z, log_prob - DIM * math.log(10), noise)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return super().log_prob(value / 10) - DIM * math.log(10)
+
+
+class WidePosterior(FlowPosterior):
+    def at(self, h: Tensor | None = None, *, validate_args: bool = False) -> FlowDistribution:
+        q = super().at(h, validate_args=validate_args)
+        return Wide(q.flow, q.context, tuple(q.batch_shape), validate_args=validate_args)
+
+
 def make(prior: FlowPosterior | None = None, posterior: str = "planar") -> VAE:
     torch.manual_seed(0)
     posteriors = flowpost.recipes.RECIPES[posterior](5, DIM)
@@ -37,6 +55,19 @@ def make(prior: FlowPosterior | None = None, posterior: str = "planar") -> VAE:
 
 X = (torch.linspace(-1, 1, 24, dtype=torch.float64).view(6, 4) > 0).double()
 N3 = Independent(Normal(torch.full((DIM,), 3.0, dtype=torch.float64), 1.0), 1)
+
+
+def test_a_prior_with_an_at_of_its_own_is_scored_as_it_is_drawn() -> None:
+    """Its draws were the subclass's, and log p(z) was the flow's."""
+    vae = make(WidePosterior(0, Shift(DIM)))
+    z = vae.sample_prior(4000)
+    assert z.std() > 9
+    wide = Independent(Normal(torch.zeros(DIM, dtype=torch.float64), 10.0), 1)
+    torch.testing.assert_close(vae.log_prior(z), wide.log_prob(z))
+    of_y = make(WidePosterior(DIM, Shift(DIM)))
+    y = torch.randn(6, DIM, dtype=torch.float64)
+    drawn = of_y.prior.at(y).draw()  # pyright: ignore[reportOptionalMemberAccess]
+    torch.testing.assert_close(of_y.log_prior(drawn.z, y), drawn.log_prob)
 
 
 def test_every_use_of_the_prior_finds_it() -> None:

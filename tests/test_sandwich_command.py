@@ -8,7 +8,9 @@ import pytest
 import torch
 from linear_gaussian import LinearGaussian, fitted
 from test_benchmarks import TINY, run_cli
+from torch.distributions import MultivariateNormal
 
+import flowpost
 from benchmarks import __main__ as cli
 from benchmarks import sandwich
 from benchmarks.config import configure
@@ -17,6 +19,7 @@ from benchmarks.models import build
 from benchmarks.own.setup import configure_own
 from benchmarks.quadrature import quadrature
 from benchmarks.report import summarize
+from flowpost.vae import VAE, Gaussian
 
 FEW = ["--count", "3", "--chains", "2", "--temperatures", "4", "--leapfrogs", "1", "--samples", "30"]
 
@@ -27,6 +30,27 @@ def test_the_integral_is_the_evidence() -> None:
     vae = fitted(model).float()
     found = quadrature(vae, x.float(), points=300)
     torch.testing.assert_close(found, model.evidence(x), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("scale", "resolved"), [(0.2, True), (0.05, False)])
+def test_an_integral_over_a_grid_that_is_too_coarse_is_none(
+    scale: float,
+    resolved: bool,
+    monkeypatch: pytest.MonkeyPatch,  # noqa: FBT001
+) -> None:
+    """It was off by 13 nats, either way, where p(z|x) lay between the points."""
+    torch.manual_seed(0)
+    decoder = torch.nn.Linear(2, 3, bias=False)
+    vae = VAE(torch.nn.Linear(3, 4), flowpost.diagonal(4, 2), decoder, Gaussian(scale))
+    z, weight = torch.randn(20, 2), 3 * decoder.weight.data
+    decoder.weight.data = weight
+    x = z @ weight.T + scale * torch.randn(20, 3)
+    exact = MultivariateNormal(torch.zeros(3), weight @ weight.T + scale**2 * torch.eye(3)).log_prob(x)
+    monkeypatch.setattr("benchmarks.quadrature.MOST", 100)
+    found = quadrature(vae, x, points=50)
+    assert bool(found.isnan().all()) != resolved
+    if resolved:
+        torch.testing.assert_close(found.float(), exact, rtol=0, atol=0.02)
 
 
 def test_a_figure_of_some_seeds_is_their_mean() -> None:

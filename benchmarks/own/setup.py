@@ -17,6 +17,7 @@ from benchmarks.errors import ConfigError
 from benchmarks.models import build
 from benchmarks.own import archive, rows, values
 from benchmarks.own.networks import answered, source_hash
+from flowpost.vae import VAE
 
 ELEMENTS = 400  # of an x: from here on a job has the sizes of MNIST's, below those of the digits'
 STEPS = 15_000  # of a run at most: epochs are as many as that makes
@@ -110,4 +111,20 @@ def check_networks(config: Config, data: Data) -> None:
         raise ConfigError(f"networks: expected the file of {config.networks} as the job began, {got}; begin a new job")
     with torch.random.fork_rng(devices=[]), answered("two examples"):
         torch.manual_seed(0)
-        build(data, config.posteriors[0], **config.model(config.posteriors[0]))(data.train[:2])
+        name = config.posteriors[0]
+        vae, other = (build(data, name, **config.model(name)) for _ in range(2))
+        vae(data.train[:2])
+    _check_new(vae, other)
+    if len(data.train) % config.batch == 1 or config.batch == 1:  # batch norm cannot train on it
+        with torch.random.fork_rng(devices=[]), answered(f"one example, as in a batch of --batch {config.batch}"):
+            vae(data.train[:1])
+
+
+def _check_new(one: VAE, other: VAE) -> None:
+    """Refuse networks that are made once, and handed out again: a run would begin where the one before it ended."""
+    learned = {id(weight) for weight in one.parameters() if weight.requires_grad}
+    if again := [name for name, weight in other.named_parameters() if id(weight) in learned]:
+        raise ConfigError(
+            f"networks: expected new modules at each call, got {again[0]} again, which the run before would have "
+            f"trained; make them within the function"
+        )
