@@ -6,6 +6,7 @@ a GPU. Without it, and in float64, torch's own operations run.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from flowpost.masked.device import loops
 from flowpost.masked.run import COLUMNS, Column, ElementWise
 from flowpost.numerics import fusing
 from flowpost.numerics.products import wide_dtype
-from flowpost.numerics.watchers import unless_compiled
+from flowpost.numerics.watchers import unless_compiled, watched
 
 MAPS = (
     "gate",
@@ -47,7 +48,7 @@ def swept(column: Column, z: Tensor) -> bool:
 def activation_pull(known: Known, grad: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
     """The gradient ``(N, width)`` at a layer's sums from that at its values, and in a kernel its sum over the rows."""
     if grad.dtype != torch.float64 and fusing.on_device(grad):
-        return _ops.activation_pull(grad, value, known.name)
+        return _run(grad, "activation_pull", grad, value, known.name)
     return known.gradient(grad, value), None
 
 
@@ -55,19 +56,19 @@ def element(
     z: Tensor, numbers: Tensor, total: Tensor | None, column: Column, *, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """The image of z ``(*batch, dim)`` under a map or its inverse, and the log-det ``(*batch)`` added to a total."""
-    return _ops.element(z, numbers, total, column.name, column.constants, inverse)
+    return _run(z, "element", z, numbers, total, column.name, column.constants, inverse)
 
 
 def element_pull(
     z: Tensor, numbers: Tensor, grad: Tensor, grad_log_det: Tensor, column: Column
 ) -> tuple[Tensor, Tensor]:
     """The gradients of a map at z and at the numbers, from those at the image and at the log-det."""
-    return _ops.element_pull(z, numbers, grad, grad_log_det, column.name, column.constants)
+    return _run(z, "element_pull", z, numbers, grad, grad_log_det, column.name, column.constants)
 
 
 def element_slopes(x: Tensor, numbers: Tensor, grad_log_det: Tensor, column: Column) -> tuple[Tensor, Tensor, Tensor]:
     """Of a map's inverse ``x = f^-1(y; n)``: dx/dy, dx/dn, and the log-det's gradient at n."""
-    return _ops.element_slopes(x, numbers, grad_log_det, column.name, column.constants)
+    return _run(x, "element_slopes", x, numbers, grad_log_det, column.name, column.constants)
 
 
 def sweep(
@@ -158,13 +159,25 @@ def _loops_pull(
     return loops.pull(grad, fixed, moved, weights, hidden, *others)
 
 
+def _run(like: Tensor, name: str, *inputs: Any) -> Any:  # noqa: ANN401
+    """By the operator, or past it: where nobody watches the operations, it costs as much as the launch itself."""
+    return _launcher(name)(*inputs) if _past_operators(like) else getattr(_ops, name)(*inputs)
+
+
+def _past_operators(like: Tensor) -> bool:
+    """On a GPU, of a tensor that is no other library's, or a planner's without numbers."""
+    return type(like) is Tensor and like.is_cuda and not watched()
+
+
+@functools.cache
+def _launcher(name: str) -> Callable[..., Any]:
+    from flowpost.masked.device import kernels
+
+    return getattr(kernels, name)
+
+
 def _kernel(name: str) -> Callable[..., Any]:
-    def run(*inputs: Any) -> Any:  # noqa: ANN401
-        from flowpost.masked.device import kernels
-
-        return getattr(kernels, name)(*inputs)
-
-    return run
+    return lambda *inputs: _launcher(name)(*inputs)
 
 
 def _like(tensor: Tensor) -> Tensor:
