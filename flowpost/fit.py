@@ -45,7 +45,8 @@ def fit(
     Nothing has to be tuned for it. Gaussians climb from several first guesses by their natural gradient, which has no
     units; those at different modes are kept. In the coordinates of each mode's Gaussian, where p is about standard, a
     flow that starts as the identity is trained by sticking the landing, its rate falling when the ELBO no longer rises.
-    Several modes give a mixture of such flows. The fit ends when log p/q is constant, or with the budget.
+    Several modes give a mixture of such flows, also one that a draw of q finds before the rate falls. The fit ends when
+    log p/q is constant, or with the budget.
 
     Ctrl-C ends it early with the best q so far; in about the first twentieth of the budget there is none yet.
 
@@ -114,8 +115,9 @@ def fit(
             target, budget, samples, torch.Generator(device).manual_seed(seed), progress, begun, temperature
         )
         if resume is not None:
-            return running.after(resume).ascend(copy.deepcopy(resume.posterior).to(device), resume.left_out)
+            return running.after(resume).ascend(copy.deepcopy(resume.posterior).to(device), [*resume.left_out])
         most = modes if is_mixable(built) else 1
+        running.flow, running.most = built, most
         start = running.start(most, diagonal=flow == "diagonal")
         lost = [left_out(start, most, target)] if len(start.gaussians) > most else []
         gaussians = start.gaussians[:most]
