@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -44,7 +45,8 @@ def fit(
     Nothing has to be tuned for it. Gaussians climb from several first guesses by their natural gradient, which has no
     units; those at different modes are kept. In the coordinates of each mode's Gaussian, where p is about standard, a
     flow that starts as the identity is trained by sticking the landing, its rate falling when the ELBO no longer rises.
-    Several modes give a mixture of such flows. The fit ends when log p/q is constant, or with the budget.
+    Several modes give a mixture of such flows, also one that a draw of q finds before the rate falls. The fit ends when
+    log p/q is constant, or with the budget.
 
     Ctrl-C ends it early with the best q so far; in about the first twentieth of the budget there is none yet.
 
@@ -99,6 +101,7 @@ def fit(
     modes, seed = check_int("modes", modes, minimum=1), check_int("seed", seed, minimum=0)
     _check(log_joint, temperature, dtype, progress)
     parameters = Parameters(dim_or_spec)
+    _check_arguments(log_joint, named=isinstance(dim_or_spec, Mapping))
     if resume is not None:
         _check_resume(resume, parameters, flow_options)
         dtype = resume.target.dtype
@@ -112,8 +115,9 @@ def fit(
             target, budget, samples, torch.Generator(device).manual_seed(seed), progress, begun, temperature
         )
         if resume is not None:
-            return running.after(resume).ascend(copy.deepcopy(resume.posterior).to(device), resume.left_out)
+            return running.after(resume).ascend(copy.deepcopy(resume.posterior).to(device), [*resume.left_out])
         most = modes if is_mixable(built) else 1
+        running.flow, running.most = built, most
         start = running.start(most, diagonal=flow == "diagonal")
         lost = [left_out(start, most, target)] if len(start.gaussians) > most else []
         gaussians = start.gaussians[:most]
@@ -135,6 +139,22 @@ def _check(log_joint: object, temperature: object, dtype: object, progress: obje
         raise ValueError(f"dtype: expected torch.float32, torch.float64 or None, got {dtype!r}")
     if progress is not None and not callable(progress):
         raise TypeError(f"progress: expected a function of a Progress, got {type(progress).__name__}; write print")
+
+
+def _check_arguments(log_joint: LogJoint, *, named: bool) -> None:
+    """Refuse a log joint that cannot be called with all parameters as its one argument."""
+    try:
+        signature = inspect.signature(log_joint, follow_wrapped=False)
+    except (TypeError, ValueError):  # it has none to read
+        return
+    try:
+        signature.bind(None)
+    except TypeError:
+        one = "a mapping of names to tensors" if named else "a tensor of all parameters"
+        cure = "lambda p: log_joint(**p)" if named else "lambda theta: log_joint(*theta.unbind(-1))"
+        hint = f"; write {cure} in its place" if signature.parameters else ""
+        message = f"log_joint: expected a function of one argument, {one}, got one of {signature}{hint}"
+        raise TypeError(message) from None
 
 
 def _check_resume(resume: object, parameters: Parameters, options: Mapping[str, object]) -> None:

@@ -1,5 +1,6 @@
 """`flowpost.fit` from end to end, on posteriors whose evidence and moments are known."""
 
+import functools
 import math
 import re
 import warnings
@@ -485,6 +486,19 @@ def test_an_interrupt_when_the_search_has_ended_loses_nothing() -> None:
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no function": ({"log_joint": 3}, TypeError, "log_joint: expected a function of the parameters, got int"),
+    "several arguments": (
+        {"log_joint": lambda mu, tau: -mu * tau, "dim_or_spec": {"mu": (), "tau": constraints.positive}},
+        TypeError,
+        r"log_joint: expected a function of one argument, a mapping of names to tensors, got one of \(mu, tau\); write "
+        r"lambda p: log_joint\(\*\*p\) in its place$",
+    ),
+    "several arguments of an int": (
+        {"log_joint": lambda a, b, c: -a * b * c},
+        TypeError,
+        r"log_joint: expected a function of one argument, a tensor of all parameters, got one of \(a, b, c\); write "
+        r"lambda theta: log_joint\(\*theta.unbind\(-1\)\) in its place$",
+    ),
+    "no argument": ({"log_joint": lambda: torch.zeros(())}, TypeError, r"log_joint: .*, a tensor .*, got one of \(\)$"),
     "raises": (
         {"log_joint": lambda z: z.nonsense},
         ValueError,
@@ -519,6 +533,28 @@ def test_bad_input_is_refused(name: str) -> None:
     given = {"log_joint": gaussian, "dim_or_spec": 3, "budget": 1, **given}
     with pytest.raises(error, match=f"^{message}"):
         fit(given.pop("log_joint"), given.pop("dim_or_spec"), **given)
+
+
+def test_arguments_are_those_of_the_function_that_is_called() -> None:
+    """More of them have defaults, or are those of a function within it, or cannot be read."""
+
+    @functools.wraps(funnel)
+    def within(mu: Tensor, tau: Tensor) -> Tensor:
+        return funnel(torch.stack([mu, tau], -1))
+
+    @functools.wraps(within)
+    def of_one(p: dict[str, Tensor], *_: object, scale: float = 1.0) -> Tensor:
+        return scale * within(**p)
+
+    class Unread:
+        __signature__ = None
+
+        def __call__(self, p: dict[str, Tensor]) -> Tensor:
+            return within(**p)
+
+    spec = {"mu": (), "tau": ()}
+    for log_joint in (of_one, Unread()):
+        assert fit(log_joint, spec, "full_covariance", budget=1).target.calls == "vectorised"
 
 
 def test_a_fit_goes_on_only_with_its_own_parameters() -> None:

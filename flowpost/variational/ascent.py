@@ -113,6 +113,12 @@ class Ascent:
             if exact or self.fall and self.made >= self.fall.stop:
                 return
 
+    def shorten(self, steps: int) -> None:
+        """Make so many steps fewer: something else has spent them."""
+        self.steps = max(self.made, self.steps - steps)
+        if self.fall:
+            self.fall = range(self.fall.start, min(self.steps, self.fall.stop))
+
     def settle(self) -> None:
         """Go back to the best weights where the last ones are not about as good."""
         if self.readings and self.top and self._fell(self.readings[-1]):

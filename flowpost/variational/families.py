@@ -103,11 +103,7 @@ def is_mixable(flow: Bijector) -> bool:
 
 def assemble(flow: Bijector, gaussians: Sequence[Gaussian], elbos: Sequence[float]) -> Fitted:
     """A posterior for one mode, a mixture for several, whose weights start at the modes' evidence."""
-    like = gaussians[0].loc
-    parts = [
-        FlowPosterior(0, Chain(copy.deepcopy(flow).to(like), Standard(*gaussian)))  # each learns for itself
-        for gaussian in gaussians
-    ]
+    parts = [component(flow, gaussian) for gaussian in gaussians]
     if len(parts) == 1:
         return parts[0]
     mixture = Mixture(parts)
@@ -115,6 +111,11 @@ def assemble(flow: Bijector, gaussians: Sequence[Gaussian], elbos: Sequence[floa
         mixture.logits.copy_(torch.tensor(elbos, dtype=torch.float64, device="cpu"))
         mixture.logits.sub_(mixture.logits.max())
     return mixture
+
+
+def component(flow: Bijector, gaussian: Gaussian) -> FlowPosterior:
+    """A copy of the flow, that learns for itself, before the map onto a Gaussian."""
+    return FlowPosterior(0, Chain(copy.deepcopy(flow).to(gaussian.loc), Standard(*gaussian)))
 
 
 def components(fitted: Fitted) -> list[FlowPosterior]:

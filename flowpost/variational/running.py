@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from flowpost.bijectors.base import Bijector
 from flowpost.variational.ascent import BLOCK, RATE, Ascent, Reading
 from flowpost.variational.bound import Fitted, bound, noise_for
+from flowpost.variational.families import components
 from flowpost.variational.fitted import FittedPosterior
 from flowpost.variational.gaussian import Gaussian, rise
-from flowpost.variational.starts import MOST, Start, climbs, find_start
+from flowpost.variational.missed import find_missed, grown
+from flowpost.variational.mixture import Mixture
+from flowpost.variational.starts import MOST, Start, Steps, climbs, find_start
 from flowpost.variational.target import Target
 from flowpost.variational.weighing import Progress, device_of, estimate, weigh
 
@@ -22,6 +26,8 @@ LOOK, SEEN = 10, 1000
 """Readings between two of k-hat, and draws behind one."""
 RESTARTS = 8
 """After so many a fit is given up; q is what it was at its best."""
+LEAST = 40_000
+"""Of a budget, for a look at what q misses to be a small part of it."""
 AGAIN = 0.25
 """Of the rate, where a fit goes on."""
 RISING = "the ELBO still rose when the budget was spent; a larger budget, or resume=, helps"
@@ -44,6 +50,10 @@ class Running:
     begun: float
     temperature: float = 1.0
     peak: float = RATE
+    flow: Bijector | None = None
+    """Of a further component, where q may have one."""
+    most: int = 1
+    """Components."""
     spent: int = 0
     far: bool = False
     stopped: bool = False
@@ -95,7 +105,7 @@ class Running:
             return best, [INTERRUPTED]
         return best, self._rising() if climbs(elbos.unsqueeze(-1)) else []
 
-    def ascend(self, fitted: Fitted, lost: Sequence[str]) -> FittedPosterior:
+    def ascend(self, fitted: Fitted, lost: list[str]) -> FittedPosterior:
         """Train a flow, or a mixture of them, until nothing is to be gained, the budget is spent, or Ctrl-C."""
         if self.stopped:
             return self.finish(fitted, lost, [INTERRUPTED])
@@ -110,21 +120,56 @@ class Running:
             temperature=self.temperature,
             peak=self.peak,
         )
-        said, before = [], self.spent
-        self.spent += draws
+        said: list[str] = []
+        readings = self._follow(fitted, ascent, draws, said)
         try:
-            for count, reading in enumerate(ascent.run(), 1):
-                self.spent = before + (ascent.made + 1) * draws
-                self._tell(self._progress(fitted, ascent, reading, look=count % LOOK == 0))
-                if ascent.restarts > RESTARTS:
-                    said.append(f"the fit diverged {ascent.restarts} times and was given up")
+            for _ in readings:
+                if ascent.fall:  # q is about what it will be, and half of the steps or more are left
                     break
+            spent = self.spent
+            if not said and (more := self._more(fitted, lost)):
+                readings.close()  # and with it, on CUDA, the graph's memory
+                self.temperature = 1.0
+                return self.ascend(more, lost)
+            ascent.shorten(-(-(self.spent - spent) // draws))
+            for _ in readings:
+                pass
         except KeyboardInterrupt:
             said.append(INTERRUPTED)
         ascent.settle()
         if ascent.unsettled:
             said += self._rising()
         return self.finish(fitted, lost, said)
+
+    def _follow(self, fitted: Fitted, ascent: Ascent, draws: int, said: list[str]) -> Generator[None, None, None]:
+        """Make an ascent's steps, a block at a time; they are counted and told, and given up where they diverge."""
+        made, self.spent = 0, self.spent + draws
+        for count, reading in enumerate(ascent.run(), 1):
+            made, self.spent = ascent.made, self.spent + (ascent.made - made) * draws
+            self._tell(self._progress(fitted, ascent, reading, look=count % LOOK == 0))
+            if ascent.restarts > RESTARTS:
+                said.append(f"the fit diverged {ascent.restarts} times and was given up")
+                return
+            yield
+
+    def _more(self, fitted: Fitted, lost: list[str]) -> Mixture | None:
+        """Q with a component at a place that it all but misses, if there is one and q may have more; else it is said.
+
+        Its draws are a generator's own, so that where there is none the fit is as it would have been.
+        """
+        if self.flow is None or lost or self.budget < LEAST:
+            return None
+        generator = torch.Generator(self.generator.device).manual_seed(self.generator.initial_seed())
+        missed = find_missed(fitted, self.target, self._gradient, Steps.of(self.budget).full, generator)
+        if missed is None:
+            return None
+        held = len(components(fitted))
+        if held < self.most:
+            return grown(fitted, self.flow, missed, self.target, generator)
+        elbos = [missed.before - math.log(held)] * held
+        start = Start([missed.gaussian] * (held + 1), [*elbos, missed.elbo], far=False)
+        lost.append(left_out(start, held, self.target))
+        return None
 
     def finish(self, fitted: Fitted, lost: Sequence[str], said: Sequence[str]) -> FittedPosterior:
         """What the fit came to: `lost` is what q leaves out, `said` what became of this run."""
