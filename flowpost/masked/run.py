@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -71,6 +71,7 @@ class Link(NamedTuple):
 
 
 Run = Sequence[Link]
+_Held = TypeVar("_Held")
 
 
 class Parameters(NamedTuple):
@@ -126,6 +127,13 @@ def grouped(run: Run, parameters: Sequence[Any]) -> list[Parameters]:
         groups.append(Parameters(part[:count], part[count : 2 * count], part[2 * count :]))
         first = last
     return groups
+
+
+def taken(links: list[_Held]) -> Iterator[_Held]:
+    """One by one, so that what is held of a link is freed once the next one is asked for."""
+    links.reverse()
+    while links:
+        yield links.pop()
 
 
 def broadcast(context: Tensor | None, *tensors: Tensor) -> list[Tensor]:

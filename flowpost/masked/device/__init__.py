@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowpost.masked.activations import KNOWN
 from flowpost.masked.device import elements, full, fused, loops
-from flowpost.masked.run import Link, Parameters, Run, Saved, by_step, grouped, rows
+from flowpost.masked.run import Link, Parameters, Run, Saved, by_step, grouped, rows, taken
 from flowpost.numerics.watchers import autocast_dtype, full_precision
 
 _Back = tuple[Tensor, full.Pulled]
@@ -129,7 +129,7 @@ def _products_dtype(tape: Sequence[Tensor]) -> torch.dtype | None:
 
 
 def _through(
-    links: Sequence[_Taped],
+    links: list[_Taped],
     pull: Callable[[_Taped, Parameters, Tensor, Tensor], _Back],
     masked: Callable[[int], Parameters],
     grad: Tensor,
@@ -137,7 +137,7 @@ def _through(
 ) -> tuple[Tensor, list[full.Pulled]]:
     """The gradient beyond the links, and each link's, whose masked weights nobody holds afterwards."""
     found = []
-    for taped in links:
+    for taped in taken(links):
         grad, pulled = pull(taped, masked(taped.place), grad, grad_log_det)
         found.append(pulled)
     return grad, found
@@ -151,6 +151,7 @@ def _links(saved: Saved) -> list[_Taped]:
         last = middle + len(group.weights) - 1
         found.append(_Taped(link, len(found), saved.tape[first:middle], saved.tape[middle:last], need))
         first = last
+    saved.tape.clear()
     return found
 
 

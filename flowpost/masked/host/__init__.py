@@ -17,7 +17,7 @@ from flowpost.masked.host import sweep, transposed
 from flowpost.masked.layouts import by_output, by_variable, ranked, to_columns, to_rows
 from flowpost.masked.network import MADE
 from flowpost.masked.recorded import Recorded
-from flowpost.masked.run import Link, Parameters, Run, Saved, by_step, grouped, sum_to
+from flowpost.masked.run import Link, Parameters, Run, Saved, by_step, grouped, sum_to, taken
 from flowpost.numerics.multiplying import affine, product
 from flowpost.numerics.products import plus
 from flowpost.numerics.watchers import on_host
@@ -42,7 +42,7 @@ def values(
 def gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Tensor | None]:
     """The gradients at z, at the context and at the parameters."""
     of_context, of_parameters = None, []
-    for link, group, need, step, hidden in _taken(_links(saved)[::-1]):
+    for link, group, need, step, hidden in taken(_links(saved)[::-1]):
         grad, of_numbers = recorded.pull(link.step, step, grad, grad_log_det)
         sums = _sums(link.net, of_numbers.reshape(-1, link.net.outputs * link.net.dim), hidden, group)
         first, of_context, found = _of_network(saved, link.net, step.point, hidden, sums, group, need, of_context)
@@ -80,7 +80,7 @@ def solve_gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Te
     the log-det adds) dc_i/dx_j``, and the gradient at y is ``v df/dy``: one transposed sweep.
     """
     of_context, of_parameters = None, []
-    for link, group, need, step, hidden in _taken(_links(saved)):
+    for link, group, need, step, hidden in taken(_links(saved)):
         net, order = link.net, link.order
         of_map, of_log_det = recorded.pull_inverse(link.step, step, grad_log_det)
         fixed, moved = (
@@ -113,13 +113,6 @@ def _links(saved: Saved) -> list[_Back]:
         first = last
     saved.tape.clear()
     return found
-
-
-def _taken(links: list[_Back]) -> Iterator[_Back]:
-    """One by one, so that what is kept of a link is freed once the next one is asked for."""
-    links.reverse()
-    while links:
-        yield links.pop()
 
 
 def _evaluate(net: MADE, z: Tensor, context: Tensor | None, group: Parameters) -> list[Tensor]:
