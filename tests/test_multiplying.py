@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowpost.bijectors import Autoregressive
@@ -103,6 +104,17 @@ def test_the_operator_of_a_compiler() -> None:
     for x, weight in ((torch.randn(40, 33), torch.randn(33, 150)), (torch.randn(33, 150).t(), torch.randn(33, 40))):
         torch.library.opcheck(torch.ops.flowpost.multiply.default, (x, weight, None))
         torch.testing.assert_close(torch.ops.flowpost.multiply(x, weight, None), x @ weight, rtol=1e-5, atol=1e-4)
+
+
+def test_a_compiler_takes_a_batch_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiplying, "_LARGE", 2**17)
+    torch.compiler.reset()
+    counter, step = CompileCounter(), Autoregressive(40, 0, (128, 160))
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    for size in (200, 64, 5, 33, 31, 16, 129, 2):
+        z = torch.randn(size, 40)
+        torch.testing.assert_close(compiled(z), step(z))
+    assert counter.frame_count == 2
 
 
 def test_a_gradient_written_whole_is_zero_where_no_unit_reads() -> None:
