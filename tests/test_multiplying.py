@@ -67,6 +67,7 @@ def test_what_is_not_finite_stays_in_its_row() -> None:
     assert found[7].isinf().all()
 
 
+@pytest.mark.filterwarnings("ignore:TF32")  # torch says so of every switch of oneDNN
 def test_where_it_is_not_taken() -> None:
     x = torch.randn(64, 64)
     assert multiplying.pays(x, x)
@@ -74,6 +75,8 @@ def test_where_it_is_not_taken() -> None:
     assert not multiplying.pays(x.bfloat16(), x.bfloat16())
     assert not multiplying.pays(x.to("meta"), x.to("meta"))
     assert not multiplying.pays(x[:, :16], x[:16])
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not multiplying.pays(x, x)
     with FlopCounterMode(display=False) as counter:
         multiplying.product(x, x)
     assert counter.get_total_flops() == 2 * 64**3

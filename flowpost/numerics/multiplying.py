@@ -56,7 +56,7 @@ def add_product(result: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def pays(left: Tensor, right: Tensor) -> bool:
-    """Whether oneDNN gives ``left @ right`` sooner."""
+    """Whether oneDNN gives ``left @ right`` sooner, where it has not been switched off."""
     if not (HELPS and _large(left, right)):
         return False
     return left.dtype == right.dtype == torch.float32 and left.device.type == "cpu" and _free()
@@ -72,7 +72,7 @@ def _is_large(left: Tensor, right: Tensor) -> bool:
 
 def _is_free() -> bool:
     # Who watches the operations, to count them say, knows no products but torch's own.
-    return not torch._C._len_torch_dispatch_stack()
+    return torch.backends.mkldnn.enabled and not torch._C._len_torch_dispatch_stack()
 
 
 def _by_onednn(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
