@@ -6,6 +6,8 @@ operations, uses it, and is twice as fast where the matrices are large.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ _FEW = 16
 _LARGE = 3 * 2**19  # multiplications a thread, from which oneDNN's longer way there pays
 _NARROW = 32  # entries on a side, below which it does not
 _WIDE = 128  # entries on one side, for which copying the other one pays
-_linear = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
+_linear: Any = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
 
 
 def _is_amd() -> bool:
