@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowpost.bijectors import Autoregressive
@@ -66,6 +67,7 @@ def test_what_is_not_finite_stays_in_its_row() -> None:
     assert found[7].isinf().all()
 
 
+@pytest.mark.filterwarnings("ignore:TF32")  # torch says so of every switch of oneDNN
 def test_where_it_is_not_taken() -> None:
     x = torch.randn(64, 64)
     assert multiplying.pays(x, x)
@@ -73,6 +75,8 @@ def test_where_it_is_not_taken() -> None:
     assert not multiplying.pays(x.bfloat16(), x.bfloat16())
     assert not multiplying.pays(x.to("meta"), x.to("meta"))
     assert not multiplying.pays(x[:, :16], x[:16])
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not multiplying.pays(x, x)
     with FlopCounterMode(display=False) as counter:
         multiplying.product(x, x)
     assert counter.get_total_flops() == 2 * 64**3
@@ -103,6 +107,17 @@ def test_the_operator_of_a_compiler() -> None:
     for x, weight in ((torch.randn(40, 33), torch.randn(33, 150)), (torch.randn(33, 150).t(), torch.randn(33, 40))):
         torch.library.opcheck(torch.ops.flowpost.multiply.default, (x, weight, None))
         torch.testing.assert_close(torch.ops.flowpost.multiply(x, weight, None), x @ weight, rtol=1e-5, atol=1e-4)
+
+
+def test_a_compiler_takes_a_batch_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiplying, "_LARGE", 2**17)
+    torch.compiler.reset()
+    counter, step = CompileCounter(), Autoregressive(40, 0, (128, 160))
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    for size in (200, 64, 5, 33, 31, 16, 129, 2):
+        z = torch.randn(size, 40)
+        torch.testing.assert_close(compiled(z), step(z))
+    assert counter.frame_count == 2
 
 
 def test_a_gradient_written_whole_is_zero_where_no_unit_reads() -> None:

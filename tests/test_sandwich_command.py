@@ -35,8 +35,8 @@ def test_the_integral_is_the_evidence() -> None:
 @pytest.mark.parametrize(("scale", "resolved"), [(0.2, True), (0.05, False)])
 def test_an_integral_over_a_grid_that_is_too_coarse_is_none(
     scale: float,
-    resolved: bool,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: FBT001
+    resolved: bool,  # noqa: FBT001
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It was off by 13 nats, either way, where p(z|x) lay between the points."""
     torch.manual_seed(0)

@@ -8,7 +8,8 @@ from small import DIM, FEATURES, small
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from flowpost import FlowPosterior
+from flowpost import Autoregressive, FlowPosterior
+from flowpost.masked import staircase
 from flowpost.recipes import RECIPES
 
 SIZES = [2, 3, 4, 5, 6, 7, 8, 12, 16, 17, 33, 64]
@@ -68,6 +69,13 @@ def assert_compiles_twice(function: Callable[..., Pair], points: Callable[[int],
 def test_twelve_sizes_compile_twice(name: str, use: Callable[..., Pair]) -> None:
     posterior = tiny(name)
     assert_compiles_twice(lambda h, z: use(posterior, h, z), inputs)
+
+
+def test_layers_of_many_blocks_compile_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staircase, "_GRAIN", 2**10)
+    step = Autoregressive(6, 0, (96, 96)).double()
+    assert len(step.net.stack[1].staircase.blocks) > 2
+    assert_compiles_twice(step, lambda size: (torch.randn(size, 6, dtype=torch.float64),))
 
 
 EVERY = [

@@ -176,7 +176,8 @@ _weight_operator = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor grad, Tensor x, Tensor[] masks, int[] runs) -> Tensor",
 )
-_input_operator.register_fake(lambda grad, weight, masks, runs: grad.new_empty(len(grad), weight.shape[1]))
+# `len` would fix the batch's size: a compiler would start anew for every other.
+_input_operator.register_fake(lambda grad, weight, masks, runs: grad.new_empty(grad.shape[0], weight.shape[1]))
 _weight_operator.register_fake(lambda grad, x, masks, runs: grad.new_empty(grad.shape[1], x.shape[1]))
 
 # Of many blocks a compiler sees an operator: it copies a whole matrix for each block that is written into it.

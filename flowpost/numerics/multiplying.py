@@ -6,6 +6,8 @@ operations, uses it, and is twice as fast where the matrices are large.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ _FEW = 16
 _LARGE = 3 * 2**19  # multiplications a thread, from which oneDNN's longer way there pays
 _NARROW = 32  # entries on a side, below which it does not
 _WIDE = 128  # entries on one side, for which copying the other one pays
-_linear = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
+_linear: Any = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
 
 
 def _is_amd() -> bool:
@@ -56,17 +58,23 @@ def add_product(result: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def pays(left: Tensor, right: Tensor) -> bool:
-    """Whether oneDNN gives ``left @ right`` sooner."""
-    if not HELPS:
+    """Whether oneDNN gives ``left @ right`` sooner, where it has not been switched off."""
+    if not (HELPS and _large(left, right)):
         return False
+    return left.dtype == right.dtype == torch.float32 and left.device.type == "cpu" and _free()
+
+
+def _is_large(left: Tensor, right: Tensor) -> bool:
     (rows, inner), columns = left.shape, right.shape[1]
     work = rows * inner * columns
-    if work < _LARGE or work < _LARGE * _threads() or min(rows, inner, columns) < _NARROW:
+    if work < _LARGE or work < _LARGE * torch.get_num_threads() or min(rows, inner, columns) < _NARROW:
         return False
-    alike = left.dtype == right.dtype == torch.float32 and left.device.type == "cpu"
+    return left.is_contiguous() or max(rows, columns) >= _WIDE
+
+
+def _is_free() -> bool:
     # Who watches the operations, to count them say, knows no products but torch's own.
-    unseen = torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack()
-    return alike and unseen and (left.is_contiguous() or max(rows, columns) >= _WIDE)
+    return torch.backends.mkldnn.enabled and not torch._C._len_torch_dispatch_stack()
 
 
 def _by_onednn(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
@@ -91,6 +99,8 @@ _operator = torch.library.custom_op(
     schema="(Tensor left, Tensor right, Tensor? bias) -> Tensor",
 )
 _operator.register_fake(lambda left, right, _: left.new_empty(left.shape[0], right.shape[1]))
-# A compiler can follow neither: it sees an operator, which chooses when it runs.
+# A compiler can follow neither: it sees an operator, which chooses when it runs. For a batch on another side of a
+# threshold it would start anew, so it is asked for the columns alone, which are never a batch's.
 _multiply = unless_compiled(_by_onednn, _operator)
-_threads = unless_compiled(torch.get_num_threads, lambda: 1)
+_large = unless_compiled(_is_large, lambda _, right: right.shape[1] >= _WIDE)
+_free = unless_compiled(_is_free, lambda: True)
