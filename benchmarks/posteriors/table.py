@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import textwrap
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
@@ -91,7 +92,8 @@ def shortfalls(fits: Sequence[Fit]) -> list[str]:
     for fit in fits:
         what = f"{fit.posterior}, {fit.contender}, seed {fit.seed}"
         if fit.failed:
-            lines.append(f"{what}: failed: {fit.error or 'the ELBO of its draws is not finite'}")
+            why = textwrap.shorten(fit.error or "the ELBO of its draws is not finite", 120)  # some show whole tensors
+            lines.append(f"{what}: failed: {why}")
         elif is_impossible(fit):
             lines.append(
                 f"{what}: KL {fit.kl:.4f} is negative by more than {FLOOR:.0f} standard errors: log q is wrong"
