@@ -272,7 +272,7 @@ def _context_ignored(self: made.MADE, z: Tensor, context: Tensor | None = None) 
 
 
 def _gradients_without_activation(saved: run.Saved, *grads: Tensor) -> list[Tensor | None]:
-    flat = {name: known._replace(gradient=lambda grad, value: grad) for name, known in host.KNOWN.items()}
+    flat = {name: known._replace(gradient_=lambda grad, value: grad) for name, known in host.KNOWN.items()}
     with mock.patch.object(host, "KNOWN", flat):
         return _GRADIENTS(saved, *grads)
 
