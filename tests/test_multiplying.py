@@ -109,6 +109,7 @@ def test_the_operator_of_a_compiler() -> None:
         torch.testing.assert_close(torch.ops.flowpost.multiply(x, weight, None), x @ weight, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="that compiler cannot follow a step's way back")
 def test_a_compiler_takes_a_batch_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multiplying, "_LARGE", 2**17)
     torch.compiler.reset()

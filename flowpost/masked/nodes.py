@@ -78,7 +78,7 @@ class _Pass(torch.autograd.Function):
     def backward(ctx: Ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         run, needs = ctx.run, ctx.needs_input_grad[2:]
         z, context, *rest = ctx.saved_tensors
-        parameters, tape = rest[: len(needs) - 2], rest[len(needs) - 2 :]
+        parameters, tape = rest[: len(needs) - 2], list(rest[len(needs) - 2 :])
         if engine.replays(*grads):
             return None, None, *_replay(partial(plain.forward, run), (z, context, *parameters), needs, grads)
         _let_go(ctx)
@@ -108,7 +108,7 @@ class _Solve(torch.autograd.Function):
     def backward(ctx: Ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         run, needs = ctx.run, ctx.needs_input_grad[3:]
         preimage, z, context, *rest = ctx.saved_tensors
-        parameters, tape = rest[: len(needs) - 2], rest[len(needs) - 2 :]
+        parameters, tape = rest[: len(needs) - 2], list(rest[len(needs) - 2 :])
         if engine.replays(*grads):
 
             def inverse(z: Tensor, context: Tensor | None, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

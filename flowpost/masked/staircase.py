@@ -85,10 +85,10 @@ class Staircase:
 
     def add_product(self, y: Tensor, x: Tensor, weight: Tensor) -> None:
         """Add ``x W^T`` to y ``(N, out)`` for x ``(N, in)``."""
-        masks = self.edges(weight)
-        if len(masks) == 1:
-            add_product(y, x, (weight * masks[0]).t())
+        if len(self.blocks) == 1:
+            add_product(y, x, (weight * self._edges[0].on(weight)).t())
         else:
+            masks = self.edges(weight)
             (_add_product if len(masks) == 2 else _add_many)(y, x, weight, masks, self._runs)
 
     def affine(self, bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -101,16 +101,16 @@ class Staircase:
 
     def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
         """The product ``grad W`` for grad ``(N, out)``."""
+        if len(self.blocks) == 1:
+            return product(grad, weight * self._edges[0].on(weight))
         masks = self.edges(weight)
-        if len(masks) == 1:
-            return product(grad, weight * masks[0])
         return (_input_gradient if len(masks) == 2 else _input_many)(grad, weight, masks, self._runs)
 
     def weight_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
         """The product ``grad^T x``, zero where the weight is not read."""
+        if len(self.blocks) == 1:
+            return product(grad.t(), x).mul_(self._edges[0].on(x))
         masks = self.edges(x)
-        if len(masks) == 1:
-            return product(grad.t(), x).mul_(masks[0])
         return (_weight_gradient if len(masks) == 2 else _weight_many)(grad, x, masks, self._runs)
 
 

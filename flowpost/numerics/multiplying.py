@@ -59,22 +59,22 @@ def add_product(result: Tensor, left: Tensor, right: Tensor) -> None:
 
 def pays(left: Tensor, right: Tensor) -> bool:
     """Whether oneDNN gives ``left @ right`` sooner, where it has not been switched off."""
-    if not (HELPS and _large(left, right)):
+    if not HELPS:
         return False
-    return left.dtype == right.dtype == torch.float32 and left.device.type == "cpu" and _free()
-
-
-def _is_large(left: Tensor, right: Tensor) -> bool:
-    (rows, inner), columns = left.shape, right.shape[1]
+    if torch.compiler.is_compiling():  # for a batch on another side of a threshold a compiler would start anew
+        return right.shape[1] >= _WIDE and _fits(left, right)
+    rows, inner = left.shape
+    columns = right.shape[1]
     work = rows * inner * columns
     if work < _LARGE or work < _LARGE * torch.get_num_threads() or min(rows, inner, columns) < _NARROW:
         return False
-    return left.is_contiguous() or max(rows, columns) >= _WIDE
-
-
-def _is_free() -> bool:
     # Who watches the operations, to count them say, knows no products but torch's own.
-    return torch.backends.mkldnn.enabled and not torch._C._len_torch_dispatch_stack()
+    free = torch.backends.mkldnn.enabled and not torch._C._len_torch_dispatch_stack()
+    return free and _fits(left, right) and (left.is_contiguous() or max(rows, columns) >= _WIDE)
+
+
+def _fits(left: Tensor, right: Tensor) -> bool:
+    return left.dtype == right.dtype == torch.float32 and left.device.type == "cpu"
 
 
 def _by_onednn(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
@@ -99,8 +99,5 @@ _operator = torch.library.custom_op(
     schema="(Tensor left, Tensor right, Tensor? bias) -> Tensor",
 )
 _operator.register_fake(lambda left, right, _: left.new_empty(left.shape[0], right.shape[1]))
-# A compiler can follow neither: it sees an operator, which chooses when it runs. For a batch on another side of a
-# threshold it would start anew, so it is asked for the columns alone, which are never a batch's.
+# A compiler can follow neither: it sees an operator, which chooses when it runs.
 _multiply = unless_compiled(_by_onednn, _operator)
-_large = unless_compiled(_is_large, lambda _, right: right.shape[1] >= _WIDE)
-_free = unless_compiled(_is_free, lambda: True)
