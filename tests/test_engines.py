@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
+from types import ModuleType
 
 import pytest
 import torch
@@ -10,10 +12,12 @@ import torch.nn.functional as F
 from registry import ENTRIES, Case, Entry, draw, push
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowpost import Affine, Autoregressive, Bijector, Masked
-from flowpost.masked import engine, staircase
+from flowpost import Affine, Autoregressive, Bijector, Masked, Shared
+from flowpost.masked import device, engine, host, recorded, staircase
+from flowpost.masked.device import elements
 from flowpost.masked.network import MADE
 from flowpost.masked.staircase import Staircase
 
@@ -128,6 +132,34 @@ def test_blocks_are_cut_and_their_zeros_never_read(monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(y, x @ full.T)
         torch.testing.assert_close(stairs.input_gradient(grad, weight), grad @ full)
         torch.testing.assert_close(stairs.weight_gradient(grad, x), (grad.T @ x) * mask)
+
+
+@pytest.mark.parametrize(("made", "pulls"), [(host, recorded), (device, elements)], ids=["host", "device"])
+def test_the_way_back_frees_what_it_is_through_with(
+    made: ModuleType, pulls: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run in one node: each link finds less of the tape alive than the one before."""
+    monkeypatch.setattr(engine, "engine_on", lambda _: made)
+    tape: list[StorageWeakRef] = []
+    alive: list[int] = []
+    values, pull = made.values, pulls.pull
+
+    def keeping(*inputs: object, **options: object) -> tuple[Tensor, Tensor, list[Tensor]]:
+        image, log_det, kept = values(*inputs, **options)
+        tape.extend(StorageWeakRef(each.untyped_storage()) for each in kept)
+        return image, log_det, kept
+
+    def counting(*inputs: object) -> object:
+        alive.append(sum(not each.expired() for each in tape))
+        return pull(*inputs)
+
+    monkeypatch.setattr(made, "values", keeping)
+    monkeypatch.setattr(pulls, "pull", counting)
+    chain = Shared(*(Autoregressive(4, 3, (9, 8)) for _ in range(4)))
+    image, log_det = chain(torch.randn(5, 4), torch.randn(5, 3))
+    (image.sum() + log_det.sum()).backward()
+    assert len(alive) == 4
+    assert all(later < earlier for earlier, later in pairwise(alive)), alive
 
 
 @pytest.mark.parametrize("direction", ["forward", "inverse"])

@@ -21,7 +21,7 @@ _linear: Any = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkld
 
 
 def _is_amd() -> bool:
-    """Whether this is one of AMD's processors with AVX-512; before torch 2.6 not known."""
+    """Whether this is one of AMD's processors with AVX-512; an older torch cannot say."""
     known = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(known.get("avx512_f")) and known.get("cpu_name", "").startswith("AMD")
 
