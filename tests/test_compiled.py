@@ -258,7 +258,7 @@ def test_products_of_many_blocks_are_operators_under_a_compiler(monkeypatch: pyt
     monkeypatch.setattr(staircase, "_GRAIN", 2**14)
     layout = Staircase(range(300), [i // 2 for i in range(600)])
     weight = torch.randn(600, 300, dtype=torch.float64)
-    masks, runs, mask = layout.edges(weight), layout._runs, layout.mask.on(weight)
+    masks, runs, mask = layout.edges(weight), staircase._runs(layout.blocks), layout.mask.on(weight)
     assert len(masks) > 2
     x = torch.randn(3, 300, dtype=torch.float64)
     y = torch.randn(3, 600, dtype=torch.float64)

@@ -50,7 +50,7 @@ def test_every_layout(left: str, right: str, sizes: tuple[int, int, int]) -> Non
     a, b = laid(a, left), laid(b, right)
     assert multiplying.pays(a, b)
     torch.testing.assert_close(multiplying.product(a, b).double(), exact, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(multiplying.affine(bias, a, b).double(), exact + bias.double(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(multiplying.linear(a, b.t(), bias).double(), exact + bias.double(), rtol=1e-5, atol=1e-4)
     result = torch.full((rows, columns + 4), 2.0)[:, 1:-3]
     multiplying.write_product(result, a, b)
     torch.testing.assert_close(result.double(), exact, rtol=1e-5, atol=1e-4)

@@ -97,7 +97,8 @@ class Masked(Ordered, Networked):
             self.net.lay_out(order)
 
     def _link(self) -> Link:
-        return Link(self.net, self.step, self._order)
+        parts: dict[str, Any] = self._modules  # read on every call: a module looks its attributes up at length
+        return Link(parts["net"], parts["step"], self._order)
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return nodes.forward([self._link()], z, context)

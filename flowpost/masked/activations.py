@@ -35,8 +35,12 @@ def check_elementwise(activation: Activation) -> None:
         raise ValueError(f"activation: expected an element-wise function, got {name}, which mixes the units")
 
 
+# By the overload: to find it among them takes torch as long as the operation.
 _relu_backward, _elu_backward, _tanh_backward = (
-    getattr(torch.ops.aten, name) for name in ("threshold_backward", "elu_backward", "tanh_backward")
+    getattr(torch.ops.aten, name).default for name in ("threshold_backward", "elu_backward", "tanh_backward")
+)
+_relu_backward_, _elu_backward_, _tanh_backward_ = (
+    getattr(torch.ops.aten, name).grad_input for name in ("threshold_backward", "elu_backward", "tanh_backward")
 )
 _OF_ITSELF = True  # the derivative from the value and not from its argument
 
@@ -57,14 +61,14 @@ _RELU = Known(
     "relu",
     torch.relu_,
     lambda grad, value: _relu_backward(grad, value, 0),
-    lambda grad, value: _relu_backward(grad, value, 0, grad_input=grad),
+    lambda grad, value: _relu_backward_(grad, value, 0, grad_input=grad),
 )
 _ELU = Known(
     "elu",
     partial(F.elu, inplace=True),
     lambda grad, value: _elu_backward(grad, 1, 1, 1, _OF_ITSELF, value),
-    lambda grad, value: _elu_backward(grad, 1, 1, 1, _OF_ITSELF, value, grad_input=grad),
+    lambda grad, value: _elu_backward_(grad, 1, 1, 1, _OF_ITSELF, value, grad_input=grad),
 )
-_TANH = Known("tanh", torch.tanh_, _tanh_backward, lambda grad, value: _tanh_backward(grad, value, grad_input=grad))
+_TANH = Known("tanh", torch.tanh_, _tanh_backward, lambda grad, value: _tanh_backward_(grad, value, grad_input=grad))
 KNOWN: dict[Activation, Known] = {F.relu: _RELU, torch.relu: _RELU, F.elu: _ELU, torch.tanh: _TANH}
 NAMED = {known.name: known for known in KNOWN.values()}

@@ -101,5 +101,8 @@ def untouched(net: MADE) -> bool:
     """
     if type(net) is not MADE or hooked(net):
         return False
-    ours = all(is_ours(layer, MaskedLinear) for layer in net.layers)
-    return ours and (net.project is None or is_ours(net.project, nn.Linear))
+    for layer in net.stack:
+        if not is_ours(layer, MaskedLinear):
+            return False
+    project = net.projection
+    return project is None or is_ours(project, nn.Linear)

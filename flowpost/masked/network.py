@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, empty, nn
@@ -123,7 +123,19 @@ class MADE(Rated):
     @property
     def stack(self) -> list[MaskedLinear]:
         """The layers, in a list."""
-        return cast("list[MaskedLinear]", list(self.layers._modules.values()))
+        layers: Any = self._modules["layers"]  # read on every call: `layers` would be looked up at length
+        return list(layers._modules.values())
+
+    @property
+    def stairs(self) -> list[Staircase]:
+        """Where the layers' weights are not zero."""
+        return [layer.staircase for layer in self.stack]
+
+    @property
+    def projection(self) -> nn.Linear | None:
+        """`project`, found sooner."""
+        project: Any = self._modules.get("project")
+        return project
 
     def last_parameters(self) -> list[Tensor]:
         """Those that add to the outputs: the last layer's and, where it is the first too, the projection's."""

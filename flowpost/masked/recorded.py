@@ -22,7 +22,8 @@ Map = Callable[[Tensor, Tensor], Pair]
 class Recorded(NamedTuple):
     """An element-wise map at its point and numbers, with the graph of what it gave, where that is to be pulled back.
 
-    Of a step's forward that has a closed form of its gradient, the last two are what the step keeps.
+    Of a step's forward that has a closed form of its gradient, the last two are what the step keeps, and z stands in
+    the place of the numbers, which are not held.
     """
 
     point: Tensor
@@ -40,7 +41,7 @@ def run(step: ElementWise, z: Tensor, numbers: Tensor, *, recording: bool) -> tu
     """A step's image and log-det, and what `pull` needs."""
     if step.has_pull():
         image, log_det, kept = cast(Pulling, step).keep(z, numbers)
-        return image, log_det, Recorded(z, z, numbers, *kept)
+        return image, log_det, Recorded(z, z, z, *kept)
     recorded = _record(step._forward, z, z, numbers, recording=recording)
     return recorded.image.detach(), recorded.log_det.detach(), recorded
 

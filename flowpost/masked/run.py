@@ -106,9 +106,9 @@ def flat(run: Run) -> list[Tensor]:
     """
     found: list[Tensor] = []
     for link in run:
-        net, layers = link.net, link.net.stack
+        net, layers, project = link.net, link.net.stack, link.net.projection
         own = [layer.weight for layer in layers] + [layer.bias for layer in layers]
-        own += [] if net.project is None else [net.project.weight]
+        own += [] if project is None else [project.weight]
         if net.rate != 1:
             # By their place: a hidden layer may have one of them too, tied to it, and reads it as it is.
             last = {len(layers) - 1, 2 * len(layers) - 1} | ({2 * len(layers)} if len(layers) == 1 else set())
@@ -121,8 +121,8 @@ def grouped(run: Run, parameters: Sequence[Any]) -> list[Parameters]:
     """The inverse of `flat`: each network's parameters, or what else there is one of for each."""
     groups, first = [], 0
     for link in run:
-        count = len(link.net.layers)
-        last = first + 2 * count + (link.net.project is not None)
+        count = len(link.net.sizes) + 1
+        last = first + 2 * count + (link.net.projection is not None)
         part = parameters[first:last]
         groups.append(Parameters(part[:count], part[count : 2 * count], part[2 * count :]))
         first = last
@@ -148,7 +148,12 @@ def broadcast(context: Tensor | None, *tensors: Tensor) -> list[Tensor]:
 
 def rows(tensor: Tensor) -> Tensor:
     """``(*batch, size)`` as ``(N, size)``."""
-    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+    return tensor if tensor.ndim == 2 else tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+
+
+def over(batch: Sequence[int], tensor: Tensor) -> Tensor:
+    """The inverse of `rows`, and of a number for each row: ``(N, ...)`` as ``(*batch, ...)``; a constant as it is."""
+    return tensor.view((*batch, *tensor.shape[1:])) if len(batch) != 1 and tensor.ndim else tensor
 
 
 def sum_to(grad: Tensor, batch: Sequence[int], smaller: Sequence[int]) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowpost.numerics.constants import Constant
-from flowpost.numerics.multiplying import HELPS, add_product, affine, pays, product, write_product
+from flowpost.numerics.multiplying import HELPS, add_product, linear, pays, plus_product, product, write_product
 from flowpost.numerics.products import full_size
 from flowpost.numerics.watchers import unless_compiled
 
@@ -58,7 +58,7 @@ class Staircase:
             firsts = range(0, len(self.units), len(units))
             rows = [(first + start, stop - start) for first in firsts for start, stop in pairwise(stops)]
             self.blocks = [_block(self.inputs, self.units, run) for run in rows]
-        self._runs = [number for block in self.blocks for run in block for number in run]
+        self._whole = len(self.blocks) == 1
         self.mask = self._mask()
         """The whole mask, ``(out, in)``, of bools."""
         self._edges = [Constant(self.mask.value.narrow(0, *b.rows).narrow(1, *b.stair).float()) for b in self.blocks]
@@ -85,33 +85,43 @@ class Staircase:
 
     def add_product(self, y: Tensor, x: Tensor, weight: Tensor) -> None:
         """Add ``x W^T`` to y ``(N, out)`` for x ``(N, in)``."""
-        if len(self.blocks) == 1:
+        if self._whole:
             add_product(y, x, (weight * self._edges[0].on(weight)).t())
         else:
-            masks = self.edges(weight)
-            (_add_product if len(masks) == 2 else _add_many)(y, x, weight, masks, self._runs)
+            (_add_product if len(self.blocks) == 2 else _add_many)(y, x, weight, self.edges(weight), self.blocks)
 
     def affine(self, bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """The layer, ``b + x W^T``, for x ``(N, in)``."""
-        if len(self.blocks) == 1:
-            return affine(bias, x, (weight * self._edges[0].on(weight)).t())
+        if self._whole:
+            return linear(x, weight * self._edges[0].on(weight), bias)
         y = bias.expand(len(x), -1).clone()
         self.add_product(y, x, weight)
         return y
 
     def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
         """The product ``grad W`` for grad ``(N, out)``."""
-        if len(self.blocks) == 1:
+        if self._whole:
             return product(grad, weight * self._edges[0].on(weight))
-        masks = self.edges(weight)
-        return (_input_gradient if len(masks) == 2 else _input_many)(grad, weight, masks, self._runs)
+        find = _input_gradient if len(self.blocks) == 2 else _input_many
+        return find(grad, weight, self.edges(weight), self.blocks)
+
+    def add_input_gradient(self, so_far: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+        """The product and what there is, ``(N, in)``."""
+        if self._whole:
+            return plus_product(so_far, grad, weight * self._edges[0].on(weight))
+        return so_far + self.input_gradient(grad, weight)
 
     def weight_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
         """The product ``grad^T x``, zero where the weight is not read."""
-        if len(self.blocks) == 1:
+        if self._whole:
             return product(grad.t(), x).mul_(self._edges[0].on(x))
-        masks = self.edges(x)
-        return (_weight_gradient if len(masks) == 2 else _weight_many)(grad, x, masks, self._runs)
+        find = _weight_gradient if len(self.blocks) == 2 else _weight_many
+        return find(grad, x, self.edges(x), self.blocks)
+
+
+def _runs(blocks: Sequence[Block]) -> list[int]:
+    """Blocks as an operator takes them."""
+    return [number for block in blocks for run in block for number in run]
 
 
 def _blocks(runs: Sequence[int]) -> list[Block]:
@@ -119,18 +129,18 @@ def _blocks(runs: Sequence[int]) -> list[Block]:
     return [Block(*pairs[first : first + 4]) for first in range(0, len(pairs), 4)]
 
 
-def _add_product(y: Tensor, x: Tensor, weight: Tensor, masks: Sequence[Tensor], runs: Sequence[int]) -> None:
-    for (rows, stair, full, _), mask in zip(_blocks(runs), masks, strict=True):
+def _add_product(y: Tensor, x: Tensor, weight: Tensor, masks: Sequence[Tensor], blocks: Sequence[Block]) -> None:
+    for (rows, stair, full, _), mask in zip(blocks, masks, strict=True):
         part, weights = y.narrow(1, *rows), weight.narrow(0, *rows)
         add_product(part, x.narrow(1, *stair), (weights.narrow(1, *stair) * mask).t())
         if full[1]:
             add_product(part, x.narrow(1, *full), weights.narrow(1, *full).t())
 
 
-def _input_gradient(grad: Tensor, weight: Tensor, masks: Sequence[Tensor], runs: Sequence[int]) -> Tensor:
+def _input_gradient(grad: Tensor, weight: Tensor, masks: Sequence[Tensor], blocks: Sequence[Block]) -> Tensor:
     result = grad.new_empty(len(grad), weight.shape[1])
     put = write_product  # of the last block, which reads most; those of the others are added
-    for (rows, stair, full, rest), mask in zip(_blocks(runs)[::-1], masks[::-1], strict=True):
+    for (rows, stair, full, rest), mask in zip(blocks[::-1], masks[::-1], strict=True):
         part, weights = grad.narrow(1, *rows), weight.narrow(0, *rows)
         put(result.narrow(1, *stair), part, weights.narrow(1, *stair) * mask)
         if full[1]:
@@ -141,11 +151,11 @@ def _input_gradient(grad: Tensor, weight: Tensor, masks: Sequence[Tensor], runs:
     return result
 
 
-def _weight_gradient(grad: Tensor, x: Tensor, masks: Sequence[Tensor], runs: Sequence[int]) -> Tensor:
+def _weight_gradient(grad: Tensor, x: Tensor, masks: Sequence[Tensor], blocks: Sequence[Block]) -> Tensor:
     grad = grad.t()
     whole = pays(grad, x)  # its result is written once, and parts of one would be copied
     result = product(grad, x) if whole else grad.new_empty(len(grad), x.shape[1])
-    for (rows, stair, full, rest), mask in zip(_blocks(runs), masks, strict=True):
+    for (rows, stair, full, rest), mask in zip(blocks, masks, strict=True):
         weights, grads = result.narrow(0, *rows), grad.narrow(0, *rows)
         edge = weights.narrow(1, *stair)
         if not whole:
@@ -160,19 +170,19 @@ def _weight_gradient(grad: Tensor, x: Tensor, masks: Sequence[Tensor], runs: Seq
 
 _add_operator = torch.library.custom_op(
     "flowpost::add_product",
-    _add_product,
+    lambda y, x, weight, masks, runs: _add_product(y, x, weight, masks, _blocks(runs)),
     mutates_args={"y"},
     schema="(Tensor(a!) y, Tensor x, Tensor weight, Tensor[] masks, int[] runs) -> ()",
 )
 _input_operator = torch.library.custom_op(
     "flowpost::input_gradient",
-    _input_gradient,
+    lambda grad, weight, masks, runs: _input_gradient(grad, weight, masks, _blocks(runs)),
     mutates_args=(),
     schema="(Tensor grad, Tensor weight, Tensor[] masks, int[] runs) -> Tensor",
 )
 _weight_operator = torch.library.custom_op(
     "flowpost::weight_gradient",
-    _weight_gradient,
+    lambda grad, x, masks, runs: _weight_gradient(grad, x, masks, _blocks(runs)),
     mutates_args=(),
     schema="(Tensor grad, Tensor x, Tensor[] masks, int[] runs) -> Tensor",
 )
@@ -181,9 +191,15 @@ _input_operator.register_fake(lambda grad, weight, masks, runs: grad.new_empty(g
 _weight_operator.register_fake(lambda grad, x, masks, runs: grad.new_empty(grad.shape[1], x.shape[1]))
 
 # Of many blocks a compiler sees an operator: it copies a whole matrix for each block that is written into it.
-_add_many = unless_compiled(_add_product, _add_operator)
-_input_many = unless_compiled(_input_gradient, _input_operator)
-_weight_many = unless_compiled(_weight_gradient, _weight_operator)
+_add_many = unless_compiled(
+    _add_product, lambda y, x, weight, masks, blocks: _add_operator(y, x, weight, masks, _runs(blocks))
+)
+_input_many = unless_compiled(
+    _input_gradient, lambda grad, weight, masks, blocks: _input_operator(grad, weight, masks, _runs(blocks))
+)
+_weight_many = unless_compiled(
+    _weight_gradient, lambda grad, x, masks, blocks: _weight_operator(grad, x, masks, _runs(blocks))
+)
 
 
 def _block(inputs: Sequence[int], units: Sequence[int], rows: Run) -> Block:

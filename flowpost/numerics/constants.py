@@ -40,6 +40,8 @@ class Constant:
         then the copy is not kept.
         """
         value, device, dtype = self.value, like.device, self.value.dtype
+        if dtype == like.dtype and value.device == device and not self.wide:  # what is asked for most, so first
+            return value
         if as_numbers or value.is_floating_point():
             dtype = wide_dtype(like) if self.wide else like.dtype
         if value.device == device and value.dtype == dtype:

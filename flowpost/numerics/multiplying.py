@@ -9,11 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flowpost.numerics.watchers import unless_compiled
 
 _FEW = 16
+_LITTLE = 2**12  # numbers, up to which the calls cost more than that saves
 _LARGE = 3 * 2**19  # multiplications a thread, from which oneDNN's longer way there pays
 _NARROW = 32  # entries on a side, below which it does not
 _WIDE = 128  # entries on one side, for which copying the other one pays
@@ -30,20 +32,34 @@ HELPS = _linear is not None and _is_amd()
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """The matrix ``left @ right``; few columns come as rows, which MKL does several times faster."""
-    if pays(left, right):
+    """The matrix ``left @ right``.
+
+    Few columns come as rows, which MKL does up to several times faster: of a transpose, and on AMD's of any.
+    """
+    if HELPS and pays(left, right):
         return _multiply(left, right, None)
-    return (right.t() @ left.t()).t() if 1 < right.shape[1] < _FEW else left @ right
+    if 1 < right.shape[1] < _FEW and (HELPS or not left.is_contiguous()) and _is_much(left):
+        return torch.mm(right.t(), left.t()).t()
+    return torch.mm(left, right)
 
 
-def affine(bias: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """A row of biases and ``left @ right``."""
-    return _multiply(left, right, bias) if pays(left, right) else torch.addmm(bias, left, right)
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The layer ``b + x W^T``."""
+    if HELPS and pays(x, weight.t()):
+        return _multiply(x, weight.t(), bias)
+    return F.linear(x, weight, bias)
+
+
+def plus_product(so_far: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """What there is and ``left @ right``."""
+    if HELPS and pays(left, right):
+        return so_far + _multiply(left, right, None)
+    return torch.addmm(so_far, left, right)
 
 
 def write_product(result: Tensor, left: Tensor, right: Tensor) -> None:
     """Write ``left @ right`` to the result."""
-    if pays(left, right):
+    if HELPS and pays(left, right):
         result.copy_(_multiply(left, right, None))
     else:
         result.addmm_(left, right, beta=0)
@@ -51,7 +67,7 @@ def write_product(result: Tensor, left: Tensor, right: Tensor) -> None:
 
 def add_product(result: Tensor, left: Tensor, right: Tensor) -> None:
     """Add ``left @ right`` to the result."""
-    if pays(left, right):
+    if HELPS and pays(left, right):
         result.add_(_multiply(left, right, None))
     else:
         result.addmm_(left, right)
@@ -73,6 +89,11 @@ def pays(left: Tensor, right: Tensor) -> bool:
     return free and _fits(left, right) and (left.is_contiguous() or max(rows, columns) >= _WIDE)
 
 
+def _is_much(left: Tensor) -> bool:
+    # For a batch on the other side a compiler would start anew.
+    return torch.compiler.is_compiling() or left.numel() > _LITTLE
+
+
 def _fits(left: Tensor, right: Tensor) -> bool:
     return left.dtype == right.dtype == torch.float32 and left.device.type == "cpu"
 
@@ -89,7 +110,7 @@ def _dense(matrix: Tensor) -> Tensor:
 
 
 def _by_either(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-    return product(left, right).contiguous() if bias is None else affine(bias, left, right)
+    return product(left, right).contiguous() if bias is None else linear(left, right.t(), bias)
 
 
 _operator = torch.library.custom_op(

@@ -36,6 +36,8 @@ def plus(total: Tensor | None, log_det: Tensor) -> Tensor:
 
 def summed(log_dets: Sequence[Tensor]) -> Tensor:
     """The sum of log-dets, wide: by two calls where they are many of a kind, else by one each."""
+    if len(log_dets) == 1:
+        return wide(log_dets[0])
     like = sorted(log_dets, key=lambda each: -each.ndim)[0]  # noqa: RUF015, FURB192 (a compiler knows no max by a key)
     alike = [each for each in log_dets if each.dtype == like.dtype and each.shape == like.shape]
     if len(alike) > 3:

@@ -14,6 +14,7 @@ from torch.nn.modules import module as modules
 
 _AS_IT_IS = nullcontext()
 _Result = TypeVar("_Result")
+_PLAIN = (nn.Parameter, Tensor)
 
 
 def unwatched(z: Tensor) -> bool:
@@ -131,8 +132,12 @@ def untouched(layer: nn.Module, kind: type[nn.Module]) -> bool:
     Not so with a parametrization, a hook, a ``forward`` on the instance, or a parameter that is a tensor of another
     kind, as a quantized or a distributed one.
     """
-    plain = all(each is None or type(each) in (nn.Parameter, Tensor) for each in layer._parameters.values())
-    return type(layer) is kind and plain and not hooked(layer)
+    if type(layer) is not kind or hooked(layer):
+        return False
+    for each in layer._parameters.values():  # a loop: this is asked of every layer on every call
+        if type(each) not in _PLAIN and each is not None:
+            return False
+    return True
 
 
 def autocast(device_type: str) -> bool:

@@ -1,11 +1,13 @@
 """The engine for a CPU: blocks of weights that skip zeros, and sweeps on numpy's views. It runs on any device.
 
-Only the layers' values are kept for the way back.
+Only the layers' values are kept for the way back. A small network's step costs what its calls do, so all leading axes
+become one of rows ``(N, ...)`` at once, and a layer's work stands in one loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -17,8 +19,8 @@ from flowpost.masked.host import sweep, transposed
 from flowpost.masked.layouts import by_output, by_variable, ranked, to_columns, to_rows
 from flowpost.masked.network import MADE
 from flowpost.masked.recorded import Recorded
-from flowpost.masked.run import Link, Parameters, Run, Saved, by_step, grouped, sum_to, taken
-from flowpost.numerics.multiplying import affine, product
+from flowpost.masked.run import Link, Parameters, Run, Saved, by_step, grouped, over, rows, sum_to
+from flowpost.numerics.multiplying import linear, product
 from flowpost.numerics.products import plus
 from flowpost.numerics.watchers import on_host
 
@@ -30,25 +32,36 @@ def values(
     run: Run, z: Tensor, context: Tensor | None, parameters: Sequence[Tensor], *, recording: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The image, the log-det, and for the way back each link's recorded step and hidden values ``(N, width)``."""
-    total, tape = None, []
+    total, tape, batch, image = None, [], z.shape[:-1], rows(z)
     for link, group in zip(run, grouped(run, parameters), strict=True):
-        numbers, *hidden = _evaluate(link.net, z, context, group)
-        z, log_det, kept = recorded.run(link.step, z, numbers, recording=recording)
+        numbers, *hidden = _evaluate(link.net, image, _start(batch, context, group), group)
+        image, log_det, kept = recorded.run(link.step, image, numbers, recording=recording)
         total = plus(total, log_det)
         tape += [*kept, *hidden]
-    return z, cast(Tensor, total), tape
+    return over(batch, image), over(batch, cast(Tensor, total)), tape
 
 
 def gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Tensor | None]:
     """The gradients at z, at the context and at the parameters."""
-    of_context, of_parameters = None, []
-    for link, group, need, step, hidden in taken(_links(saved)[::-1]):
-        grad, of_numbers = recorded.pull(link.step, step, grad, grad_log_det)
-        sums = _sums(link.net, of_numbers.reshape(-1, link.net.outputs * link.net.dim), hidden, group)
-        first, of_context, found = _of_network(saved, link.net, step.point, hidden, sums, group, need, of_context)
-        grad = grad + link.net.stack[0].staircase.input_gradient(first, group.weights[0]).view(grad.shape)
-        of_parameters = found + of_parameters
-    return [grad, _like_context(of_context, saved), *of_parameters]
+    links, batch, of_context, of_parameters = _links(saved), grad.shape[:-1], None, []
+    grad, grad_log_det = rows(grad), grad_log_det.reshape(-1)
+    if all(link.step.has_pull() for link in saved.run):
+        grad_log_det = grad_log_det.to(grad.dtype)  # once for all of them
+    while links:
+        link, group, need, step, inputs = links.pop()  # what is held of a link is freed before the next one's turn
+        stairs, weights, biases = link.net.stairs, [], []
+        gradient_ = KNOWN[link.net.activation].gradient_
+        grad, at_sums = recorded.pull(link.step, step, grad, grad_log_det)
+        for place in range(len(stairs) - 1, -1, -1):  # of every layer the gradient is used while it is near
+            stair, x = stairs[place], inputs[place]
+            weights.append(stair.weight_gradient(at_sums, x) if need.weights[place] else None)
+            biases.append(at_sums.sum(0) if need.biases[place] else None)
+            if place:
+                at_sums = gradient_(stair.input_gradient(at_sums, group.weights[place]), x)
+        grad = stairs[0].add_input_gradient(grad, at_sums, group.weights[0])
+        of_context, projection = _of_context(saved, at_sums, batch, group, need, of_context)
+        of_parameters = [*weights[::-1], *biases[::-1], *projection, *of_parameters]
+    return [over(batch, grad), _like_context(of_context, saved), *of_parameters]
 
 
 def solve(
@@ -61,16 +74,16 @@ def solve(
     recording: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The preimage, the log-det, and a tape as that of `values`, of each link's inverse."""
-    groups = grouped(run, parameters)
-    knowns = [] if preimage is None else _evaluated(run, preimage, context, groups)
+    groups, batch, found = grouped(run, parameters), z.shape[:-1], rows(z)
+    knowns = [] if preimage is None else _evaluated(run, rows(preimage), batch, context, groups)
     total, tape = None, []
     for place in reversed(range(len(run))):
         link = run[place]
-        x, numbers, *hidden = knowns[place] if knowns else _search(link, groups[place], z, context)
-        z, log_det, kept = recorded.run_inverse(link.step, x, z, numbers, recording=recording)
+        x, numbers, *hidden = knowns[place] if knowns else _search(link, groups[place], found, batch, context)
+        found, log_det, kept = recorded.run_inverse(link.step, x, found, numbers, recording=recording)
         total = plus(total, log_det)
         tape = [*kept, *hidden, *tape]
-    return z, cast(Tensor, total), tape
+    return over(batch, found), over(batch, cast(Tensor, total)), tape
 
 
 def solve_gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Tensor | None]:
@@ -79,125 +92,109 @@ def solve_gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Te
     With ``x_i = f(y_i; c_i(x_{<i}))`` and g the gradient at x, v solves ``v_j = g_j + sum_{i > j} (v_i df_i/dc_i + what
     the log-det adds) dc_i/dx_j``, and the gradient at y is ``v df/dy``: one transposed sweep.
     """
-    of_context, of_parameters = None, []
-    for link, group, need, step, hidden in taken(_links(saved)):
+    links, batch, of_context, of_parameters = _links(saved)[::-1], grad.shape[:-1], None, []
+    grad, grad_log_det = rows(grad), grad_log_det.reshape(-1)
+    while links:
+        link, group, need, step, inputs = links.pop()
         net, order = link.net, link.order
         of_map, of_log_det = recorded.pull_inverse(link.step, step, grad_log_det)
         fixed, moved = (
-            by_variable(net, each.reshape(-1, net.outputs * net.dim).t(), order)
-            .unflatten(0, (net.dim, net.outputs))
-            .contiguous()
+            by_variable(net, each.t(), order).unflatten(0, (net.dim, net.outputs)).contiguous()
             for each in (of_log_det[1], of_map[1])
         )
         gradient = KNOWN[net.activation].gradient_
-        slopes = [gradient(torch.ones_like(value), value).t().contiguous() for value in hidden]
-        weights = ranked(net, group, order).weights
-        v, *layers, last = transposed.pull(to_columns(grad, order), fixed, moved, list(weights), slopes, _sizes(net))
-        grad = torch.addcmul(of_log_det[0], to_rows(v, order).view(grad.shape), of_map[0])
-        sums = [by_output(net, last, order).t(), *(each.t() for each in layers[::-1])]
-        _, of_context, found = _of_network(saved, net, step.point, hidden, sums, group, need, of_context)
-        of_parameters += found
-    return [grad, _like_context(of_context, saved), *of_parameters]
+        slopes = [gradient(torch.ones_like(value), value).t().contiguous() for value in inputs[1:]]
+        ranked_weights = ranked(net, group, order).weights
+        v, *layers, last = transposed.pull(to_columns(grad, order), fixed, moved, ranked_weights, slopes, _sizes(net))
+        grad = torch.addcmul(of_log_det[0], to_rows(v, order), of_map[0])
+        sums = [*(each.t() for each in layers), by_output(net, last, order).t()]
+        layers = list(zip(net.stairs, sums, inputs, need.weights, need.biases, strict=True))
+        of_parameters += [stair.weight_gradient(at_sums, x) if of else None for stair, at_sums, x, of, _ in layers]
+        of_parameters += [at_sums.sum(0) if of else None for _, at_sums, _, _, of in layers]
+        of_context, projection = _of_context(saved, sums[0], batch, group, need, of_context)
+        of_parameters += projection
+    return [over(batch, grad), _like_context(of_context, saved), *of_parameters]
 
 
 def _like_context(grad: Tensor | None, saved: Saved) -> Tensor | None:
-    return None if grad is None else grad.view(cast(Tensor, saved.context).shape)
+    return None if grad is None else over(cast(Tensor, saved.context).shape[:-1], grad)
 
 
 def _links(saved: Saved) -> list[_Back]:
-    """Each link with its parameters, which of them need a gradient, its recorded step and its hidden values."""
+    """Each link with its parameters, which of them need a gradient, its recorded step and its layers' inputs."""
     found, first, count = [], 0, len(Recorded._fields)
     for link, group, need in saved.links():
         middle, last = first + count, first + count + len(group.weights) - 1
-        found.append((link, group, need, Recorded(*saved.tape[first:middle]), saved.tape[middle:last]))
+        step = Recorded(*saved.tape[first:middle])
+        found.append((link, group, need, step, [step.point, *saved.tape[middle:last]]))
         first = last
     saved.tape.clear()
     return found
 
 
-def _evaluate(net: MADE, z: Tensor, context: Tensor | None, group: Parameters) -> list[Tensor]:
-    """The numbers ``(*batch, outputs * dim)``, and the hidden layers' values ``(N, width)``."""
-    (first, *others), activation, hidden = net.stack, KNOWN[net.activation].run, []
-    y = _start(z, context, group)
-    first.staircase.add_product(y, z.reshape(-1, net.dim), group.weights[0])
-    for layer, weight, bias in zip(others, group.weights[1:], group.biases[1:], strict=True):
+def _evaluate(net: MADE, z: Tensor, start: Tensor, group: Parameters) -> list[Tensor]:
+    """The numbers ``(N, outputs * dim)``, and the hidden layers' values ``(N, width)``; `start` is written over."""
+    stairs, activation, y, hidden = net.stairs, KNOWN[net.activation].run, start, []
+    stairs[0].add_product(y, z, group.weights[0])
+    for place in range(1, len(stairs)):
         hidden.append(activation(y))
-        y = layer.staircase.affine(bias, hidden[-1], weight)
-    return [y.view(*z.shape[:-1], y.shape[-1]), *hidden]
+        y = stairs[place].affine(group.biases[place], y, group.weights[place])
+    return [y, *hidden]
 
 
-def _evaluated(run: Run, x: Tensor, context: Tensor | None, groups: Sequence[Parameters]) -> list[tuple[Tensor, ...]]:
+def _evaluated(
+    run: Run, x: Tensor, batch: Sequence[int], context: Tensor | None, groups: Sequence[Parameters]
+) -> list[tuple[Tensor, ...]]:
     """For each link its point, where the first is known, its numbers and its hidden values."""
     found = []
     for link, group in zip(run, groups, strict=True):
-        numbers, *hidden = _evaluate(link.net, x, context, group)
+        numbers, *hidden = _evaluate(link.net, x, _start(batch, context, group), group)
         found.append((x, numbers, *hidden))
         if len(found) < len(run):
             x = link.step._forward(x, numbers)[0]
     return found
 
 
-def _start(z: Tensor, context: Tensor | None, group: Parameters) -> Tensor:
+def _start(batch: Sequence[int], context: Tensor | None, group: Parameters) -> Tensor:
     """The first layer's bias and projected context, projected once however many samples share it, ``(N, width)``."""
-    bias, batch = group.biases[0], z.shape[:-1]
+    bias = group.biases[0]
     if context is None:
-        return bias.expand(batch.numel(), -1).clone()
-    y = affine(bias, context.reshape(-1, context.shape[-1]), group.projection[0].t())
+        return bias.expand(math.prod(batch), -1).clone()
+    y = linear(rows(context), group.projection[0], bias)
     if context.shape[:-1] == batch:
         return y
     y = y.view(*context.shape[:-1], len(bias)).expand(*batch, -1)
     return y.clone(memory_format=torch.contiguous_format).view(-1, len(bias))
 
 
-def _start_columns(z: Tensor, context: Tensor | None, group: Parameters) -> Tensor:
+def _start_columns(batch: Sequence[int], context: Tensor | None, group: Parameters) -> Tensor:
     """As `_start`, ``(width, N)``."""
-    if context is None or context.shape[:-1] != z.shape[:-1]:
-        return _start(z, context, group).t().contiguous()
-    return torch.addmm(group.biases[0].unsqueeze(-1), group.projection[0], context.reshape(-1, context.shape[-1]).t())
+    if context is None or context.shape[:-1] != batch:
+        return _start(batch, context, group).t().contiguous()
+    return torch.addmm(group.biases[0].unsqueeze(-1), group.projection[0], rows(context).t())
 
 
-def _sums(net: MADE, grad: Tensor, hidden: Sequence[Tensor], group: Parameters) -> Iterator[Tensor]:
-    """The gradients ``(N, width)`` at the layers' sums, from that at the outputs to that of the first layer."""
-    yield grad
-    for layer, weight, value in zip(net.stack[:0:-1], group.weights[:0:-1], hidden[::-1], strict=True):
-        grad = KNOWN[net.activation].gradient_(layer.staircase.input_gradient(grad, weight), value)
-        yield grad
+def _of_context(
+    saved: Saved, at_sums: Tensor, batch: Sequence[int], group: Parameters, need: Parameters, so_far: Tensor | None
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradient at the contexts ``(N, context_size)``, if it is needed, and that at a projection, if there is one.
 
-
-def _of_network(
-    saved: Saved,
-    net: MADE,
-    point: Tensor,
-    hidden: Sequence[Tensor],
-    sums: Iterable[Tensor],
-    group: Parameters,
-    need: Parameters,
-    of_context: Tensor | None,
-) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
-    """The gradient at the first layer's sums, that at the context if it is needed, and those at the parameters.
-
-    The one at the context, ``(N, context_size)``, is added to what came of other links. Every layer's is used while it
-    is near: they come one by one, the last layer's first.
+    They follow from that at the first layer's sums; the first is added to what came of other links.
     """
-    weights, biases, at_sums = [], [], point
-    inputs = [*hidden[::-1], point.reshape(-1, net.dim)]
-    layers = zip(net.stack[::-1], sums, inputs, need.weights[::-1], need.biases[::-1], strict=True)
-    for layer, at_sums, x, weight, bias in layers:
-        weights.append(layer.staircase.weight_gradient(at_sums, x) if weight else None)
-        biases.append(at_sums.sum(0) if bias else None)
-    found, context = [*weights[::-1], *biases[::-1]], saved.context
+    context = saved.context
     if context is None:
-        return at_sums, None, found
-    per_context = sum_to(at_sums, point.shape[:-1], context.shape[:-1])
-    found.append(product(per_context.t(), context.reshape(-1, context.shape[-1])) if need.projection[0] else None)
+        return None, []
+    at_sums = sum_to(at_sums, batch, context.shape[:-1])
+    found = product(at_sums.t(), rows(context)) if need.projection[0] else None
     if not saved.needs[1]:
-        return at_sums, None, found
+        return None, [found]
     projection = group.projection[0]
-    more = per_context @ projection if of_context is None else torch.addmm(of_context, per_context, projection)
-    return at_sums, more, found
+    return at_sums @ projection if so_far is None else torch.addmm(so_far, at_sums, projection), [found]
 
 
-def _search(link: Link, group: Parameters, z: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
+def _search(
+    link: Link, group: Parameters, z: Tensor, batch: Sequence[int], context: Tensor | None
+) -> tuple[Tensor, ...]:
     """The preimage by a sweep, the numbers there, and the hidden values.
 
     A sweep sums in another order than a pass, so where sums are of large terms the numbers are those of a pass: with
@@ -205,24 +202,23 @@ def _search(link: Link, group: Parameters, z: Tensor, context: Tensor | None) ->
     """
     net, order, closed = link.net, link.order, link.step.columns()[1]
     weights, biases, projection = ranked(net, group, order)
-    start = _start_columns(z, context, Parameters(weights, biases, projection))
+    start = _start_columns(batch, context, Parameters(weights, biases, projection))
     column = by_step(link.step) if closed is None else closed
     name = KNOWN[net.activation].name
     found, *states = sweep.solve(
         to_columns(z, order), start, list(weights), list(biases[1:]), _sizes(net), name, column
     )
-    x = to_rows(found, order).view(z.shape)
+    x = to_rows(found, order)
     if not on_host(found):
-        return x, *_evaluate(net, x, context, group)
+        return x, *_evaluate(net, x, _start(batch, context, group), group)
     *hidden, outputs = states
     large = _large(weights, [found, *hidden])
     swept = [by_output(net, outputs, order).t(), *(value.t() for value in hidden)]
     if bool(large.any()):
-        evaluated = _evaluate(net, x, context, group)
-        pairs = zip((each.reshape(len(large), -1) for each in evaluated), swept, strict=True)
-        swept = [torch.where(large.unsqueeze(-1), *pair) for pair in pairs]
+        evaluated = _evaluate(net, x, _start(batch, context, group), group)
+        swept = [torch.where(large.unsqueeze(-1), *pair) for pair in zip(evaluated, swept, strict=True)]
     # In one layout whoever was evaluated: else a row that is large would change the others' last bits.
-    return x, swept[0].reshape(*z.shape[:-1], swept[0].shape[-1]).contiguous(), *swept[1:]
+    return x, swept[0].contiguous(), *swept[1:]
 
 
 def _large(weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
