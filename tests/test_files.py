@@ -194,7 +194,7 @@ def _another_map(posterior: FlowPosterior) -> None:
 
 
 def _a_hook(posterior: FlowPosterior) -> None:
-    posterior.get_submodule("head").register_forward_hook(lambda _, args, context: 2 * context)
+    posterior.get_submodule("head").register_forward_hook(lambda _, args, context: 2 * context)  # pyright: ignore[reportOperatorIssue]
 
 
 def _a_hook_before(posterior: FlowPosterior) -> None:
