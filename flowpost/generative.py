@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +35,13 @@ class Generative(nn.Module):
         return standard_normal_log_prob(z) if self.prior is None else prior_at(self.prior, y).log_prob(z)
 
     def _has_given_prior(self) -> bool:
-        """Whether p(z) is that of `prior`, or N(0, I): a subclass may have a `log_prior` or `log_joint` of its own."""
-        own = "log_prior" in self.__dict__ or "log_joint" in self.__dict__
-        kind = type(self)
-        return not own and kind.log_prior is Generative.log_prior and kind.log_joint is Generative.log_joint
+        """Whether p(z) is that of `prior`, or N(0, I): a model may have a `log_prior` or `log_joint` of its own."""
+        names = {"log_prior": Generative.log_prior, "log_joint": Generative.log_joint}
+        return not any(self._has_own(name, given) for name, given in names.items())
+
+    def _has_own(self, name: str, given: Callable[..., object]) -> bool:
+        """Whether a subclass, or this very model, has a method of its own in the place of the given one."""
+        return name in self.__dict__ or getattr(type(self), name) is not given
 
     def sample_prior(self, count: int, y: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
         """Draw z ~ p(z), ``(count, dim)``, or one of p(z|y) for each row of y, of which a single one serves all.
@@ -45,12 +49,12 @@ class Generative(nn.Module):
         `noise`, a standard normal draw of that shape, takes the place of a fresh one.
 
         Raises:
-            NotImplementedError: of a subclass with a `log_prior` of its own and no ``sample_prior``.
+            NotImplementedError: of a model with a `log_prior` of its own and no ``sample_prior``.
         """
-        kind = type(self)
-        if kind.log_prior is not Generative.log_prior and kind.sample_prior is Generative.sample_prior:
+        own = self._has_own("log_prior", Generative.log_prior)
+        if own and not self._has_own("sample_prior", Generative.sample_prior):
             raise NotImplementedError(
-                f"sample_prior: expected one of {kind.__name__}'s own, as its log_prior is its own"
+                f"sample_prior: expected one of {type(self).__name__}'s own, as its log_prior is its own"
             )
         if self.prior is not None:
             shape = () if reads(self.prior) else (count,)
@@ -94,10 +98,10 @@ class Generative(nn.Module):
 
     def _log_likelihood(self, x: Tensor, z: Tensor, y: Tensor | None) -> Tensor:
         elements = x.flatten(1) if x.ndim > 1 else x.unsqueeze(-1)  # a number is an x too
-        if type(self).decode is Generative.decode and "decode" not in self.__dict__:
-            numbers = self._decode(z, elements.shape[1], y, tuple(x.shape[1:]))
-        else:
+        if self._has_own("decode", Generative.decode):
             numbers = self.decode(z, elements.shape[1], y)
+        else:
+            numbers = self._decode(z, elements.shape[1], y, tuple(x.shape[1:]))
         before = changes(elements)
         found = self.likelihood.log_prob(numbers, elements)
         check_left("likelihood", elements, before)
