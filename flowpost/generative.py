@@ -68,15 +68,21 @@ class Generative(nn.Module):
     def sample(self, count: int, shape: tuple[int, ...], y: Tensor | None = None) -> Tensor:
         """Draw x ~ p(x), or p(x|y), ``(count, *shape)``, for the shape of one x; y as in `sample_prior`."""
         y = row_for_each(y, count)
-        numbers = self.decode(self.sample_prior(count, y), elements_of(shape), y)
+        numbers = self._numbers(self.sample_prior(count, y), shape, y)
         return self.likelihood.sample(numbers).view(count, *shape)
 
     def decode(self, z: Tensor, elements: int, y: Tensor | None = None) -> Tensor:
         """The likelihood's numbers ``(*batch, numbers, elements)`` for z ``(*batch, dim)`` and y ``(B, *event)``."""
         return self._decode(z, elements, y)
 
+    def _numbers(self, z: Tensor, event: tuple[int, ...], y: Tensor | None) -> Tensor:
+        """As `decode`, for the shape of one x: the decoder's axes are held to it, unless the model has its own."""
+        elements = elements_of(event)
+        if self._has_own("decode", Generative.decode):
+            return self.decode(z, elements, y)
+        return self._decode(z, elements, y, tuple(event))
+
     def _decode(self, z: Tensor, elements: int, y: Tensor | None, event: tuple[int, ...] = ()) -> Tensor:
-        """As `decode`; where the shape of one x is known, the decoder's axes are held to it."""
         y = None if y is None else spread(y, z.shape[:-1])
         outputs = call("decoder", self.decoder, z.flatten(0, -2), y)
         if not isinstance(outputs, Tensor):
@@ -98,10 +104,7 @@ class Generative(nn.Module):
 
     def _log_likelihood(self, x: Tensor, z: Tensor, y: Tensor | None) -> Tensor:
         elements = x.flatten(1) if x.ndim > 1 else x.unsqueeze(-1)  # a number is an x too
-        if self._has_own("decode", Generative.decode):
-            numbers = self.decode(z, elements.shape[1], y)
-        else:
-            numbers = self._decode(z, elements.shape[1], y, tuple(x.shape[1:]))
+        numbers = self._numbers(z, tuple(x.shape[1:]), y)
         before = changes(elements)
         found = self.likelihood.log_prob(numbers, elements)
         check_left("likelihood", elements, before)
@@ -122,14 +125,22 @@ def elements_of(shape: tuple[int, ...]) -> int:
 
 
 def _check_order(outputs: Tensor, numbers: int, event: tuple[int, ...]) -> None:
-    """Refuse the numbers of each element side by side, as a transformer gives logits: they would be mixed up."""
-    shape, wanted = tuple(outputs.shape[1:]), (numbers, *event)
-    if numbers > 1 and shape != wanted and shape == (*event, numbers) and elements_of(event) > 1:
-        raise ValueError(
-            f"decoder: expected the likelihood's {numbers} numbers in front of the axes of x, (N, "
-            f"{', '.join(map(str, wanted))}), got shape {tuple(outputs.shape)}, with them behind; give "
-            f"outputs.movedim(-1, 1)"
-        )
+    """Refuse the numbers of each element side by side, or of each channel: they would be mixed up.
+
+    A transformer gives logits ``(N, *event, levels)``, and a PixelCNN ``(N, channels, levels, height, width)``.
+    """
+    shape = tuple(outputs.shape[1:])
+    if numbers == 1 or shape == (numbers, *event):
+        return
+    for axis in range(1, len(event) + 1):
+        if shape == (*event[:axis], numbers, *event[axis:]) and elements_of(event[:axis]) > 1:
+            behind = axis == len(event)
+            where, place = ("behind", -1) if behind else (f"behind {axis} of them", axis + 1)
+            raise ValueError(
+                f"decoder: expected the likelihood's {numbers} numbers in front of the axes of x, (N, "
+                f"{', '.join(map(str, (numbers, *event)))}), got shape {tuple(outputs.shape)}, with them {where}; give "
+                f"outputs.movedim({place}, 1)"
+            )
 
 
 def check_decoder(decoder: nn.Module, likelihood: Likelihood) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from typing import Any, overload
 
 import torch
@@ -245,7 +244,7 @@ class VAE(Encoding, Generative):
     @torch.no_grad()
     def reconstruct(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """E[x|z] at one z drawn from each x's q(z|x), of x's shape."""
-        numbers = self.decode(self.encode(x, y).rsample(), math.prod(x.shape[1:]), y)
+        numbers = self._numbers(self.encode(x, y).rsample(), tuple(x.shape[1:]), y)
         return self.likelihood.mean(numbers).view(x.shape)
 
     def _has_closed_kl(self, q: FlowDistribution) -> bool:

@@ -474,8 +474,13 @@ def test_a_decoder_whose_numbers_stand_behind_the_axes_of_x() -> None:
     message = "decoder: expected the likelihood's 7 numbers in front of the axes of x, (N, 7, 3, 2), got shape "
     message += "(4, 3, 2, 7), with them behind; give outputs.movedim(-1, 1)"
     raises(ValueError, message, lambda: model(3, 2, 7)(x))
+    raises(ValueError, message, lambda: model(3, 2, 7).reconstruct(x))
+    raises(ValueError, message, lambda: model(3, 2, 7).sample(4, (3, 2)))
+    message = message.replace("(4, 3, 2, 7)", "(4, 3, 7, 2)").replace("behind", "behind 1 of them").replace("-1", "2")
+    raises(ValueError, message, lambda: model(3, 7, 2)(x))  # as a PixelCNN gives those of each channel
     for shape in ((7, 3, 2), (21, 2), (42,)):
         model(*shape)(x)
+    model(1, 7, 6)(torch.zeros(4, 1, 6))  # of one channel the order is the same
     model(6, 2, numbers=2).reconstruct(x)  # two maps (3, 2), one after the other
 
 
