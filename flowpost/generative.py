@@ -92,9 +92,14 @@ class Generative(nn.Module):
             )
         if not outputs.is_floating_point():
             raise TypeError(f"decoder: expected numbers with a gradient, got {outputs.dtype}")
-        numbers = self.likelihood.numbers
+        numbers, rows = self.likelihood.numbers, z.shape[:-1].numel()
+        if not outputs.ndim or len(outputs) != rows:
+            raise ValueError(
+                f"decoder: expected a row of numbers for each of {rows} z, got shape {tuple(outputs.shape)}; expand "
+                f"what they share"
+            )
         _check_order(outputs, numbers, event)
-        outputs = outputs.flatten(1).to(z.dtype)
+        outputs = (outputs.flatten(1) if outputs.ndim > 1 else outputs.unsqueeze(-1)).to(z.dtype)
         if outputs.shape[1] != numbers * elements:
             name = type(self.likelihood).__name__
             raise ValueError(
