@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flowpost.bounded import ContinuousBernoulli as ContinuousBernoulli
 from flowpost.bounded import DiscretizedLogistic as DiscretizedLogistic
-from flowpost.conditions import Prior, check_part, check_prior, check_rows, encode, prior_at
+from flowpost.conditions import Prior, check_bare, check_part, check_prior, check_rows, encode, prior_at
 from flowpost.distribution import FlowDistribution
 from flowpost.generative import Generative, check_decoder
 from flowpost.gradients import check_gradient, reweigh
@@ -91,6 +91,7 @@ class VAE(Encoding, Generative):
     ) -> None: ...
     def __init__(self, encoder: nn.Module, *parts: Any, prior: Prior | None = None, **named: Any) -> None:
         wrapped = encoder if isinstance(encoder, WrappedPosterior) else None
+        check_bare(encoder, len(parts) + len(named))
         found = (_PARTS if wrapped is None else _PARTS_OF_WRAPPED).bind(*parts, **named).arguments
         for name, part in {"encoder": encoder, **found}.items():
             if name != "likelihood" or isinstance(part, type):
