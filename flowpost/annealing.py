@@ -13,6 +13,7 @@ from torch import Tensor
 from flowpost.density import push, standard_normal_log_prob
 from flowpost.distribution import FlowDistribution
 from flowpost.numerics.arguments import check_int
+from flowpost.numerics.states import made
 from flowpost.numerics.watchers import recordable
 
 Gradient: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -217,7 +218,8 @@ def noise_target(q: FlowDistribution, log_density: Callable[[Tensor], Tensor]) -
     """
     with torch.inference_mode(mode=False):
         # Else a pass keeps what its weights' slopes need.
-        flow = copy.deepcopy(q.flow).requires_grad_(requires_grad=False)
+        shared = {id(each): each for _, tensors in made(q.flow) for each in tensors.values()}  # copies make their own
+        flow = copy.deepcopy(q.flow, shared).requires_grad_(requires_grad=False)
         context = None if q.context is None else recordable(q.context.detach())
     batch = tuple(q.batch_shape)
 

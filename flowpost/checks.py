@@ -31,7 +31,9 @@ class IllConditionedWarning(UserWarning):
 
 @contextmanager
 def checking() -> Iterator[None]:
-    """Turn value checks on within a ``with`` block, in this thread or task; code under `torch.compile` ignores it.
+    """Turn value checks on within a ``with`` block, in this thread or task.
+
+    Code under `torch.compile` and under ``torch.func``, whose values nobody can read, ignores it.
 
     Inputs are checked for nan and inf, and that they lie where the map is defined; each inverse by mapping back; each
     ``log_prob`` by moving z a few roundings; the sample of a ``path_log_prob`` by drawing it again.
@@ -54,8 +56,8 @@ def checking() -> Iterator[None]:
 
 
 def active() -> bool:
-    """Whether value checks are on here; never while compiling, where a host read would break the graph."""
-    return not torch.compiler.is_compiling() and _ACTIVE.get()
+    """Whether value checks are on here; never while compiling, where a host read would break the graph, or in vmap."""
+    return not torch.compiler.is_compiling() and _ACTIVE.get() and not torch._C._are_functorch_transforms_active()
 
 
 def check_finite(name: str, value: Tensor | None, hint: str = "") -> None:

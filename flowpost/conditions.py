@@ -55,7 +55,23 @@ def check_prior(prior: Prior, posterior: FlowPosterior) -> None:
 def check_part(name: str, part: object) -> None:
     """Refuse a part of a VAE that is no module, or a posterior with methods of its own that nobody would call."""
     check_module(name, part)
+    if name == "posterior" and not hasattr(part, "at"):
+        raise TypeError(
+            f"posterior: expected a FlowPosterior, such as flowpost.iaf(features, dim), got {type(part).__name__}, "
+            f"which has no at(h); one within another module is put in as it is, and the whole VAE into such a module"
+        )
     _check_asked(name, part, apart=isinstance(part, WrappedPosterior))
+
+
+def check_bare(encoder: object, others: int) -> None:
+    """Refuse a wrapped encoder within another module, as of a compiler, where it stands for encoder and posterior."""
+    inner = getattr(encoder, "_orig_mod", getattr(encoder, "module", None))
+    if others < 3 and isinstance(inner, WrappedPosterior):
+        kind = type(encoder).__name__
+        raise TypeError(
+            f"encoder: expected what flowpost.wrap made, got {kind} around it, of which a VAE cannot take encoder and "
+            f"posterior; give the wrapped encoder itself, and then the whole VAE to {kind}"
+        )
 
 
 def _check_asked(name: str, part: object, *, apart: bool = False) -> None:

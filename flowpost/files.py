@@ -38,7 +38,7 @@ def save(module: nn.Module, path: File) -> None:
     The file is safetensors with JSON in its header: nothing in it is code. It is written beside `path` and moved there
     when it is on the disk, so that `path` always holds a whole file, whatever is killed or full. A write that fails is
     tried once more. Of a posterior that a recipe built, the recipe and its arguments are saved too, unless it was
-    altered since: another activation, say, is not in the tensors.
+    altered since: another activation, say, or a forward hook is not in the tensors.
 
     Args:
         module: any module; its tensors may be shared, empty or not contiguous.
@@ -158,7 +158,8 @@ def _alike(part: nn.Module, built: nn.Module) -> bool:
     ours, theirs = vars(part), vars(built)
     changed = [name for name, value in theirs.items() if isinstance(value, _SETTINGS) and ours.get(name) != value]
     shadowed = [name for name in ours.keys() - theirs.keys() if callable(getattr(type(part), name, None))]
-    return type(part) is type(built) and {*changed, *shadowed} <= {"training"}
+    hooks = part._forward_hooks or part._forward_pre_hooks  # of what they change no tensor tells
+    return type(part) is type(built) and {*changed, *shadowed} <= {"training"} and not hooks
 
 
 def _rebuild(header: Header) -> FlowPosterior:

@@ -16,7 +16,7 @@ from flowpost.conditions import Data, kept, split
 from flowpost.density import standard_normal_log_prob
 from flowpost.importance import ImportanceEstimate, summarize, warn_unreliable
 from flowpost.numerics.arguments import check_int
-from flowpost.numerics.states import named_once
+from flowpost.numerics.states import left, named_once
 from flowpost.vae import VAE
 
 
@@ -143,9 +143,10 @@ def _gaps(
         if not len(context):  # of which `vmap` makes nothing
             return context.new_zeros(1 + len(flows), 0).double(), context.new_zeros(4, 0).double()
         starts = [_Local(flow, _start(flow, context)) for flow in flows]
-    locals_ = [_fit(vae, data, start, *fitting) for start in starts]
-    seed = int(torch.randint(2**62, (), device="cpu"))
-    read = [_evaluate(vae, data, local, *reading, seed) for local in [starts[0], *locals_]]
+    with left(flows[-1]):
+        locals_ = [_fit(vae, data, start, *fitting) for start in starts]
+        seed = int(torch.randint(2**62, (), device="cpu"))
+        read = [_evaluate(vae, data, local, *reading, seed) for local in [starts[0], *locals_]]
     elbos, found = torch.stack([elbo for elbo, _ in read]), torch.stack([torch.stack(rows) for _, rows in read])
     best = elbos.argmax(0).expand(1, found.shape[1], -1)
     return elbos, found.gather(0, best).squeeze(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +35,13 @@ class Generative(nn.Module):
         return standard_normal_log_prob(z) if self.prior is None else prior_at(self.prior, y).log_prob(z)
 
     def _has_given_prior(self) -> bool:
-        """Whether p(z) is that of `prior`, or N(0, I): a subclass may have a `log_prior` or `log_joint` of its own."""
-        own = "log_prior" in self.__dict__ or "log_joint" in self.__dict__
-        kind = type(self)
-        return not own and kind.log_prior is Generative.log_prior and kind.log_joint is Generative.log_joint
+        """Whether p(z) is that of `prior`, or N(0, I): a model may have a `log_prior` or `log_joint` of its own."""
+        names = {"log_prior": Generative.log_prior, "log_joint": Generative.log_joint}
+        return not any(self._has_own(name, given) for name, given in names.items())
+
+    def _has_own(self, name: str, given: Callable[..., object]) -> bool:
+        """Whether a subclass, or this very model, has a method of its own in the place of the given one."""
+        return name in self.__dict__ or getattr(type(self), name) is not given
 
     def sample_prior(self, count: int, y: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
         """Draw z ~ p(z), ``(count, dim)``, or one of p(z|y) for each row of y, of which a single one serves all.
@@ -45,12 +49,12 @@ class Generative(nn.Module):
         `noise`, a standard normal draw of that shape, takes the place of a fresh one.
 
         Raises:
-            NotImplementedError: of a subclass with a `log_prior` of its own and no ``sample_prior``.
+            NotImplementedError: of a model with a `log_prior` of its own and no ``sample_prior``.
         """
-        kind = type(self)
-        if kind.log_prior is not Generative.log_prior and kind.sample_prior is Generative.sample_prior:
+        own = self._has_own("log_prior", Generative.log_prior)
+        if own and not self._has_own("sample_prior", Generative.sample_prior):
             raise NotImplementedError(
-                f"sample_prior: expected one of {kind.__name__}'s own, as its log_prior is its own"
+                f"sample_prior: expected one of {type(self).__name__}'s own, as its log_prior is its own"
             )
         if self.prior is not None:
             shape = () if reads(self.prior) else (count,)
@@ -64,15 +68,21 @@ class Generative(nn.Module):
     def sample(self, count: int, shape: tuple[int, ...], y: Tensor | None = None) -> Tensor:
         """Draw x ~ p(x), or p(x|y), ``(count, *shape)``, for the shape of one x; y as in `sample_prior`."""
         y = row_for_each(y, count)
-        numbers = self.decode(self.sample_prior(count, y), elements_of(shape), y)
+        numbers = self._numbers(self.sample_prior(count, y), shape, y)
         return self.likelihood.sample(numbers).view(count, *shape)
 
     def decode(self, z: Tensor, elements: int, y: Tensor | None = None) -> Tensor:
         """The likelihood's numbers ``(*batch, numbers, elements)`` for z ``(*batch, dim)`` and y ``(B, *event)``."""
         return self._decode(z, elements, y)
 
+    def _numbers(self, z: Tensor, event: tuple[int, ...], y: Tensor | None) -> Tensor:
+        """As `decode`, for the shape of one x: the decoder's axes are held to it, unless the model has its own."""
+        elements = elements_of(event)
+        if self._has_own("decode", Generative.decode):
+            return self.decode(z, elements, y)
+        return self._decode(z, elements, y, tuple(event))
+
     def _decode(self, z: Tensor, elements: int, y: Tensor | None, event: tuple[int, ...] = ()) -> Tensor:
-        """As `decode`; where the shape of one x is known, the decoder's axes are held to it."""
         y = None if y is None else spread(y, z.shape[:-1])
         outputs = call("decoder", self.decoder, z.flatten(0, -2), y)
         if not isinstance(outputs, Tensor):
@@ -82,9 +92,14 @@ class Generative(nn.Module):
             )
         if not outputs.is_floating_point():
             raise TypeError(f"decoder: expected numbers with a gradient, got {outputs.dtype}")
-        numbers = self.likelihood.numbers
+        numbers, rows = self.likelihood.numbers, z.shape[:-1].numel()
+        if not outputs.ndim or len(outputs) != rows:
+            raise ValueError(
+                f"decoder: expected a row of numbers for each of {rows} z, got shape {tuple(outputs.shape)}; expand "
+                f"what they share"
+            )
         _check_order(outputs, numbers, event)
-        outputs = outputs.flatten(1).to(z.dtype)
+        outputs = (outputs.flatten(1) if outputs.ndim > 1 else outputs.unsqueeze(-1)).to(z.dtype)
         if outputs.shape[1] != numbers * elements:
             name = type(self.likelihood).__name__
             raise ValueError(
@@ -94,10 +109,7 @@ class Generative(nn.Module):
 
     def _log_likelihood(self, x: Tensor, z: Tensor, y: Tensor | None) -> Tensor:
         elements = x.flatten(1) if x.ndim > 1 else x.unsqueeze(-1)  # a number is an x too
-        if type(self).decode is Generative.decode and "decode" not in self.__dict__:
-            numbers = self._decode(z, elements.shape[1], y, tuple(x.shape[1:]))
-        else:
-            numbers = self.decode(z, elements.shape[1], y)
+        numbers = self._numbers(z, tuple(x.shape[1:]), y)
         before = changes(elements)
         found = self.likelihood.log_prob(numbers, elements)
         check_left("likelihood", elements, before)
@@ -118,14 +130,22 @@ def elements_of(shape: tuple[int, ...]) -> int:
 
 
 def _check_order(outputs: Tensor, numbers: int, event: tuple[int, ...]) -> None:
-    """Refuse the numbers of each element side by side, as a transformer gives logits: they would be mixed up."""
-    shape, wanted = tuple(outputs.shape[1:]), (numbers, *event)
-    if numbers > 1 and shape != wanted and shape == (*event, numbers) and elements_of(event) > 1:
-        raise ValueError(
-            f"decoder: expected the likelihood's {numbers} numbers in front of the axes of x, (N, "
-            f"{', '.join(map(str, wanted))}), got shape {tuple(outputs.shape)}, with them behind; give "
-            f"outputs.movedim(-1, 1)"
-        )
+    """Refuse the numbers of each element side by side, or of each channel: they would be mixed up.
+
+    A transformer gives logits ``(N, *event, levels)``, and a PixelCNN ``(N, channels, levels, height, width)``.
+    """
+    shape = tuple(outputs.shape[1:])
+    if numbers == 1 or shape == (numbers, *event):
+        return
+    for axis in range(1, len(event) + 1):
+        if shape == (*event[:axis], numbers, *event[axis:]) and elements_of(event[:axis]) > 1:
+            behind = axis == len(event)
+            where, place = ("behind", -1) if behind else (f"behind {axis} of them", axis + 1)
+            raise ValueError(
+                f"decoder: expected the likelihood's {numbers} numbers in front of the axes of x, (N, "
+                f"{', '.join(map(str, (numbers, *event)))}), got shape {tuple(outputs.shape)}, with them {where}; give "
+                f"outputs.movedim({place}, 1)"
+            )
 
 
 def check_decoder(decoder: nn.Module, likelihood: Likelihood) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 from flowpost.chains import PRIOR_SHARE, AnnealedEstimate, Chains, Part, Progress, mixed
 from flowpost.conditions import Data, row_for_each, split
 from flowpost.distribution import FlowDistribution
-from flowpost.generative import elements_of
 from flowpost.importance import LIMIT, ImportanceEstimate, summarize
 from flowpost.numerics.arguments import check_int
 from flowpost.refining import noise_like
@@ -233,7 +232,7 @@ def _simulate(vae: VAE, count: int, shape: tuple[int, ...], y: Tensor | None) ->
     """Draws of z ~ p(z), x ~ p(x|z), and a row of y for each."""
     y = row_for_each(y, count)
     z = vae.sample_prior(count, y)
-    x = vae.likelihood.sample(vae.decode(z, elements_of(shape), y)).view(count, *shape)
+    x = vae.likelihood.sample(vae._numbers(z, shape, y)).view(count, *shape)
     return z, x, y
 
 

@@ -158,8 +158,8 @@ def step_if_finite(optimizer: torch.optim.Optimizer, loss: Tensor, *, max_norm: 
     that out on the device, so nothing waits and the step can be captured; the gradients of a step left out are then
     spoilt by the clipping. One with ``capturable=True`` that is not fused, such as Adamax and RMSprop, steps, and
     weights and state are put back on the device; state that this step has made, to what torch's optimizers start from.
-    For any other optimizer the flag is read on the host before anything else: the gradients of a step left out stay as
-    they are, to see which of them was not finite.
+    For any other optimizer, and for SGD with dampening, the flag is read on the host before anything else: the
+    gradients of a step left out stay as they are, to see which of them was not finite.
 
     When to use: after ``loss.backward()``, in the place of ``clip_grad_norm_`` and ``optimizer.step()``.
 
@@ -195,7 +195,8 @@ def step_if_finite(optimizer: torch.optim.Optimizer, loss: Tensor, *, max_norm: 
         raise ValueError("optimizer: expected parameters with gradients, got none; call loss.backward() first")
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))  # pyright: ignore[reportPrivateImportUsage]
     finite = (norm + loss.detach()).abs() < math.inf  # three launches, where two calls of isfinite are nine
-    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    dampened = any(group.get("dampening") for group in optimizer.param_groups)  # the first step taken is another then
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False) and not dampened
     capturable = not fused and all(group.get("capturable", False) for group in optimizer.param_groups)
     if fused or capturable or finite:
         if max_norm is not None:

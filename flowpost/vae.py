@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from typing import Any, overload
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from flowpost.bounded import ContinuousBernoulli as ContinuousBernoulli
 from flowpost.bounded import DiscretizedLogistic as DiscretizedLogistic
-from flowpost.conditions import Prior, check_part, check_prior, check_rows, encode, prior_at
+from flowpost.conditions import Prior, check_bare, check_part, check_prior, check_rows, encode, prior_at
 from flowpost.distribution import FlowDistribution
 from flowpost.generative import Generative, check_decoder
 from flowpost.gradients import check_gradient, reweigh
@@ -92,6 +91,7 @@ class VAE(Encoding, Generative):
     ) -> None: ...
     def __init__(self, encoder: nn.Module, *parts: Any, prior: Prior | None = None, **named: Any) -> None:
         wrapped = encoder if isinstance(encoder, WrappedPosterior) else None
+        check_bare(encoder, len(parts) + len(named))
         found = (_PARTS if wrapped is None else _PARTS_OF_WRAPPED).bind(*parts, **named).arguments
         for name, part in {"encoder": encoder, **found}.items():
             if name != "likelihood" or isinstance(part, type):
@@ -245,11 +245,11 @@ class VAE(Encoding, Generative):
     @torch.no_grad()
     def reconstruct(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """E[x|z] at one z drawn from each x's q(z|x), of x's shape."""
-        numbers = self.decode(self.encode(x, y).rsample(), math.prod(x.shape[1:]), y)
+        numbers = self._numbers(self.encode(x, y).rsample(), tuple(x.shape[1:]), y)
         return self.likelihood.mean(numbers).view(x.shape)
 
     def _has_closed_kl(self, q: FlowDistribution) -> bool:
-        given = self._has_given_prior() and type(self).evaluate is VAE.evaluate
+        given = self._has_given_prior() and not self._has_own("evaluate", VAE.evaluate)
         return given and q.is_gaussian and (self.prior is None or self.prior.is_gaussian)
 
     def _closed_kl(self, q: FlowDistribution, y: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -1,5 +1,6 @@
 """Whoever alters a step after it was made, by an attribute, a part or a subclass, gets one map, the same everywhere."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -16,15 +17,18 @@ from flowpost import (
     FlowDistribution,
     FlowPosterior,
     Gate,
+    Inverse,
     Masked,
     Permute,
     Planar,
     Radial,
     Reverse,
     Scale,
+    Softplus,
     Spline,
     Tanh,
     UnitLowerTriangular,
+    checking,
 )
 
 
@@ -137,6 +141,33 @@ def test_a_posterior_is_gaussian_while_all_its_steps_are(wrap: Callable[[Bijecto
     assert q.is_gaussian
     sample = q.draw((2,))
     torch.testing.assert_close(sample.log_prob, torch.distributions.MultivariateNormal(*_moments(q)).log_prob(sample.z))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda flow: flow,
+        lambda flow: Conditioned(flow, 4),
+        lambda flow: Inverse(Inverse(flow)),
+        lambda flow: Chain(flow),
+    ],
+)
+def test_z_lies_where_the_last_step_that_there_is_puts_it(wrap: Callable[[Bijector], Bijector]) -> None:
+    """The support was that of the step of before, and values were refused that the new one gives."""
+    chain, z = Chain(Affine(2), Tanh(2)), torch.full((3, 2), 3.0)
+    posterior = FlowPosterior(5, wrap(chain))
+    q = posterior.at(torch.randn(3, 5), validate_args=True)
+    assert not q.support.check(z).any()
+    chain.steps[1] = Reverse(2)
+    assert q.support.check(z).all()
+    with checking():
+        assert q.log_prob(z).isfinite().all()
+    chain.steps.append(Softplus(2))
+    assert q.support.check(z).all()
+    assert not q.support.check(-z).any()
+    assert Inverse(posterior.flow).domain == posterior.flow.codomain == (0.0, math.inf)
+    with pytest.raises(ValueError, match="within the support"):
+        q.log_prob(-z)
 
 
 def _moments(q: FlowDistribution) -> tuple[Tensor, None, None, Tensor]:

@@ -1,12 +1,14 @@
 """Hamiltonian Monte Carlo: reversible, of unit volume, exact in its ratio, and the target stays what it was."""
 
 import math
+import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
+from torch.nn.utils import prune
 
 import flowpost
 from flowpost import Affine, FlowPosterior
@@ -187,6 +189,22 @@ def test_the_noise_of_q_itself_is_normal(name: str, features: int) -> None:
     torch.testing.assert_close(slope, -noise, rtol=0, atol=1e-9)
     assert not value.requires_grad
     assert all(parameter.grad is None and parameter.requires_grad for parameter in posterior.parameters())
+
+
+@pytest.mark.parametrize(
+    "hook", [torch.nn.utils.weight_norm, lambda layer: prune.l1_unstructured(layer, "weight", 0.5)]
+)
+def test_weights_that_a_hook_makes_are_no_hindrance(hook: Callable[[nn.Module], object]) -> None:
+    """Once such a layer was called its weight has a graph, and torch copies no such tensor."""
+    posterior, h, noise = some("realnvp", 4), double(2, 4), double(7, 2, 3)
+    for layer in [part for part in posterior.flow.modules() if isinstance(part, nn.Linear)]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of the older weight norm
+            hook(layer)
+    posterior(h).log_prob.sum().backward()
+    value, slope = noise_target(posterior.at(h), lambda z: posterior.log_prob(z, h))(noise)
+    torch.testing.assert_close(value, standard_normal_log_prob(noise))
+    torch.testing.assert_close(slope, -noise, rtol=0, atol=1e-9)
 
 
 def test_the_noise_of_another_p() -> None:

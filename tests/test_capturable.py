@@ -80,11 +80,22 @@ def test_the_state_is_what_a_checkpoint_keeps(name: str) -> None:
     assert optimizer.param_groups[0]["eps"] == 1e-3
 
 
-@pytest.mark.parametrize("name", ["NAdam", "Rprop", "ASGD", "RAdam", "SGD"])
-def test_a_spoilt_first_step_is_as_if_it_had_not_been(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of optimizers whose state starts as no zeros; and of fused SGD, whose skipped momentum is unset memory."""
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {"capturable": True}) for name in ("NAdam", "Rprop", "ASGD", "RAdam")),
+        ("SGD", {"momentum": 0.9, "fused": True}),
+        ("SGD", {"momentum": 0.9, "fused": True, "dampening": 0.5}),
+    ],
+)
+def test_a_spoilt_first_step_is_as_if_it_had_not_been(
+    name: str, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of optimizers whose state starts as no zeros; and of fused SGD, whose skipped momentum is unset memory.
+
+    Dampening leaves out the first step, and is not told by the state which one that was.
+    """
     module = import_module(f"torch.optim.{name.lower()}")
-    options: dict[str, object] = {"momentum": 0.9, "fused": True} if name == "SGD" else {"capturable": True}
     if name != "SGD":
         monkeypatch.setattr(module, "_get_capturable_supported_devices", lambda **_: ["cpu"])
     trained = []

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from small import DIM, FEATURES, small
 from torch import Tensor, nn
 
 import flowpost
@@ -47,6 +48,22 @@ def test_non_finite_rows_are_named(direction: str) -> None:
     context[3, 7] = -torch.inf
     with flowpost.checking(), pytest.raises(flowpost.NonFiniteError, match="context: 1 of 256 rows .* = -inf"):
         call(torch.zeros(256, 4), context)
+
+
+@pytest.mark.parametrize("name", ["full_covariance", "planar", "maf"])
+def test_values_are_not_asked_for_within_vmap(name: str) -> None:
+    """Which has none to give: gradients of each example, and `inference_gaps`, raised."""
+    posterior = small(name)
+    h, z = torch.randn(5, FEATURES, dtype=torch.float64), torch.randn(5, DIM, dtype=torch.float64)
+
+    def score(h: Tensor, z: Tensor) -> Tensor:
+        return posterior(h, noise=z).log_prob + posterior.log_prob(z, h)
+
+    with flowpost.checking():
+        found = torch.func.vmap(torch.func.grad(score))(h, z)
+    leaf = h.requires_grad_()
+    score(leaf, z).sum().backward()
+    torch.testing.assert_close(found, leaf.grad)
 
 
 def test_non_finite_features_are_blamed_on_the_encoder() -> None:

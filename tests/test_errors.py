@@ -11,6 +11,7 @@ import pytest
 import torch
 from registry import Case, Entry, backward, core_first, draw
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import flowpost
 from flowpost import (
@@ -474,8 +475,13 @@ def test_a_decoder_whose_numbers_stand_behind_the_axes_of_x() -> None:
     message = "decoder: expected the likelihood's 7 numbers in front of the axes of x, (N, 7, 3, 2), got shape "
     message += "(4, 3, 2, 7), with them behind; give outputs.movedim(-1, 1)"
     raises(ValueError, message, lambda: model(3, 2, 7)(x))
+    raises(ValueError, message, lambda: model(3, 2, 7).reconstruct(x))
+    raises(ValueError, message, lambda: model(3, 2, 7).sample(4, (3, 2)))
+    message = message.replace("(4, 3, 2, 7)", "(4, 3, 7, 2)").replace("behind", "behind 1 of them").replace("-1", "2")
+    raises(ValueError, message, lambda: model(3, 7, 2)(x))  # as a PixelCNN gives those of each channel
     for shape in ((7, 3, 2), (21, 2), (42,)):
         model(*shape)(x)
+    model(1, 7, 6)(torch.zeros(4, 1, 6))  # of one channel the order is the same
     model(6, 2, numbers=2).reconstruct(x)  # two maps (3, 2), one after the other
 
 
@@ -547,6 +553,27 @@ def test_a_pair_for_a_vae_is_wrapped() -> None:
         "write VAE(flowpost.wrap(encoder, dim=2, example=x), decoder, likelihood)"
     )
     raises(TypeError, message, lambda: vae(torch.zeros(4, 5)))
+
+
+@pytest.mark.parametrize("around", [nn.DataParallel, AveragedModel, lambda part: torch.compile(part, backend="eager")])
+def test_a_vae_s_posterior_within_another_module(around: Callable[[nn.Module], nn.Module]) -> None:
+    """It was told of a likelihood that was missing, which was given, or at the first x of an attribute."""
+    wrapped = around(flowpost.wrap(nn.Linear(5, 3), 2, features=3, flow="diagonal"))
+    message = (
+        f"encoder: expected what flowpost.wrap made, got {type(wrapped).__name__} around it, of which a VAE cannot "
+    )
+    message += "take encoder and posterior; give the wrapped encoder itself, and then the whole VAE to "
+    with pytest.raises(TypeError, match=re.escape(message)):
+        VAE(wrapped, nn.Linear(2, 5), Bernoulli())  # pyright: ignore
+
+
+def test_a_vae_s_posterior_has_an_at() -> None:
+    message = (
+        "posterior: expected a FlowPosterior, such as flowpost.iaf(features, dim), got DataParallel, which has no "
+    )
+    message += "at(h); one within another module is put in as it is, and the whole VAE into such a module"
+    hidden = nn.DataParallel(flowpost.diagonal(3, 2))
+    raises(TypeError, message, lambda: VAE(nn.Linear(5, 3), hidden, nn.Linear(2, 5), Bernoulli()))  # pyright: ignore
 
 
 def test_features_of_several_tokens() -> None:

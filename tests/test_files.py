@@ -193,8 +193,26 @@ def _another_map(posterior: FlowPosterior) -> None:
     vars(first)["_forward"] = lambda z, context: (z + 1, z.new_zeros(z.shape[:-1]))
 
 
+def _a_hook(posterior: FlowPosterior) -> None:
+    posterior.get_submodule("head").register_forward_hook(lambda _, args, context: 2 * context)  # pyright: ignore[reportOperatorIssue]
+
+
+def _a_hook_before(posterior: FlowPosterior) -> None:
+    posterior.get_submodule("flow.steps.1").register_forward_pre_hook(lambda _, args: (args[0] / 2, *args[1:]))
+
+
 @pytest.mark.parametrize(
-    "alter", [_another_rate, _another_activation, _another_step, _another_head, _a_deeper_head, _another_map]
+    "alter",
+    [
+        _another_rate,
+        _another_activation,
+        _another_step,
+        _another_head,
+        _a_deeper_head,
+        _another_map,
+        _a_hook,
+        _a_hook_before,
+    ],
 )
 def test_a_posterior_that_was_altered_is_not_built_anew(path: Path, alter: Callable[[FlowPosterior], None]) -> None:
     posterior, into = (flowpost.affine_iaf(4, 3, steps=2, hidden=(8,), context_size=3) for _ in range(2))

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 from typing import cast
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from linear_gaussian import LinearGaussian, fitted
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import prune
 
 import flowpost
 from flowpost import (
@@ -127,6 +129,26 @@ def test_the_model_is_left_as_it_was() -> None:
         inference_gaps(vae, x, steps=3, samples=10)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), vae.state_dict().values(), strict=True))
     assert all(parameter.grad is None and parameter.requires_grad for parameter in vae.parameters())
+
+
+def test_gaps_are_the_same_with_values_checked() -> None:
+    vae, x, found = flow_vae(), torch.randn(3, 5, dtype=torch.float64), []
+    for context in (nullcontext(), flowpost.checking()):
+        torch.manual_seed(0)
+        with context, pytest.warns(UnreliableEstimateWarning):
+            found.append(inference_gaps(vae, x, steps=2, samples=10))
+    assert torch.equal(found[0].local_elbo, found[1].local_elbo)
+
+
+def test_a_weight_that_pruning_makes_can_be_read_afterwards() -> None:
+    """The hook made it within `vmap`, whose tensors nobody can copy or save when it is over."""
+    vae, x = flow_vae(), torch.randn(3, 5, dtype=torch.float64)
+    layer = next(part for part in vae.posterior.flow.modules() if isinstance(part, nn.Linear))
+    prune.l1_unstructured(layer, "weight", 0.5)
+    weight = layer.weight.detach().clone()
+    with pytest.warns(UnreliableEstimateWarning):
+        inference_gaps(vae, x, richer=full(2), steps=1, samples=10)
+    assert torch.equal(layer.weight, weight)
 
 
 def test_a_step_that_comes_twice_keeps_its_weights() -> None:

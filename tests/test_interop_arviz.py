@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import numpy
 import pytest
 import torch
 from small import DIM, FEATURES, small
@@ -34,6 +35,13 @@ def test_the_draws_are_the_chosen_examples_own() -> None:
     assert tree.attrs["inference_library"] == "flowpost"
 
 
+@pytest.mark.parametrize("examples", [numpy.array(CHOSEN), torch.tensor(CHOSEN)], ids=["array", "tensor"])
+def test_labels_may_be_an_array_or_a_tensor(examples: numpy.ndarray | torch.Tensor) -> None:
+    tree = to_datatree(small("iaf").at(features()[CHOSEN]), 5, examples=examples)
+    assert tree["posterior"]["z"].coords["example"].values.tolist() == CHOSEN
+    assert tree["posterior"]["z"].sel(example=17).shape == (1, 5, DIM)
+
+
 def test_moments_of_a_gaussian() -> None:
     q = small("full_covariance").at(features()[:1])
     draws = to_datatree(q, 4000, name="theta")["posterior"]["theta"].squeeze()
@@ -53,7 +61,13 @@ def test_a_posterior_without_examples() -> None:
     [
         (lambda q: to_datatree(small("iaf")), TypeError, "^q: expected a FlowDistribution"),  # pyright: ignore
         (lambda q: to_datatree(q.expand((2, 20))), ValueError, r"^q: expected batch shape \(examples,\)"),
-        (lambda q: to_datatree(q, examples=CHOSEN), ValueError, "^examples: expected 20 labels, one for each, got 2"),
+        (lambda q: to_datatree(q, examples=CHOSEN), ValueError, "^examples: expected 20 labels, one for each .* got 2"),
+        (
+            lambda q: to_datatree(small("iaf", 0).at(), examples=[3]),
+            ValueError,
+            "^examples: expected 0 labels, .* got 1",
+        ),
+        (lambda q: to_datatree(q, name="log_q"), ValueError, "^name: expected another one than .* got 'log_q'"),
         (lambda q: to_datatree(q, 0), ValueError, "^draws: expected an int >= 1"),
         (lambda q: to_datatree(q, chains=0), ValueError, "^chains: expected an int >= 1"),
     ],

@@ -4,7 +4,7 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,7 +15,21 @@ from torch.distributions import transforms as T
 from versions import walked
 
 import flowpost
-from flowpost import Affine, Bijector, Chain, FlowPosterior, Inverse, Learned, Planar, Sigmoid, Softplus, Tanh
+from flowpost import (
+    Affine,
+    Bijector,
+    Chain,
+    Coupling,
+    FlowPosterior,
+    Inverse,
+    Learned,
+    Permute,
+    Planar,
+    Sigmoid,
+    Softplus,
+    Spline,
+    Tanh,
+)
 from flowpost.bijectors.base import LINE
 from flowpost.testing import check_bijector, push
 
@@ -231,6 +245,37 @@ def test_a_cache_notices_a_buffer_and_a_mode(change: str) -> None:
     CHANGES[change](step)
     y = transform(x)
     for one, other in zip((y, transform.log_abs_det_jacobian(x, y)), step(x), strict=True):
+        assert torch.equal(one, other)
+
+
+SETTINGS: dict[str, tuple[Callable[[], Bijector], Callable[[Any], object]]] = {
+    "bound": (lambda: Spline(3, bins=4), lambda step: setattr(step, "bound", 1.0)),
+    "order": (lambda: Permute([1, 2, 0]), lambda step: setattr(step, "order", [2, 1, 0])),
+    "activation": (
+        lambda: Coupling(3, Affine(1), 12, (8,)),
+        lambda step: setattr(step.net, "activation", torch.tanh),
+    ),
+    "hook": (
+        lambda: Coupling(3, Affine(1), 12, (8,)),
+        lambda step: step.net.layers[0].register_forward_hook(lambda _, args, result: 2 * result),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SETTINGS)
+def test_a_cache_notices_a_setting(what: str) -> None:
+    """What no tensor tells: numbers on a step, an order, a function, a hook."""
+    make, change = SETTINGS[what]
+    step, x = make(), torch.randn(5, 3)
+    for parameter in step.parameters():
+        nn.init.normal_(parameter)
+    context = torch.randn(5, step.context_size) if step.context_size else None
+    transform = step.as_transform(context).with_cache()
+    before = transform(x)
+    change(step)
+    y = transform(x)
+    assert not torch.equal(y, before)
+    for one, other in zip((y, transform.log_abs_det_jacobian(x, y)), step(x, context), strict=True):
         assert torch.equal(one, other)
 
 

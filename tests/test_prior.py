@@ -237,6 +237,26 @@ def test_a_subclass_s_own_evaluate_is_what_both_ways_to_the_elbo_take() -> None:
     torch.testing.assert_close(vae.elbo_terms(x, (3,), noise=noise), elbo_terms(*out[:4]))
 
 
+def test_what_is_put_on_a_model_counts_as_what_a_subclass_has() -> None:
+    """An ``evaluate`` was passed by for the closed KL, and x drawn from N(0, I), whatever log p(z) was."""
+    vae, x = VAE(nn.Linear(5, 4), flowpost.diagonal(4, DIM), nn.Linear(DIM, 5), Bernoulli()), torch.ones(6, 5)
+    noise, evaluate = torch.randn(3, 6, DIM), vae.evaluate
+
+    def twice(*args: Any, **kwargs: Any) -> VAEOutput:  # noqa: ANN401
+        out = evaluate(*args, **kwargs)
+        return out._replace(log_likelihood=2 * out.log_likelihood)
+
+    setattr(vae, "evaluate", twice)  # noqa: B010
+    out = vae(x, (3,), noise=noise)
+    assert out.kl is None
+    torch.testing.assert_close(vae.elbo_terms(x, (3,), noise=noise), elbo_terms(*out[:3]))
+    setattr(vae, "log_prior", lambda z, y=None: Normal(3.0, 1.0).log_prob(z).sum(-1))  # noqa: B010
+    with pytest.raises(NotImplementedError, match="^sample_prior: expected one of VAE's own, as its log_prior"):
+        vae.sample(4, (5,))
+    setattr(vae, "sample_prior", lambda count, y=None: 3 + torch.randn(count, DIM))  # noqa: B010
+    assert vae.sample(4, (5,)).shape == (4, 5)
+
+
 class TwoModes(FlowPosterior):
     def log_prob(self, z: Tensor, h: Tensor | None = None) -> Tensor:
         return torch.logaddexp(super().log_prob(z - 3, h), super().log_prob(z + 3, h)) - math.log(2)

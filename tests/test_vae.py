@@ -214,6 +214,20 @@ def test_an_x_may_be_one_number() -> None:
     assert torch.equal(found.log_likelihood, due.log_likelihood)
     assert vae.reconstruct(x).shape == vae.sample(5, ()).shape == (5,)
     assert log_marginal(vae, x, 10).shape == (5,)
+    vae.decoder = nn.Sequential(vae.decoder, nn.Flatten(0))  # a decoder that gives one number, and no axis of one
+    assert torch.equal(vae(x, (3,), noise=noise).log_likelihood, due.log_likelihood)
+    assert vae.reconstruct(x).shape == vae.sample(5, ()).shape == (5,)
+
+
+@pytest.mark.parametrize("rows", [slice(0, 1), slice(0, 4), 0])
+def test_a_decoder_gives_a_row_for_each_z(rows: slice | int) -> None:
+    class Fewer(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input)[rows]
+
+    vae = VAE(nn.Linear(6, 5), flowpost.diagonal(5, 2), Fewer(2, 6), Bernoulli())
+    with pytest.raises(ValueError, match="^decoder: expected a row of numbers for each of 8 z, got shape .*; expand"):
+        vae(torch.ones(8, 6))
 
 
 def test_a_convolutional_decoder_s_shape() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,29 @@ if TYPE_CHECKING:
 
 Run = tuple[Sequence["Bijector"], Tensor | None]
 """Steps that run as one, and what they read: their contexts side by side, or the one that they share."""
+
+
+class OfStep:
+    """An attribute that is of a step within, of that which is there now; one that is set on the outer step wins.
+
+    Args:
+        read: from the outer step to the value.
+    """
+
+    def __init__(self, read: Callable[[Any], object]) -> None:
+        self.read = read
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.own = f"_own_{name}"
+
+    def __get__(self, step: Bijector | None, owner: type) -> object:
+        if step is None:
+            return self
+        own = vars(step).get(self.own)
+        return self.read(step) if own is None else own
+
+    def __set__(self, step: Bijector, value: object) -> None:
+        vars(step)[self.own] = value
 
 
 def apply(step: Bijector, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:

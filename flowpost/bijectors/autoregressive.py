@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowpost.bijectors._networked import Networked
-from flowpost.bijectors.base import Bijector, check_reads, check_step
+from flowpost.bijectors._within import OfStep
+from flowpost.bijectors.base import Bijector, Interval, check_reads, check_step
 from flowpost.bijectors.gate import Gate
 from flowpost.masked import nodes
 from flowpost.masked.engine import fits
@@ -62,6 +63,9 @@ class Masked(Ordered, Networked):
         torch.Size([50, 16])
     """
 
+    domain = cast(Interval, OfStep(lambda masked: masked.step.domain))
+    codomain = cast(Interval, OfStep(lambda masked: masked.step.codomain))
+
     def __init__(
         self,
         step: Bijector,
@@ -81,7 +85,6 @@ class Masked(Ordered, Networked):
         self.net = MADE(step.dim, step.context_size // step.dim, hidden, context_size, activation, order, rate)
         self.step = step
         super()._set_order(order)
-        self.domain, self.codomain = step.domain, step.codomain
         for parameter in self.net.last_parameters():
             nn.init.zeros_(parameter)
         with torch.no_grad():

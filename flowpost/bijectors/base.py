@@ -26,7 +26,9 @@ from flowpost.numerics.arguments import (
 from flowpost.numerics.constants import Constant, Placed
 from flowpost.numerics.watchers import first_parameter, remake
 
-LINE = (-math.inf, math.inf)
+Interval = tuple[float, float]
+"""An open one."""
+LINE: Interval = (-math.inf, math.inf)
 Line = tuple[Tensor | float, Tensor | float]
 """A shift and a positive factor, each for all variables alike, or ``(*batch, dim)``."""
 

@@ -11,8 +11,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from flowpost.bijectors._within import Run, run_forward, undo, wrapped
-from flowpost.bijectors.base import Bijector, Line
+from flowpost.bijectors._within import OfStep, Run, run_forward, undo, wrapped
+from flowpost.bijectors.base import Bijector, Interval, Line
 from flowpost.numerics.products import summed
 
 Pair = tuple[Bijector, Tensor | None]
@@ -24,6 +24,8 @@ class _Steps(Bijector):
 
     shared: bool
     triangular = True  # where all its steps are; of a class with a map of its own not
+    domain = cast(Interval, OfStep(lambda chain: chain.steps[0].domain))
+    codomain = cast(Interval, OfStep(lambda chain: chain.steps[-1].codomain))
 
     def __init__(self, steps: tuple[Bijector, ...], context_size: int) -> None:
         super().__init__(steps[0].dim, context_size)
@@ -32,7 +34,6 @@ class _Steps(Bijector):
         self.event_ndim = steps[0].event_ndim
         self.triangular = self.triangular and all(step.triangular for step in steps)
         self.elementwise = not context_size and all(step.elementwise for step in steps)
-        self.domain, self.codomain = steps[0].domain, steps[-1].codomain
 
     def __iter__(self) -> Iterator[Bijector]:
         return iter(cast("Iterator[Bijector]", self.steps))

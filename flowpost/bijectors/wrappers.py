@@ -9,8 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from flowpost.bijectors._within import apply, apply_inverse, wrapped
-from flowpost.bijectors.base import Bijector, Line, check_reads, check_step
+from flowpost.bijectors._within import OfStep, apply, apply_inverse, wrapped
+from flowpost.bijectors.base import Bijector, Interval, Line, check_reads, check_step
 from flowpost.masked.run import Column
 from flowpost.numerics.arguments import check_int
 from flowpost.numerics.watchers import full_precision, remake
@@ -23,6 +23,8 @@ class _Wrapper(Bijector):
     """One step whose context comes from elsewhere; a subclass says from where."""
 
     triangular = True  # where its step is; of a class with a map of its own not
+    domain = cast(Interval, OfStep(lambda outer: outer.step.domain))
+    codomain = cast(Interval, OfStep(lambda outer: outer.step.codomain))
 
     def __init__(self, step: Bijector, context_size: int) -> None:
         check_step("step", step)
@@ -31,7 +33,6 @@ class _Wrapper(Bijector):
         self.step = step
         self.event_ndim = step.event_ndim
         self.triangular = self.triangular and step.triangular
-        self.domain, self.codomain = step.domain, step.codomain
 
     @abstractmethod
     def _read(self, context: Tensor | None) -> Tensor | None: ...
@@ -133,6 +134,9 @@ class Inverse(Bijector):
         True
     """
 
+    domain = cast(Interval, OfStep(lambda outer: outer.step.codomain))
+    codomain = cast(Interval, OfStep(lambda outer: outer.step.domain))
+
     def __new__(cls, step: Bijector | None = None) -> Bijector:
         """The step itself where `step` is an inverse; None comes from pickle and deepcopy."""
         return step.step if isinstance(step, Inverse) else super().__new__(cls)
@@ -144,7 +148,6 @@ class Inverse(Bijector):
         self.step = step
         self.event_ndim = step.event_ndim
         self.elementwise = step.elementwise
-        self.domain, self.codomain = step.codomain, step.domain
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return apply_inverse(self.step, z, context, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +25,7 @@ def to_datatree(
     draws: int = 1000,
     *,
     chains: int = 1,
-    examples: Sequence[object] | None = None,
+    examples: Iterable[object] | None = None,
     name: str = "z",
 ) -> DataTree:
     """Draw from q(z|x) of some examples, as ArviZ 1 reads posteriors.
@@ -38,15 +38,17 @@ def to_datatree(
         q: of batch shape ``(examples,)``, such as ``posterior.at(h[chosen])``, or ``()``.
         draws: how many for each chain.
         chains: how many of them.
-        examples: a label for each example, such as its place in the data; by default they are counted from 0.
-        name: the variable's name.
+        examples: a label for each example, such as its place in the data, also as an array or a tensor; by default they
+            are counted from 0.
+        name: the variable's name, not "log_q".
 
     Returns:
         An `xarray.DataTree`, whose arrays are numpy's.
 
     Raises:
         TypeError: if `q` is no `FlowDistribution`, or a count no int.
-        ValueError: for a count below 1, a q of more batch axes, or another number of labels than of examples.
+        ValueError: for a count below 1, a q of more batch axes, another number of labels than of examples, or the name
+            of the log density.
 
     Example:
         >>> posterior, h = flowpost.planar(16, dim=2), torch.randn(100, 16)
@@ -60,12 +62,15 @@ def to_datatree(
     if len(q.batch_shape) > 1:
         raise ValueError(f"q: expected batch shape (examples,) or (), got {tuple(q.batch_shape)}; flatten h first")
     shape = (check_int("chains", chains, minimum=1), check_int("draws", draws, minimum=1))
-    labels: list[Any] = [*(range(*q.batch_shape) if examples is None and q.batch_shape else examples or [])]
-    if len(labels) != q.batch_shape.numel() and q.batch_shape:
-        raise ValueError(f"examples: expected {q.batch_shape.numel()} labels, one for each, got {len(labels)}")
+    axes, count = ["example"] if q.batch_shape else [], sum(q.batch_shape)
+    given = range(count) if examples is None else examples
+    labels: list[Any] = getattr(given, "tolist", lambda: [*given])()  # of an array or a tensor its numbers
+    if len(labels) != count:
+        raise ValueError(f"examples: expected {count} labels, one for each of q's batch, got {len(labels)}")
+    if name == "log_q":
+        raise ValueError("name: expected another one than that of the draws' log density, got 'log_q'")
     with torch.no_grad():
         z, log_q, _ = q.draw(shape)
-    axes = ["example"] if q.batch_shape else []
     return from_dict(
         {"posterior": {name: z.cpu().numpy()}, "sample_stats": {"log_q": log_q.cpu().numpy()}},
         coords={"example": labels} if axes else {},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,18 +22,17 @@ class Remembered(NamedTuple):
     states: tuple[State, ...]
     grads: tuple[Tensor | None, ...]
     grad: bool
-    modes: tuple[bool, ...]
+    parts: tuple[object, ...]
 
     def fits(self, given: Sequence[Tensor], module: nn.Module) -> bool:
-        """Whether these are the tensors, none changed since, gradients wanted or not, and the modes those of then."""
+        """Whether these are the tensors, none changed since, gradients wanted or not, and the module as it was."""
         tensors = _all(given, module)
         return (
             self.grad == torch.is_grad_enabled()
-            and self.modes == _modes(module)
+            and _same(self.parts, _parts(module))
             and not watched()
-            and len(self.tensors) == len(tensors)
-            and all(one is other for one, other in zip(self.tensors, tensors, strict=True))
-            and all(one is other for one, other in zip(self.grads, _grads(tensors), strict=True))
+            and _same(self.tensors, tensors)
+            and _same(self.grads, _grads(tensors))
             and self.states == _states(tensors)
         )
 
@@ -45,7 +45,7 @@ def remember(result: Tensor, given: Sequence[Tensor], module: nn.Module) -> Reme
     tensors = _all(given, module)
     if watched() or any(tensor.is_inference() for tensor in tensors):
         return None
-    kept = tuple(tensors), _states(tensors), _grads(tensors), torch.is_grad_enabled(), _modes(module)
+    kept = tuple(tensors), _states(tensors), _grads(tensors), torch.is_grad_enabled(), _parts(module)
     return Remembered(result, *kept)
 
 
@@ -53,9 +53,18 @@ def _all(given: Sequence[Tensor], module: nn.Module) -> list[Tensor]:
     return [*given, *module.parameters(), *module.buffers()]
 
 
-def _modes(module: nn.Module) -> tuple[bool, ...]:
-    """Whether each module within is in train mode, where it may be another map."""
-    return tuple(part.training for part in module.modules())
+def _parts(module: nn.Module) -> tuple[object, ...]:
+    """Each module within and what stands on it: its mode, its settings, such as a bound or an order, and its hooks."""
+    return tuple(
+        each
+        for part in module.modules()
+        for each in (part, *vars(part).values(), *part._forward_hooks.values(), *part._forward_pre_hooks.values())
+    )
+
+
+def _same(ones: Sequence[object], others: Sequence[object]) -> bool:
+    """Whether these are the very objects, one for one; a number that was set anew is another."""
+    return len(ones) == len(others) and all(map(operator.is_, ones, others))
 
 
 def _states(tensors: Sequence[Tensor]) -> tuple[State, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -122,3 +123,26 @@ def named_once(module: nn.Module) -> dict[str, nn.Parameter]:
         for prefix, part in module.named_modules()
         for name, each in part.named_parameters(recurse=False, remove_duplicate=False)
     }
+
+
+def made(module: nn.Module) -> list[tuple[nn.Module, dict[str, Tensor]]]:
+    """Each part with those of its tensors that are neither parameters nor buffers.
+
+    Such are the weights that a hook of torch's makes before each call, of pruning or of the older weight norm. They
+    have a graph, so that nobody can copy them; and where ``vmap`` has made them, nobody can read them when it is over.
+    """
+    return [
+        (part, {name: each for name, each in vars(part).items() if isinstance(each, Tensor)})
+        for part in module.modules()
+    ]
+
+
+@contextmanager
+def left(module: nn.Module) -> Iterator[None]:
+    """A context that puts back what `made` finds: the weights that are made within it do not stay."""
+    before = made(module)
+    try:
+        yield
+    finally:
+        for part, tensors in before:
+            vars(part).update(tensors)
