@@ -22,8 +22,8 @@ Map = Callable[[Tensor, Tensor], Pair]
 class Recorded(NamedTuple):
     """An element-wise map at its point and numbers, with the graph of what it gave, where that is to be pulled back.
 
-    Of a step's forward that has a closed form of its gradient, the last two are what the step keeps, and z stands in
-    the place of the numbers, which are not held.
+    Of a step that has a closed form of its gradient, z stands for what is not held: of its forward the numbers, and the
+    last two are what the step keeps; of its inverse the last two.
     """
 
     point: Tensor
@@ -57,7 +57,9 @@ def run_inverse(
     step: ElementWise, preimage: Tensor, z: Tensor, numbers: Tensor, *, recording: bool
 ) -> tuple[Tensor, Tensor, Recorded]:
     """As `run`, of a step's inverse where the preimage is known."""
-    recording = recording and not step.has_pull()
+    if step.has_pull():
+        image, log_det = step._inverse(z, numbers, preimage)
+        return image, wide(log_det), Recorded(preimage, z, numbers, z, z)
     recorded = _record(_known_inverse(step, preimage), preimage, z, numbers, recording=recording)
     return recorded.image.detach(), recorded.log_det.detach(), recorded
 

@@ -224,7 +224,8 @@ def _search(
 def _large(weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
     """In which rows ``(N,)`` some layer's sums are of large terms, or not finite."""
     pairs = zip(weights, inputs, strict=True)
-    squares = [weight.square().sum(1).amax() * x.square().sum(0) for weight, x in pairs]
+    norm = torch.linalg.vector_norm
+    squares = [norm(weight, dim=1).amax().square() * x.square().sum(0) for weight, x in pairs]
     return ~torch.stack(squares).amax(0).le(_LARGE**2)
 
 
