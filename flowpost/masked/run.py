@@ -151,6 +151,11 @@ def rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.ndim == 2 else tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, which takes longer to find that nothing is to be done."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def over(batch: Sequence[int], tensor: Tensor) -> Tensor:
     """The inverse of `rows`, and of a number for each row: ``(N, ...)`` as ``(*batch, ...)``; a constant as it is."""
     return tensor.view((*batch, *tensor.shape[1:])) if len(batch) != 1 and tensor.ndim else tensor

@@ -52,9 +52,10 @@ def values(
 def gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Tensor | None]:
     """The gradients at z, at the context and at the parameters."""
     with full_precision(grad.device.type):
-        dtype = _products_dtype(saved.tape)
-        grad, found = _through(_links(saved)[::-1], _link_gradients, _masked(saved, dtype), grad, grad_log_det)
-        return [grad, *full.parameter_gradients(saved, found[::-1], grad.shape[:-1])]
+        dtype, groups, needs = _products_dtype(saved.tape), *_groups(saved)
+        links, masked = _links(saved, needs)[::-1], _masked(saved.run, groups, dtype)
+        grad, found = _through(links, _link_gradients, masked, grad, grad_log_det)
+        return [grad, *full.parameter_gradients(saved, found[::-1], groups, needs, grad.shape[:-1])]
 
 
 def _link_gradients(taped: _Taped, group: Parameters, grad: Tensor, grad_log_det: Tensor) -> _Back:
@@ -100,8 +101,10 @@ def solve(
 def solve_gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Tensor | None]:
     """As `gradients`, by the implicit function; see `host.solve_gradients`."""
     with full_precision(grad.device.type):
-        grad, found = _through(_links(saved), _link_solve_gradients, _masked(saved, None), grad, grad_log_det)
-        return [grad, *full.parameter_gradients(saved, found, grad.shape[:-1])]
+        groups, needs = _groups(saved)
+        links, masked = _links(saved, needs), _masked(saved.run, groups, None)
+        grad, found = _through(links, _link_solve_gradients, masked, grad, grad_log_det)
+        return [grad, *full.parameter_gradients(saved, found, groups, needs, grad.shape[:-1])]
 
 
 def _link_solve_gradients(taped: _Taped, group: Parameters, grad: Tensor, grad_log_det: Tensor) -> _Back:
@@ -143,24 +146,28 @@ def _through(
     return grad, found
 
 
-def _links(saved: Saved) -> list[_Taped]:
+def _groups(saved: Saved) -> tuple[list[Parameters], list[Parameters]]:
+    """Each link's parameters, and which of them need a gradient."""
+    return grouped(saved.run, saved.parameters), grouped(saved.run, saved.needs[2:])
+
+
+def _links(saved: Saved, needs: Sequence[Parameters]) -> list[_Taped]:
     """Each link with what its step kept, its hidden values, and which parameters need a gradient."""
     found, first = [], 0
-    for link, group, need in saved.links():
+    for link, need in zip(saved.run, needs, strict=True):
         middle = first + elements.kept_tensors(link.step, saved.parameters[0])
-        last = middle + len(group.weights) - 1
+        last = middle + len(need.weights) - 1
         found.append(_Taped(link, len(found), saved.tape[first:middle], saved.tape[middle:last], need))
         first = last
     saved.tape.clear()
     return found
 
 
-def _masked(saved: Saved, dtype: torch.dtype | None) -> Callable[[int], Parameters]:
+def _masked(run: Run, groups: list[Parameters], dtype: torch.dtype | None) -> Callable[[int], Parameters]:
     """From a link's place to its parameters, the weights masked again: all by one call, or each where they are large.
 
     The gradients of all weights take as much memory as the weights, and the masked ones of one link are to be all else.
     """
-    run, groups = saved.run, grouped(saved.run, saved.parameters)
     if full.are_small(weight for group in groups for weight in group.weights):
         return full.masked(run, groups, dtype).__getitem__
     return lambda place: full.masked(run[place : place + 1], groups[place : place + 1], dtype)[0]

@@ -9,7 +9,7 @@ from torch import Tensor
 from flowpost.masked import recorded
 from flowpost.masked.device import fused
 from flowpost.masked.recorded import Pair, Recorded
-from flowpost.masked.run import ElementWise
+from flowpost.masked.run import ElementWise, as_dtype
 from flowpost.numerics.products import plus
 
 Mapped = tuple[Tensor, Tensor, list[Tensor]]
@@ -26,7 +26,7 @@ def run(step: ElementWise, z: Tensor, numbers: Tensor, total: Tensor | None, *, 
     column = fused.closed(step, z)
     if column is not None:
         return *fused.element(z, numbers, total, column, inverse=False), [z, numbers]
-    image, log_det, kept = recorded.run(step, z, numbers.to(z.dtype), recording=recording)
+    image, log_det, kept = recorded.run(step, z, as_dtype(numbers, z.dtype), recording=recording)
     return image, plus(total, log_det), list(kept)
 
 
@@ -45,7 +45,7 @@ def run_inverse(
     column = fused.closed(step, z)
     if column is not None:
         return *fused.element(z, numbers, total, column, inverse=True), [x, numbers]
-    found, log_det, kept = recorded.run_inverse(step, x, z, numbers.to(z.dtype), recording=recording)
+    found, log_det, kept = recorded.run_inverse(step, x, z, as_dtype(numbers, z.dtype), recording=recording)
     return found, plus(total, log_det), list(kept)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from flowpost.masked.activations import KNOWN, Known
 from flowpost.masked.device import fused
 from flowpost.masked.network import MADE
-from flowpost.masked.run import Parameters, Run, Saved, rows, sum_to
+from flowpost.masked.run import Parameters, Run, Saved, as_dtype, rows, sum_to
 from flowpost.numerics.watchers import unless_compiled
 
 _ALIGN = 64
@@ -59,7 +59,9 @@ def starts(context: Tensor | None, groups: Sequence[Parameters]) -> list[Tensor]
     widths = [len(group.biases[0]) for group in groups]
     bias = _together([group.biases[0] for group in groups])
     projection = _together([group.projection[0] for group in groups])
-    start = torch.addmm(bias, rows(context).to(bias.dtype), projection.t()).view(*context.shape[:-1], sum(widths))
+    start = torch.addmm(bias, as_dtype(rows(context), bias.dtype), projection.t()).view(
+        *context.shape[:-1], sum(widths)
+    )
     return list(start.split(widths, -1))
 
 
@@ -76,10 +78,10 @@ def evaluate(net: MADE, z: Tensor, start: Tensor, group: Parameters) -> tuple[Te
 
 def sums(net: MADE, grad: Tensor, hidden: Sequence[Tensor], weights: Sequence[Tensor]) -> Iterator[Sums]:
     """The gradients at the layers' sums, the last layer's first, from that at the outputs ``(N, outputs * dim)``."""
-    known, bias, grad = KNOWN[net.activation], None, grad.to(weights[0].dtype)
+    known, bias, grad = KNOWN[net.activation], None, as_dtype(grad, weights[0].dtype)
     yield grad, bias
     for weight, value in zip(weights[:0:-1], hidden[::-1], strict=True):
-        grad, bias = fused.activation_pull(known, grad @ weight, value)
+        grad, bias = fused.activation_pull(known, torch.mm(grad, weight), value)
         yield grad, bias
 
 
@@ -89,7 +91,7 @@ def pull(point: Tensor, hidden: Sequence[Tensor], found: Iterable[Sums], need: P
     inputs = [*hidden[::-1], rows(point)]
     layers = zip(found, inputs, need.weights[::-1], need.biases[::-1], strict=True)
     for place, ((at_sums, bias), x, of_weight, of_bias) in enumerate(layers):
-        weights.append(at_sums.t() @ x.to(at_sums.dtype) if of_weight else None)
+        weights.append(torch.mm(at_sums.t(), as_dtype(x, at_sums.dtype)) if of_weight else None)
         by_contexts = bool(need.projection) and place == len(hidden)
         if of_bias and bias is None and not by_contexts:
             bias = at_sums.sum(0, dtype=point.dtype)
@@ -97,10 +99,15 @@ def pull(point: Tensor, hidden: Sequence[Tensor], found: Iterable[Sums], need: P
     return Pulled(at_sums, weights[::-1], biases[::-1])
 
 
-def parameter_gradients(saved: Saved, links: Sequence[Pulled], batch: Sequence[int]) -> list[Tensor | None]:
+def parameter_gradients(
+    saved: Saved,
+    links: Sequence[Pulled],
+    groups: Sequence[Parameters],
+    needs: Sequence[Parameters],
+    batch: Sequence[int],
+) -> list[Tensor | None]:
     """The gradients at the context and at all parameters, in the order of `flat`; z is ``(*batch, dim)``."""
     context, dtype = saved.context, saved.parameters[0].dtype
-    _, groups, needs = zip(*saved.links(), strict=True)
     _mask(saved.run, links, dtype)
     if context is None:
         return [None, *(each for link in links for each in (*link.weights, *link.biases))]
@@ -108,10 +115,10 @@ def parameter_gradients(saved: Saved, links: Sequence[Pulled], batch: Sequence[i
     widths = [link.first.shape[-1] for link in links]
     missing = [need.biases[0] and link.biases[0] is None for link, need in zip(links, needs, strict=True)]
     biases = _parts(lambda: at_starts.sum(0, dtype=dtype), widths, missing)
-    contexts = rows(context).to(at_starts.dtype)
+    contexts = as_dtype(rows(context), at_starts.dtype)
     wanted = [need.projection[0] for need in needs]
-    projections = _parts(lambda: (at_starts.t() @ contexts).to(dtype), widths, wanted)
-    found = _at_contexts(at_starts, groups, widths).to(dtype).view(context.shape) if saved.needs[1] else None
+    projections = _parts(lambda: as_dtype(torch.mm(at_starts.t(), contexts), dtype), widths, wanted)
+    found = as_dtype(_at_contexts(at_starts, groups, widths), dtype).view(context.shape) if saved.needs[1] else None
     for link, bias in zip(links, biases, strict=True):
         link.biases[0] = link.biases[0] if bias is None else bias
     pairs = zip(links, projections, strict=True)
@@ -122,11 +129,11 @@ def _at_contexts(at_starts: Tensor, groups: Sequence[Parameters], widths: Sequen
     """The gradient at the contexts ``(N, context_size)`` from those at all links' starts."""
     projections = [group.projection[0] for group in groups]
     if are_small(projections):
-        return at_starts @ _together(projections).to(at_starts.dtype)
+        return torch.mm(at_starts, as_dtype(_together(projections), at_starts.dtype))
     first, *others = zip(at_starts.split(widths, -1), projections, strict=True)
-    found = first[0] @ first[1].to(at_starts.dtype)
+    found = torch.mm(first[0], as_dtype(first[1], at_starts.dtype))
     for each, projection in others:
-        found.addmm_(each, projection.to(each.dtype))
+        found.addmm_(each, as_dtype(projection, each.dtype))
     return found
 
 
@@ -172,7 +179,7 @@ def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 def _first(z: Tensor, start: Tensor, weight: Tensor) -> Tensor:
     """The first layer's sums ``(N, width)``."""
-    x, batch = rows(z).to(weight.dtype), z.shape[:-1]
+    x, batch = as_dtype(rows(z), weight.dtype), z.shape[:-1]
     if start.ndim == 1:
         return torch.addmm(start, x, weight.t())
     if start.shape[:-1] == batch:
