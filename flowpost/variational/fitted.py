@@ -16,6 +16,7 @@ from flowpost.numerics.products import wide_dtype
 from flowpost.variational.bound import Fitted
 from flowpost.variational.calling import LogJoint
 from flowpost.variational.families import Flow
+from flowpost.variational.mirrors import where_mirrored
 from flowpost.variational.mixture import Mixture
 from flowpost.variational.parameters import Spec, Values
 from flowpost.variational.refining import refined
@@ -81,7 +82,8 @@ class FittedPosterior:
         self.estimate = estimate(self._weighed)
         self._elbo, self._smooth = mean_and_error(self._weighed), smooth(self._weighed, self.k_hat)
         lost, apart, endless = where_lost(weighed, target), where_apart(weighed, target), where_endless(weighed, target)
-        notes = [*self.left_out, *self.notes, *doubts(weighed, target)]
+        images = [] if self.left_out else where_mirrored(posterior, target, weighed)
+        notes = [*self.left_out, *images, *self.notes, *doubts(weighed, target)]
         missed = misses(self.parameters, self._smooth)
         self._said = reasons(
             self.estimate, self._elbo[0], lost=lost, apart=apart, missed=missed, endless=endless, notes=notes
