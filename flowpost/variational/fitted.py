@@ -35,7 +35,7 @@ from flowpost.variational.weighing import (
     smooth,
     weigh,
     where_apart,
-    where_endless,
+    where_far,
     where_lost,
 )
 
@@ -81,13 +81,13 @@ class FittedPosterior:
         self._weighed = weighed = weigh(posterior, target, DRAWS, seeded) if weighed is None else weighed
         self.estimate = estimate(self._weighed)
         self._elbo, self._smooth = mean_and_error(self._weighed), smooth(self._weighed, self.k_hat)
-        lost, apart, endless = where_lost(weighed, target), where_apart(weighed, target), where_endless(weighed, target)
+        lost, apart = where_lost(weighed, target), where_apart(weighed, target)
+        far = where_far(posterior, weighed, target)
         images = [] if self.left_out else where_mirrored(posterior, target, weighed)
         notes = [*self.left_out, *images, *self.notes, *doubts(weighed, target)]
         missed = misses(self.parameters, self._smooth)
-        self._said = reasons(
-            self.estimate, self._elbo[0], lost=lost, apart=apart, missed=missed, endless=endless, notes=notes
-        )
+        said = {"lost": lost, "apart": apart, "missed": missed, "far": far, "notes": notes}
+        self._said = reasons(self.estimate, self._elbo[0], **said)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.parameters!r}; {self.verdict})"

@@ -6,10 +6,13 @@ import math
 from collections.abc import Sequence
 
 from flowpost.importance import LIMIT, ImportanceEstimate
-from flowpost.variational.weighing import WIDER
+from flowpost.variational.summary import OFF
+from flowpost.variational.weighing import WIDER, Far
 
 GAP = 0.5
 """Nats between log evidence and ELBO: more of it is a fit that misses something."""
+
+UNREACHED = "Mass that no draw has reached shows in none of these."
 
 
 def reasons(
@@ -19,7 +22,7 @@ def reasons(
     lost: str,
     apart: str = "",
     missed: Sequence[str],
-    endless: tuple[float, str],
+    far: Far,
     notes: Sequence[str],
 ) -> list[str]:
     """What speaks against a fit, a sentence each; none where nothing does.
@@ -30,7 +33,7 @@ def reasons(
         lost: how many of them have no finite log p/q, and where; empty where all have.
         apart: which of them weigh more than the tail of the others has it, and where; empty where none does.
         missed: what is wrong with q's own draws if the weights p/q are right.
-        endless: by how many nats the log evidence rises with draws far out, and where.
+        far: what draws far out say.
         notes: what the fit itself had to say.
     """
     said = []
@@ -58,10 +61,16 @@ def reasons(
         )
     if lost:
         said.append(f"log p/q is not finite at {lost}")
-    if endless[0] > GAP:
+    if far.rise <= GAP and far.sd > OFF:
         said.append(
-            f"draws {WIDER:g} times as far out raise the log evidence by {endless[0]:.2f} nats and more, as near "
-            f"{endless[1]}: q misses mass there, or there is no posterior, for its integral is infinite; a proper "
+            f"draws {WIDER:g} times as far out find a tail that q all but misses, without which its sd there is off by "
+            f"-{far.sd:.0%} or more, as near {far.where}; probabilities may be right, and a richer flow helps, or a "
+            f"parameter in other terms, whose tails are lighter"
+        )
+    if far.rise > GAP:
+        said.append(
+            f"draws {WIDER:g} times as far out raise the log evidence by {far.rise:.2f} nats and more, as near "
+            f"{far.where}: q misses mass there, or there is no posterior, for its integral is infinite; a proper "
             f"prior of every parameter helps"
         )
     return [*said, *notes]
@@ -74,5 +83,5 @@ def verdict(said: Sequence[str], estimate: ImportanceEstimate, elbo: float) -> s
         f"{estimate.standard_error.item():.3f}), k-hat {estimate.k_hat.item():.2f}"
     )
     if not said:
-        return f"Nothing speaks against this fit: {figures}. Mass that no draw has reached shows in none of these."
+        return f"Nothing speaks against this fit: {figures}. {UNREACHED}"
     return "Not to be trusted as it is: " + "; ".join(said) + f". {figures}."
