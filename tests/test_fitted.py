@@ -277,6 +277,55 @@ def test_what_speaks_against_a_fit(
         assert text.endswith("Mass that no draw has reached shows in none of these.")
 
 
+TAIL = 0.05 * torch.arange(1, 10_001, dtype=torch.float64).pow(-0.75)
+"""Of 10,000 weights near 1, a Pareto tail of shape 0.75 on top."""
+
+
+def tailed(size: float, mean: float = 0.0) -> Weighed:
+    """Weights with such a tail, whose largest is so far above the others, at draws of N(mean, 1)."""
+    z = torch.randn(10_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + mean
+    return Weighed(z, (1 + size * TAIL / TAIL[0]).log(), torch.full((10_000,), 1e-4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("size", "trusted", "off"),
+    [(0.5, True, math.nan), (3.0, True, 0.06), (20.0, False, math.nan), (1000.0, False, math.nan)],
+)
+def test_a_tail_of_next_to_no_mass_speaks_against_nothing_but_itself(size: float, trusted: bool, off: float) -> None:  # noqa: FBT001
+    """K-hat is above its limit from the second on; what it is worth is the mass that may lie beyond the draws."""
+    fitted = made(standard, 1, (0.0, 1.0), weighed=tailed(size))
+    assert fitted.is_trusted == trusted, fitted.verdict
+    assert ("far tails" in fitted.verdict) == (not math.isnan(off))
+    if not math.isnan(off):
+        assert fitted.k_hat > 0.7
+        assert not fitted.summary().weighted
+        said = re.search(r"by more than (\d\.\d+); .*k-hat 0\.\d\d, above 0\.7\. Mass that no draw", fitted.verdict)
+        assert said
+        assert float(said[1]) == pytest.approx(off, abs=0.02)
+        assert fitted.verdict.startswith("Good for means, sds and probabilities, but not for far tails, where q is too")
+    if not trusted:
+        assert "Pareto k-hat is" in fitted.verdict
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"lost": "2% of q's draws"},
+        {"apart": "2 of 10000 draws"},
+        {"missed": ["a mean that is off"]},
+        {"far": Far(0.0, 0.11, "")},
+        {"elbo": -0.02},
+        {"unseen": 0.02},
+        {"unseen": math.inf},
+    ],
+)
+def test_a_light_tail_excuses_nothing_else(given: dict) -> None:
+    """Where the KL, the mass beyond the draws, or a mean is not small too, k-hat counts."""
+    base = {"lost": "", "missed": [], "far": Far(0.0, 0.0, ""), "notes": [], "unseen": 1e-3, "elbo": -0.001}
+    assert reasons(estimated(0.0, 0.76), **base) == []
+    assert reasons(estimated(0.0, 0.76), **{**base, **given})[0].startswith("Pareto k-hat is 0.76, above 0.7")
+
+
 @pytest.mark.parametrize(
     ("loc", "scale", "said"),
     [

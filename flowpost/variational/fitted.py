@@ -33,6 +33,7 @@ from flowpost.variational.weighing import (
     mean_and_error,
     resampled,
     smooth,
+    unseen_of,
     weigh,
     where_apart,
     where_far,
@@ -87,7 +88,8 @@ class FittedPosterior:
         notes = [*self.left_out, *images, *self.notes, *doubts(weighed, target)]
         missed = misses(self.parameters, self._smooth)
         said = {"lost": lost, "apart": apart, "missed": missed, "far": far, "notes": notes}
-        self._said = reasons(self.estimate, self._elbo[0], **said)
+        self._unseen = unseen_of(self._weighed)
+        self._said = reasons(self.estimate, self._elbo[0], unseen=self._unseen, **said)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.parameters!r}; {self.verdict})"
@@ -132,7 +134,7 @@ class FittedPosterior:
     @property
     def verdict(self) -> str:
         """In plain words, whether the fit is to be trusted, and if not, why and what helps."""
-        return verdict(self._said, self.estimate, self._elbo[0])
+        return verdict(self._said, self.estimate, self._elbo[0], self._unseen)
 
     def summary(self) -> Summary:
         """Mean, sd, quantiles and Monte Carlo error of every parameter; it prints as a table.

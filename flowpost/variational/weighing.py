@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowpost.importance import ImportanceEstimate, chance_of_largest, smoothed, summarize
+from flowpost.importance import ImportanceEstimate, chance_of_largest, smoothed, summarize, unseen
 from flowpost.variational.bound import Fitted, draw, noise_for
 from flowpost.variational.families import components
 from flowpost.variational.target import Target
@@ -104,6 +104,11 @@ def estimate(weighed: Weighed) -> ImportanceEstimate:
     if bool(k_hat.isfinite()):
         found = summarize([_tamed(log_w).unsqueeze(-1)], len(log_w))
     return ImportanceEstimate(*(value.squeeze(0) for value in found._replace(k_hat=k_hat)))
+
+
+def unseen_of(weighed: Weighed) -> float:
+    """The share of mass that lies beyond the draws, going by the tail of their weights."""
+    return unseen(weighed.log_ratio + (weighed.share * len(weighed.share)).log())
 
 
 def smooth(weighed: Weighed, k_hat: float) -> Weighed:
