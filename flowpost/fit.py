@@ -120,6 +120,8 @@ def fit(
         running.flow, running.most = built, most
         start = running.start(most, diagonal=flow == "diagonal")
         lost = [left_out(start, most, target)] if len(start.gaussians) > most else []
+        if len(start.gaussians) < most:
+            start = running.imaged(start, diagonal=flow == "diagonal")
         gaussians = start.gaussians[:most]
         if flow in GAUSSIANS and len(gaussians) == 1:
             best, said = running.rise(gaussians[0], diagonal=flow == "diagonal")

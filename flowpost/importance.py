@@ -188,6 +188,37 @@ def chance_of_largest(log_w: Tensor) -> float:
     return len(tail.places) * beyond.exp().item()
 
 
+@torch.no_grad()
+def unseen(log_w: Tensor) -> float:
+    """The share of all weight that is where no more than one of these draws is, going by the Pareto fit to their tail.
+
+    A heavy tail does harm by what lies beyond the draws. Of weights that are nearly equal that is next to nothing, also
+    where k-hat is somewhat above 0.7. The shape is taken one standard error larger than it was found.
+
+    Args:
+        log_w: ``(S,)``; minus infinity for a weight of 0.
+
+    Returns:
+        From 0; infinite where the tail may have no mean, or too few weights say anything; 0 for equal weights.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> steep, flat = (scale * torch.randn(10_000, generator=generator).exp() for scale in (1, 1e-3))
+        >>> unseen(steep) > 1, unseen(flat) < 1e-3
+        (True, True)
+    """
+    log_w = log_w.double()
+    tail = _tail(log_w)
+    if tail is None:
+        return 0.0 if len(log_w) and bool((log_w == log_w[0]).all()) else math.inf
+    size = len(tail.places)
+    k = tail.k_hat.item() + (1 + max(0.0, tail.k_hat.item())) / math.sqrt(size)
+    if k >= 1:
+        return math.inf
+    beyond = tail.threshold + tail.scale * (size**k / (1 - k) - 1) / k  # the mean of a Pareto above its 1 - 1/M
+    return (beyond / (log_w - log_w.max()).exp().sum()).item()
+
+
 class _Tail(NamedTuple):
     """A Pareto distribution fitted to the largest of some weights, which are divided by the very largest."""
 

@@ -25,6 +25,7 @@ from flowpost.importance import (
     smoothed,
     summarize,
     tail_size,
+    unseen,
     warn_unreliable,
 )
 from flowpost.objectives import elbo, gaussian_kl
@@ -129,6 +130,24 @@ def test_the_largest_weight_of_a_pareto_tail_is_one_of_it(k: float) -> None:
     log_w.scatter_add_(1, log_w.argmax(1, keepdim=True), torch.full((50, 1), 1e4**k, dtype=torch.float64).log())
     assert sum(chance_of_largest(row) < 0.01 for row in log_w) > 40
     assert chance_of_largest(torch.zeros(1000)) == chance_of_largest(torch.randn(20)) == 1
+
+
+@pytest.mark.parametrize("shape", [0.3, 0.6])
+def test_what_lies_beyond_the_draws_is_that_of_the_pareto_distribution(shape: float) -> None:
+    """Of weights that are all a Pareto tail the mean above the last of 10,000 is known; a standard error more is said.
+
+    Of the mean ``1 / (1 - k)`` of weights ``u^-k`` the share ``S^(k - 1)`` is above the 1 - 1/S quantile.
+    """
+    generator = torch.Generator().manual_seed(0)
+    found = [unseen(-shape * torch.rand(10_000, generator=generator).double().log()) for _ in range(20)]
+    due = 10_000 ** (shape - 1)
+    assert due < sorted(found)[10] < 4 * due + 0.01
+    assert unseen(-1.1 * torch.rand(10_000, generator=generator).double().log()) == math.inf
+
+
+def test_of_equal_weights_nothing_is_unseen_and_of_few_all() -> None:
+    assert unseen(torch.full((1000,), 3.0)) == 0
+    assert unseen(torch.randn(20)) == math.inf
 
 
 @pytest.mark.full

@@ -4,13 +4,14 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import LogNormal, Normal, constraints
+from torch.distributions import LogNormal, Normal, StudentT, constraints
 
 import flowpost
 from flowpost import CorruptFileError
@@ -24,7 +25,7 @@ from flowpost.variational.parameters import Parameters, Spec
 from flowpost.variational.summary import Summary, misses, summary
 from flowpost.variational.target import Target
 from flowpost.variational.verdict import reasons, verdict
-from flowpost.variational.weighing import Weighed, estimate, mean_and_error, weigh, where_endless
+from flowpost.variational.weighing import Far, Weighed, estimate, mean_and_error, weigh, where_far
 
 TINY: dict[str, Any] = {"steps": 2, "hidden": (4,)}
 SHORT = r"a sd of mu that is off by -(19|20|21)%"
@@ -262,7 +263,7 @@ def estimated(log_p: float, k_hat: float) -> ImportanceEstimate:
 def test_what_speaks_against_a_fit(
     k_hat: float, elbo: float, lost: str, wrong: list[str], notes: list[str], said: list[str]
 ) -> None:
-    found = reasons(estimated(0.0, k_hat), elbo, lost=lost, missed=wrong, endless=(0.5, "mu = 3"), notes=notes)
+    found = reasons(estimated(0.0, k_hat), elbo, lost=lost, missed=wrong, far=Far(0.5, 0.1, "mu = 3"), notes=notes)
     assert len(found) == len(said)
     assert all(one.startswith(other) for one, other in zip(found, said, strict=True))
     text = verdict(found, estimated(0.0, k_hat), elbo)
@@ -274,6 +275,55 @@ def test_what_speaks_against_a_fit(
     else:
         assert text.startswith("Nothing speaks against this fit: ")
         assert text.endswith("Mass that no draw has reached shows in none of these.")
+
+
+TAIL = 0.05 * torch.arange(1, 10_001, dtype=torch.float64).pow(-0.75)
+"""Of 10,000 weights near 1, a Pareto tail of shape 0.75 on top."""
+
+
+def tailed(size: float, mean: float = 0.0) -> Weighed:
+    """Weights with such a tail, whose largest is so far above the others, at draws of N(mean, 1)."""
+    z = torch.randn(10_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + mean
+    return Weighed(z, (1 + size * TAIL / TAIL[0]).log(), torch.full((10_000,), 1e-4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("size", "trusted", "off"),
+    [(0.5, True, math.nan), (3.0, True, 0.06), (20.0, False, math.nan), (1000.0, False, math.nan)],
+)
+def test_a_tail_of_next_to_no_mass_speaks_against_nothing_but_itself(size: float, trusted: bool, off: float) -> None:  # noqa: FBT001
+    """K-hat is above its limit from the second on; what it is worth is the mass that may lie beyond the draws."""
+    fitted = made(standard, 1, (0.0, 1.0), weighed=tailed(size))
+    assert fitted.is_trusted == trusted, fitted.verdict
+    assert ("far tails" in fitted.verdict) == (not math.isnan(off))
+    if not math.isnan(off):
+        assert fitted.k_hat > 0.7
+        assert not fitted.summary().weighted
+        said = re.search(r"by more than (\d\.\d+); .*k-hat 0\.\d\d, above 0\.7\. Mass that no draw", fitted.verdict)
+        assert said
+        assert float(said[1]) == pytest.approx(off, abs=0.02)
+        assert fitted.verdict.startswith("Good for means, sds and probabilities, but not for far tails, where q is too")
+    if not trusted:
+        assert "Pareto k-hat is" in fitted.verdict
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"lost": "2% of q's draws"},
+        {"apart": "2 of 10000 draws"},
+        {"missed": ["a mean that is off"]},
+        {"far": Far(0.0, 0.11, "")},
+        {"elbo": -0.02},
+        {"unseen": 0.02},
+        {"unseen": math.inf},
+    ],
+)
+def test_a_light_tail_excuses_nothing_else(given: dict) -> None:
+    """Where the KL, the mass beyond the draws, or a mean is not small too, k-hat counts."""
+    base = {"lost": "", "missed": [], "far": Far(0.0, 0.0, ""), "notes": [], "unseen": 1e-3, "elbo": -0.001}
+    assert reasons(estimated(0.0, 0.76), **base) == []
+    assert reasons(estimated(0.0, 0.76), **{**base, **given})[0].startswith("Pareto k-hat is 0.76, above 0.7")
 
 
 @pytest.mark.parametrize(
@@ -327,6 +377,10 @@ def on_a_line(count: int = 1000) -> Weighed:
     return Weighed(z, torch.full_like(along, math.log(2)), torch.full_like(along, 1 / count))
 
 
+NOWHERE: Any = SimpleNamespace(log_prob=lambda z: torch.full(z.shape[:-1], -math.inf, dtype=z.dtype))
+"""A q that has nothing beyond its draws."""
+
+
 def ridge(z: Tensor) -> Tensor:
     """Flat along the diagonal, but for what keeps a gradient; its integral is infinite."""
     return Normal(0.0, 0.01).log_prob((z[..., 0] - z[..., 1]) / math.sqrt(2)) + 1e-9 * z[..., 0]
@@ -340,16 +394,46 @@ def box(z: Tensor) -> Tensor:
 def test_a_density_without_end_is_told() -> None:
     """Ten times as far out there is ten times the mass; of a density that ends, as much as before, less four errors."""
     targets = {f: Target(f, Parameters(2), device="cpu", dtype=torch.float64) for f in (ridge, box)}
-    found = {f: where_endless(on_a_line(), target) for f, target in targets.items()}
-    assert found[ridge][0] == pytest.approx(math.log(10), abs=1e-6)
-    assert re.fullmatch(r"theta = \[-?7\.\d+, -?7\.\d+\]", found[ridge][1])
-    assert found[box][0] == pytest.approx(math.log(1 - 4 * math.sqrt(9 / 999)), abs=0.1)
-    said = reasons(estimated(0.0, 0.3), -0.4, lost="", missed=[], endless=found[ridge], notes=[])
+    found = {f: where_far(NOWHERE, on_a_line(), target) for f, target in targets.items()}
+    assert found[ridge].rise == pytest.approx(math.log(10), abs=1e-6)
+    assert re.fullmatch(r"theta = \[-?7\.\d+, -?7\.\d+\]", found[ridge].where)
+    assert found[box].rise == pytest.approx(math.log(1 - 4 * math.sqrt(9 / 999)), abs=0.1)
+    said = reasons(estimated(0.0, 0.3), -0.4, lost="", missed=[], far=found[ridge], notes=[])
     assert len(said) == 1
     assert said[0].startswith(
         "draws 10 times as far out raise the log evidence by 2.30 nats and more, as near theta = ["
     )
     assert "draws 10 times as far out" in made(lambda p: 1e-9 * p["mu"], {"mu": ()}, (0.0, 1.0)).verdict
+
+
+@pytest.mark.parametrize(("freedom", "told"), [(3.0, True), (8.0, False), (30.0, False)])
+def test_a_tail_that_no_draw_reaches_is_told_by_the_sd_that_it_has(freedom: float, told: bool) -> None:  # noqa: FBT001
+    """A normal in the place of a Student's t; by quadrature the sd without what is where p/q is above e^3, at most."""
+
+    def log_joint(z: Tensor) -> Tensor:
+        return StudentT(freedom).log_prob(z).sum(-1)
+
+    target = Target(log_joint, Parameters(1), device="cpu", dtype=torch.float64)
+    q = assemble(build_flow("diagonal", 1, {}), [Gaussian(torch.zeros(1).double(), 1.3 * torch.eye(1).double())], [0.0])
+    found = where_far(q, weigh(q, target, 1000, torch.Generator().manual_seed(0)), target)
+    z = torch.linspace(-60, 60, 24_001, dtype=torch.float64).unsqueeze(-1)
+    log_p = log_joint(z)
+    beyond = torch.where(log_p - Normal(0.0, 1.3).log_prob(z).squeeze(-1) > 3, log_p.exp(), 0.0)
+    due = 1 - (1 + (beyond * z.squeeze(-1).square()).sum() * 0.005 / 1.69).rsqrt().item()
+    assert 0.6 * due - 0.1 < found.sd < due
+    said = reasons(estimated(0.0, 0.3), -0.4, lost="", missed=[], far=found, notes=[])
+    assert len(said) == told
+    if told:
+        assert found.sd > 0.15
+        assert re.match(
+            r"draws 10 times as far out find a tail .* its sd there is off by -\d+% or more, as near", said[0]
+        )
+
+
+@pytest.mark.parametrize("scale", [0.7, 1.0, 1.4])
+def test_a_q_of_light_tails_lacks_no_sd_where_p_has_none(scale: float) -> None:
+    fitted = made(standard, 3, (0.2, scale))
+    assert where_far(fitted.posterior, fitted._weighed, fitted.target).sd < 0.02
 
 
 @pytest.mark.parametrize(
@@ -370,7 +454,7 @@ def test_a_log_joint_that_fails_far_out_says_nothing() -> None:
         return standard(z)
 
     target = Target(near, Parameters(2), device="cpu", dtype=torch.float64)
-    assert where_endless(on_a_line(), target) == (0.0, "")
+    assert where_far(NOWHERE, on_a_line(), target) == Far(0.0, 0.0, "")
 
 
 @pytest.mark.parametrize(("bad", "hint"), [(math.nan, ""), (-math.inf, "; give the parameters constraints that are")])

@@ -16,6 +16,7 @@ from flowpost.numerics.products import wide_dtype
 from flowpost.variational.bound import Fitted
 from flowpost.variational.calling import LogJoint
 from flowpost.variational.families import Flow
+from flowpost.variational.mirrors import where_mirrored
 from flowpost.variational.mixture import Mixture
 from flowpost.variational.parameters import Spec, Values
 from flowpost.variational.refining import refined
@@ -32,9 +33,10 @@ from flowpost.variational.weighing import (
     mean_and_error,
     resampled,
     smooth,
+    unseen_of,
     weigh,
     where_apart,
-    where_endless,
+    where_far,
     where_lost,
 )
 
@@ -80,12 +82,14 @@ class FittedPosterior:
         self._weighed = weighed = weigh(posterior, target, DRAWS, seeded) if weighed is None else weighed
         self.estimate = estimate(self._weighed)
         self._elbo, self._smooth = mean_and_error(self._weighed), smooth(self._weighed, self.k_hat)
-        lost, apart, endless = where_lost(weighed, target), where_apart(weighed, target), where_endless(weighed, target)
-        notes = [*self.left_out, *self.notes, *doubts(weighed, target)]
+        lost, apart = where_lost(weighed, target), where_apart(weighed, target)
+        far = where_far(posterior, weighed, target)
+        images = [] if self.left_out else where_mirrored(posterior, target, weighed)
+        notes = [*self.left_out, *images, *self.notes, *doubts(weighed, target)]
         missed = misses(self.parameters, self._smooth)
-        self._said = reasons(
-            self.estimate, self._elbo[0], lost=lost, apart=apart, missed=missed, endless=endless, notes=notes
-        )
+        said = {"lost": lost, "apart": apart, "missed": missed, "far": far, "notes": notes}
+        self._unseen = unseen_of(self._weighed)
+        self._said = reasons(self.estimate, self._elbo[0], unseen=self._unseen, **said)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.parameters!r}; {self.verdict})"
@@ -130,7 +134,7 @@ class FittedPosterior:
     @property
     def verdict(self) -> str:
         """In plain words, whether the fit is to be trusted, and if not, why and what helps."""
-        return verdict(self._said, self.estimate, self._elbo[0])
+        return verdict(self._said, self.estimate, self._elbo[0], self._unseen)
 
     def summary(self) -> Summary:
         """Mean, sd, quantiles and Monte Carlo error of every parameter; it prints as a table.

@@ -18,7 +18,7 @@ from flowpost.numerics.arguments import check_int
 from flowpost.numerics.watchers import watched
 from flowpost.variational.constraints import map_to
 from flowpost.variational.constraints import ordered as ordered
-from flowpost.variational.maps import Map, Shape
+from flowpost.variational.maps import Line, Map, Shape
 
 Size: TypeAlias = int | tuple[int, ...]
 Entry: TypeAlias = Size | Constraint | tuple[Size, Constraint]
@@ -87,6 +87,11 @@ class Parameters:
     def shapes(self) -> dict[str, Shape]:
         """The shape of each parameter's values; of a bare int under the name theta."""
         return {name: each.shape for name, each in self._maps.items()}
+
+    @property
+    def real(self) -> list[str]:
+        """The names of parameters that are real numbers, without a constraint."""
+        return [name for name, each in self._maps.items() if isinstance(each, Line)]
 
     def constrain(self, free: Tensor) -> tuple[Values, Tensor]:
         """The parameters that coordinates stand for, and ``log|det dtheta/du|``.

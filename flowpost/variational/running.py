@@ -16,6 +16,7 @@ from flowpost.variational.bound import Fitted, bound, noise_for
 from flowpost.variational.families import components
 from flowpost.variational.fitted import FittedPosterior
 from flowpost.variational.gaussian import Gaussian, rise
+from flowpost.variational.mirrors import with_images
 from flowpost.variational.missed import find_missed, grown
 from flowpost.variational.mixture import Mixture
 from flowpost.variational.starts import MOST, Start, Steps, climbs, find_start
@@ -81,6 +82,17 @@ class Running:
             self.stopped = True
         self.far = found[-1].far
         return found[-1]
+
+    def imaged(self, start: Start, *, diagonal: bool) -> Start:
+        """The start with images of its Gaussians that it misses, as many as q may have; Ctrl-C ends it without."""
+        if self.flow is None or self.stopped or self.budget < LEAST:
+            return start
+        generator = torch.Generator(self.generator.device).manual_seed(self.generator.initial_seed())
+        try:
+            return with_images(start, self.most, self.flow, self.target, generator, diagonal=diagonal)
+        except KeyboardInterrupt:
+            self.stopped = True
+        return start
 
     def after(self, earlier: FittedPosterior) -> Running:
         """The same as the continuation of an earlier fit: its counts go on, and its draws do not come again.

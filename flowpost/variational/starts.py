@@ -132,7 +132,7 @@ def distinct(gradient: Gradient, found: Gaussian, elbos: Tensor, below: float = 
     kept: list[int] = []
     for index in elbos.argsort(descending=True).tolist():
         enough = elbos[index].item() >= best - below or not kept
-        if enough and all(_barrier(gradient, found.loc[index], found.loc[k]) for k in kept):
+        if enough and all(barrier(gradient, found.loc[index], found.loc[k]) for k in kept):
             kept.append(index)
     return kept
 
@@ -180,7 +180,7 @@ def _taken(found: Gaussian, places: list[int]) -> Gaussian:
     return Gaussian(found.loc[places], found.scale_tril[places])
 
 
-def _barrier(gradient: Gradient, one: Tensor, other: Tensor) -> bool:
+def barrier(gradient: Gradient, one: Tensor, other: Tensor) -> bool:
     """Whether log p falls between two points, on the line that joins them."""
     share = torch.linspace(0, 1, 33, dtype=one.dtype, device=one.device).unsqueeze(-1)
     values = gradient(one + share * (other - one))[0].nan_to_num(nan=-math.inf, neginf=-math.inf)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowpost.importance import ImportanceEstimate, chance_of_largest, smoothed, summarize
+from flowpost.importance import ImportanceEstimate, chance_of_largest, smoothed, summarize, unseen
 from flowpost.variational.bound import Fitted, draw, noise_for
 from flowpost.variational.families import components
 from flowpost.variational.target import Target
@@ -22,7 +22,8 @@ SAME, LITTLE = 0.5, 1e-3
 where they have less, no weight counts much, and the tail's shape means nothing."""
 APART, FOUND = 1e-4, 0.01
 """The chance below which weights are too large for their tail, and the share of all weight that is worth a word."""
-
+MISSED = 3.0
+"""Nats of log p/q above its mean's, where q has next to nothing."""
 COARSE = 0.5
 """Nats to which a log joint may be rounded without a word."""
 
@@ -103,6 +104,11 @@ def estimate(weighed: Weighed) -> ImportanceEstimate:
     if bool(k_hat.isfinite()):
         found = summarize([_tamed(log_w).unsqueeze(-1)], len(log_w))
     return ImportanceEstimate(*(value.squeeze(0) for value in found._replace(k_hat=k_hat)))
+
+
+def unseen_of(weighed: Weighed) -> float:
+    """The share of mass that lies beyond the draws, going by the tail of their weights."""
+    return unseen(weighed.log_ratio + (weighed.share * len(weighed.share)).log())
 
 
 def smooth(weighed: Weighed, k_hat: float) -> Weighed:
@@ -193,24 +199,45 @@ def doubts(weighed: Weighed, target: Target) -> list[str]:
     return said
 
 
+class Far(NamedTuple):
+    """What draws far out say of q."""
+
+    rise: float
+    """Nats by which they raise the log evidence, at least."""
+    sd: float
+    """The share of the sd along them that q lacks, at least."""
+    where: str
+    """The parameters of one of them."""
+
+
 @torch.no_grad()
-def where_endless(weighed: Weighed, target: Target) -> tuple[float, str]:
-    """By how many nats, four standard errors off, the log evidence rises with draws far out, and where one of them is.
+def where_far(fitted: Fitted, weighed: Weighed, target: Target) -> Far:
+    """What q misses far out, four standard errors off.
 
     The draws are q's, ten times as far from its mean m in the direction v in which q is widest, ``z' = z + 9 v v'(z -
     m)``, of the density ``q(z) / 10``. The mean of their weights is the evidence too, so that it rises only if q misses
     mass. It rises for every q where p has no finite integral, as after an improper prior that the data do not cure.
+
+    Of a heavy tail it rises little. But q has the sd of p without what is where it has next to nothing, and that part
+    of p's second moment is the mean of ``w (v'(z' - m))^2`` over the draws there.
     """
     z, ratio, share = (column[:LOOKED] for column in weighed)
     share = share / share.sum()
     try:
         off = z.double() - share @ z.double()
-        widest = torch.linalg.eigh(off.mT @ (share.unsqueeze(-1) * off)).eigenvectors[:, -1]
-        far = z + ((WIDER - 1) * (off @ widest).unsqueeze(-1) * widest).to(z)
-        log_w = (target(far) - target(z)).double() + ratio + math.log(WIDER)
+        spreads, directions = torch.linalg.eigh(off.mT @ (share.unsqueeze(-1) * off))
+        along = WIDER * (off @ directions[:, -1])
+        far = z + ((1 - 1 / WIDER) * along.unsqueeze(-1) * directions[:, -1]).to(z)
+        log_p = target(far)
+        log_w = (log_p - target(z)).double() + ratio + math.log(WIDER)
+        missed = (log_p - fitted.log_prob(far)).double()
     except Exception:  # noqa: BLE001 - whatever a log joint may raise so far out, the fit is done
-        return 0.0, ""
+        return Far(0.0, 0.0, "")
     log_w = log_w.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
-    found = estimate(Weighed(far, log_w, share))
+    found, usual = estimate(Weighed(far, log_w, share)), estimate(weighed).log_p
     sure = found.log_p + torch.log1p(-(4 * found.standard_error).clamp(max=1))
-    return (sure - estimate(weighed).log_p).item(), target.describe(far[int(log_w.argmax())])
+    beyond = (missed > usual + MISSED) | missed.isnan()
+    part = torch.where(beyond, (log_w - usual).exp() * along.square() / spreads[-1], 0.0)
+    lacking = (share @ part - 4 * (share * (part - share @ part)).square().sum().sqrt()).clamp_min(0)
+    sd = 1 - (1 + lacking).rsqrt().item() if bool(lacking.isfinite()) else 0.0
+    return Far((sure - usual).item(), sd, target.describe(far[int((part if sd > 0 else log_w).argmax())]))
