@@ -224,10 +224,11 @@ def _kind(raw: bytes) -> str:
     """What a file seems to be that has no header of ours."""
     if not raw:
         return "an empty file"
+    safetensors = raw[5:9] == b"\0\0\0{"  # its length, of any first byte, and its JSON
     for start, kind in _OTHERS.items():
-        if raw.lstrip().startswith(start):
+        if raw.lstrip().startswith(start) and not safetensors:
             return kind
-    if raw[8:9] == b"{" and b'"flowpost":' not in raw:
+    if safetensors and b'"flowpost":' not in raw:
         return "a plain safetensors file, without flowpost's digests"
     return "other bytes, or a header that is damaged or cut"
 
