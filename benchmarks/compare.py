@@ -154,7 +154,9 @@ def _settings(config: Config) -> dict[str, Any]:
 def _unequal(configs: Sequence[Config]) -> list[str]:
     """The settings of which the jobs have several."""
     settings = [_settings(config) for config in configs]
-    return [name for name in settings[0] if len({each[name] for each in settings}) > 1]
+    decoders = {Path(config.decoder_of) for config in configs if config.decoder_of}
+    unequal = [name for name in settings[0] if len({each[name] for each in settings}) > 1]
+    return [*unequal, *(["decoder_of"] if len(decoders) > 1 else [])]
 
 
 def _trained(config: Config, posterior: str, unequal: Sequence[str] = ()) -> str:
@@ -165,11 +167,12 @@ def _trained(config: Config, posterior: str, unequal: Sequence[str] = ()) -> str
     words += [options_words(config.options[posterior])] if posterior in config.options else []
     words += [config.gradient] if config.gradient != "standard" else []
     words += [f"prior {config.prior}"] if config.prior else []
-    words += ["frozen decoder"] if config.decoder_of else []
+    of = f" of {config.decoder_of}" if "decoder_of" in unequal else ""
+    words += [f"frozen decoder{of}"] if config.decoder_of else []
     words += [f"encoder {config.encoder_width}"] if config.encoder_width else []
     words += [config.networks] if config.networks else []
     settings = _settings(config)
-    return " ".join([*words, *(f"{name.replace('_', '-')} {settings[name]}" for name in unequal)])
+    return " ".join([*words, *(f"{name.replace('_', '-')} {settings[name]}" for name in unequal if name in settings)])
 
 
 def differences(runs: Sequence[Result], others: Sequence[Result], key: str) -> list[float]:
