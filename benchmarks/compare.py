@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -125,7 +125,10 @@ def table(rows: Sequence[Row]) -> Table:
         figures = [mean_error(values(runs, key)) for key in keys]
         figures += [mean_error(differences(runs, rows[0][2], key), signed=True) for key in decisive]
         parameters = f"{runs[0]['parameters']:,}"
-        body.append([name, _trained(config, name, unequal), str(config.dim), str(len(runs)), *figures, parameters])
+        sizes = _sizes(config, name, [other for other, called, _ in rows if called == name])
+        body.append(
+            [name, _trained(config, name, unequal, sizes), str(config.dim), str(len(runs)), *figures, parameters]
+        )
     return Table(header, body, caption=_caption([config for config, _, _ in rows]))
 
 
@@ -154,22 +157,36 @@ def _settings(config: Config) -> dict[str, Any]:
 def _unequal(configs: Sequence[Config]) -> list[str]:
     """The settings of which the jobs have several."""
     settings = [_settings(config) for config in configs]
-    return [name for name in settings[0] if len({each[name] for each in settings}) > 1]
+    decoders = {Path(config.decoder_of) for config in configs if config.decoder_of}
+    unequal = [name for name in settings[0] if len({each[name] for each in settings}) > 1]
+    return [*unequal, *(["decoder_of"] if len(decoders) > 1 else [])]
 
 
-def _trained(config: Config, posterior: str, unequal: Sequence[str] = ()) -> str:
+def _sizes(config: Config, posterior: str, others: Sequence[Config]) -> dict[str, object]:
+    """The options of a recipe that were asked for, and those whose usual values are not the same in all jobs."""
+    usual = [other.flows.get(posterior, {}) for other in others]
+    mine, asked = config.flows.get(posterior, {}), config.options.get(posterior, {})
+    varied = {key: mine[key] for key in mine if any(each.get(key) != mine[key] for each in usual)}
+    return {**varied, **asked}
+
+
+def _trained(
+    config: Config, posterior: str, unequal: Sequence[str] = (), sizes: Mapping[str, object] | None = None
+) -> str:
     """The objective, what of the model is not as usual, and the settings that are not those of the other jobs."""
     words = [bound_name(config)[1:]]
     words += [f"{config.train_samples} samples"] if config.objective == "elbo" and config.train_samples > 1 else []
     words += [f"free bits {config.free_bits:g}"] if config.free_bits else []
-    words += [options_words(config.options[posterior])] if posterior in config.options else []
+    words += [options_words(config.options.get(posterior, {}) if sizes is None else sizes)]
     words += [config.gradient] if config.gradient != "standard" else []
     words += [f"prior {config.prior}"] if config.prior else []
-    words += ["frozen decoder"] if config.decoder_of else []
+    of = f" of {config.decoder_of}" if "decoder_of" in unequal else ""
+    words += [f"frozen decoder{of}"] if config.decoder_of else []
     words += [f"encoder {config.encoder_width}"] if config.encoder_width else []
     words += [config.networks] if config.networks else []
     settings = _settings(config)
-    return " ".join([*words, *(f"{name.replace('_', '-')} {settings[name]}" for name in unequal)])
+    words += [f"{name.replace('_', '-')} {settings[name]}" for name in unequal if name in settings]
+    return " ".join(filter(None, words))
 
 
 def differences(runs: Sequence[Result], others: Sequence[Result], key: str) -> list[float]:

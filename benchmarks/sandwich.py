@@ -26,7 +26,7 @@ from benchmarks.job import load_data, models
 from benchmarks.quadrature import quadrature
 from benchmarks.report import Report
 from benchmarks.run import Out, Page, Run, terminal
-from benchmarks.table import Table
+from benchmarks.table import Table, grouped
 from benchmarks.train import EVALUATION_SEED, seeded
 from benchmarks.workers import cpu_threads
 from flowpost.evaluation import annealed_estimate, importance_estimate, sandwich
@@ -97,11 +97,12 @@ def _moved(report: Report, device: str) -> Report:
 
 def _rows(vae: VAE, name: str, report: Report, data: Data, plan: Plan, console: Console) -> list[Row]:
     """The figures of a model: on its own images, and of two latents on test images."""
-    head = {"data": report.config.data, "dim": report.config.dim, "posterior": name}
+    config = report.config
+    head = {"data": config.data, "dim": config.dim, "posterior": name, "job": str(report.run.folder)}
     with _seeded(vae):
         found = [head | {"images": "its own"} | _own(vae, data, plan)]
-        if report.config.dim == 2 and not report.config.prior:  # nobody knows how far out a learned p(z) reaches
-            found.append(head | {"images": "test"} | _test(vae, data.test[: plan.count].to(report.config.device), plan))
+        if config.dim == 2 and not config.prior:  # nobody knows how far out a learned p(z) reaches
+            found.append(head | {"images": "test"} | _test(vae, data.test[: plan.count].to(config.device), plan))
     for row in found:
         console.print(f"{name}, {row['dim']} latents, {row['images']}: gap {row['gap']:.3f}, {row['seconds']:.0f} s")
     return found
@@ -184,8 +185,18 @@ def shown(content: Content, page: str = "") -> str:
     return "\n\n".join([*plot, _table(rows, Plan(**content["plan"])).markdown(), origin(content)])
 
 
+def _named(rows: Sequence[Row], show: Callable[[str], str] = str) -> list[str]:
+    """The posterior of each row, with its job's folder where another job has the same row."""
+    alike = grouped(rows, _kind)
+    several = {kind for kind, found in alike.items() if len({row.get("job") for row in found}) > 1}
+    return [show(row["posterior"]) + (f", {row.get('job')}" if _kind(row) in several else "") for row in rows]
+
+
+def _kind(row: Row) -> tuple[str, int, str]:
+    return row["posterior"], row["dim"], row["images"]
+
+
 COLUMNS: dict[str, Callable[[Row], str]] = {
-    "posterior": lambda row: row["posterior"],
     "latents": lambda row: str(row["dim"]),
     "images": lambda row: f"{row['count']} {row['images']}",
     "-log p(x), from above": lambda row: f"{-row['above']:.2f}",
@@ -212,7 +223,8 @@ def _table(rows: Sequence[Row], plan: Plan) -> Table:
         "k>0.7: share of images whose k-hat is above; residual: of the inverse that the way back starts with; "
         "seconds: of the annealing and importance sampling, both ways on images of the model's own"
     )
-    return Table([*COLUMNS], [[cell(row) for cell in COLUMNS.values()] for row in rows], caption=caption)
+    cells = [[name, *(cell(row) for cell in COLUMNS.values())] for name, row in zip(_named(rows), rows, strict=True)]
+    return Table(["posterior", *COLUMNS], cells, caption=caption)
 
 
 def _error(row: Row, key: str) -> str:
@@ -230,7 +242,8 @@ def picture(rows: Sequence[Row]) -> Figure:
         errors = [row[f"{key}_error"] for row in rows]
         panel.errorbar(short, range(len(rows)), xerr=errors, fmt=mark, label=label, markersize=6, capsize=3)
     panel.axvline(0, color="0.4", linewidth=1)
-    panel.set_yticks(range(len(rows)), [f"{title(row['posterior'])}, {row['dim']}, {row['images']}" for row in rows])
+    names = [f"{name}, {row['dim']}, {row['images']}" for name, row in zip(_named(rows, title), rows, strict=True)]
+    panel.set_yticks(range(len(rows)), names)
     panel.invert_yaxis()
     panel.set_xscale("symlog", linthresh=0.1)
     panel.grid(axis="x", alpha=0.3)

@@ -2,9 +2,9 @@
 
 8 bytes of header length, the header (JSON, at most 1 MB), the tensors' bytes back to back: a plain safetensors file,
 which any safetensors reader opens. The header's ``__metadata__`` has two strings: ``flowpost``, a JSON object with the
-format's number, the recipes and each tensor's SHA-256; and ``sha256``, the digest of the length and the header with the
-digest's own 64 digits read as zeros. The header says how long the file is and what every tensor's digest is, so that
-one digest answers for every byte.
+format's number, the recipes, the settings and each tensor's SHA-256; and ``sha256``, the digest of the length and the
+header with the digest's own 64 digits read as zeros. The header says how long the file is and what every tensor's
+digest is, so that one digest answers for every byte.
 """
 
 from __future__ import annotations
@@ -73,15 +73,21 @@ class Header(NamedTuple):
     tensors: dict[str, Entry]
     recipes: dict[str, dict]
     """By the path of the module that the recipe built; ``""`` for the saved module itself."""
+    settings: dict[str, dict]
+    """By a module's path; none in a file of an older release, or where they would not fit."""
 
 
-def encode(state: Mapping[str, Tensor], recipes: Mapping[str, object]) -> tuple[bytes, memoryview]:
+def encode(
+    state: Mapping[str, Tensor], recipes: Mapping[str, object], settings: Mapping[str, object]
+) -> tuple[bytes, memoryview]:
     """The file's header and its tensors' bytes, for tensors that are contiguous, on the CPU and share no memory."""
     digests = {name: _sha256(tensor.reshape(-1).view(torch.uint8).numpy().data) for name, tensor in state.items()}
-    config = {"format": FORMAT, "recipes": recipes, "sha256": digests}
+    config = {"format": FORMAT, "recipes": recipes, "settings": settings, "sha256": digests}
     metadata = {"flowpost": json.dumps(config, allow_nan=False), "sha256": _BLANK.decode()}
     data = memoryview(_safetensors().torch.save(dict(state), metadata=metadata))
     end = 8 + int.from_bytes(data[:8], "little")
+    if end - 8 > HEADER_LIMIT and settings:
+        return encode(state, recipes, {})
     if end - 8 > HEADER_LIMIT:
         raise ValueError(f"module: expected names and shapes that fit {HEADER_LIMIT} bytes, got {end - 8}")
     head = bytes(data[:end])
@@ -172,13 +178,13 @@ def _free(folder: Path) -> str:
         return f"free space unknown of {str(folder)!r}"
 
 
-def _parse(raw: bytes, body: int) -> tuple[dict[str, Entry], dict[str, dict]]:
-    """Tensors and recipes of a header, when `body` bytes of tensors follow it."""
+def _parse(raw: bytes, body: int) -> tuple[dict[str, Entry], dict[str, dict], dict[str, dict]]:
+    """Tensors, recipes and settings of a header, when `body` bytes of tensors follow it."""
     table = _json(raw[8:].decode())
     config = _json(table.pop("__metadata__")["flowpost"])
     if config["format"] != FORMAT:
         raise ValueError(f"format {config['format']!r}, and this flowpost reads format {FORMAT}")
-    digests, recipes = config["sha256"], config["recipes"]
+    digests, recipes, settings = config["sha256"], config["recipes"], config.get("settings", {})
     if digests.keys() != table.keys():
         raise ValueError("the digests are of other tensors")
     tensors = {name: _entry(name, spec, digests[name]) for name, spec in table.items()}
@@ -191,7 +197,9 @@ def _parse(raw: bytes, body: int) -> tuple[dict[str, Entry], dict[str, dict]]:
         raise ValueError(f"expected {at} bytes of tensors, got {body}")
     if any(type(recipe["name"]) is not str or type(recipe["arguments"]) is not dict for recipe in recipes.values()):
         raise ValueError("a recipe that is no name with arguments")
-    return tensors, recipes
+    if any(type(each) is not dict for each in (settings, *settings.values())):
+        raise ValueError("settings that are not by their names")
+    return tensors, recipes, settings
 
 
 def _entry(name: str, spec: dict, sha256: str) -> Entry:
@@ -224,10 +232,11 @@ def _kind(raw: bytes) -> str:
     """What a file seems to be that has no header of ours."""
     if not raw:
         return "an empty file"
+    safetensors = raw[5:9] == b"\0\0\0{"  # its length, of any first byte, and its JSON
     for start, kind in _OTHERS.items():
-        if raw.lstrip().startswith(start):
+        if raw.lstrip().startswith(start) and not safetensors:
             return kind
-    if raw[8:9] == b"{" and b'"flowpost":' not in raw:
+    if safetensors and b'"flowpost":' not in raw:
         return "a plain safetensors file, without flowpost's digests"
     return "other bytes, or a header that is damaged or cut"
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from flowpost._format import DTYPES, CorruptFileError, Entry, Header, encode, read_header, read_tensors, write
+from flowpost._settings import differences, settings_of
 from flowpost.numerics.alone import DrawsApart
 from flowpost.posterior import FlowPosterior
 from flowpost.recipes import RECIPES
@@ -38,7 +39,8 @@ def save(module: nn.Module, path: File) -> None:
     The file is safetensors with JSON in its header: nothing in it is code. It is written beside `path` and moved there
     when it is on the disk, so that `path` always holds a whole file, whatever is killed or full. A write that fails is
     tried once more. Of a posterior that a recipe built, the recipe and its arguments are saved too, unless it was
-    altered since: another activation, say, or a forward hook is not in the tensors.
+    altered since: another activation, say, or a forward hook is not in the tensors. Of every step and likelihood its
+    class and arguments are, so that `load` refuses a module with others: a spline's bound is not in the tensors either.
 
     Args:
         module: any module; its tensors may be shared, empty or not contiguous.
@@ -58,7 +60,7 @@ def save(module: nn.Module, path: File) -> None:
     state = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in _state(module).items()}
     records = _recipes(module).items()
     whole = {name: record for name, record in records if _unaltered(module.get_submodule(name), record)}
-    write(Path(os.path.realpath(path)), encode(state, whole))
+    write(Path(os.path.realpath(path)), encode(state, whole, settings_of(module)))
 
 
 @overload
@@ -72,9 +74,9 @@ def load(
 
     Args:
         path: the file.
-        into: a module of the saved one's architecture. All its parameters and buffers are set, or, if anything is
-            wrong, none. Without it, a posterior that is as its recipe built it is built again; an old `iaf` with
-            ``gain=1``.
+        into: a module of the saved one's architecture, whose steps and likelihood were made with the same arguments.
+            All its parameters and buffers are set, or, if anything is wrong, none. Without it, a posterior that is as
+            its recipe built it is built again; an old `iaf` with ``gain=1``.
         device: where the module is put; by default `into` stays where it is, and a posterior is built on the CPU.
         allow_nonfinite: whether nan and inf may be loaded.
 
@@ -209,7 +211,7 @@ def _check_size(given: Mapping[str, object], header: Header) -> None:
 
 
 def check_same(header: Header, module: nn.Module, argument: str) -> None:
-    """Refuse a module that is not of the file's architecture: the recipes' arguments first, then the tensors."""
+    """Refuse a module that is not of the file's architecture: the recipes' arguments, the tensors, the settings."""
     ours, theirs = _shapes(module.state_dict()), _shapes(header.tensors)
     tensors = [
         f"{name!r}: {theirs.get(name, 'nothing')} != {ours.get(name, 'nothing')}"
@@ -222,6 +224,10 @@ def check_same(header: Header, module: nn.Module, argument: str) -> None:
         more = [f"and {len(tensors) - _LISTED} more"] if len(tensors) > _LISTED else []
         first = f"{argument}: expected the architecture of {header.path!r}, got another (file != {argument}): {short}"
         raise ValueError("\n  ".join([first, *tensors[:_LISTED], *more]))
+    if settings := [*differences(header.settings, settings_of(module))]:
+        more = [f"and {len(settings) - _LISTED} more"] if len(settings) > _LISTED else []
+        first = f"{argument}: expected the steps of {header.path!r}, got others (file != {argument}): {settings[0]}"
+        raise ValueError("\n  ".join([first, *settings[1:_LISTED], *more]))
 
 
 def _shapes(tensors: Mapping[str, Tensor | Entry]) -> dict[str, str]:

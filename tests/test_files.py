@@ -507,6 +507,13 @@ def test_other_bytes_are_refused(saved: Path, make: Callable[[bytes], bytes], ma
     refused(saved, match)
 
 
+@pytest.mark.parametrize("length", [0x480, 0x43C, 0x420])
+def test_a_damaged_header_of_any_length_is_no_pickle(path: Path, length: int) -> None:
+    """The first byte of the length may be one with which a pickle or a page begins."""
+    path.write_bytes(struct.pack("<Q", length) + b'{"__metadata__":{"flowpost":' + bytes(2000))
+    refused(path, "got other bytes, or a header that is damaged or cut")
+
+
 def test_foreign_files_are_named(path: Path, tmp_path: Path) -> None:
     save_file(build().state_dict(), path)
     refused(path, "got a plain safetensors file, without flowpost's digests")

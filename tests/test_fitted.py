@@ -696,7 +696,10 @@ SPLINE = {"steps": 2, "hidden": (4,), "bins": 4}
             {"hidden": (5,)},
             r"flow: expected the architecture of '.*, got another .file != flow.: 'posterior.flow.*\(4,\) .* != \(5,\)",
         ),
-        ({"bound": 7.0}, "flow: expected the map of '.*', got another one of the same sizes; pass its options"),
+        (
+            {"bound": 7.0},
+            r"flow: expected the steps of '.*', got others \(file != flow\): .*: bound 5.0 != 7.0; make it with",
+        ),
         (
             {"log_joint": lambda p: room(p) + 0.5},
             "log_joint: expected that of '.*', whose log p/q is .* at mu = .*, got",
@@ -714,6 +717,18 @@ def test_a_file_of_another_fit_is_refused(change: dict, message: str, tmp_path: 
     given = {key: value for key, value in given.items() if value is not None}
     with pytest.raises(ValueError, match=f"^{message}"):
         FittedPosterior.load(tmp_path / "fit", given.pop("log_joint"), given.pop("spec"), given.pop("flow"), **given)
+
+
+def test_another_map_is_refused_by_its_draws_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file that an older release wrote, which names no bound."""
+    monkeypatch.setattr("flowpost.files.settings_of", lambda _: {})
+    fitted = made(room, ROOM, (1.0, 0.5), flow="spline_coupling", options=SPLINE)
+    with torch.no_grad():
+        for weight in fitted.posterior.parameters():
+            weight.add_(0.2 * torch.randn_like(weight))
+    fitted.save(tmp_path / "fit")
+    with pytest.raises(ValueError, match="^flow: expected the map of '.*', got another one of the same sizes; pass"):
+        FittedPosterior.load(tmp_path / "fit", room, ROOM, "spline_coupling", **{**SPLINE, "bound": 7.0})
 
 
 def test_a_file_that_is_no_fit_is_refused(tmp_path: Path) -> None:

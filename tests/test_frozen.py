@@ -41,6 +41,23 @@ def test_the_first_model_s_decoder_stays_and_the_rest_learns(job: Path, tmp_path
     assert not torch.equal(cold["posterior.head.weight"], warm["posterior.head.weight"])
 
 
+def test_posteriors_on_two_decoders_are_told_apart(
+    job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before, both rows were trained on `ELBO frozen decoder`, with the difference of the decoders as theirs."""
+    other = tmp_path / "other"
+    shutil.copytree(job, other)
+    for name, of in (("a", job), ("b", other), ("c", job)):
+        assert main([*SMALL, "--decoder-of", str(of), "--posterior", "diagonal", "--out", str(tmp_path / name)]) == 0
+    capsys.readouterr()
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    said = capsys.readouterr().out
+    assert f"| ELBO frozen decoder of {job} |" in said
+    assert f"| ELBO frozen decoder of {other} |" in said
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "c")]) == 0
+    assert capsys.readouterr().out.count("| ELBO frozen decoder |") == 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

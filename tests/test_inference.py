@@ -347,6 +347,17 @@ def test_compared_rows_are_ranked_by_the_trusted_nll() -> None:
     assert [row[0] for row in table(rows).rows] == ["iaf", "planar", "diagonal"]
 
 
+def test_posteriors_of_other_sizes_are_told_apart() -> None:
+    """Of a preset with --hidden or --depth, or of another data set's usual sizes; before, the rows looked alike."""
+    small, wide = ({"steps": 2, "hidden": [width], "context_size": 4} for width in (8, 16))
+    configs = [replace(configure(), flows={"iaf": sizes}) for sizes in (small, wide)]
+    configs.append(replace(configs[0], options={"iaf": {"hidden": [32]}}))
+    found = table([(config, "iaf", runs(float(i), posterior="iaf")) for i, config in enumerate(configs)])
+    assert [row[1] for row in found.rows] == ["ELBO hidden=[8]", "ELBO hidden=[16]", "ELBO hidden=[32]"]
+    other = [(config, "maf", runs(float(i), posterior="maf")) for i, config in enumerate(configs[:2])]
+    assert {row[1] for row in table(other).rows} == {"ELBO"}
+
+
 def test_compared_jobs_fill_a_page(job_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The figures are kept beside it without the curves, and give the page again."""
     page = tmp_path / "some.md"

@@ -128,6 +128,29 @@ def test_a_job_on_a_file_of_one_s_own_is_bracketed(
         assert (code, error) == (0, "")
         rows = json.loads((out / "sandwich.json").read_text())["rows"]
         assert [row["images"] for row in rows] == images
+        assert {row["job"] for row in rows} == {str(tmp_path / f"job{prior}")}
+
+
+def test_rows_of_two_jobs_are_told_apart() -> None:
+    """Before, both were `iaf` of 16 latents."""
+    figures = dict.fromkeys(
+        ("above", "gap", "gap_error", "worst", "sampled", "sampled_error", "heavy", "refined", "refined_error")
+        + ("refined_heavy", "acceptance", "residual", "seconds"),
+        1.0,
+    )
+
+    def named(*rows: dict) -> list[str]:
+        whole = [{"dim": 16, "images": "its own", "count": 3, **figures, **row} for row in rows]
+        plan = sandwich.Plan(count=3, chains=2, temperatures=4, leapfrogs=1, samples=30)
+        found = [row[0] for row in sandwich._table(whole, plan).rows]
+        ticks = [label.get_text() for label in sandwich.picture(whole).axes[0].get_yticklabels()]
+        assert len({*ticks}) == len(whole)
+        return found
+
+    elbo, iwae = ({"posterior": "iaf", "job": job} for job in ("elbo", "iwae"))
+    assert named(elbo, iwae) == ["iaf, elbo", "iaf, iwae"]
+    assert named(elbo, elbo | {"images": "test"}, elbo | {"posterior": "maf"}) == ["iaf", "iaf", "maf"]
+    assert named({"posterior": "iaf"}, {"posterior": "maf"}) == ["iaf", "maf"]  # of an earlier version
 
 
 def test_the_images_are_drawn_again() -> None:
