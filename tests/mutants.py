@@ -537,6 +537,10 @@ def _step(dim: int) -> Bijector:
     return Autoregressive(dim, 6, (16, 16))
 
 
+def _gate_alone(dim: int) -> Bijector:
+    return gate.Gate(dim, gain=1 + math.exp(-2))  # the identity at its initial context
+
+
 def _gained(dim: int) -> Bijector:
     return Autoregressive(dim, 6, (16, 16), gain=1.1)
 
@@ -638,7 +642,7 @@ MUTANTS = (
         ((Reflected, "out_of", _reflected_back),),
         dims=(3, 5),
     ),
-    Mutant("squeeze at batch 1", "pythae", _step, ((gate, "_gate", _gate_squeezed),), killer="shapes"),
+    Mutant("squeeze at batch 1", "pythae", _gate_alone, ((gate, "_gate", _gate_squeezed),), killer="shapes"),
     Mutant("element-wise radius", "torchflows", ElementwiseRadial),
     Mutant("float32 log-det in float64", "pythae", _step, ((gate, "_gate", _gate_float32_log_det),)),
     Mutant("gate and log-det disagree", "flow-VAEs", _step, ((gate, "_gate", _gate_disagrees),)),
