@@ -162,6 +162,20 @@ def test_the_way_back_frees_what_it_is_through_with(
     assert all(later < earlier for earlier, later in pairwise(alive)), alive
 
 
+@pytest.mark.parametrize("batch", [(3,), (2, 3), ()], ids=str)
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_what_it_gives_may_be_changed_in_place(direction: str, batch: tuple[int, ...]) -> None:
+    step = Autoregressive(4, 2, (9, 8)).double()
+    push(step, Case(seed=7))
+    z, context = (torch.randn(*batch, size, dtype=torch.float64) for size in (4, 2))
+    found = []
+    for change in (lambda each: each.mul_(2), lambda each: each * 2):
+        results = map(change, getattr(step, direction)(z, context))
+        loss = torch.stack([each.square().sum() for each in results]).sum()
+        found.append(torch.autograd.grad(loss, list(step.parameters())))
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 def test_an_activation_of_one_s_own_runs_plain(direction: str) -> None:
     step = Autoregressive(4, 0, (9, 8), activation=lambda x: x * torch.sigmoid(x)).double()
