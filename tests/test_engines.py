@@ -176,6 +176,19 @@ def test_what_it_gives_may_be_changed_in_place(direction: str, batch: tuple[int,
     torch.testing.assert_close(*found)
 
 
+def test_a_step_that_an_older_release_pickled_runs() -> None:
+    """A pickle holds the attributes that there were then."""
+    step = Autoregressive(4, 2, (9, 8))
+    z, context = torch.randn(3, 4), torch.randn(3, 2)
+    expected = every_result(step, "forward", z, context, None)
+    for layer in step.net.stack:
+        older = Staircase.__new__(Staircase)
+        had = ("inputs", "units", "blocks", "mask", "_edges")
+        vars(older).update({name: vars(layer.staircase)[name] for name in had})
+        layer.staircase = older
+    torch.testing.assert_close(every_result(step, "forward", z, context, None), expected)
+
+
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 def test_an_activation_of_one_s_own_runs_plain(direction: str) -> None:
     step = Autoregressive(4, 0, (9, 8), activation=lambda x: x * torch.sigmoid(x)).double()
