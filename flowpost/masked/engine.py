@@ -97,11 +97,15 @@ def fits(link: Link) -> bool:
 def untouched(net: MADE) -> bool:
     """Whether the network's weights say all that it does.
 
-    Its layers are exactly ours and hold plain tensors, without hooks, parametrizations or a ``forward`` of their own.
+    Its layers are exactly ours, as many as it was made with, and hold plain tensors, without hooks, parametrizations or
+    a ``forward`` of their own.
     """
     if type(net) is not MADE or hooked(net):
         return False
-    for layer in net.stack:
+    layers = net.stack
+    if len(layers) != len(net.sizes) + 1:
+        return False
+    for layer in layers:
         if not is_ours(layer, MaskedLinear):
             return False
     project = net.projection
