@@ -176,6 +176,24 @@ def test_what_it_gives_may_be_changed_in_place(direction: str, batch: tuple[int,
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("hidden", [(9, 8), (600, 600)], ids=str)
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize("options", [{}, {"create_graph": True}], ids=str)
+def test_a_backward_within_autocast_is_that_of_the_pass(
+    options: dict[str, bool], direction: str, hidden: tuple[int, ...]
+) -> None:
+    """torch says to call it outside, and who does not is to lose no digits."""
+    step = Autoregressive(4, 2, hidden)
+    push(step, Case(seed=8))
+    image, log_det = getattr(step, direction)(torch.randn(3, 4), torch.randn(3, 2))
+    loss, parameters = image.sum() + log_det.sum(), list(step.parameters())
+    gradients = partial(torch.autograd.grad, loss, parameters, retain_graph=True, **options)
+    expected = gradients()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = gradients()
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_step_that_an_older_release_pickled_runs() -> None:
     """A pickle holds the attributes that there were then."""
     step = Autoregressive(4, 2, (9, 8))

@@ -9,6 +9,7 @@ any more, there is no engine, and the plain operations of `plain` run.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol, cast
 
 import torch
@@ -19,7 +20,7 @@ from flowpost.masked.activations import KNOWN
 from flowpost.masked.network import MADE, MaskedLinear
 from flowpost.masked.run import Link, Run, Saved
 from flowpost.numerics.products import full_size
-from flowpost.numerics.watchers import autocast, batched, first_parameter, hooked, unwatched
+from flowpost.numerics.watchers import autocast, batched, first_parameter, full_precision, hooked, unwatched
 from flowpost.numerics.watchers import untouched as is_ours
 
 
@@ -83,6 +84,11 @@ def engine_on(z: Tensor) -> Engine:
 def replays(*grads: Tensor) -> bool:
     """Whether a node's way back is that of the plain operations: for a second derivative, or many gradients at once."""
     return torch.is_grad_enabled() or batched(*grads)
+
+
+def precisely(like: Tensor) -> AbstractContextManager:
+    """The context of a way back: whoever asks for gradients within autocast loses no digits of a pass without it."""
+    return full_precision(like.device.type)
 
 
 def fits(link: Link) -> bool:
