@@ -134,32 +134,40 @@ def test_blocks_are_cut_and_their_zeros_never_read(monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(stairs.weight_gradient(grad, x), (grad.T @ x) * mask)
 
 
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
 @pytest.mark.parametrize(("made", "pulls"), [(host, recorded), (device, elements)], ids=["host", "device"])
 def test_the_way_back_frees_what_it_is_through_with(
-    made: ModuleType, pulls: ModuleType, monkeypatch: pytest.MonkeyPatch
+    made: ModuleType, pulls: ModuleType, direction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a run in one node: each link finds less of the tape alive than the one before."""
+    """Of a run in one node: each link finds less of the tape alive than the one before, and no hidden values of its.
+
+    But for those of the first layer, whose place a gradient may take that is needed to the end.
+    """
     monkeypatch.setattr(engine, "engine_on", lambda _: made)
     tape: list[StorageWeakRef] = []
-    alive: list[int] = []
-    values, pull = made.values, pulls.pull
+    hidden: list[StorageWeakRef] = []
+    alive: list[tuple[int, int]] = []
+    pass_name, pull_name = ("values", "pull") if direction == "forward" else ("solve", "pull_inverse")
+    values, pull = getattr(made, pass_name), getattr(pulls, pull_name)
 
     def keeping(*inputs: object, **options: object) -> tuple[Tensor, Tensor, list[Tensor]]:
         image, log_det, kept = values(*inputs, **options)
         tape.extend(StorageWeakRef(each.untyped_storage()) for each in kept)
+        hidden.extend(StorageWeakRef(each.untyped_storage()) for each in kept if each.shape[-1] == 7)
         return image, log_det, kept
 
     def counting(*inputs: object) -> object:
-        alive.append(sum(not each.expired() for each in tape))
+        alive.append((sum(not each.expired() for each in tape), sum(not each.expired() for each in hidden)))
         return pull(*inputs)
 
-    monkeypatch.setattr(made, "values", keeping)
-    monkeypatch.setattr(pulls, "pull", counting)
-    chain = Shared(*(Autoregressive(4, 3, (9, 8)) for _ in range(4)))
-    image, log_det = chain(torch.randn(5, 4), torch.randn(5, 3))
+    monkeypatch.setattr(made, pass_name, keeping)
+    monkeypatch.setattr(pulls, pull_name, counting)
+    chain = Shared(*(Autoregressive(4, 3, (9, 7)) for _ in range(4)))
+    image, log_det = getattr(chain, direction)(torch.randn(5, 4), torch.randn(5, 3))
     (image.sum() + log_det.sum()).backward()
-    assert len(alive) == 4
-    assert all(later < earlier for earlier, later in pairwise(alive)), alive
+    counts, of_hidden = zip(*alive, strict=True)
+    assert all(later < earlier for earlier, later in pairwise(counts)), counts
+    assert of_hidden == (4, 3, 2, 1)
 
 
 @pytest.mark.parametrize("batch", [(3,), (2, 3), ()], ids=str)
