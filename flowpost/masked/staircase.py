@@ -105,7 +105,7 @@ class Staircase:
         return find(grad, weight, self.edges(weight), self.blocks)
 
     def add_input_gradient(self, so_far: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
-        """The product and what there is, ``(N, in)``."""
+        """The sum ``so_far + grad W``, ``(N, in)``."""
         if len(self.blocks) == 1:
             return plus_product(so_far, grad, weight * self._edges[0].on(weight))
         return so_far + self.input_gradient(grad, weight)
@@ -124,6 +124,7 @@ def _runs(blocks: Sequence[Block]) -> list[int]:
 
 
 def _blocks(runs: Sequence[int]) -> list[Block]:
+    """The inverse of `_runs`."""
     pairs = list(zip(runs[0::2], runs[1::2], strict=True))
     return [Block(*pairs[first : first + 4]) for first in range(0, len(pairs), 4)]
 
