@@ -428,6 +428,30 @@ def test_a_changed_layer_of_a_network_without_context(index: int) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_network_of_fewer_or_more_layers_than_it_was_made_with(count: int) -> None:
+    """A layer that is the identity changes nothing, taken out or put in once more."""
+    step = Autoregressive(4, 2, (6, 6), activation=F.relu).double()
+    push(step, Case(seed=4))
+    between = step.net.stack[1]
+    with torch.no_grad():
+        between.weight.copy_(torch.eye(6))
+        between.bias.zero_()
+    changed = copy.deepcopy(step)
+    if count == 2:
+        del changed.net.layers[1]
+    else:
+        changed.net.layers.insert(1, copy.deepcopy(between))
+    z, context = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    for direction in ("forward", "inverse"):
+        found = []
+        for each in (changed, step):
+            image, log_det = getattr(each, direction)(z, context)
+            wanted = each.net.stack[0].weight, each.net.stack[-1].bias
+            found.append([image, log_det, *torch.autograd.grad(image.square().sum() + log_det.sum(), wanted)])
+        torch.testing.assert_close(*found)
+
+
 HOLDERS: dict[str, Callable[[Bijector], Bijector]] = {
     "chain": lambda step: Chain(Affine(4), step, Reverse(4)),
     "shared": lambda step: Shared(step, Reverse(4)),

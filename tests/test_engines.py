@@ -134,32 +134,85 @@ def test_blocks_are_cut_and_their_zeros_never_read(monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(stairs.weight_gradient(grad, x), (grad.T @ x) * mask)
 
 
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
 @pytest.mark.parametrize(("made", "pulls"), [(host, recorded), (device, elements)], ids=["host", "device"])
 def test_the_way_back_frees_what_it_is_through_with(
-    made: ModuleType, pulls: ModuleType, monkeypatch: pytest.MonkeyPatch
+    made: ModuleType, pulls: ModuleType, direction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a run in one node: each link finds less of the tape alive than the one before."""
+    """Of a run in one node: each link finds less of the tape alive than the one before, and no hidden values of its.
+
+    But for those of the first layer, whose place a gradient may take that is needed to the end.
+    """
     monkeypatch.setattr(engine, "engine_on", lambda _: made)
     tape: list[StorageWeakRef] = []
-    alive: list[int] = []
-    values, pull = made.values, pulls.pull
+    hidden: list[StorageWeakRef] = []
+    alive: list[tuple[int, int]] = []
+    pass_name, pull_name = ("values", "pull") if direction == "forward" else ("solve", "pull_inverse")
+    values, pull = getattr(made, pass_name), getattr(pulls, pull_name)
 
     def keeping(*inputs: object, **options: object) -> tuple[Tensor, Tensor, list[Tensor]]:
         image, log_det, kept = values(*inputs, **options)
         tape.extend(StorageWeakRef(each.untyped_storage()) for each in kept)
+        hidden.extend(StorageWeakRef(each.untyped_storage()) for each in kept if each.shape[-1] == 7)
         return image, log_det, kept
 
     def counting(*inputs: object) -> object:
-        alive.append(sum(not each.expired() for each in tape))
+        alive.append((sum(not each.expired() for each in tape), sum(not each.expired() for each in hidden)))
         return pull(*inputs)
 
-    monkeypatch.setattr(made, "values", keeping)
-    monkeypatch.setattr(pulls, "pull", counting)
-    chain = Shared(*(Autoregressive(4, 3, (9, 8)) for _ in range(4)))
-    image, log_det = chain(torch.randn(5, 4), torch.randn(5, 3))
+    monkeypatch.setattr(made, pass_name, keeping)
+    monkeypatch.setattr(pulls, pull_name, counting)
+    chain = Shared(*(Autoregressive(4, 3, (9, 7)) for _ in range(4)))
+    image, log_det = getattr(chain, direction)(torch.randn(5, 4), torch.randn(5, 3))
     (image.sum() + log_det.sum()).backward()
-    assert len(alive) == 4
-    assert all(later < earlier for earlier, later in pairwise(alive)), alive
+    counts, of_hidden = zip(*alive, strict=True)
+    assert all(later < earlier for earlier, later in pairwise(counts)), counts
+    assert of_hidden == (4, 3, 2, 1)
+
+
+@pytest.mark.parametrize("batch", [(3,), (2, 3), ()], ids=str)
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_what_it_gives_may_be_changed_in_place(direction: str, batch: tuple[int, ...]) -> None:
+    step = Autoregressive(4, 2, (9, 8)).double()
+    push(step, Case(seed=7))
+    z, context = (torch.randn(*batch, size, dtype=torch.float64) for size in (4, 2))
+    found = []
+    for change in (lambda each: each.mul_(2), lambda each: each * 2):
+        results = map(change, getattr(step, direction)(z, context))
+        loss = torch.stack([each.square().sum() for each in results]).sum()
+        found.append(torch.autograd.grad(loss, list(step.parameters())))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("hidden", [(9, 8), (600, 600)], ids=str)
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize("options", [{}, {"create_graph": True}], ids=str)
+def test_a_backward_within_autocast_is_that_of_the_pass(
+    options: dict[str, bool], direction: str, hidden: tuple[int, ...]
+) -> None:
+    """torch says to call it outside, and who does not is to lose no digits."""
+    step = Autoregressive(4, 2, hidden)
+    push(step, Case(seed=8))
+    image, log_det = getattr(step, direction)(torch.randn(3, 4), torch.randn(3, 2))
+    loss, parameters = image.sum() + log_det.sum(), list(step.parameters())
+    gradients = partial(torch.autograd.grad, loss, parameters, retain_graph=True, **options)
+    expected = gradients()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = gradients()
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_step_that_an_older_release_pickled_runs() -> None:
+    """A pickle holds the attributes that there were then."""
+    step = Autoregressive(4, 2, (9, 8))
+    z, context = torch.randn(3, 4), torch.randn(3, 2)
+    expected = every_result(step, "forward", z, context, None)
+    for layer in step.net.stack:
+        older = Staircase.__new__(Staircase)
+        had = ("inputs", "units", "blocks", "mask", "_edges")
+        vars(older).update({name: vars(layer.staircase)[name] for name in had})
+        layer.staircase = older
+    torch.testing.assert_close(every_result(step, "forward", z, context, None), expected)
 
 
 @pytest.mark.parametrize("direction", ["forward", "inverse"])

@@ -9,6 +9,7 @@ any more, there is no engine, and the plain operations of `plain` run.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol, cast
 
 import torch
@@ -19,7 +20,7 @@ from flowpost.masked.activations import KNOWN
 from flowpost.masked.network import MADE, MaskedLinear
 from flowpost.masked.run import Link, Run, Saved
 from flowpost.numerics.products import full_size
-from flowpost.numerics.watchers import autocast, batched, first_parameter, hooked, unwatched
+from flowpost.numerics.watchers import autocast, batched, first_parameter, full_precision, hooked, unwatched
 from flowpost.numerics.watchers import untouched as is_ours
 
 
@@ -85,6 +86,11 @@ def replays(*grads: Tensor) -> bool:
     return torch.is_grad_enabled() or batched(*grads)
 
 
+def precisely(like: Tensor) -> AbstractContextManager:
+    """The context of a way back: whoever asks for gradients within autocast loses no digits of a pass without it."""
+    return full_precision(like.device.type)
+
+
 def fits(link: Link) -> bool:
     """Whether an engine may stand in for a link's own operations: nobody has changed the network, or needs the step's.
 
@@ -97,11 +103,15 @@ def fits(link: Link) -> bool:
 def untouched(net: MADE) -> bool:
     """Whether the network's weights say all that it does.
 
-    Its layers are exactly ours and hold plain tensors, without hooks, parametrizations or a ``forward`` of their own.
+    Its layers are exactly ours, as many as it was made with, and hold plain tensors, without hooks, parametrizations or
+    a ``forward`` of their own.
     """
     if type(net) is not MADE or hooked(net):
         return False
-    for layer in net.stack:
+    layers = net.stack
+    if len(layers) != len(net.sizes) + 1:
+        return False
+    for layer in layers:
         if not is_ours(layer, MaskedLinear):
             return False
     project = net.projection

@@ -83,7 +83,9 @@ class _Pass(torch.autograd.Function):
             return None, None, *_replay(partial(plain.forward, run), (z, context, *parameters), needs, grads)
         _let_go(ctx)
         del rest
-        return None, None, *engine.engine_on(z).gradients(Saved(run, tape, context, parameters, needs), *grads)
+        saved = Saved(run, tape, context, parameters, needs)
+        with engine.precisely(z):
+            return None, None, *engine.engine_on(z).gradients(saved, *grads)
 
 
 class _Solve(torch.autograd.Function):
@@ -118,7 +120,8 @@ class _Solve(torch.autograd.Function):
         _let_go(ctx)
         del rest
         saved = Saved(run, tape, context, parameters, needs)
-        return None, None, None, *engine.engine_on(z).solve_gradients(saved, *grads)
+        with engine.precisely(z):
+            return None, None, None, *engine.engine_on(z).solve_gradients(saved, *grads)
 
 
 def _whole(log_det: Tensor, z: Tensor) -> Tensor:
@@ -138,7 +141,7 @@ def _replay(
     view, so that what reaches one through another is left to those who made it so, and not counted twice.
     """
     recorded = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad(), engine.precisely(grads[0]):
         own = [None if each is None else each.view_as(each) for each in inputs]
         z = cast(Tensor, own[0])
         image, log_det = function(z, own[1], own[2:])

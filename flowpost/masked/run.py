@@ -157,8 +157,11 @@ def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def over(batch: Sequence[int], tensor: Tensor) -> Tensor:
-    """The inverse of `rows`, and of a number for each row: ``(N, ...)`` as ``(*batch, ...)``; a constant as it is."""
-    return tensor.view((*batch, *tensor.shape[1:])) if len(batch) != 1 and tensor.ndim else tensor
+    """The inverse of `rows`, and of a number for each row: ``(N, ...)`` as ``(*batch, ...)``; a constant as it is.
+
+    To autograd it is no view: what a node gives as one nobody may change in place.
+    """
+    return tensor.view((*batch, *tensor.shape[1:])).detach() if len(batch) != 1 and tensor.ndim else tensor
 
 
 def sum_to(grad: Tensor, batch: Sequence[int], smaller: Sequence[int]) -> Tensor:

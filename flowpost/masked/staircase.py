@@ -58,7 +58,6 @@ class Staircase:
             firsts = range(0, len(self.units), len(units))
             rows = [(first + start, stop - start) for first in firsts for start, stop in pairwise(stops)]
             self.blocks = [_block(self.inputs, self.units, run) for run in rows]
-        self._whole = len(self.blocks) == 1
         self.mask = self._mask()
         """The whole mask, ``(out, in)``, of bools."""
         self._edges = [Constant(self.mask.value.narrow(0, *b.rows).narrow(1, *b.stair).float()) for b in self.blocks]
@@ -85,14 +84,14 @@ class Staircase:
 
     def add_product(self, y: Tensor, x: Tensor, weight: Tensor) -> None:
         """Add ``x W^T`` to y ``(N, out)`` for x ``(N, in)``."""
-        if self._whole:
+        if len(self.blocks) == 1:
             add_product(y, x, (weight * self._edges[0].on(weight)).t())
         else:
             (_add_product if len(self.blocks) == 2 else _add_many)(y, x, weight, self.edges(weight), self.blocks)
 
     def affine(self, bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """The layer, ``b + x W^T``, for x ``(N, in)``."""
-        if self._whole:
+        if len(self.blocks) == 1:
             return linear(x, weight * self._edges[0].on(weight), bias)
         y = bias.expand(len(x), -1).clone()
         self.add_product(y, x, weight)
@@ -100,20 +99,20 @@ class Staircase:
 
     def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
         """The product ``grad W`` for grad ``(N, out)``."""
-        if self._whole:
+        if len(self.blocks) == 1:
             return product(grad, weight * self._edges[0].on(weight))
         find = _input_gradient if len(self.blocks) == 2 else _input_many
         return find(grad, weight, self.edges(weight), self.blocks)
 
     def add_input_gradient(self, so_far: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
-        """The product and what there is, ``(N, in)``."""
-        if self._whole:
+        """The sum ``so_far + grad W``, ``(N, in)``."""
+        if len(self.blocks) == 1:
             return plus_product(so_far, grad, weight * self._edges[0].on(weight))
         return so_far + self.input_gradient(grad, weight)
 
     def weight_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
         """The product ``grad^T x``, zero where the weight is not read."""
-        if self._whole:
+        if len(self.blocks) == 1:
             return product(grad.t(), x).mul_(self._edges[0].on(x))
         find = _weight_gradient if len(self.blocks) == 2 else _weight_many
         return find(grad, x, self.edges(x), self.blocks)
@@ -125,6 +124,7 @@ def _runs(blocks: Sequence[Block]) -> list[int]:
 
 
 def _blocks(runs: Sequence[int]) -> list[Block]:
+    """The inverse of `_runs`."""
     pairs = list(zip(runs[0::2], runs[1::2], strict=True))
     return [Block(*pairs[first : first + 4]) for first in range(0, len(pairs), 4)]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from flowpost.numerics.watchers import unless_compiled
 
 _FEW = 16
-_LITTLE = 2**12  # numbers, up to which the calls cost more than that saves
+_LITTLE = 2**12  # numbers on the left, up to which two transposes cost more than that saves
 _LARGE = 3 * 2**19  # multiplications a thread, from which oneDNN's longer way there pays
 _NARROW = 32  # entries on a side, below which it does not
 _WIDE = 128  # entries on one side, for which copying the other one pays
@@ -34,7 +34,8 @@ HELPS = _linear is not None and _is_amd()
 def product(left: Tensor, right: Tensor) -> Tensor:
     """The matrix ``left @ right``.
 
-    Few columns come as rows, which MKL does up to several times faster: of a transpose, and on AMD's of any.
+    Where the result has few columns, its transpose is found: MKL multiplies by few rows up to several times faster.
+    That is where the left one is itself a transpose, and on AMD's processors wherever.
     """
     if HELPS and pays(left, right):
         return _multiply(left, right, None)
@@ -51,7 +52,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def plus_product(so_far: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """What there is and ``left @ right``."""
+    """The sum ``so_far + left @ right``."""
     if HELPS and pays(left, right):
         return so_far + _multiply(left, right, None)
     return torch.addmm(so_far, left, right)

@@ -51,11 +51,10 @@ def values(
 
 def gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Tensor | None]:
     """The gradients at z, at the context and at the parameters."""
-    with full_precision(grad.device.type):
-        dtype, groups, needs = _products_dtype(saved.tape), *_groups(saved)
-        links, masked = _links(saved, needs)[::-1], _masked(saved.run, groups, dtype)
-        grad, found = _through(links, _link_gradients, masked, grad, grad_log_det)
-        return [grad, *full.parameter_gradients(saved, found[::-1], groups, needs, grad.shape[:-1])]
+    dtype, groups, needs = _products_dtype(saved.tape), *_groups(saved)
+    links, masked = _links(saved, needs)[::-1], _masked(saved.run, groups, dtype)
+    grad, found = _through(links, _link_gradients, masked, grad, grad_log_det)
+    return [grad, *full.parameter_gradients(saved, found[::-1], groups, needs, grad.shape[:-1])]
 
 
 def _link_gradients(taped: _Taped, group: Parameters, grad: Tensor, grad_log_det: Tensor) -> _Back:
@@ -100,11 +99,10 @@ def solve(
 
 def solve_gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Tensor | None]:
     """As `gradients`, by the implicit function; see `host.solve_gradients`."""
-    with full_precision(grad.device.type):
-        groups, needs = _groups(saved)
-        links, masked = _links(saved, needs), _masked(saved.run, groups, None)
-        grad, found = _through(links, _link_solve_gradients, masked, grad, grad_log_det)
-        return [grad, *full.parameter_gradients(saved, found, groups, needs, grad.shape[:-1])]
+    groups, needs = _groups(saved)
+    links, masked = _links(saved, needs), _masked(saved.run, groups, None)
+    grad, found = _through(links, _link_solve_gradients, masked, grad, grad_log_det)
+    return [grad, *full.parameter_gradients(saved, found, groups, needs, grad.shape[:-1])]
 
 
 def _link_solve_gradients(taped: _Taped, group: Parameters, grad: Tensor, grad_log_det: Tensor) -> _Back:

@@ -108,9 +108,11 @@ def solve_gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Te
         v, *layers, last = transposed.pull(to_columns(grad, order), fixed, moved, ranked_weights, slopes, _sizes(net))
         grad = torch.addcmul(of_log_det[0], to_rows(v, order), of_map[0])
         sums = [*(each.t() for each in layers), by_output(net, last, order).t()]
-        layers = list(zip(net.stairs, sums, inputs, need.weights, need.biases, strict=True))
-        of_parameters += [stair.weight_gradient(at_sums, x) if of else None for stair, at_sums, x, of, _ in layers]
-        of_parameters += [at_sums.sum(0) if of else None for _, at_sums, _, _, of in layers]
+        of_parameters += [
+            stair.weight_gradient(at_sums, x) if of_weight else None
+            for stair, at_sums, x, of_weight in zip(net.stairs, sums, inputs, need.weights, strict=True)
+        ]
+        of_parameters += [at_sums.sum(0) if of else None for at_sums, of in zip(sums, need.biases, strict=True)]
         of_context, projection = _of_context(saved, sums[0], batch, group, need, of_context)
         of_parameters += projection
     return [over(batch, grad), _like_context(of_context, saved), *of_parameters]
