@@ -204,12 +204,14 @@ def test_the_image_of_a_tilted_gaussian_is_exact() -> None:
 
 def test_a_fit_holds_the_images_that_its_search_has_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     """All guesses are near one mode; the five others are its images, and said where q may not hold them."""
-    monkeypatch.setattr("flowpost.variational.starts._guesses", lambda origin, *_, **__: mode([0, 1, 2]).at(None))
+    near: Any = mode([0, 1, 2])
+    monkeypatch.setattr("flowpost.variational.starts._guesses", lambda origin, *_, **__: near.at(None))
     fitted = fit(labelled, LABELLED, "full_covariance", budget=40_000, modes=6)
     assert isinstance(fitted.posterior, Mixture)
     assert fitted.elbo()[0] == pytest.approx(0, abs=0.01)
     assert fitted.is_trusted, fitted.verdict
-    for options, share in (({"modes": 2}, 100), ({}, 50)):
+    two: dict[str, Any] = {"modes": 2}
+    for options, share in ((two, 100), ({}, 50)):
         fitted = fit(labelled, LABELLED, "full_covariance", budget=40_000, **options)
         said = r"next to nothing at the images of (\d+)% of its draws.*of modes=\d or more, or make .* `ordered`"
         assert not fitted.is_trusted
