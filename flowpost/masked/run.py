@@ -95,8 +95,11 @@ class Saved(NamedTuple):
 
     def links(self) -> Iterator[tuple[Link, Parameters, Parameters]]:
         """Each link with its parameters, and which of them need a gradient."""
-        groups = grouped(self.run, self.parameters), grouped(self.run, self.needs[2:])
-        return zip(self.run, *groups, strict=True)
+        return zip(self.run, *self.groups(), strict=True)
+
+    def groups(self) -> tuple[list[Parameters], list[Parameters]]:
+        """Each link's parameters, and which of them need a gradient."""
+        return grouped(self.run, self.parameters), grouped(self.run, self.needs[2:])
 
 
 def flat(run: Run) -> list[Tensor]:

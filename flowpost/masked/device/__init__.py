@@ -51,7 +51,7 @@ def values(
 
 def gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Tensor | None]:
     """The gradients at z, at the context and at the parameters."""
-    dtype, groups, needs = _products_dtype(saved.tape), *_groups(saved)
+    dtype, groups, needs = _products_dtype(saved.tape), *saved.groups()
     links, masked = _links(saved, needs)[::-1], _masked(saved.run, groups, dtype)
     grad, found = _through(links, _link_gradients, masked, grad, grad_log_det)
     return [grad, *full.parameter_gradients(saved, found[::-1], groups, needs, grad.shape[:-1])]
@@ -99,7 +99,7 @@ def solve(
 
 def solve_gradients(saved: Saved, grad: Tensor, grad_log_det: Tensor) -> list[Tensor | None]:
     """As `gradients`, by the implicit function; see `host.solve_gradients`."""
-    groups, needs = _groups(saved)
+    groups, needs = saved.groups()
     links, masked = _links(saved, needs), _masked(saved.run, groups, None)
     grad, found = _through(links, _link_solve_gradients, masked, grad, grad_log_det)
     return [grad, *full.parameter_gradients(saved, found, groups, needs, grad.shape[:-1])]
@@ -142,11 +142,6 @@ def _through(
         grad, pulled = pull(taped, masked(taped.place), grad, grad_log_det)
         found.append(pulled)
     return grad, found
-
-
-def _groups(saved: Saved) -> tuple[list[Parameters], list[Parameters]]:
-    """Each link's parameters, and which of them need a gradient."""
-    return grouped(saved.run, saved.parameters), grouped(saved.run, saved.needs[2:])
 
 
 def _links(saved: Saved, needs: Sequence[Parameters]) -> list[_Taped]:
