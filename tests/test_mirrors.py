@@ -55,8 +55,8 @@ def given(log_joint: Callable[[Any], Tensor], spec: Spec, *gaussians: Gaussian) 
 
 def test_what_is_tried_of_several_shapes() -> None:
     """Loadings and scores of factors have an axis of one length, at different places; a long axis is left alone."""
-    shapes = {"loadings": (5, 2), "scores": (20, 2), "sigma": (5,)}
-    said = [str(each) for each in mirrors(shapes, ["loadings", "scores"])]
+    spec: Spec = {"loadings": (5, 2), "scores": (20, 2), "sigma": (5, constraints.positive)}
+    said = [str(each) for each in mirrors(Parameters(spec))]
     assert len(said) == len(set(said))
     for due in (
         "loadings[:,0] and loadings[:,1], scores[:,0] and scores[:,1] exchanged",
@@ -70,7 +70,38 @@ def test_what_is_tried_of_several_shapes() -> None:
         assert due in said, due
     assert not any("sign" in each and "sigma" in each for each in said)
     assert not any("[8]" in each for each in said)
-    assert list(mirrors({"tau": ()}, [])) == []
+    assert list(mirrors(Parameters({"tau": constraints.positive}))) == []
+
+
+def test_what_is_tried_of_parameters_of_one_kind() -> None:
+    """Those whose names differ alike go together; a weight of the first of two components is turned over with them."""
+    half, room = constraints.unit_interval, constraints.interval(0, 2)
+    spec: Spec = {
+        "mu_a": (),
+        "mu_b": (),
+        "sd_a": constraints.positive,
+        "sd_b": constraints.positive,
+        "w": half,
+        "v": room,
+    }
+    said = [str(each) for each in mirrors(Parameters(spec))]
+    assert len(said) == len(set(said))
+    for due in (
+        "mu_a and mu_b, sd_a and sd_b exchanged",
+        "mu_a and mu_b, sd_a and sd_b exchanged and w turned over in the interval",
+        "mu_a and mu_b, sd_a and sd_b exchanged and w and v turned over in the interval",
+        "sd_a and sd_b exchanged and v turned over in the interval",
+        "mu_a and mu_b exchanged",
+        "v turned over in the interval",
+    ):
+        assert due in said, due
+    assert not any("mu_a and sd_a" in each or "w and v exchanged" in each for each in said)
+    said = [str(each) for each in mirrors(Parameters({"mu": (2,), "tau": 2, "p": half, "q": half}))]
+    assert "mu[0] and mu[1], tau[0] and tau[1], p and q exchanged" in said
+    assert "mu[0] and mu[1] exchanged and p turned over in the interval" in said
+    assert not any("p and q exchanged and" in each for each in said)
+    many = {f"b{k}{k}": () for k in range(9)}
+    assert not any("exchanged" in str(each) for each in mirrors(Parameters(many)))
 
 
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
@@ -85,7 +116,7 @@ def test_a_mirror_turns_its_axes_alone_and_twice_is_back(batch: tuple[int, ...])
     assert torch.equal(sign[..., 3, :], -values["a"][..., 3, :])
     assert torch.equal(sign[..., :3, :], values["a"][..., :3, :])
     assert torch.equal(Mirror((("c", 0),), ()).turned(values, len(batch))["c"], -values["c"])
-    for mirror in mirrors({"a": (5, 2), "b": (2,), "c": ()}, ["a", "b", "c"]):
+    for mirror in mirrors(Parameters({"a": (5, 2), "b": (2,), "c": ()})):
         twice = mirror.turned(mirror.turned(values, len(batch)), len(batch))
         assert all(torch.equal(twice[name], values[name]) for name in values)
 
@@ -109,6 +140,51 @@ def test_labels_that_q_does_not_hold_are_found(held: list[int], share: float) ->
 @pytest.mark.parametrize("scale", [1.0, 0.8, 1.3])
 def test_where_q_holds_all_images_nothing_is_missed(scale: float) -> None:
     assert found_in(labelled, LABELLED, *(mode(order, scale) for order in ORDERS.tolist()))[1] is None
+
+
+def weighted(p: dict[str, Tensor]) -> Tensor:
+    """Two components, each by parameters of its own; w is the weight of the first. The image of a mode is 1 - w."""
+    first = torch.stack([p["mu_1"], p["sd_1"].log(), torch.logit(p["w"])], -1)
+    other = torch.stack([p["mu_2"], p["sd_2"].log(), -torch.logit(p["w"])], -1)
+    low, high = torch.tensor([-2.0, -1.0, 0.8]).double(), torch.tensor([2.0, 0.5, -0.8]).double()
+    modes = [Normal(a, 0.2).log_prob(first) + Normal(b, 0.2).log_prob(other) for a, b in ((low, high), (high, low))]
+    jacobian = p["sd_1"].log() + p["sd_2"].log() + p["w"].log() + (1 - p["w"]).log()
+    return torch.logaddexp(*(each.sum(-1) for each in modes)) - jacobian
+
+
+def test_parameters_with_names_of_their_own_are_exchanged_and_their_weight_turned_over() -> None:
+    positive = constraints.positive
+    spec: Spec = {"mu_1": (), "mu_2": (), "sd_1": positive, "sd_2": positive, "w": constraints.unit_interval}
+    loc, tril = torch.tensor([-2.0, 2.0, -1.0, 0.5, 0.8]).double(), 0.2 * torch.eye(5).double()
+    tril[4, 4] = 0.2 / math.sqrt(2)
+    fitted = given(weighted, spec, Gaussian(loc, tril))
+    said = (
+        "with mu_1 and mu_2, sd_1 and sd_2 exchanged and w turned over in the interval the log joint is about the same"
+    )
+    assert said in fitted.verdict
+    assert "or make a parameter of like components `ordered`" in fitted.verdict
+    image = torch.tensor([2.0, -2.0, 0.5, -1.0, -0.8]).double()
+    both = given(weighted, spec, Gaussian(loc, tril), Gaussian(image, tril))
+    assert both.is_trusted, both.verdict
+    target, flow = both.target, build_flow("full_covariance", 5, {})
+    start = Start([Gaussian(loc, tril)], [0.0], far=False)
+    found = with_images(start, 2, flow, target, torch.Generator().manual_seed(0), diagonal=False)
+    torch.testing.assert_close(found.gaussians[1].loc, image)
+    torch.testing.assert_close(found.gaussians[1].scale_tril, tril)
+
+
+def test_a_share_that_data_see_from_both_ends() -> None:
+    """By ``w (1 - w)`` alone; a q of both ends misses nothing, and neither does one of a single wide mode."""
+
+    def log_joint(p: dict[str, Tensor]) -> Tensor:
+        return Normal(1.0, 0.05).log_prob(p["w"] * (10 - p["w"]) / 10)
+
+    spec: Spec = {"w": constraints.interval(0, 10)}
+    end, tril = torch.tensor([-2.06]).double(), torch.tensor([[0.06]]).double()
+    assert "or allow one half of the interval, which leaves one" in given(log_joint, spec, Gaussian(end, tril)).verdict
+    assert found_in(log_joint, spec, Gaussian(end, tril), Gaussian(-end, tril))[1] is None
+    flat = lambda p: torch.distributions.Beta(3.0, 3.0).log_prob(p["w"] / 10)  # noqa: E731
+    assert found_in(flat, spec, Gaussian(torch.zeros(1).double(), 0.9 * torch.eye(1).double()))[1] is None
 
 
 def test_parameters_that_differ_are_not_exchanged() -> None:

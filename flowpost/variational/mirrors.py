@@ -1,10 +1,12 @@
-"""Modes that are mirror images of those q holds: like entries of parameters exchanged, or signs turned."""
+"""Modes that are mirror images of those q holds: like entries or like parameters exchanged, or signs turned."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -22,7 +24,7 @@ from flowpost.variational.target import Target
 from flowpost.variational.weighing import Weighed, weigh
 
 LONGEST, MANY = 16, 8
-"""The longest axis along which entries are turned, and up to how many parameters any two have their signs turned."""
+"""The longest axis along which entries are turned, and of how many parameters at most any two are turned together."""
 TRIED, LOOKED = 10, 1000
 """Draws on which every mirror is tried, and on which those that leave p as it is are looked through."""
 EVEN = 1.0
@@ -38,21 +40,37 @@ Axis: TypeAlias = tuple[str, int]
 
 
 class Mirror(NamedTuple):
-    """One way of turning draws: two entries of some axes are exchanged, or the signs of one, or of all, turned."""
+    """One way of turning draws: entries of some axes, or parameters, are exchanged, or the signs of some turned."""
 
-    axes: tuple[Axis, ...]
-    entries: tuple[int, ...]
+    axes: tuple[Axis, ...] = ()
+    entries: tuple[int, ...] = ()
     """Two that are exchanged, one whose sign is turned, or none for whole parameters."""
+    pairs: tuple[tuple[str, str], ...] = ()
+    """Parameters that are exchanged."""
+    over: tuple[str, ...] = ()
+    """Parameters that are turned over within their intervals, as the weight of the first of two components is."""
 
     def __str__(self) -> str:
         names = [[f"{name}[{':,' * axis}{entry}]" for entry in self.entries] or [name] for name, axis in self.axes]
-        if len(self.entries) == 2:
-            return f"{', '.join(map(' and '.join, names))} exchanged"
-        return f"the sign of {' and '.join(itertools.chain(*names))} turned"
+        said = []
+        if self.exchanges:
+            said.append(f"{', '.join(map(' and '.join, [*names, *self.pairs]))} exchanged")
+        elif names:
+            said.append(f"the sign of {' and '.join(itertools.chain(*names))} turned")
+        if self.over:
+            said.append(f"{' and '.join(self.over)} turned over in the interval")
+        return " and ".join(said)
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether entries or parameters change places."""
+        return len(self.entries) == 2 or bool(self.pairs)
 
     def turned(self, values: dict[str, Tensor], batch: int) -> dict[str, Tensor]:
-        """Parameters ``(*batch, *shape)``, of so many axes in front, after it."""
+        """Parameters ``(*batch, *shape)``, of so many axes in front, after it; none is turned over yet."""
         values = dict(values)
+        for one, other in self.pairs:
+            values[one], values[other] = values[other], values[one]
         for name, axis in self.axes:
             values[name] = self._turned(values[name], batch + axis)
         return values
@@ -106,7 +124,8 @@ def where_mirrored(fitted: Fitted, target: Target, weighed: Weighed) -> list[str
     found = find_mirrored(fitted, target, weighed)
     if found is None:
         return []
-    cure = "make a parameter of like components `ordered`" if len(found.mirror.entries) == 2 else "constrain its sign"
+    sign = "constrain its sign" if found.mirror.axes else "allow one half of the interval"
+    cure = "make a parameter of like components `ordered`" if found.mirror.exchanges else sign
     return [
         f"with {found.mirror} the log joint is about the same and q is not: it has next to nothing at the images of "
         f"{found.share:.0%} of its draws, as near {target.describe(found.place)}, and misses modes there; a mixture "
@@ -134,7 +153,7 @@ def find_mirrored(fitted: Fitted, target: Target, weighed: Weighed) -> Mirrored 
     if not math.isfinite(spread):
         return None
     found = []
-    for mirror in mirrors(target.parameters.shapes, target.parameters.real):
+    for mirror in mirrors(target.parameters):
         if _images(target, mirror, few.z)[2].double().mean() <= 0.5:
             continue
         image, log_p, even = _images(target, mirror, more.z)
@@ -155,34 +174,60 @@ def _apart(target: Target, one: Tensor, other: Tensor) -> bool:
         return False
 
 
-def mirrors(shapes: Mapping[str, Shape], real: Sequence[str]) -> Iterator[Mirror]:
-    """What is tried of parameters of these shapes.
+def mirrors(parameters: Parameters) -> Iterator[Mirror]:
+    """What is tried of parameters.
 
     Neighbouring entries of an axis are exchanged, for these make up all permutations: in all parameters that have an
-    axis of that length, in their first axes, in their last, and in one parameter. Signs are turned of real parameters,
-    one, two or all, and of entries along their axes.
-
-    Args:
-        shapes: by the parameters' names.
-        real: those that are real numbers.
+    axis of that length, in their first axes, in their last, and in one parameter. Parameters of one shape and
+    constraint are exchanged, all whose names differ alike, and any two. Those of an interval are turned over, alone and
+    with what exchanges two of a kind. Signs are turned of real parameters, one, two or all, and of entries along their
+    axes.
 
     Example:
-        >>> for mirror in mirrors({"mu": (2,), "tau": (2,)}, ["mu"]):
+        >>> from torch.distributions import constraints
+        >>> for mirror in mirrors(Parameters({"mu_1": (), "mu_2": (), "weight": constraints.unit_interval})):
         ...     print(mirror)
-        mu[0] and mu[1], tau[0] and tau[1] exchanged
-        mu[0] and mu[1] exchanged
-        tau[0] and tau[1] exchanged
-        the sign of mu[0] turned
-        the sign of mu[1] turned
-        the sign of mu turned
+        mu_1 and mu_2 exchanged
+        weight turned over in the interval
+        mu_1 and mu_2 exchanged and weight turned over in the interval
+        the sign of mu_1 turned
+        the sign of mu_2 turned
+        the sign of mu_1 and mu_2 turned
     """
+    shapes, real = parameters.shapes, parameters.real
+    of_two = [Mirror()]
     for size, axes in _axes(shapes):
-        yield from (Mirror(axes, (entry, entry + 1)) for entry in range(size - 1))
+        exchanged = [Mirror(axes, (entry, entry + 1)) for entry in range(size - 1)]
+        yield from exchanged if size > 2 else ()
+        of_two += exchanged if size == 2 else []
+    of_two = [each._replace(pairs=pairs) for pairs in _swaps(parameters) for each in of_two]
+    bounded = parameters.bounded
+    for names in dict.fromkeys([(), *((name,) for name in bounded), tuple(bounded)]):
+        turned = (each._replace(over=names) for each in of_two if {*names}.isdisjoint(itertools.chain(*each.pairs)))
+        yield from (each for each in turned if each != Mirror())
     for size, axes in _axes({name: shapes[name] for name in real}):
         yield from (Mirror(axes, (entry,)) for entry in range(size))
     for count in sorted({1, 2 if len(real) <= MANY else 1, len(real)}):
         for names in itertools.combinations(real, count) if real else ():
-            yield Mirror(tuple((name, 0) for name in names), ())
+            yield Mirror(tuple((name, 0) for name in names))
+
+
+def _swaps(parameters: Parameters) -> Iterator[tuple[tuple[str, str], ...]]:
+    """Parameters of one kind that are exchanged together: none, all whose names differ alike, and any two."""
+    kinds, alike = defaultdict(list), defaultdict(list)
+    for name in parameters.shapes:
+        kinds[parameters.kind(name)].append(name)
+    pairs = [pair for kind in kinds.values() if len(kind) <= MANY for pair in itertools.combinations(kind, 2)]
+    for pair in pairs:
+        alike[_difference(*pair)].append(pair)
+    yield from dict.fromkeys([(), *map(tuple, alike.values()), *((pair,) for pair in pairs)])
+
+
+def _difference(one: str, other: str) -> tuple[str, str]:
+    """What is between the beginning and the end that two names share: of ``mu_1`` and ``mu_2`` the figures."""
+    head = len(os.path.commonprefix([one, other]))
+    tail = len(os.path.commonprefix([one[head:][::-1], other[head:][::-1]]))
+    return one[head : len(one) - tail], other[head : len(other) - tail]
 
 
 def _axes(shapes: Mapping[str, Shape]) -> Iterator[tuple[int, tuple[Axis, ...]]]:
@@ -206,7 +251,8 @@ def _turned(parameters: Parameters, mirror: Mirror, z: Tensor) -> Tensor:
     """The image of coordinates; a ValueError where it is outside the support."""
     values, _ = parameters.constrain(z)
     turned = mirror.turned(named(values), z.ndim - 1)
-    return parameters.free(turned if isinstance(values, dict) else turned["theta"])
+    free = parameters.free(turned if isinstance(values, dict) else turned["theta"])
+    return parameters.turned_over(free, mirror.over) if mirror.over else free
 
 
 def _image(parameters: Parameters, mirror: Mirror, gaussian: Gaussian) -> Gaussian:

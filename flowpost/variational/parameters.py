@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from numbers import Integral
 from typing import Any, TypeAlias
 
@@ -18,7 +18,7 @@ from flowpost.numerics.arguments import check_int
 from flowpost.numerics.watchers import watched
 from flowpost.variational.constraints import map_to
 from flowpost.variational.constraints import ordered as ordered
-from flowpost.variational.maps import Line, Map, Shape
+from flowpost.variational.maps import Interval, Line, Map, Shape
 
 Size: TypeAlias = int | tuple[int, ...]
 Entry: TypeAlias = Size | Constraint | tuple[Size, Constraint]
@@ -93,6 +93,15 @@ class Parameters:
         """The names of parameters that are real numbers, without a constraint."""
         return [name for name, each in self._maps.items() if isinstance(each, Line)]
 
+    @property
+    def bounded(self) -> list[str]:
+        """The names of parameters within an interval, each of whose ends is finite."""
+        return [name for name, each in self._maps.items() if isinstance(each, Interval)]
+
+    def kind(self, name: str) -> tuple[Shape, str]:
+        """What two parameters that may take each other's values have alike."""
+        return self._maps[name].shape, repr(self._constraints[name])
+
     def constrain(self, free: Tensor) -> tuple[Values, Tensor]:
         """The parameters that coordinates stand for, and ``log|det dtheta/du|``.
 
@@ -128,6 +137,11 @@ class Parameters:
         parts = [self._free(name, value) for name, value in self._read(values, dtype).items()]
         batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         return torch.cat([part.expand(*batch, -1) for part in parts], -1)
+
+    def turned_over(self, free: Tensor, names: Collection[str]) -> Tensor:
+        """Coordinates ``(*batch, dim)`` of parameters, some of which, `real` or `bounded`, are turned over."""
+        parts = zip(self._maps, free.split(self._sizes, -1), strict=True)
+        return torch.cat([-part if name in names else part for name, part in parts], -1)
 
     def flat(self, values: Tensor | Mapping[str, Tensor]) -> Tensor:
         """The entries of all parameters side by side, ``(*batch, columns)``, in the order of `names`."""
