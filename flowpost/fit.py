@@ -71,7 +71,8 @@ def fit(
         device: where to fit; the log joint's data must be there.
         dtype: by default float64 where the log joint takes it, on a GPU only where float32 is not enough.
         progress: is called with each `Progress`; ``progress=print`` prints them.
-        resume: a fit of the same model to go on from with another `budget`; `flow`, `modes` and `dtype` are its own.
+        resume: a fit of the same model to go on from with another `budget`, in its dtype; what it was given as `flow`
+            and `modes` holds, and these are not read.
         **flow_options: the recipe's; without them 8 steps of ``hidden=(32, 32)``, above 16 variables 12 steps, above 32
             of ``hidden=(64, 64)``.
 
@@ -103,7 +104,7 @@ def fit(
     parameters = Parameters(dim_or_spec)
     _check_arguments(log_joint, named=isinstance(dim_or_spec, Mapping))
     if resume is not None:
-        _check_resume(resume, parameters, flow_options)
+        _check_resume(resume, parameters, flow_options, dtype)
         dtype = resume.target.dtype
     # On the host: equal seeds are equal weights on all devices, and no generator of torch's own is touched.
     with DrawsApart(seed), torch.device("cpu"):
@@ -159,7 +160,9 @@ def _check_arguments(log_joint: LogJoint, *, named: bool) -> None:
         raise TypeError(message) from None
 
 
-def _check_resume(resume: object, parameters: Parameters, options: Mapping[str, object]) -> None:
+def _check_resume(
+    resume: object, parameters: Parameters, options: Mapping[str, object], dtype: torch.dtype | None
+) -> None:
     """Refuse to go on from what is no fit of these parameters."""
     if not isinstance(resume, FittedPosterior):
         raise TypeError(
@@ -169,3 +172,5 @@ def _check_resume(resume: object, parameters: Parameters, options: Mapping[str, 
         raise ValueError(f"resume: expected a fit of {parameters!r}, got one of {resume.parameters!r}")
     if options:
         raise TypeError(f"flow_options: expected none with resume, whose flow goes on, got {', '.join(options)}")
+    if dtype not in (None, resume.target.dtype):
+        raise ValueError(f"dtype: expected none with resume, or its {resume.target.dtype}, got {dtype}")

@@ -33,7 +33,7 @@ class FlowPosterior(nn.Module):
     the other rows are exact. h may have any leading axes; samples come in front of them.
 
     A call is the short way to a sample. `at` gives q(.|x) as an object, for whatever needs more than one thing of it:
-    the head runs once.
+    the head runs once. A VAE calls `at`: forward hooks of `head` and `flow` run then, those of the posterior do not.
 
     Args:
         features: size of the encoder's features h; 0 for a posterior without an encoder, whose context is learned.

@@ -565,6 +565,8 @@ def test_a_fit_goes_on_only_with_its_own_parameters() -> None:
         fit(banana, 2, resume=fitted)
     with pytest.raises(TypeError, match="^flow_options: expected none with resume, whose flow goes on, got steps$"):
         fit(gaussian, 3, resume=fitted, steps=2)
+    with pytest.raises(ValueError, match=r"^dtype: expected none with resume, or its torch.float64, got .*32$"):
+        fit(gaussian, 3, resume=fitted, dtype=torch.float32)
 
 
 def test_nan_at_some_draws_is_left_out_and_said() -> None:
