@@ -16,6 +16,7 @@ from flowpost.numerics.products import wide_dtype
 from flowpost.variational.bound import Fitted
 from flowpost.variational.calling import LogJoint
 from flowpost.variational.families import Flow
+from flowpost.variational.far import where_far
 from flowpost.variational.mirrors import where_mirrored
 from flowpost.variational.mixture import Mixture
 from flowpost.variational.parameters import Spec, Values
@@ -36,7 +37,6 @@ from flowpost.variational.weighing import (
     unseen_of,
     weigh,
     where_apart,
-    where_far,
     where_lost,
 )
 

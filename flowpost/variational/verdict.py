@@ -6,11 +6,8 @@ import math
 from collections.abc import Sequence
 
 from flowpost.importance import LIMIT, ImportanceEstimate
+from flowpost.variational.far import GAP, WIDER, Far
 from flowpost.variational.summary import OFF
-from flowpost.variational.weighing import WIDER, Far
-
-GAP = 0.5
-"""Nats between log evidence and ELBO: more of it is a fit that misses something."""
 
 FAINT = 0.01
 """Nats of KL(q || p) and of mass that may lie beyond the draws: below it a heavy tail does no harm, for by Pinsker's

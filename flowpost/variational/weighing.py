@@ -15,15 +15,11 @@ from flowpost.variational.target import Target
 
 CHUNK = 1000
 """Draws at once."""
-WIDER, LOOKED = 10.0, 1000
-"""How many times as far out draws look for what q misses, and how many of them."""
 SAME, LITTLE = 0.5, 1e-3
 """Nats by which a weight may exceed the mean of all, and the share of all weight that those of more may have together:
 where they have less, no weight counts much, and the tail's shape means nothing."""
 APART, FOUND = 1e-4, 0.01
 """The chance below which weights are too large for their tail, and the share of all weight that is worth a word."""
-MISSED = 3.0
-"""Nats of log p/q above its mean's, where q has next to nothing."""
 COARSE = 0.5
 """Nats to which a log joint may be rounded without a word."""
 
@@ -197,47 +193,3 @@ def doubts(weighed: Weighed, target: Target) -> list[str]:
             f"weight; its data in float64 help, or a constant left out"
         )
     return said
-
-
-class Far(NamedTuple):
-    """What draws far out say of q."""
-
-    rise: float
-    """Nats by which they raise the log evidence, at least."""
-    sd: float
-    """The share of the sd along them that q lacks, at least."""
-    where: str
-    """The parameters of one of them."""
-
-
-@torch.no_grad()
-def where_far(fitted: Fitted, weighed: Weighed, target: Target) -> Far:
-    """What q misses far out, four standard errors off.
-
-    The draws are q's, ten times as far from its mean m in the direction v in which q is widest, ``z' = z + 9 v v'(z -
-    m)``, of the density ``q(z) / 10``. The mean of their weights is the evidence too, so that it rises only if q misses
-    mass. It rises for every q where p has no finite integral, as after an improper prior that the data do not cure.
-
-    Of a heavy tail it rises little. But q has the sd of p without what is where it has next to nothing, and that part
-    of p's second moment is the mean of ``w (v'(z' - m))^2`` over the draws there.
-    """
-    z, ratio, share = (column[:LOOKED] for column in weighed)
-    share = share / share.sum()
-    try:
-        off = z.double() - share @ z.double()
-        spreads, directions = torch.linalg.eigh(off.mT @ (share.unsqueeze(-1) * off))
-        along = WIDER * (off @ directions[:, -1])
-        far = z + ((1 - 1 / WIDER) * along.unsqueeze(-1) * directions[:, -1]).to(z)
-        log_p = target(far)
-        log_w = (log_p - target(z)).double() + ratio + math.log(WIDER)
-        missed = (log_p - fitted.log_prob(far)).double()
-    except Exception:  # noqa: BLE001 - whatever a log joint may raise so far out, the fit is done
-        return Far(0.0, 0.0, "")
-    log_w = log_w.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
-    found, usual = estimate(Weighed(far, log_w, share)), estimate(weighed).log_p
-    sure = found.log_p + torch.log1p(-(4 * found.standard_error).clamp(max=1))
-    beyond = (missed > usual + MISSED) | missed.isnan()
-    part = torch.where(beyond, (log_w - usual).exp() * along.square() / spreads[-1], 0.0)
-    lacking = (share @ part - 4 * (share * (part - share @ part)).square().sum().sqrt()).clamp_min(0)
-    sd = 1 - (1 + lacking).rsqrt().item() if bool(lacking.isfinite()) else 0.0
-    return Far((sure - usual).item(), sd, target.describe(far[int((part if sd > 0 else log_w).argmax())]))
