@@ -120,15 +120,16 @@ def _found(
     log_w = log_w.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
     beyond = (missed > usual + MISSED) | missed.isnan()
     part = torch.where(beyond, (log_w - usual).exp() * along.square() / spread.unsqueeze(-1), 0.0)
-    mean = part @ drawn.share
-    lacking = mean - SURE * (drawn.share * (part - mean.unsqueeze(-1))).square().sum(-1).sqrt()
-    sds = torch.where(lacking.isfinite(), 1 - (1 + lacking.clamp_min(0)).rsqrt(), 0.0).tolist()
-    for z, w, of_tail, sd in zip(far, log_w, part, sds, strict=True):
-        place = z[int((of_tail if sd > 0 else w).argmax())]
-        yield _surely(Weighed(z, w, drawn.share)) - usual.item(), sd, place
+    lacking = _surely(part, drawn.share)
+    sds = torch.where(lacking.isfinite(), 1 - (1 + lacking).rsqrt(), 0.0)
+    most = log_w.amax(-1)
+    rises = most + _surely((log_w - most.unsqueeze(-1)).exp(), drawn.share).log() - usual
+    places = torch.where(sds > 0, part.argmax(-1), log_w.argmax(-1)).tolist()
+    for z, rise, sd, place in zip(far, rises.tolist(), sds.tolist(), places, strict=True):
+        yield rise, sd, z[place]
 
 
-def _surely(weighed: Weighed) -> float:
-    """The log evidence of draws, less four standard errors."""
-    found = estimate(weighed)
-    return (found.log_p + torch.log1p(-(SURE * found.standard_error).clamp(max=1))).item()
+def _surely(values: Tensor, share: Tensor) -> Tensor:
+    """The means of rows of values that are not negative, at least: less so many standard errors."""
+    mean = values @ share
+    return (mean - SURE * (share * (values - mean.unsqueeze(-1))).square().sum(-1).sqrt()).clamp_min(0)
