@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flowpost.conditions import Prior, call, prior_at, reads, row_for_each, spread
 from flowpost.density import like_of, standard_normal_log_prob
 from flowpost.likelihoods import Likelihood
+from flowpost.numerics.arguments import check_noise
 from flowpost.numerics.watchers import changes, check_left
 from flowpost.outputs import kind
 from flowpost.posterior import FlowPosterior
@@ -50,6 +51,8 @@ class Generative(nn.Module):
 
         Raises:
             NotImplementedError: of a model with a `log_prior` of its own and no ``sample_prior``.
+            TypeError: for a noise of another dtype than the posterior's.
+            ValueError: for a noise of another shape or device.
         """
         own = self._has_own("log_prior", Generative.log_prior)
         if own and not self._has_own("sample_prior", Generative.sample_prior):
@@ -59,10 +62,11 @@ class Generative(nn.Module):
         if self.prior is not None:
             shape = () if reads(self.prior) else (count,)
             return prior_at(self.prior, row_for_each(y, count)).draw(shape, noise).z
-        if noise is not None:
-            return noise
-        like = like_of(self.posterior.flow, None)
-        return torch.randn(count, self.posterior.dim, dtype=like.dtype, device=like.device)
+        shape, like = (count, self.posterior.dim), like_of(self.posterior.flow, None)
+        if noise is None:
+            return torch.randn(shape, dtype=like.dtype, device=like.device)
+        check_noise(noise, shape, like)
+        return noise
 
     @torch.no_grad()
     def sample(self, count: int, shape: tuple[int, ...], y: Tensor | None = None) -> Tensor:
