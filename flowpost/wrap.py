@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 
@@ -26,6 +25,7 @@ from flowpost.outputs import Read, as_features, check_diagonal, check_example, c
 from flowpost.posterior import FlowPosterior
 from flowpost.recipes import RECIPES
 from flowpost.recipes.parts import steadied
+from flowpost.recipes.record import check_recipe
 from flowpost.wrapped import WrappedPosterior
 
 
@@ -102,7 +102,11 @@ def wrap(
     check_int("dim", dim, minimum=1)
     if read is not None:
         check_owned("read", read, encoder, "put it into the encoder, as nn.Sequential(encoder, module)", 2)
-    _check_flow(flow, flow_options)
+    if isinstance(flow, str):
+        check_recipe(flow, flow_options)
+    elif flow_options:
+        given = ", ".join(flow_options)
+        raise TypeError(f"flow_options: expected none with a bijector, got {given}; make it with them")
     width = _width(encoder, dim, read, features, example)
     if width is None:
         posterior = _around_pair(dim, flow, flow_options)
@@ -113,18 +117,6 @@ def wrap(
     if posterior.dim != dim:
         raise ValueError(f"flow: expected a bijector of dim={dim}, got dim={posterior.dim}")
     return WrappedPosterior(encoder, _like(encoder, posterior), pair=width is None, read=read)
-
-
-def _check_flow(flow: str | Bijector, options: Mapping[str, object]) -> None:
-    if not isinstance(flow, str):
-        if options:
-            raise TypeError(f"flow_options: expected none with a bijector, got {', '.join(options)}; make it with them")
-        return
-    if flow not in RECIPES:
-        raise ValueError(f"flow: expected one of {', '.join(RECIPES)}, got {flow!r}")
-    taken = [*inspect.signature(RECIPES[flow]).parameters][2:]  # after features and dim
-    if unknown := [name for name in options if name not in taken]:
-        raise TypeError(f"flow_options: {flow} takes {', '.join(taken) or 'none'}; got {', '.join(unknown)}")
 
 
 def _around_pair(dim: int, flow: str | Bijector, options: Mapping[str, object]) -> FlowPosterior:
