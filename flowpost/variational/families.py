@@ -13,13 +13,14 @@ from flowpost.bijectors.chain import Chain
 from flowpost.bijectors.permute import Permute
 from flowpost.bijectors.spline import Spline
 from flowpost.bijectors.wrappers import Learned
+from flowpost.directions import slow_steps
 from flowpost.numerics.arguments import check_int
 from flowpost.posterior import FlowPosterior
 from flowpost.recipes import RECIPES
 from flowpost.recipes.record import check_recipe
 from flowpost.variational.bound import Fitted
 from flowpost.variational.gaussian import Gaussian
-from flowpost.variational.mixture import Mixture, slow_steps
+from flowpost.variational.mixture import Mixture
 from flowpost.variational.standard import Standard
 
 Flow: TypeAlias = str | Bijector | FlowPosterior | None
