@@ -51,7 +51,7 @@ class Part(NamedTuple):
 
 
 class Chains:
-    """How many there are of what.
+    """Annealed chains at given settings: how many there are of what, and how far they have come.
 
     Args:
         chains: for each example.

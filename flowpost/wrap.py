@@ -139,7 +139,7 @@ def _only_turn(steps: Sequence[Bijector]) -> bool:
 class _PairHead(nn.Module):
     """From ``(loc, log_var)`` to the context of the steps, then the pair itself; or the scale, the steps', and loc."""
 
-    def __init__(self, dim: int, steps: Bijector | None, *, turned: bool = False) -> None:
+    def __init__(self, dim: int, steps: Bijector | None, *, turned: bool) -> None:
         super().__init__()
         self.turned = turned
         self.linear = linear_head(2 * dim, steps) if steps is not None and steps.context_size else None
