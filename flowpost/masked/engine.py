@@ -25,7 +25,7 @@ from flowpost.numerics.watchers import untouched as is_ours
 
 
 class Engine(Protocol):
-    """What an engine gives. A run's parameters come as `run.grouped` groups them; z has the broadcast leading axes."""
+    """What an engine gives. A run's parameters come as `run.flat` gives them; z has the broadcast leading axes."""
 
     @staticmethod
     def values(
