@@ -89,6 +89,12 @@ def test_standard_refuses_what_is_no_factor(tril: Tensor) -> None:
         Standard(LOC, tril)
 
 
+@pytest.mark.parametrize("loc", [LOC.unsqueeze(-1), LOC[0]])
+def test_a_loc_that_is_no_vector_is_refused(loc: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"^loc: expected shape \(dim,\), got"):
+        Standard(loc, TRIL)
+
+
 # ------------------------------------------------------------------------------------------------ natural gradient
 
 
