@@ -79,18 +79,21 @@ class FittedPosterior:
         self.posterior, self.target, self.parameters = posterior, target, target.parameters
         self.evaluations, self.seconds, self.history = evaluations, seconds, list(history)
         self.notes, self.left_out = list(notes), list(left_out)
-        seeded = torch.Generator(device_of(posterior)).manual_seed(0)
-        self._weighed = weighed = weigh(posterior, target, DRAWS, seeded) if weighed is None else weighed
-        self.estimate = estimate(self._weighed)
-        self._elbo, self._smooth = mean_and_error(self._weighed), smooth(self._weighed, self.k_hat)
-        lost, apart = where_lost(weighed, target), where_apart(weighed, target)
-        far = where_far(posterior, weighed, target)
+        if weighed is None:
+            weighed = weigh(posterior, target, DRAWS, torch.Generator(device_of(posterior)).manual_seed(0))
+        self._weighed, self.estimate, self._unseen = weighed, estimate(weighed), unseen_of(weighed)
+        self._elbo, self._smooth = mean_and_error(weighed), smooth(weighed, self.k_hat)
         images = [] if self.left_out else where_mirrored(posterior, target, weighed)
-        notes = [*self.left_out, *images, *self.notes, *doubts(weighed, target)]
-        missed = misses(self.parameters, self._smooth)
-        said = {"lost": lost, "apart": apart, "missed": missed, "far": far, "notes": notes}
-        self._unseen = unseen_of(self._weighed)
-        self._said = reasons(self.estimate, self._elbo[0], unseen=self._unseen, **said)
+        self._said = reasons(
+            self.estimate,
+            self._elbo[0],
+            lost=where_lost(weighed, target),
+            apart=where_apart(weighed, target),
+            missed=misses(self.parameters, self._smooth),
+            far=where_far(posterior, target, weighed),
+            notes=[*self.left_out, *images, *self.notes, *doubts(weighed, target)],
+            unseen=self._unseen,
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.parameters!r}; {self.verdict})"

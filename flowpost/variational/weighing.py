@@ -211,7 +211,7 @@ class Far(NamedTuple):
 
 
 @torch.no_grad()
-def where_far(fitted: Fitted, weighed: Weighed, target: Target) -> Far:
+def where_far(fitted: Fitted, target: Target, weighed: Weighed) -> Far:
     """What q misses far out, four standard errors off.
 
     The draws are q's, ten times as far from its mean m in the direction v in which q is widest, ``z' = z + 9 v v'(z -
