@@ -81,7 +81,7 @@ class Generative(nn.Module):
 
     def _numbers(self, z: Tensor, event: tuple[int, ...], y: Tensor | None) -> Tensor:
         """As `decode`, for the shape of one x: the decoder's axes are held to it, unless the model has its own."""
-        elements = elements_of(event)
+        elements = _elements_of(event)
         if self._has_own("decode", Generative.decode):
             return self.decode(z, elements, y)
         return self._decode(z, elements, y, tuple(event))
@@ -125,7 +125,7 @@ class Generative(nn.Module):
         return found
 
 
-def elements_of(shape: tuple[int, ...]) -> int:
+def _elements_of(shape: tuple[int, ...]) -> int:
     """How many numbers there are in one x."""
     try:
         return math.prod(shape)
@@ -142,7 +142,7 @@ def _check_order(outputs: Tensor, numbers: int, event: tuple[int, ...]) -> None:
     if numbers == 1 or shape == (numbers, *event):
         return
     for axis in range(1, len(event) + 1):
-        if shape == (*event[:axis], numbers, *event[axis:]) and elements_of(event[:axis]) > 1:
+        if shape == (*event[:axis], numbers, *event[axis:]) and _elements_of(event[:axis]) > 1:
             behind = axis == len(event)
             where, place = ("behind", -1) if behind else (f"behind {axis} of them", axis + 1)
             raise ValueError(

@@ -109,7 +109,7 @@ def wrap(
         raise TypeError(f"flow_options: expected none with a bijector, got {given}; make it with them")
     width = _width(encoder, dim, read, features, example)
     if width is None:
-        posterior = _around_pair(dim, flow, flow_options)
+        posterior = _around_pair(flow, dim, flow_options)
     elif isinstance(flow, str):
         posterior = RECIPES[flow](width, dim, **flow_options)
     else:
@@ -119,7 +119,7 @@ def wrap(
     return WrappedPosterior(encoder, _like(encoder, posterior), pair=width is None, read=read)
 
 
-def _around_pair(dim: int, flow: str | Bijector, options: Mapping[str, object]) -> FlowPosterior:
+def _around_pair(flow: str | Bijector, dim: int, options: Mapping[str, object]) -> FlowPosterior:
     """A posterior on ``(loc, log_var)`` whose steps act on the noise before ``loc + exp(log_var / 2) * z``."""
     steps = _steps(flow, dim, options) if isinstance(flow, str) else [flow]
     turned = _only_turn(steps)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flowpost.numerics.arguments import check_positive
 
-CONSTANT = ".constant_"
+_CONSTANT = ".constant_"
 """In the name of a buffer that no call reads: a state without it is of before the constant was."""
 _CURES = {
     "constant_centred": ("centred=False", "centred=True"),
@@ -44,7 +44,7 @@ def keep_constants(
     """
     with torch.no_grad():
         own = {prefix + name: value for name, value in module.state_dict().items()}
-    constants = {name for name in own if CONSTANT in name}
+    constants = {name for name in own if _CONSTANT in name}
     parameters = {prefix + name for name, _ in module.named_parameters(remove_duplicate=False)}
     others = own.keys() - constants - parameters
     if others and not others & state.keys():
@@ -57,7 +57,7 @@ def keep_constants(
         lacking = {name for name in lacking if not name.endswith("constant_gain")}
     if whole and not marked:  # with its marks, a state of no rate is the map that it was
         lacking |= {name for name in others - state.keys() if name.endswith(".output_rate")}
-    more = {name for name in state if name.startswith(prefix) and CONSTANT in name} - constants
+    more = {name for name in state if name.startswith(prefix) and _CONSTANT in name} - constants
     errors += [*_refusals(lacking, "without", 0), *_refusals(more, "with", 1)]
 
 
