@@ -102,7 +102,7 @@ class Generative(nn.Module):
                 f"decoder: expected a row of numbers for each of {rows} z, got shape {tuple(outputs.shape)}; expand "
                 f"what they share"
             )
-        _check_order(outputs, numbers, event)
+        _check_axes(outputs, numbers, event)
         outputs = (outputs.flatten(1) if outputs.ndim > 1 else outputs.unsqueeze(-1)).to(z.dtype)
         if outputs.shape[1] != numbers * elements:
             name = type(self.likelihood).__name__
@@ -133,7 +133,7 @@ def _elements_of(shape: tuple[int, ...]) -> int:
         raise TypeError(f"shape: expected the shape of one x, a tuple of ints, got {shape!r}") from None
 
 
-def _check_order(outputs: Tensor, numbers: int, event: tuple[int, ...]) -> None:
+def _check_axes(outputs: Tensor, numbers: int, event: tuple[int, ...]) -> None:
     """Refuse the numbers of each element side by side, or of each channel: they would be mixed up.
 
     A transformer gives logits ``(N, *event, levels)``, and a PixelCNN ``(N, channels, levels, height, width)``.

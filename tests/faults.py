@@ -297,7 +297,7 @@ FAULTS = (
     Fault(
         "a state's rate or gain left behind",
         "flowpost before 9fa6cdf",
-        ((states, "number_in", _its_own_number),),
+        ((states, "_number_in", _its_own_number),),
         (
             test_triangular.test_a_state_tells_its_rate,
             test_golden.test_a_state_of_another_gain_makes_the_gates_those_of_that_gain,

@@ -69,7 +69,7 @@ def _refusals(names: Set[str], what: str, place: int) -> Iterator[str]:
         yield f"{name}: the state is of another map, {what} this constant{made}"
 
 
-def number_in(state: Mapping[str, Any], key: str, own: float, errors: list[str]) -> float:
+def _number_in(state: Mapping[str, Any], key: str, own: float, errors: list[str]) -> float:
     """A positive number that a state names; the module's own where it does not, or has it rounded."""
     value = state.get(key)
     if not isinstance(value, Tensor) or value.is_meta or value.numel() != 1:
@@ -101,7 +101,7 @@ class Numbered(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
         name, buffer = self._number
         if buffer in self._buffers:
-            setattr(self, name, number_in(state_dict, prefix + buffer, getattr(self, name), args[-1]))
+            setattr(self, name, _number_in(state_dict, prefix + buffer, getattr(self, name), args[-1]))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
