@@ -243,5 +243,6 @@ def _together(parts: Iterable[Row]) -> Row:
 
 
 def _mean_error(values: Tensor, width: int = 0) -> str:
-    """The mean ± its standard error over examples."""
-    return f"{values.mean():{width}.3f} ± {values.std() / math.sqrt(len(values)):.3f}"
+    """The mean ± its standard error over examples; nan for one."""
+    error = values.std() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return f"{values.mean():{width}.3f} ± {error:.3f}"
