@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from flowpost.bijectors.affine import Affine, Shift
 from flowpost.bijectors.autoregressive import Autoregressive
-from flowpost.bijectors.base import Bijector
+from flowpost.bijectors.base import Bijector, check_step
 from flowpost.bijectors.chain import Chain
 from flowpost.bijectors.gate import Gate
 from flowpost.bijectors.householder import Householder
@@ -102,11 +102,7 @@ def wrap(
     check_int("dim", dim, minimum=1)
     if read is not None:
         check_owned("read", read, encoder, "put it into the encoder, as nn.Sequential(encoder, module)", 2)
-    if isinstance(flow, str):
-        check_recipe(flow, flow_options)
-    elif flow_options:
-        given = ", ".join(flow_options)
-        raise TypeError(f"flow_options: expected none with a bijector, got {given}; make it with them")
+    _check_flow(flow, dim, flow_options)
     width = _width(encoder, dim, read, features, example)
     if width is None:
         posterior = _around_pair(flow, dim, flow_options)
@@ -114,9 +110,18 @@ def wrap(
         posterior = RECIPES[flow](width, dim, **flow_options)
     else:
         posterior = FlowPosterior(width, flow)
-    if posterior.dim != dim:
-        raise ValueError(f"flow: expected a bijector of dim={dim}, got dim={posterior.dim}")
     return WrappedPosterior(encoder, _like(encoder, posterior), pair=width is None, read=read)
+
+
+def _check_flow(flow: str | Bijector, dim: int, options: Mapping[str, object]) -> None:
+    if isinstance(flow, str):
+        check_recipe(flow, options)
+        return
+    check_step("flow", flow)
+    if options:
+        raise TypeError(f"flow_options: expected none with a bijector, got {', '.join(options)}; make it with them")
+    if flow.dim != dim:
+        raise ValueError(f"flow: expected a bijector of dim={dim}, got dim={flow.dim}")
 
 
 def _around_pair(flow: str | Bijector, dim: int, options: Mapping[str, object]) -> FlowPosterior:

@@ -100,4 +100,5 @@ def steadied(rate: float | None, features: int, dim: int) -> float:
     """
     if rate is not None:
         return rate
-    return min(1.0, 256 / (features * check_int("dim", dim, minimum=1))) if features else 1.0
+    features, dim = check_int("features", features, minimum=0), check_int("dim", dim, minimum=1)
+    return min(1.0, 256 / (features * dim)) if features else 1.0
