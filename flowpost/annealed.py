@@ -20,7 +20,7 @@ ACCEPTANCE = 0.8  # of the pilot's proposals
 GAIN = 0.3  # of a pilot's log step size, for each temperature: what it follows, and how much it wavers
 PILOT_CHAINS = 4  # for each example, which share a step size
 PILOT_SHARE, PILOT_LEAST = 4, 30  # a pilot has a quarter of the temperatures, but as many as it takes to settle
-SCHEDULES = ("sigmoidal", "linear")
+PATHS = ("sigmoidal", "linear")
 STEEPNESS = 4.0  # Wu et al.'s
 
 Tell = Callable[[], None]
@@ -37,15 +37,15 @@ class Walk(NamedTuple):
     """The mean probability of acceptance, ``(*batch)``; nan where there was no step."""
 
 
-def schedule(temperatures: int, kind: str = "sigmoidal") -> Tensor:
+def schedule(temperatures: int, path: str = "sigmoidal") -> Tensor:
     """Betas from 0 to 1, the share of p in ``N(e; 0, I)^(1 - beta) p^beta``: ``(temperatures + 1,)``, float64, rising.
 
     Args:
         temperatures: how many steps of beta; 1 is importance sampling.
-        kind: "sigmoidal", ``sigmoid(4 (2 t / T - 1))`` brought to 0 and 1, or "linear".
+        path: "sigmoidal", ``sigmoid(4 (2 t / T - 1))`` brought to 0 and 1, or "linear".
 
     Raises:
-        ValueError: if `temperatures` is below 1, or there is no such kind.
+        ValueError: if `temperatures` is below 1, or there is no such path.
 
     Reference:
         Wu, Burda, Salakhutdinov & Grosse (2017), On the Quantitative Analysis of Decoder-Based Generative Models.
@@ -54,11 +54,11 @@ def schedule(temperatures: int, kind: str = "sigmoidal") -> Tensor:
         >>> schedule(4, "linear")
         tensor([0.0000, 0.2500, 0.5000, 0.7500, 1.0000], dtype=torch.float64)
     """
-    if kind not in SCHEDULES:
-        raise ValueError(f"path: expected one of {', '.join(SCHEDULES)}, got {kind!r}")
+    if path not in PATHS:
+        raise ValueError(f"path: expected one of {', '.join(PATHS)}, got {path!r}")
     count = check_int("temperatures", temperatures, minimum=1) + 1
     line = torch.linspace(0, 1, count, dtype=torch.float64, device="cpu")
-    if kind == "linear":
+    if path == "linear":
         return line
     bent = torch.sigmoid(STEEPNESS * (2 * line - 1))
     return (bent - bent[0]) / (bent[-1] - bent[0])
@@ -131,7 +131,7 @@ def anneal(
 
 
 def pilot(
-    gradient: Gradient, start: Tensor, temperatures: int, kind: str, leapfrogs: int, *, tell: Tell | None = None
+    gradient: Gradient, start: Tensor, temperatures: int, path: str, leapfrogs: int, *, tell: Tell | None = None
 ) -> Tensor:
     """Step sizes for `anneal`, one for each temperature and example, from chains that are thrown away.
 
@@ -144,7 +144,7 @@ def pilot(
         gradient: as in `anneal`.
         start: draws of N(0, I), other ones than the run's, ``(chains, *batch, dim)``.
         temperatures: of the run to come.
-        kind: of its `schedule`.
+        path: of its betas, as in `schedule`.
         leapfrogs: of its steps.
         tell: called after each of the pilot's temperatures.
 
@@ -157,7 +157,7 @@ def pilot(
         >>> sizes.shape, bool((sizes[-1] < 0.3).all())
         (torch.Size([99, 7]), True)
     """
-    betas = schedule(pilot_temperatures(temperatures), kind).to(start)[1:]
+    betas = schedule(pilot_temperatures(temperatures), path).to(start)[1:]
 
     def advance(position: Tensor, value: Tensor, slope: Tensor, log_size: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
         state = State(position, value, slope)

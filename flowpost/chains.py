@@ -14,7 +14,7 @@ from flowpost.annealing import Gradient
 from flowpost.importance import summarize
 from flowpost.numerics.arguments import check_int
 
-Progress = Callable[[int, int], object]
+Watch = Callable[[int, int], object]
 """Called with how many temperatures are done, and how many there are in all."""
 
 
@@ -51,7 +51,7 @@ class Part(NamedTuple):
 
 
 class Chains:
-    """How many there are of what.
+    """Annealed chains at given settings: how many there are of what, and how far they have come.
 
     Args:
         chains: for each example.
@@ -71,7 +71,7 @@ class Chains:
         leapfrogs: int,
         path: str,
         pairs: int,
-        progress: Progress | None = None,
+        progress: Watch | None = None,
     ) -> None:
         self.chains, self.pairs = check_int("chains", chains, minimum=1), check_int("pairs", pairs, minimum=1)
         self.prior_chains = max(2, chains // 2) if prior_chains is None else check_int("prior_chains", prior_chains, 0)

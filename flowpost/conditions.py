@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flowpost.bijectors.autoregressive import Masked
-from flowpost.bijectors.base import Bijector
-from flowpost.bijectors.wrappers import Inverse
+from flowpost.directions import slow_steps
 from flowpost.distribution import FlowDistribution
 from flowpost.numerics.arguments import check_module
 from flowpost.numerics.watchers import changes, check_left, recordable
@@ -29,7 +28,7 @@ _OF_A_DEVICE = ("synchronizing", "CUDA error")
 
 
 def check_prior(prior: Prior, posterior: FlowPosterior) -> None:
-    """Refuse a prior over another space than the posterior's, and warn of one that takes a search to score any z."""
+    """Refuse a prior over another space than the posterior's, and warn of one that takes a sweep to score any z."""
     dim, (low, high) = posterior.dim, posterior.flow.codomain
     if not isinstance(prior, (FlowPosterior, WrappedPosterior)):
         raise TypeError(f"prior: expected a posterior, such as realnvp(0, dim={dim}), got {type(prior).__name__}")
@@ -42,7 +41,7 @@ def check_prior(prior: Prior, posterior: FlowPosterior) -> None:
             f"prior: expected one of all z that the posterior gives, numbers between {low} and {high}, got one of "
             f"numbers between {flow.codomain[0]} and {flow.codomain[1]}, elsewhere of no density; end both in one step"
         )
-    if count := sweeps(flow, inverse=True):
+    if count := sum(isinstance(step, Masked) for step in slow_steps(flow, inverse=True)):
         warnings.warn(
             f"prior: log p(z) takes a sweep over the variables in each of {count} autoregressive steps, whose fast "
             f"direction is to draw; expected steps that score any z fast, as maf(0, dim={dim}) and realnvp(0, "
@@ -171,16 +170,6 @@ def kept(data: Data) -> Data:
     x, y = data
     with torch.inference_mode(mode=False):
         return recordable(x), None if y is None else recordable(y)
-
-
-def sweeps(step: nn.Module, *, inverse: bool) -> int:
-    """How many steps within are swept over the variables, in the inverse or in the forward direction."""
-    if isinstance(step, Masked):
-        return int(inverse)
-    if isinstance(step, Inverse):
-        return sweeps(step.step, inverse=not inverse)
-    parts = [part for part in step.children() if isinstance(part, (Bijector, nn.ModuleList))]
-    return sum(sweeps(part, inverse=inverse) for part in parts)
 
 
 def _check_takes_two(name: str, part: nn.Module) -> None:

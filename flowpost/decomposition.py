@@ -13,8 +13,7 @@ from flowpost.distribution import FlowDistribution
 from flowpost.marginals import gaussian_marginals, log_product_of_marginals
 from flowpost.numerics.arguments import check_int
 from flowpost.vae import VAE
-
-_EXAMPLES = 100
+from flowpost.weights import EXAMPLES
 
 
 class ELBODecomposition(NamedTuple):
@@ -81,11 +80,11 @@ def decompose_elbo(
     if reads(vae.prior):
         raise ValueError("prior: expected one p(z) for all examples, to which q(z) is compared, got one of p(z|y)")
     with torch.no_grad():
-        found = [vae.encode(*part) for part in split(x, y, _EXAMPLES)]  # a head may give one row for all
+        found = [vae.encode(*part) for part in split(x, y, EXAMPLES)]  # a head may give one row for all
         for q in found:
             q._require_of_flow(vae.posterior.flow)
         contexts = torch.cat([cast(Tensor, q.context).expand(*q.batch_shape, -1) for q in found])
-        marginals, size = _marginals(vae, contexts), max(1, min(_EXAMPLES, pairs // samples))
+        marginals, size = _marginals(vae, contexts), max(1, min(EXAMPLES, pairs // samples))
         pieces = zip(split(x, y, size), torch.arange(len(x), device=x.device).split(size), strict=True)
         parts = [_decompose(vae, piece, row, contexts, marginals, samples, pairs) for piece, row in pieces]
     return ELBODecomposition(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -95,7 +94,7 @@ def _marginals(vae: VAE, contexts: Tensor) -> tuple[Tensor, Tensor] | None:
     """Mean and standard deviation of each latent, ``(N, dim)``, of Gaussian posteriors."""
     if not vae.posterior.is_gaussian:
         return None
-    parts = [gaussian_marginals(_at(vae, part)) for part in contexts.split(_EXAMPLES)]
+    parts = [gaussian_marginals(_at(vae, part)) for part in contexts.split(EXAMPLES)]
     loc, scale = (torch.cat(column) for column in zip(*parts, strict=True))
     return loc, scale
 

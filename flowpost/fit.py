@@ -117,15 +117,15 @@ def fit(
         )
         if resume is not None:
             return running.after(resume).ascend(copy.deepcopy(resume.posterior).to(device), [*resume.left_out])
-        most = modes if is_mixable(built) else 1
+        most, diagonal = modes if is_mixable(built) else 1, flow == "diagonal"
         running.flow, running.most = built, most
-        start = running.start(most, diagonal=flow == "diagonal")
+        start = running.start(most, diagonal=diagonal)
         lost = [left_out(start, most, target)] if len(start.gaussians) > most else []
         if len(start.gaussians) < most:
-            start = running.imaged(start, diagonal=flow == "diagonal")
+            start = running.imaged(start, diagonal=diagonal)
         gaussians = start.gaussians[:most]
         if flow in GAUSSIANS and len(gaussians) == 1:
-            best, said = running.rise(gaussians[0], diagonal=flow == "diagonal")
+            best, said = running.rise(gaussians[0], diagonal=diagonal)
             return running.finish(assemble(built, [best], start.elbos[:1]), lost, said)
         return running.ascend(assemble(built, gaussians, start.elbos[:most]), lost)
 

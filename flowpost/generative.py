@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flowpost.conditions import Prior, call, prior_at, reads, row_for_each, spread
 from flowpost.density import like_of, standard_normal_log_prob
 from flowpost.likelihoods import Likelihood
+from flowpost.numerics.arguments import check_noise
 from flowpost.numerics.watchers import changes, check_left
 from flowpost.outputs import kind
 from flowpost.posterior import FlowPosterior
@@ -50,6 +51,8 @@ class Generative(nn.Module):
 
         Raises:
             NotImplementedError: of a model with a `log_prior` of its own and no ``sample_prior``.
+            TypeError: for a noise of another dtype than the posterior's.
+            ValueError: for a noise of another shape or device.
         """
         own = self._has_own("log_prior", Generative.log_prior)
         if own and not self._has_own("sample_prior", Generative.sample_prior):
@@ -59,10 +62,11 @@ class Generative(nn.Module):
         if self.prior is not None:
             shape = () if reads(self.prior) else (count,)
             return prior_at(self.prior, row_for_each(y, count)).draw(shape, noise).z
-        if noise is not None:
-            return noise
-        like = like_of(self.posterior.flow, None)
-        return torch.randn(count, self.posterior.dim, dtype=like.dtype, device=like.device)
+        shape, like = (count, self.posterior.dim), like_of(self.posterior.flow, None)
+        if noise is None:
+            return torch.randn(shape, dtype=like.dtype, device=like.device)
+        check_noise(noise, shape, like)
+        return noise
 
     @torch.no_grad()
     def sample(self, count: int, shape: tuple[int, ...], y: Tensor | None = None) -> Tensor:
@@ -77,7 +81,7 @@ class Generative(nn.Module):
 
     def _numbers(self, z: Tensor, event: tuple[int, ...], y: Tensor | None) -> Tensor:
         """As `decode`, for the shape of one x: the decoder's axes are held to it, unless the model has its own."""
-        elements = elements_of(event)
+        elements = _elements_of(event)
         if self._has_own("decode", Generative.decode):
             return self.decode(z, elements, y)
         return self._decode(z, elements, y, tuple(event))
@@ -98,7 +102,7 @@ class Generative(nn.Module):
                 f"decoder: expected a row of numbers for each of {rows} z, got shape {tuple(outputs.shape)}; expand "
                 f"what they share"
             )
-        _check_order(outputs, numbers, event)
+        _check_axes(outputs, numbers, event)
         outputs = (outputs.flatten(1) if outputs.ndim > 1 else outputs.unsqueeze(-1)).to(z.dtype)
         if outputs.shape[1] != numbers * elements:
             name = type(self.likelihood).__name__
@@ -121,7 +125,7 @@ class Generative(nn.Module):
         return found
 
 
-def elements_of(shape: tuple[int, ...]) -> int:
+def _elements_of(shape: tuple[int, ...]) -> int:
     """How many numbers there are in one x."""
     try:
         return math.prod(shape)
@@ -129,7 +133,7 @@ def elements_of(shape: tuple[int, ...]) -> int:
         raise TypeError(f"shape: expected the shape of one x, a tuple of ints, got {shape!r}") from None
 
 
-def _check_order(outputs: Tensor, numbers: int, event: tuple[int, ...]) -> None:
+def _check_axes(outputs: Tensor, numbers: int, event: tuple[int, ...]) -> None:
     """Refuse the numbers of each element side by side, or of each channel: they would be mixed up.
 
     A transformer gives logits ``(N, *event, levels)``, and a PixelCNN ``(N, channels, levels, height, width)``.
@@ -138,7 +142,7 @@ def _check_order(outputs: Tensor, numbers: int, event: tuple[int, ...]) -> None:
     if numbers == 1 or shape == (numbers, *event):
         return
     for axis in range(1, len(event) + 1):
-        if shape == (*event[:axis], numbers, *event[axis:]) and elements_of(event[:axis]) > 1:
+        if shape == (*event[:axis], numbers, *event[axis:]) and _elements_of(event[:axis]) > 1:
             behind = axis == len(event)
             where, place = ("behind", -1) if behind else (f"behind {axis} of them", axis + 1)
             raise ValueError(

@@ -130,7 +130,20 @@ class FlowPosterior(nn.Module):
         return FlowDistribution(self.flow, self.context(h), batch_of(h), validate_args=validate_args)
 
     def context(self, h: Tensor | None = None) -> Tensor | None:
-        """The flow's context for features h, which are cast to the head's dtype, and never left in half precision."""
+        """What the head makes of features h, ``(*batch, context_size)``: the numbers that the flow reads.
+
+        h is cast to the head's dtype, and the head runs without autocast.
+
+        Args:
+            h: features ``(*batch, features)``; None for a posterior without an encoder.
+
+        Returns:
+            The context, of the head's dtype; None where the flow reads none, or has learned it.
+
+        Raises:
+            TypeError: for an h that is no floating tensor.
+            ValueError: for a wrong width or device, or a head that gives no row for each of h.
+        """
         check_untraced()
         refuse_shards(self)
         h = self._check_features(h)

@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from flowpost.chains import PRIOR_SHARE, AnnealedEstimate, Chains, Part, Progress, mixed
+from flowpost.chains import PRIOR_SHARE, AnnealedEstimate, Chains, Part, Watch, mixed
 from flowpost.conditions import Data, row_for_each, split
 from flowpost.distribution import FlowDistribution
 from flowpost.importance import LIMIT, ImportanceEstimate, summarize
@@ -73,7 +73,7 @@ def annealed_estimate(
     path: str = "sigmoidal",
     pairs: int = 5000,
     y: Tensor | None = None,
-    progress: Progress | None = None,
+    progress: Watch | None = None,
 ) -> AnnealedEstimate:
     """Annealed importance sampling of log p(x): where importance sampling's k-hat is too large, this is the number.
 
@@ -145,7 +145,7 @@ def sandwich(
     samples: int = 1000,
     pairs: int = 5000,
     y: Tensor | None = None,
-    progress: Progress | None = None,
+    progress: Watch | None = None,
 ) -> Sandwich:
     """Bidirectional Monte Carlo: log p(x) of x drawn from the model, between a lower and an upper bound.
 
@@ -243,5 +243,6 @@ def _together(parts: Iterable[Row]) -> Row:
 
 
 def _mean_error(values: Tensor, width: int = 0) -> str:
-    """The mean ± its standard error over examples."""
-    return f"{values.mean():{width}.3f} ± {values.std() / math.sqrt(len(values)):.3f}"
+    """The mean ± its standard error over examples; nan for one."""
+    error = values.std() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return f"{values.mean():{width}.3f} ± {error:.3f}"

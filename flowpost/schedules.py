@@ -22,7 +22,7 @@ def constant(step: int, weight: float = 1.0) -> float:
         >>> constant(1000, weight=4.0)
         4.0
     """
-    _check(step, weight)
+    _check(step, weight=weight)
     return float(weight)
 
 
@@ -45,7 +45,7 @@ def linear(step: int, steps: int, *, start: float = 0.0, end: float = 1.0) -> fl
         >>> [linear(step, 4) for step in (0, 1, 4, 9)]
         [0.0, 0.25, 1.0, 1.0]
     """
-    _check(step, start, end)
+    _check(step, start=start, end=end)
     if steps < 0:
         raise ValueError(f"steps: expected an int >= 0, got {steps}")
     return float(end if step >= steps else start + (end - start) * step / steps)
@@ -74,7 +74,7 @@ def cyclical(step: int, period: int, *, rise: float = 0.5, start: float = 0.0, e
         >>> [cyclical(step, 8) for step in (0, 2, 4, 7, 8, 10)]
         [0.0, 0.5, 1.0, 1.0, 0.0, 0.5]
     """
-    _check(step, start, end)
+    _check(step, start=start, end=end)
     if period < 1:
         raise ValueError(f"period: expected an int >= 1, got {period}")
     if not 0 < rise <= 1:
@@ -83,9 +83,9 @@ def cyclical(step: int, period: int, *, rise: float = 0.5, start: float = 0.0, e
     return float(end if share >= rise else start + (end - start) * share / rise)
 
 
-def _check(step: int, *weights: float) -> None:
+def _check(step: int, **weights: float) -> None:
     if step < 0:
         raise ValueError(f"step: expected an int >= 0, got {step}")
-    for weight in weights:
+    for name, weight in weights.items():
         if not 0 <= weight < math.inf:
-            raise ValueError(f"weight: expected a finite number >= 0, got {weight}")
+            raise ValueError(f"{name}: expected a finite number >= 0, got {weight}")

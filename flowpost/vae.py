@@ -59,7 +59,7 @@ class VAE(Encoding, Generative):
             in a sigmoid where the likelihood reads logits.
 
     Warns:
-        UserWarning: for a prior that takes a search to score a z, such as ``iaf(0, dim)``.
+        UserWarning: for a prior that takes a sweep over the variables to score a z, such as ``iaf(0, dim)``.
 
     Reference:
         Kingma & Welling (2014); (2019), section 2.

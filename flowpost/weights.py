@@ -18,6 +18,7 @@ from flowpost.refining import CHAINS, Proposal, drawn_from, fit_proposal, noise_
 from flowpost.vae import VAE
 
 EXAMPLES = 100
+"""Encoded at once."""
 
 
 def log_weights(

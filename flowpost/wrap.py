@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 
@@ -12,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from flowpost.bijectors.affine import Affine, Shift
 from flowpost.bijectors.autoregressive import Autoregressive
-from flowpost.bijectors.base import Bijector
+from flowpost.bijectors.base import Bijector, check_step
 from flowpost.bijectors.chain import Chain
 from flowpost.bijectors.gate import Gate
 from flowpost.bijectors.householder import Householder
@@ -26,6 +25,7 @@ from flowpost.outputs import Read, as_features, check_diagonal, check_example, c
 from flowpost.posterior import FlowPosterior
 from flowpost.recipes import RECIPES
 from flowpost.recipes.parts import steadied
+from flowpost.recipes.record import check_recipe
 from flowpost.wrapped import WrappedPosterior
 
 
@@ -102,32 +102,29 @@ def wrap(
     check_int("dim", dim, minimum=1)
     if read is not None:
         check_owned("read", read, encoder, "put it into the encoder, as nn.Sequential(encoder, module)", 2)
-    _check_flow(flow, flow_options)
+    _check_flow(flow, dim, flow_options)
     width = _width(encoder, dim, read, features, example)
     if width is None:
-        posterior = _around_pair(dim, flow, flow_options)
+        posterior = _around_pair(flow, dim, flow_options)
     elif isinstance(flow, str):
         posterior = RECIPES[flow](width, dim, **flow_options)
     else:
         posterior = FlowPosterior(width, flow)
-    if posterior.dim != dim:
-        raise ValueError(f"flow: expected a bijector of dim={dim}, got dim={posterior.dim}")
     return WrappedPosterior(encoder, _like(encoder, posterior), pair=width is None, read=read)
 
 
-def _check_flow(flow: str | Bijector, options: Mapping[str, object]) -> None:
-    if not isinstance(flow, str):
-        if options:
-            raise TypeError(f"flow_options: expected none with a bijector, got {', '.join(options)}; make it with them")
+def _check_flow(flow: str | Bijector, dim: int, options: Mapping[str, object]) -> None:
+    if isinstance(flow, str):
+        check_recipe(flow, options)
         return
-    if flow not in RECIPES:
-        raise ValueError(f"flow: expected one of {', '.join(RECIPES)}, got {flow!r}")
-    taken = [*inspect.signature(RECIPES[flow]).parameters][2:]  # after features and dim
-    if unknown := [name for name in options if name not in taken]:
-        raise TypeError(f"flow_options: {flow} takes {', '.join(taken) or 'none'}; got {', '.join(unknown)}")
+    check_step("flow", flow)
+    if options:
+        raise TypeError(f"flow_options: expected none with a bijector, got {', '.join(options)}; make it with them")
+    if flow.dim != dim:
+        raise ValueError(f"flow: expected a bijector of dim={dim}, got dim={flow.dim}")
 
 
-def _around_pair(dim: int, flow: str | Bijector, options: Mapping[str, object]) -> FlowPosterior:
+def _around_pair(flow: str | Bijector, dim: int, options: Mapping[str, object]) -> FlowPosterior:
     """A posterior on ``(loc, log_var)`` whose steps act on the noise before ``loc + exp(log_var / 2) * z``."""
     steps = _steps(flow, dim, options) if isinstance(flow, str) else [flow]
     turned = _only_turn(steps)
@@ -147,7 +144,7 @@ def _only_turn(steps: Sequence[Bijector]) -> bool:
 class _PairHead(nn.Module):
     """From ``(loc, log_var)`` to the context of the steps, then the pair itself; or the scale, the steps', and loc."""
 
-    def __init__(self, dim: int, steps: Bijector | None, *, turned: bool = False) -> None:
+    def __init__(self, dim: int, steps: Bijector | None, *, turned: bool) -> None:
         super().__init__()
         self.turned = turned
         self.linear = linear_head(2 * dim, steps) if steps is not None and steps.context_size else None

@@ -21,9 +21,11 @@ import pytest
 import test_errors
 import test_evaluation
 import test_golden
+import test_householder
 import test_likelihoods
 import test_meta
 import test_objectives
+import test_prior
 import test_traced
 import test_triangular
 import test_vae
@@ -38,6 +40,7 @@ from flowpost import (
     decomposition,
     density,
     evaluation,
+    generative,
     importance,
     likelihoods,
     objectives,
@@ -98,6 +101,10 @@ def label(test: Test) -> str:
 
 def _nothing(*args: object, **kwargs: object) -> None:
     return None
+
+
+def _joined_by_forward(self: Householder, *, shared: bool) -> type | None:
+    return Householder if type(self)._forward is Householder._forward and not shared else None
 
 
 def _autocast_everywhere(device_type: str) -> bool:
@@ -297,7 +304,7 @@ FAULTS = (
     Fault(
         "a state's rate or gain left behind",
         "flowpost before 9fa6cdf",
-        ((states, "number_in", _its_own_number),),
+        ((states, "_number_in", _its_own_number),),
         (
             test_triangular.test_a_state_tells_its_rate,
             test_golden.test_a_state_of_another_gain_makes_the_gates_those_of_that_gain,
@@ -326,6 +333,18 @@ FAULTS = (
             partial(test_evaluation.test_k_hat_is_the_naive_formula_s, 1000, 1.0),
             partial(test_evaluation.test_k_hat_of_pareto_weights, 0.7),
         ),
+    ),
+    Fault(
+        "a draw from a plain prior of any shape",
+        "-",
+        ((generative, "check_noise", _nothing),),
+        (test_prior.test_every_use_of_the_prior_finds_it,),
+    ),
+    Fault(
+        "a run's inverse in the place of a subclass's own",
+        "-",
+        ((Householder, "_fuses", _joined_by_forward),),
+        (test_householder.test_a_subclass_with_an_inverse_of_its_own_is_not_joined,),
     ),
 )
 

@@ -263,7 +263,7 @@ def _all_of_z(self: Coupling, z: Tensor, context: Tensor | None) -> tuple[Tensor
     return image + 0.1 * moving.sin() * moving.new_tensor([1.0] + [0.0] * (self.dim - 1)), log_det
 
 
-def _joined_in_the_order_they_come(self: Coupling, passed: Tensor, moved: Tensor) -> Tensor:
+def _merged_in_the_order_they_come(self: Coupling, passed: Tensor, moved: Tensor) -> Tensor:
     return torch.cat([passed.expand(*moved.shape[:-1], -1), moved], dim=-1)
 
 
@@ -686,7 +686,7 @@ MUTANTS = (
         "coupling forgets its order",
         "-",
         _coupling,
-        ((Coupling, "_join", _joined_in_the_order_they_come),),
+        ((Coupling, "_merge", _merged_in_the_order_they_come),),
         dims=(2, 5),
         killer="structure",
     ),

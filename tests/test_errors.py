@@ -249,6 +249,12 @@ CONSTRUCTORS: list[tuple[Callable[[], object], type[Exception], str]] = [
         "step: expected one that reads a context, got Reverse with context_size=0",
     ),
     (lambda: Conditioned(Planar(2), 0), ValueError, "features: expected an int >= 1, got 0"),
+    (lambda: flowpost.nice(3, "2"), TypeError, "dim: expected an int, got str"),  # pyright: ignore[reportArgumentType]
+    (
+        lambda: flowpost.full_covariance("3", 2),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "features: expected an int, got str",
+    ),
     (lambda: FlowPosterior(3, NO_STEP), TypeError, "flow: expected a Bijector, got Linear"),  # pyright: ignore[reportArgumentType]
     (lambda: FlowPosterior(-1, Planar(2)), ValueError, "features: expected an int >= 0, got -1"),
     (lambda: flowpost.planar(3, 2, steps=0), ValueError, "steps: expected an int >= 1, got 0"),

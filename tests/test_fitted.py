@@ -395,7 +395,7 @@ def box(z: Tensor) -> Tensor:
 def test_a_density_without_end_is_told() -> None:
     """Ten times as far out there is ten times the mass; of a density that ends, as much as before, less four errors."""
     targets = {f: Target(f, Parameters(2), device="cpu", dtype=torch.float64) for f in (ridge, box)}
-    found = {f: where_far(NOWHERE, on_a_line(), target) for f, target in targets.items()}
+    found = {f: where_far(NOWHERE, target, on_a_line()) for f, target in targets.items()}
     assert found[ridge].rise == pytest.approx(math.log(10), abs=1e-6)
     assert re.fullmatch(r"theta = \[-?7\.\d+, -?7\.\d+\]", found[ridge].where)
     assert found[box].rise == pytest.approx(math.log(1 - 4 * math.sqrt(9 / 999)), abs=0.1)
@@ -416,7 +416,7 @@ def test_a_tail_that_no_draw_reaches_is_told_by_the_sd_that_it_has(freedom: floa
 
     target = Target(log_joint, Parameters(1), device="cpu", dtype=torch.float64)
     q = assemble(build_flow("diagonal", 1, {}), [Gaussian(torch.zeros(1).double(), 1.3 * torch.eye(1).double())], [0.0])
-    found = where_far(q, weigh(q, target, 1000, torch.Generator().manual_seed(0)), target)
+    found = where_far(q, target, weigh(q, target, 1000, torch.Generator().manual_seed(0)))
     z = torch.linspace(-60, 60, 24_001, dtype=torch.float64).unsqueeze(-1)
     log_p = log_joint(z)
     beyond = torch.where(log_p - Normal(0.0, 1.3).log_prob(z).squeeze(-1) > 3, log_p.exp(), 0.0)
@@ -438,7 +438,7 @@ def test_a_q_of_light_tails_lacks_no_more_sd_than_it_does(scale: float) -> None:
     z = torch.randn(400_000, 3, dtype=torch.float64)
     beyond = Normal(0.0, 1.0).log_prob(z).sum(-1) - Normal(0.2, scale).log_prob(z).sum(-1) > 3
     lacking = torch.where(beyond, (z - 0.2).sum(-1).square() / 3, 0.0).mean() / scale**2
-    found = where_far(fitted.posterior, fitted._weighed, fitted.target).sd
+    found = where_far(fitted.posterior, fitted.target, fitted._weighed).sd
     assert 0 <= found <= 1 - (1 + lacking).rsqrt()
 
 
@@ -463,7 +463,7 @@ def test_a_tail_of_one_parameter_is_told_whatever_the_units_of_others(unit: floa
     target = Target(log_joint, Parameters(dim), device="cpu", dtype=torch.float64)
     gaussian = Gaussian(torch.zeros(dim, dtype=torch.float64), tril)
     q = assemble(build_flow("full_covariance", dim, {}), [gaussian], [0.0])
-    found = where_far(q, weigh(q, target, 10_000, torch.Generator().manual_seed(0)), target)
+    found = where_far(q, target, weigh(q, target, 10_000, torch.Generator().manual_seed(0)))
     assert 0.15 < found.sd < 0.3
     assert found.rise < 0.1
     assert abs(float(re.findall(r"-?[\d.]+", found.where)[0])) > 4
@@ -487,7 +487,7 @@ def test_a_log_joint_that_fails_far_out_says_nothing() -> None:
         return standard(z)
 
     target = Target(near, Parameters(2), device="cpu", dtype=torch.float64)
-    assert where_far(NOWHERE, on_a_line(), target) == Far(0.0, 0.0, "")
+    assert where_far(NOWHERE, target, on_a_line()) == Far(0.0, 0.0, "")
 
 
 @pytest.mark.parametrize(("bad", "hint"), [(math.nan, ""), (-math.inf, "; give the parameters constraints that are")])

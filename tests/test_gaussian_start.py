@@ -12,6 +12,7 @@ from flowpost import Affine, Bijector, Chain, FlowPosterior
 from flowpost.testing import check_bijector
 from flowpost.variational.gaussian import (
     RATE,
+    STRETCH,
     Gaussian,
     elbo,
     factorized,
@@ -87,6 +88,12 @@ def test_standard_gives_a_gaussian_its_mean_and_covariance() -> None:
 def test_standard_refuses_what_is_no_factor(tril: Tensor) -> None:
     with pytest.raises(ValueError, match=r"^scale_tril: expected shape \(3, 3\) and a positive diagonal, got shape"):
         Standard(LOC, tril)
+
+
+@pytest.mark.parametrize("loc", [LOC.unsqueeze(-1), LOC[0]])
+def test_a_loc_that_is_no_vector_is_refused(loc: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"^loc: expected shape \(dim,\), got"):
+        Standard(loc, TRIL)
 
 
 # ------------------------------------------------------------------------------------------------ natural gradient
@@ -178,6 +185,12 @@ def test_rise_ends_where_nothing_is_gained() -> None:
     assert len(elbos) < 2000
     _, few = rise(normal(), standard_gaussian(ZERO), 40, 16, seeded(), diagonal=False)
     assert len(few) == 40
+
+
+def test_a_climb_whose_last_stretch_is_one_step_warns_nobody() -> None:
+    """Of one step's ELBO there is no variance to compare with."""
+    _, elbos = rise(normal(), standard_gaussian(ZERO), 2 * (STRETCH + 1), 16, seeded(), diagonal=False)
+    assert len(elbos) == 2 * (STRETCH + 1)
 
 
 # -------------------------------------------------------------------------------------------------------- Laplace

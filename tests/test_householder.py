@@ -108,3 +108,14 @@ def test_a_subclass_may_build_on_the_inverse() -> None:
     """It called the subclass's own ``_forward``."""
     step, z, context = Tripled(3), torch.randn(5, 3), torch.randn(3)
     torch.testing.assert_close(step.inverse(step(z, context)[0], context)[0], z)
+
+
+def test_a_subclass_with_an_inverse_of_its_own_is_not_joined() -> None:
+    """As of planar steps; the run's inverse passed it by."""
+
+    class Back(Householder):
+        def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
+            return z, z.new_zeros(())
+
+    z, context = torch.randn(4, 3), torch.randn(4, 6)
+    assert torch.equal(Chain(Back(3), Back(3)).inverse(z, context)[0], z)

@@ -81,6 +81,9 @@ def test_every_use_of_the_prior_finds_it() -> None:
     noise = torch.randn(3, DIM, dtype=torch.float64)
     torch.testing.assert_close(vae.sample_prior(3, noise=noise), 3 + noise)
     assert torch.equal(plain.sample_prior(3, noise=noise), noise)
+    for model in (plain, vae):
+        with pytest.raises(ValueError, match=rf"^noise: expected shape \(3, {DIM}\), got \({DIM},\)$"):
+            model.sample_prior(3, noise=noise[0])
     half = VAE(nn.Linear(4, 5).bfloat16(), flowpost.planar(5, DIM), nn.Linear(DIM, 4), Bernoulli())
     assert half.sample_prior(3).dtype == torch.float32  # z's, whatever the encoder's
     torch.manual_seed(2)

@@ -326,6 +326,12 @@ def test_the_summary_says_what_was_found() -> None:
     assert "residual of the inverse at most" in lines[5]
 
 
+def test_a_summary_of_one_x_has_no_standard_error_and_warns_nobody() -> None:
+    vae, _ = known("diagonal")
+    found = sandwich(vae, 1, (5,), 4, 10, 2, samples=100)
+    assert f"{found.lower.log_p.item():.3f} ± nan" in str(found).splitlines()[1]
+
+
 def test_float32_and_a_wrapped_encoder() -> None:
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Linear(9, 16), nn.ReLU())

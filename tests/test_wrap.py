@@ -290,6 +290,11 @@ def test_what_is_refused() -> None:
     raises(ValueError, "features: expected an int >= 1, got 0", lambda: wrap(nn.Linear(6, 7), 3, features=0))
     options = "flow_options: expected none with a bijector, got steps; make it with them"
     raises(TypeError, options, lambda: wrap(nn.Linear(6, 7), 3, features=7, flow=Planar(3), steps=2))
+    of_dim = "flow: expected a bijector of dim=3, got dim=2"
+    raises(ValueError, of_dim, lambda: wrap(Pair(), 3, example=X, flow=Planar(2)))
+    kind = "flow: expected a Bijector, got FlowPosterior"
+    given: Any = RECIPES["diagonal"](0, 3)
+    raises(TypeError, kind, lambda: wrap(Pair(), 3, example=X, flow=given))
     planar = "flow_options: planar takes steps, centred; got hidden"
     raises(TypeError, planar, lambda: wrap(nn.Linear(6, 7), 3, features=7, flow="planar", hidden=(8,)))
     none = "flow_options: diagonal takes none; got steps, hidden"

@@ -13,9 +13,7 @@ from torch.distributions.constraints import Constraint
 from flowpost.numerics.remembered import Remembered, remember
 
 if TYPE_CHECKING:
-    from flowpost.bijectors.base import Bijector
-
-Interval = tuple[float, float]
+    from flowpost.bijectors.base import Bijector, Interval
 
 
 def vectors_in(interval: Interval) -> Constraint:

@@ -12,7 +12,7 @@ from torch.distributions import Distribution, Transform, constraints
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import _InverseTransform
 
-from flowpost.bijectors.base import LINE, Bijector
+from flowpost.bijectors.base import LINE, Bijector, Interval
 from flowpost.numerics.constants import Constant
 from flowpost.numerics.owners import check_owned, modules_of
 from flowpost.numerics.products import wide_dtype
@@ -212,7 +212,7 @@ def _check_transform(transform: Transform, z: Tensor) -> int:
     return events[0]
 
 
-def _interval(name: str, constraint: Constraint) -> tuple[float, float]:
+def _interval(name: str, constraint: Constraint) -> Interval:
     """The open interval in which a constraint holds every variable."""
     while isinstance(constraint, constraints.independent):
         constraint = constraint.base_constraint
@@ -228,7 +228,7 @@ def _interval(name: str, constraint: Constraint) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _inside(interval: tuple[float, float]) -> float:
+def _inside(interval: Interval) -> float:
     """A number in an interval."""
     low, high = interval
     if interval == LINE:

@@ -125,11 +125,11 @@ class Chain(_Steps):
         >>> z, log_det = flow(torch.zeros(3, 2), torch.zeros(3, 9))
     """
 
+    shared = False
+
     def __init__(self, *steps: Bijector) -> None:
         _check_steps("Chain", steps)
         super().__init__(steps, sum(step.context_size for step in steps))
-
-    shared = False
 
     def _runs(self, context: Tensor | None) -> list[Run]:
         groups = self._grouped()
@@ -183,14 +183,14 @@ class Shared(_Steps):
         8
     """
 
+    shared = True
+
     def __init__(self, *steps: Bijector) -> None:
         _check_steps("Shared", steps)
         sizes = {step.context_size for step in steps} - {0}
         if len(sizes) > 1:
             raise ValueError(f"Shared: expected steps of one context_size, got {sorted(sizes)}")
         super().__init__(steps, max(sizes, default=0))
-
-    shared = True
 
     def _runs(self, context: Tensor | None) -> list[Run]:
         return [(steps, context if steps[0].context_size else None) for steps in self._grouped()]

@@ -27,10 +27,10 @@ def convex_combination(
     Returns:
         z' ``(*batch, dim)`` and log_det, zero.
     """
-    return multiply(z, combine(entries, logits), kept, rate), z.new_zeros(())
+    return multiply(z, _combine(entries, logits), kept, rate), z.new_zeros(())
 
 
-def combine(entries: Tensor, logits: Tensor) -> Tensor:
+def _combine(entries: Tensor, logits: Tensor) -> Tensor:
     """The combined matrix's entries; its diagonal is 1, since the weights add up to 1."""
     return (logits.softmax(-1).unsqueeze(-1) * entries).sum(-2)
 
@@ -94,7 +94,7 @@ class ConvexCombination(RatedNumbers, Bijector):
         return convex_combination(z, *self._numbers(z, context), self._places, self.rate)
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
-        return solve(z, self._rated(combine(*self._numbers(z, context))), self._places), z.new_zeros(())
+        return solve(z, self._rated(_combine(*self._numbers(z, context))), self._places), z.new_zeros(())
 
     def _push_gaussian(self, loc: Tensor, tril: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return push_gaussian(loc, tril, self._rated(combine(*self._numbers(loc, context))), self._places)
+        return push_gaussian(loc, tril, self._rated(_combine(*self._numbers(loc, context))), self._places)

@@ -98,19 +98,19 @@ class Coupling(Ordered, Networked):
         return order if self.order is None else self.order[order]
 
     def extra_repr(self) -> str:
-        """Sizes, how many variables pass, and the order, for the module's repr."""
+        """Sizes, the order, and how many variables pass, for the module's repr."""
         return f"{super().extra_repr()}, passing={self.passing}"
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         passed, moved = self._split(z)
         moved, log_det = apply(self.step, moved, self._numbers(passed, context))
-        return self._join(passed, moved), log_det
+        return self._merge(passed, moved), log_det
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         passed, moved = self._split(z)
         preimage = None if preimage is None else self._split(preimage)[1]
         moved, log_det = apply_inverse(self.step, moved, self._numbers(passed, context), preimage)
-        return self._join(passed, moved), log_det
+        return self._merge(passed, moved), log_det
 
     def _numbers(self, passed: Tensor, context: Tensor | None) -> Tensor:
         # Under autocast the network may run in half precision; the step does not.
@@ -120,7 +120,7 @@ class Coupling(Ordered, Networked):
         z = z if self._order is None else self._order.take(z)
         return z.split([self.passing, self.step.dim], dim=-1)
 
-    def _join(self, passed: Tensor, moved: Tensor) -> Tensor:
+    def _merge(self, passed: Tensor, moved: Tensor) -> Tensor:
         z = torch.cat([passed.expand(*moved.shape[:-1], -1), moved], dim=-1)
         return z if self._order is None else self._order.put(z)
 

@@ -21,7 +21,7 @@ from flowpost.numerics.scales import SPREAD
 from flowpost.numerics.states import Numbered
 
 _tanh_backward = torch.ops.aten.tanh_backward.default
-REACH = 1e3
+_REACH = 1e3
 """How far the mean moves from 0."""
 
 
@@ -39,7 +39,7 @@ def gate_parameters(raw: Tensor, mean: Tensor, forget_bias: float = 2.0) -> tupl
     Returns:
         logit and m, of the shapes of `raw` and `mean`.
     """
-    return forget_bias + SPREAD * torch.tanh(raw / SPREAD), REACH * torch.tanh(mean / REACH)
+    return forget_bias + SPREAD * torch.tanh(raw / SPREAD), _REACH * torch.tanh(mean / _REACH)
 
 
 def gate(z: Tensor, logit: Tensor, mean: Tensor, gain: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -93,7 +93,7 @@ def _gate_column(example: Array, constants: Sequence[float]) -> Solve:
     """`gate_inverse` of `gate_parameters`, for one variable."""
     xp, fresh = module_of(example), constants[1] == 1
     forget_bias, gain = numbers_for(example, *constants)
-    raw_unit, raw_reach, mean_unit, mean_reach = numbers_for(example, 1 / SPREAD, -SPREAD, 1 / REACH, REACH)
+    raw_unit, raw_reach, mean_unit, mean_reach = numbers_for(example, 1 / SPREAD, -SPREAD, 1 / _REACH, _REACH)
 
     def solve(image: Array, numbers: Array) -> Array:
         raw, mean = numbers
@@ -151,7 +151,7 @@ class Gate(Numbered, Bijector):
             if not isinstance(value, Real):
                 raise TypeError(f"forget_bias: expected a number, got {type(value).__name__}")
             value = float(value)
-            rows = [[1 / SPREAD, 1 / REACH], [SPREAD, REACH], [value, 0.0]]
+            rows = [[1 / SPREAD, 1 / _REACH], [SPREAD, _REACH], [value, 0.0]]
             constants = torch.tensor(rows, dtype=torch.float64, device="cpu").repeat_interleave(self.dim, -1)
             self._inner, self._outer, self._offset = map(Constant, constants)
         super().__setattr__(name, value)
@@ -204,7 +204,7 @@ class Gate(Numbered, Bijector):
         grad = grad if self.gain == 1 else self.gain * grad
         of_mean = grad * closed
         z_grad = grad - of_mean
-        apart = torch.sub(z, bounded[..., self.dim :], alpha=REACH)
+        apart = torch.sub(z, bounded[..., self.dim :], alpha=_REACH)
         of_logit = torch.addcmul(grad_log_det.to(z.dtype).unsqueeze(-1), z_grad, apart) * closed
         return z_grad, _tanh_backward(torch.cat([of_logit, of_mean], -1), bounded)
 

@@ -73,7 +73,9 @@ class Householder(Bijector):
         return Householder._forward(self, z, context)  # not a subclass's
 
     def _fuses(self, *, shared: bool) -> Hashable | None:
-        return Householder if self.context_size and not shared and type(self)._forward is Householder._forward else None
+        own = type(self)
+        ours = own._forward is Householder._forward and own._inverse is Householder._inverse
+        return Householder if ours and self.context_size and not shared else None
 
     def _forward_run(self, steps: Sequence[Bijector], z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return reflect_all(z, cast(Tensor, context).unflatten(-1, (len(steps), self.dim))), z.new_zeros(())

@@ -17,7 +17,7 @@ from flowpost.numerics.triangles import multiply, places, solve, strict_tril
 from flowpost.numerics.watchers import full_precision
 
 
-class LU(NamedTuple):
+class _LU(NamedTuple):
     """A square matrix by its factors L, of unit diagonal, and U, of positive diagonal."""
 
     below: Tensor
@@ -107,11 +107,11 @@ class LULinear(Ordered, Bijector):
         self._places = places(dim)
         self._set_order(None if order is None else check_order(order, dim))
 
-    def _numbers(self, context: Tensor | None) -> tuple[LU, Tensor]:
+    def _numbers(self, context: Tensor | None) -> tuple[_LU, Tensor]:
         half = self.dim * (self.dim - 1) // 2
         below, above, raw, shift = cast(Tensor, context).split([half, half, self.dim, self.dim], dim=-1)
         # Where the scale is its floor already: a solve's gradient there may overflow, and times a slope of 0 is nan.
-        return LU(below, above, softplus_scale(raw.clamp_min(-80))), shift
+        return _LU(below, above, softplus_scale(raw.clamp_min(-80))), shift
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         matrix, shift = self._numbers(context)

@@ -19,13 +19,13 @@ from flowpost.masked import device, host
 from flowpost.masked.activations import KNOWN
 from flowpost.masked.network import MADE, MaskedLinear
 from flowpost.masked.run import Link, Run, Saved
-from flowpost.numerics.products import full_size
+from flowpost.numerics.products import whole_is_faster
 from flowpost.numerics.watchers import autocast, batched, first_parameter, full_precision, hooked, unwatched
 from flowpost.numerics.watchers import untouched as is_ours
 
 
 class Engine(Protocol):
-    """What an engine gives. A run's parameters come as `run.grouped` groups them; z has the broadcast leading axes."""
+    """What an engine gives. A run's parameters come as `run.flat` gives them; z has the broadcast leading axes."""
 
     @staticmethod
     def values(
@@ -78,7 +78,7 @@ def choose_inverse(run: Run, z: Tensor) -> Engine | None:
 
 def engine_on(z: Tensor) -> Engine:
     """The engine for a device: the host's, which runs on all, but for those that run whole matrices best."""
-    return cast(Engine, device if full_size(z) else host)
+    return cast(Engine, device if whole_is_faster(z) else host)
 
 
 def replays(*grads: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowpost.numerics.constants import Constant
 from flowpost.numerics.multiplying import HELPS, add_product, linear, pays, plus_product, product, write_product
-from flowpost.numerics.products import full_size
+from flowpost.numerics.products import whole_is_faster
 from flowpost.numerics.watchers import unless_compiled
 
 _ALIGN = 32  # matrix products of odd width run at half the speed
@@ -69,7 +69,7 @@ class Staircase:
     def place(self, weight: Tensor) -> None:
         """Copy the masks to where the weight is, so that no call that somebody watches has to."""
         self.mask.on(weight)
-        if full_size(weight):
+        if whole_is_faster(weight):
             self.factor(weight)
         else:
             self.edges(weight)

@@ -1,4 +1,4 @@
-"""Whether Triton's kernels run for a tensor, and how they are launched."""
+"""Whether Triton's kernels run for a tensor."""
 
 from __future__ import annotations
 

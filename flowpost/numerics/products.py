@@ -16,7 +16,7 @@ def wide_dtype(value: Tensor) -> torch.dtype:
     return torch.float32 if value.device.type == "mps" else torch.float64
 
 
-def full_size(weight: Tensor) -> bool:
+def whole_is_faster(weight: Tensor) -> bool:
     """Whether a device multiplies a whole weight in less time than its blocks: a GPU, and meta, which stands for it."""
     return weight.device.type in ("cuda", "meta")
 

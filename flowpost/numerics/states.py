@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flowpost.numerics.arguments import check_positive
 
-CONSTANT = ".constant_"
+_CONSTANT = ".constant_"
 """In the name of a buffer that no call reads: a state without it is of before the constant was."""
 _CURES = {
     "constant_centred": ("centred=False", "centred=True"),
@@ -44,7 +44,7 @@ def keep_constants(
     """
     with torch.no_grad():
         own = {prefix + name: value for name, value in module.state_dict().items()}
-    constants = {name for name in own if CONSTANT in name}
+    constants = {name for name in own if _CONSTANT in name}
     parameters = {prefix + name for name, _ in module.named_parameters(remove_duplicate=False)}
     others = own.keys() - constants - parameters
     if others and not others & state.keys():
@@ -57,7 +57,7 @@ def keep_constants(
         lacking = {name for name in lacking if not name.endswith("constant_gain")}
     if whole and not marked:  # with its marks, a state of no rate is the map that it was
         lacking |= {name for name in others - state.keys() if name.endswith(".output_rate")}
-    more = {name for name in state if name.startswith(prefix) and CONSTANT in name} - constants
+    more = {name for name in state if name.startswith(prefix) and _CONSTANT in name} - constants
     errors += [*_refusals(lacking, "without", 0), *_refusals(more, "with", 1)]
 
 
@@ -69,7 +69,7 @@ def _refusals(names: Set[str], what: str, place: int) -> Iterator[str]:
         yield f"{name}: the state is of another map, {what} this constant{made}"
 
 
-def number_in(state: Mapping[str, Any], key: str, own: float, errors: list[str]) -> float:
+def _number_in(state: Mapping[str, Any], key: str, own: float, errors: list[str]) -> float:
     """A positive number that a state names; the module's own where it does not, or has it rounded."""
     value = state.get(key)
     if not isinstance(value, Tensor) or value.is_meta or value.numel() != 1:
@@ -101,7 +101,7 @@ class Numbered(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
         name, buffer = self._number
         if buffer in self._buffers:
-            setattr(self, name, number_in(state_dict, prefix + buffer, getattr(self, name), args[-1]))
+            setattr(self, name, _number_in(state_dict, prefix + buffer, getattr(self, name), args[-1]))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: FBT001

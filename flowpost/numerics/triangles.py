@@ -1,4 +1,4 @@
-"""Unit lower-triangular matrices from what is below their diagonal; what the families built on them share."""
+"""Lower-triangular matrices from a row of their entries; what is built on those of a unit diagonal shares."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from flowpost.numerics.watchers import batched, full_precision, on_host, unwatch
 Ctx = Any  # of an autograd function: torch types it without what it stores
 
 
-def places(dim: int) -> Constant:
-    """Where in a flattened ``(dim, dim)`` matrix lies what is below its diagonal, row by row; for a step to keep."""
-    return Constant(_places(dim, "cpu"))
+def places(dim: int, diagonal: int = -1) -> Constant:
+    """Where in a flattened ``(dim, dim)`` matrix lies what is below its diagonal, row by row; for a step to keep.
+
+    With 0 for `diagonal`, the diagonal too.
+    """
+    return Constant(_places(dim, "cpu", diagonal))
 
 
-def _places(dim: int, device: torch.device | str) -> Tensor:
-    row, column = torch.tril_indices(dim, dim, -1, device=device)
+def _places(dim: int, device: torch.device | str, diagonal: int = -1) -> Tensor:
+    row, column = torch.tril_indices(dim, dim, diagonal, device=device)
     return row * dim + column
 
 
@@ -53,7 +56,7 @@ def push_gaussian(
 ) -> tuple[Tensor, Tensor]:
     """Mean and Cholesky factor of L z for z of N(loc, tril tril^T); tril None is the identity."""
     dim = loc.shape[-1]
-    matrix = _written(torch.eye(dim, dtype=entries.dtype, device=entries.device), entries, kept)
+    matrix = written(torch.eye(dim, dtype=entries.dtype, device=entries.device), entries, kept)
     with full_precision(loc.device.type):
         return by_columns(torch.matmul, matrix, loc), matrix if tril is None else matrix @ tril
 
@@ -68,11 +71,11 @@ def strict_tril(entries: Tensor, dim: int, kept: Constant | None = None) -> Tens
         dim: of the square.
         kept: ``places(dim)``, where a step keeps them; otherwise they are made anew.
     """
-    return _written(entries.new_zeros(dim, dim), entries, kept)
+    return written(entries.new_zeros(dim, dim), entries, kept)
 
 
-def _written(square: Tensor, entries: Tensor, kept: Constant | None) -> Tensor:
-    """Each example's entries below the diagonal of one and the same square."""
+def written(square: Tensor, entries: Tensor, kept: Constant | None) -> Tensor:
+    """Each example's entries in one and the same square ``(dim, dim)``, at the places that are kept, or below."""
     index = _places(len(square), entries.device) if kept is None else kept.on(entries)
     squares = square.flatten().expand(*entries.shape[:-1], -1)
     return squares.scatter(-1, index.expand(entries.shape), entries).unflatten(-1, square.shape)
@@ -82,9 +85,8 @@ def _written(square: Tensor, entries: Tensor, kept: Constant | None) -> Tensor:
 def _rows(dim: int) -> tuple[Tensor, np.ndarray]:
     """On the CPU: the column of each entry, and where each row after the first starts."""
     with torch.inference_mode(mode=False):
-        return torch.tril_indices(dim, dim, -1, device="cpu")[1].contiguous(), np.arange(1, dim) * np.arange(
-            dim - 1
-        ) // 2
+        columns = torch.tril_indices(dim, dim, -1, device="cpu")[1].contiguous()
+    return columns, np.arange(1, dim) * np.arange(dim - 1) // 2
 
 
 class _SumRows(torch.autograd.Function):

@@ -89,7 +89,7 @@ def affine_iaf(
     Example:
         >>> z, log_prob, noise = flowpost.affine_iaf(16, dim=2, hidden=(32, 32))(torch.randn(8, 16), sample_shape=(50,))
     """
-    masked = _masked_steps(exp_affine, dim, steps, hidden, context_size, rate)
+    masked = _masked_steps(exp_affine, dim, steps, hidden, context_size, slowed(rate, hidden))
     return FlowPosterior(features, Chain(Affine(dim), Shared(*masked)))
 
 
@@ -121,7 +121,9 @@ def maf(
     Example:
         >>> log_prob = flowpost.maf(16, dim=2, hidden=(32, 32)).log_prob(torch.randn(8, 2), torch.randn(8, 16))
     """
-    masked = _masked_steps(lambda size: Inverse(exp_affine(size)), dim, steps, hidden, context_size, rate)
+    masked = _masked_steps(
+        lambda size: Inverse(exp_affine(size)), dim, steps, hidden, context_size, slowed(rate, hidden)
+    )
     return FlowPosterior(features, Chain(Affine(dim), Shared(*(Inverse(step) for step in masked))))
 
 
@@ -189,9 +191,9 @@ def naf(
         steps: number of autoregressive steps.
         hidden: widths of each step's hidden layers.
         context_size: size of c, which every step's network reads.
-        rate: a positive factor on the networks' outputs, as in `Masked`; ``1 / sqrt(hidden[-1])`` by default.
         units: sigmoids in a layer.
         layers: deep sigmoids in sequence in each step.
+        rate: a positive factor on the networks' outputs, as in `Masked`; ``1 / sqrt(hidden[-1])`` by default.
 
     Returns:
         A posterior that starts near N(0, I).
@@ -201,7 +203,7 @@ def naf(
         >>> z, log_prob, noise = posterior(torch.randn(8, 16), sample_shape=(50,))
     """
     sigmoids = functools.partial(DeepSigmoid, units=units, layers=layers)
-    masked = _masked_steps(sigmoids, dim, steps, hidden, context_size, rate)
+    masked = _masked_steps(sigmoids, dim, steps, hidden, context_size, slowed(rate, hidden))
     return FlowPosterior(features, Chain(Affine(dim), Shared(*masked)))
 
 
@@ -211,13 +213,13 @@ def _masked_steps(
     steps: int,
     hidden: Sequence[int],
     context_size: int,
-    rate: float | None,
+    rate: float,
     activation: str = "elu",
 ) -> list[Masked]:
     """`steps` autoregressive steps of what `step` makes of `dim`, every other one in the reverse order."""
-    act, rate = activation_of(activation), slowed(rate, hidden)
     made = [
-        Masked(step(dim), context_size, hidden, order=order, activation=act, rate=rate) for order in orders(dim, steps)
+        Masked(step(dim), context_size, hidden, order=order, activation=activation_of(activation), rate=rate)
+        for order in orders(dim, steps)
     ]
     return marked(made, activation)
 

@@ -11,6 +11,7 @@ from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.chain import Chain, Shared
 from flowpost.bijectors.coupling import Coupling
 from flowpost.bijectors.spline import Spline
+from flowpost.numerics.arguments import check_int
 from flowpost.posterior import FlowPosterior
 from flowpost.recipes.parts import activation_of, evened, exp_affine, marked, orders, slowed
 from flowpost.recipes.record import names, recipe
@@ -126,7 +127,7 @@ def _coupling_steps(
     activation: str = "elu",
 ) -> list[Coupling]:
     """`steps` couplings of what `step` makes of a number of variables: those that pass in one move in the next."""
-    moving = [dim - dim // 2, max(dim // 2, 1)]
+    moving = [check_int("dim", dim, minimum=1) - dim // 2, max(dim // 2, 1)]
     make = functools.partial(
         Coupling, dim, context_size=context_size, hidden=hidden, activation=activation_of(activation), rate=rate
     )

@@ -41,14 +41,14 @@ def around(dim: int, steps: Sequence[Bijector], *, centred: bool) -> Chain:
 
 
 Step = TypeVar("Step", Masked, Coupling)
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "elu": F.elu, "tanh": torch.tanh}
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "elu": F.elu, "tanh": torch.tanh}
 
 
 def activation_of(name: str) -> Callable[[Tensor], Tensor]:
     """The element-wise function of a name."""
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {name!r}")
-    return ACTIVATIONS[name]
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(_ACTIVATIONS)}, got {name!r}")
+    return _ACTIVATIONS[name]
 
 
 def marked(steps: list[Step], activation: str) -> list[Step]:
@@ -100,4 +100,5 @@ def steadied(rate: float | None, features: int, dim: int) -> float:
     """
     if rate is not None:
         return rate
-    return min(1.0, 256 / (features * check_int("dim", dim, minimum=1))) if features else 1.0
+    features, dim = check_int("features", features, minimum=0), check_int("dim", dim, minimum=1)
+    return min(1.0, 256 / (features * dim)) if features else 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ParamSpec
 
 from flowpost.bijectors.gate import Gate
@@ -62,6 +62,16 @@ def record_of(posterior: FlowPosterior) -> dict | None:
     if record is None or len(gains) != 1:
         return record
     return {**record, "arguments": {**record["arguments"], "gain": gains.pop()}}
+
+
+def check_recipe(name: str, options: Iterable[str]) -> list[str]:
+    """The names of a recipe's options; raise for a recipe that there is not, or options that it does not take."""
+    if name not in RECIPES:
+        raise ValueError(f"flow: expected one of {', '.join(RECIPES)}, got {name!r}")
+    taken = [*inspect.signature(RECIPES[name]).parameters][2:]  # after features and dim
+    if unknown := [option for option in options if option not in taken]:
+        raise TypeError(f"flow_options: {name} takes {', '.join(taken) or 'none'}; got {', '.join(unknown)}")
+    return taken
 
 
 def names(module: str) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias, cast
 
@@ -14,12 +13,14 @@ from flowpost.bijectors.chain import Chain
 from flowpost.bijectors.permute import Permute
 from flowpost.bijectors.spline import Spline
 from flowpost.bijectors.wrappers import Learned
+from flowpost.directions import slow_steps
 from flowpost.numerics.arguments import check_int
 from flowpost.posterior import FlowPosterior
 from flowpost.recipes import RECIPES
+from flowpost.recipes.record import check_recipe
 from flowpost.variational.bound import Fitted
 from flowpost.variational.gaussian import Gaussian
-from flowpost.variational.mixture import Mixture, slow_steps
+from flowpost.variational.mixture import Mixture
 from flowpost.variational.standard import Standard
 
 Flow: TypeAlias = str | Bijector | FlowPosterior | None
@@ -70,12 +71,7 @@ def _default(dim: int, options: Mapping[str, object]) -> Bijector:
 
 
 def _recipe(name: str, dim: int, options: Mapping[str, object]) -> Bijector:
-    if name not in RECIPES:
-        raise ValueError(f"flow: expected one of {', '.join(RECIPES)}, got {name!r}")
-    taken = [*inspect.signature(RECIPES[name]).parameters][2:]
-    if unknown := [option for option in options if option not in taken]:
-        raise TypeError(f"flow_options: {name} takes {', '.join(taken) or 'none'}; got {', '.join(unknown)}")
-    sizes = _sizes(dim)
+    taken, sizes = check_recipe(name, options), _sizes(dim)
     options = {**{option: value for option, value in sizes.items() if option in taken}, **options}
     with torch.device("cpu"):  # the weights that a seed gives are the same for every device
         return _coupled(name, dim, options) if name in COUPLINGS else RECIPES[name](0, dim, **options).flow

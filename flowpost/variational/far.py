@@ -61,7 +61,7 @@ class _Drawn(NamedTuple):
 
 
 @torch.no_grad()
-def where_far(fitted: Fitted, weighed: Weighed, target: Target) -> Far:
+def where_far(fitted: Fitted, target: Target, weighed: Weighed) -> Far:
     """What q misses far out on one of several lines, four standard errors off.
 
     The draws are q's, ten times as far from its mean m, ``z' = z + 9 way read'(z - m)``, of the density ``q(z) / 10``.
@@ -80,7 +80,7 @@ def where_far(fitted: Fitted, weighed: Weighed, target: Target) -> Far:
     found, together = [], max(1, CHUNK // len(z))
     for first in range(0, len(lines), together):
         try:
-            found += _found(fitted, drawn, target, lines[first : first + together], usual)
+            found += _found(fitted, target, drawn, lines[first : first + together], usual)
         except Exception:  # noqa: BLE001, PERF203 - whatever a log joint may raise so far out, the fit is done
             continue
     rise, sd, place = max(found, key=lambda each: (each[0] > GAP, each[1], each[0]), default=(0.0, 0.0, None))
@@ -108,7 +108,7 @@ def _lines(off: Tensor, share: Tensor) -> list[Line]:
 
 
 def _found(
-    fitted: Fitted, drawn: _Drawn, target: Target, lines: Sequence[Line], usual: Tensor
+    fitted: Fitted, target: Target, drawn: _Drawn, lines: Sequence[Line], usual: Tensor
 ) -> Iterator[tuple[float, float, Tensor]]:
     """What draws on each line say, as `Far`, given the log evidence of q's own."""
     read, way, spread = map(torch.stack, zip(*lines, strict=True))

@@ -15,6 +15,7 @@ from flowpost.numerics.arguments import check_device, check_int
 from flowpost.numerics.products import wide_dtype
 from flowpost.variational.bound import Fitted
 from flowpost.variational.calling import LogJoint
+from flowpost.variational.draws import named
 from flowpost.variational.families import Flow
 from flowpost.variational.far import where_far
 from flowpost.variational.mirrors import where_mirrored
@@ -78,18 +79,21 @@ class FittedPosterior:
         self.posterior, self.target, self.parameters = posterior, target, target.parameters
         self.evaluations, self.seconds, self.history = evaluations, seconds, list(history)
         self.notes, self.left_out = list(notes), list(left_out)
-        seeded = torch.Generator(device_of(posterior)).manual_seed(0)
-        self._weighed = weighed = weigh(posterior, target, DRAWS, seeded) if weighed is None else weighed
-        self.estimate = estimate(self._weighed)
-        self._elbo, self._smooth = mean_and_error(self._weighed), smooth(self._weighed, self.k_hat)
-        lost, apart = where_lost(weighed, target), where_apart(weighed, target)
-        far = where_far(posterior, weighed, target)
+        if weighed is None:
+            weighed = weigh(posterior, target, DRAWS, torch.Generator(device_of(posterior)).manual_seed(0))
+        self._weighed, self.estimate, self._unseen = weighed, estimate(weighed), unseen_of(weighed)
+        self._elbo, self._smooth = mean_and_error(weighed), smooth(weighed, self.k_hat)
         images = [] if self.left_out else where_mirrored(posterior, target, weighed)
-        notes = [*self.left_out, *images, *self.notes, *doubts(weighed, target)]
-        missed = misses(self.parameters, self._smooth)
-        said = {"lost": lost, "apart": apart, "missed": missed, "far": far, "notes": notes}
-        self._unseen = unseen_of(self._weighed)
-        self._said = reasons(self.estimate, self._elbo[0], unseen=self._unseen, **said)
+        self._said = reasons(
+            self.estimate,
+            self._elbo[0],
+            lost=where_lost(weighed, target),
+            apart=where_apart(weighed, target),
+            missed=misses(self.parameters, self._smooth),
+            far=where_far(posterior, target, weighed),
+            notes=[*self.left_out, *images, *self.notes, *doubts(weighed, target)],
+            unseen=self._unseen,
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.parameters!r}; {self.verdict})"
@@ -108,8 +112,7 @@ class FittedPosterior:
     def elbo(self, samples: int = DRAWS) -> tuple[float, float]:
         """The ELBO in nats from fresh draws, and its standard error."""
         self.target.check_same()
-        generator = torch.Generator(device_of(self.posterior)).manual_seed(int(torch.randint(2**62, (), device="cpu")))
-        return mean_and_error(weigh(self.posterior, self.target, check_int("samples", samples, 2), generator))
+        return mean_and_error(weigh(self.posterior, self.target, check_int("samples", samples, 2), self._generator()))
 
     @property
     def log_evidence(self) -> float:
@@ -196,10 +199,9 @@ class FittedPosterior:
         with torch.no_grad():
             values, log_det = self.parameters.constrain(z)
             stats = {"log_q": log_q - log_det, "lp": self.target(z) - log_det}
-        named = values if isinstance(values, dict) else {"theta": values}
         figures = {"elbo": self._elbo[0], "log_evidence": self.log_evidence, "k_hat": self.k_hat}
         attrs = {**figures, "evaluations": self.evaluations, "seconds": self.seconds, "verdict": self.verdict}
-        return draws_to_datatree(named, stats, chains=chains, attrs=attrs)
+        return draws_to_datatree(named(values), stats, chains=chains, attrs=attrs)
 
     def save(self, path: File) -> None:
         """Write q, its draws and how the fit went to one file, whole or not at all, as `flowpost.save` does.
@@ -248,8 +250,9 @@ class FittedPosterior:
         """Free coordinates, and k-hat of the weights by which they were taken."""
         n = check_int("n", n, minimum=1)
         self.target.check_same()
-        generator = torch.Generator(device_of(self.posterior)).manual_seed(int(torch.randint(2**62, (), device="cpu")))
-        weighed = weigh(
-            self.posterior, self.target, check_int("pool", 10 * n if pool is None else pool, minimum=n), generator
-        )
-        return resampled(weighed, n, generator)
+        size, generator = check_int("pool", 10 * n if pool is None else pool, minimum=n), self._generator()
+        return resampled(weigh(self.posterior, self.target, size, generator), n, generator)
+
+    def _generator(self) -> torch.Generator:
+        """One on q's device, of a seed that torch's own generator draws."""
+        return torch.Generator(device_of(self.posterior)).manual_seed(int(torch.randint(2**62, (), device="cpu")))

@@ -15,6 +15,8 @@ RATE = 0.5
 """Of the natural gradient, where nothing limits a step; it falls to 0 over the second half."""
 STRETCH = 150
 """Steps whose mean ELBO is compared with that of the next ones."""
+STEPS = 200
+"""Of L-BFGS, at most."""
 REACH = 1.0
 """The longest step, in standard deviations: a start far away is walked from, and not jumped from."""
 
@@ -150,6 +152,9 @@ def rise(
 
 
 def _still(before: Tensor, after: Tensor) -> bool:
+    """Whether the ELBO rises by no more than its steps scatter; of one step nobody knows."""
+    if len(after) < 2:
+        return False
     error = (before.var() / len(before) + after.var() / len(after)).sqrt()
     return bool(after.mean() - before.mean() < 2 * error)
 
@@ -165,7 +170,7 @@ def elbo(gradient: Gradient, gaussian: Gaussian, samples: int, generator: torch.
     return value.mean(0).nan_to_num(nan=-torch.inf, neginf=-torch.inf) + gaussian.entropy()
 
 
-def laplace(gradient: Gradient, start: Tensor, steps: int = 200) -> Gaussian | None:
+def laplace(gradient: Gradient, start: Tensor) -> Gaussian | None:
     """The Gaussian at a mode, with the curvature there: by L-BFGS and differences of gradients; None if there is none.
 
     A density without a highest point, such as that of a hierarchical model in centred form, has no such Gaussian.
@@ -173,9 +178,8 @@ def laplace(gradient: Gradient, start: Tensor, steps: int = 200) -> Gaussian | N
     Args:
         gradient: of log p.
         start: ``(dim,)``.
-        steps: of L-BFGS, at most.
     """
-    point = _highest(gradient, start, steps)
+    point = _highest(gradient, start)
     width = torch.finfo(point.dtype).eps ** (1 / 3) * point.abs().clamp_min(1)
     _, above = gradient(point + width.diag())
     _, below = gradient(point - width.diag())
@@ -192,9 +196,9 @@ def laplace(gradient: Gradient, start: Tensor, steps: int = 200) -> Gaussian | N
     return Gaussian(point, tril) if bool(tril.isfinite().all()) else None
 
 
-def _highest(gradient: Gradient, start: Tensor, steps: int) -> Tensor:
+def _highest(gradient: Gradient, start: Tensor) -> Tensor:
     point = start.clone().requires_grad_()
-    search = torch.optim.LBFGS([point], max_iter=steps, line_search_fn="strong_wolfe")
+    search = torch.optim.LBFGS([point], max_iter=STEPS, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         value, slope = gradient(point.detach().unsqueeze(0))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flowpost.numerics.constants import Constant
 from flowpost.numerics.sums import cumulated
+from flowpost.numerics.triangles import places, strict_tril, written
 from flowpost.variational.maps import Map, Shape, positive_exp
 
 
@@ -20,11 +21,11 @@ class LowerCholesky(Map):
     """
 
     def __init__(self, shape: Shape) -> None:
-        self._places = _places(shape[-1], 0)
+        self._places = places(shape[-1], 0)
         super().__init__(shape, (*shape[:-2], len(self._places.value)))
 
     def _forward(self, free: Tensor) -> tuple[Tensor, Tensor]:
-        matrix = _square(free, self._places, self.shape[-1])
+        matrix = written(free.new_zeros(self.shape[-2:]), free, self._places)
         logs = matrix.diagonal(dim1=-2, dim2=-1)
         return matrix.tril(-1) + torch.diag_embed(logs.exp()), logs
 
@@ -45,15 +46,15 @@ class CorrCholesky(Map):
     """
 
     def __init__(self, shape: Shape) -> None:
-        self._places = _places(shape[-1], -1)
+        self._places = places(shape[-1])
         row, column = torch.tril_indices(shape[-1], shape[-1], -1, device="cpu")
         self._weights = Constant((row + 1 - column).double())
         super().__init__(shape, (*shape[:-2], len(self._places.value)))
 
     def _forward(self, free: Tensor) -> tuple[Tensor, Tensor]:
         n, log_sech = self.shape[-1], math.log(2) - free + F.logsigmoid(2 * free)
-        before = F.pad(cumulated(_square(log_sech, self._places, n), -1)[..., :-1], (1, 0))
-        shares = _square(free.tanh(), self._places, n) + torch.eye(n, dtype=free.dtype, device=free.device)
+        before = F.pad(cumulated(strict_tril(log_sech, n, self._places), -1)[..., :-1], (1, 0))
+        shares = written(torch.eye(n, dtype=free.dtype, device=free.device), free.tanh(), self._places)
         return shares * positive_exp(before), log_sech * self._weights.on(free)
 
     def _inverse(self, values: Tensor) -> Tensor:
@@ -61,14 +62,3 @@ class CorrCholesky(Map):
         rest = F.pad(tails[..., 1:], (0, 1)).sqrt()
         entries, rest = (each.flatten(-2).index_select(-1, self._places.on(values)) for each in (values, rest))
         return (entries / rest).asinh()
-
-
-def _places(n: int, diagonal: int) -> Constant:
-    """Where in a flattened ``(n, n)`` matrix its lower triangle lies, row by row."""
-    row, column = torch.tril_indices(n, n, diagonal, device="cpu")
-    return Constant(row * n + column)
-
-
-def _square(entries: Tensor, places: Constant, n: int) -> Tensor:
-    flat = entries.new_zeros(*entries.shape[:-1], n * n)
-    return flat.scatter(-1, places.on(entries).expand(entries.shape), entries).unflatten(-1, (n, n))

@@ -9,13 +9,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from flowpost.bijectors.autoregressive import Masked
-from flowpost.bijectors.base import Bijector
-from flowpost.bijectors.deep_sigmoid import DeepSigmoid
-from flowpost.bijectors.planar import Planar
-from flowpost.bijectors.sylvester import Sylvester
-from flowpost.bijectors.wrappers import Inverse
 from flowpost.density import Sample, like_of
+from flowpost.directions import slow_steps
 from flowpost.numerics.along import first_along
 from flowpost.numerics.arguments import check_int
 from flowpost.posterior import FlowPosterior
@@ -156,7 +151,7 @@ def _check(posteriors: Sequence[FlowPosterior]) -> None:
             raise TypeError(f"posteriors: expected FlowPosteriors, got {type(part).__name__}")
         if part.features:
             raise ValueError(f"posteriors: expected ones without features, got {part.features}; write features=0")
-        if slow := slow_steps(part.flow, inverse=True):
+        if slow := {type(step).__name__ for step in slow_steps(part.flow, inverse=True)}:
             raise ValueError(
                 f"posteriors: expected densities of one pass, got steps that are searched or swept over for it: "
                 f"{', '.join(sorted(slow))}; write full_covariance, realnvp, spline_coupling or maf"
@@ -173,13 +168,3 @@ def _likes(posteriors: Sequence[FlowPosterior]) -> dict[str, set]:
         "dtype": {like.dtype for like in likes},
         "device": {like.device for like in likes},
     }
-
-
-def slow_steps(step: nn.Module, *, inverse: bool) -> set[str]:
-    """The kinds of steps within that are searched or swept over, in the inverse or in the forward direction."""
-    if isinstance(step, Inverse):
-        return slow_steps(step.step, inverse=not inverse)
-    if isinstance(step, (Masked, Planar, Sylvester, DeepSigmoid)):
-        return {type(step).__name__} if inverse else set()
-    parts = [part for part in step.children() if isinstance(part, (Bijector, nn.ModuleList))]
-    return {name for part in parts for name in slow_steps(part, inverse=inverse)}

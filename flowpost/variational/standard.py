@@ -36,6 +36,8 @@ class Standard(Bijector):
     scale_tril: Tensor
 
     def __init__(self, loc: Tensor, scale_tril: Tensor) -> None:
+        if loc.ndim != 1:
+            raise ValueError(f"loc: expected shape (dim,), got {tuple(loc.shape)}")
         super().__init__(len(loc))
         positive = scale_tril.is_meta or bool((scale_tril.diagonal() > 0).all())
         if scale_tril.shape != (self.dim, self.dim) or not positive:

@@ -57,19 +57,15 @@ def _shown(value: float, sd: float) -> str:
 
 @torch.no_grad()
 def summary(parameters: Parameters, draws: Weighed, *, weighted: bool) -> Summary:
-    """Moments and quantiles of weighted draws, in float64."""
-    columns = parameters.flat(parameters.constrain(draws.z)[0]).double()
-    log_weight = draws.share.log() + (draws.log_ratio if weighted else 0.0)
-    weight = log_weight.softmax(0).unsqueeze(-1)
-    mean = (weight * columns).sum(0)
-    off = columns - mean
+    """Moments and quantiles of draws, in float64; `weighted` by p/q or as q has them."""
+    columns, weight, mean, sd = _moments(parameters, draws, weighted=weighted)
     order = columns.argsort(0)
     ordered = weight.expand_as(columns).gather(0, order)
     reached = ordered.cpu().cumsum(0).to(ordered.device)  # a GPU has no deterministic one
     places = [(reached < level).sum(0, keepdim=True).clamp_max(len(columns) - 1) for level in LEVELS]
     quantiles = torch.cat([columns.gather(0, order.gather(0, place)) for place in places])
-    error = (weight * off).square().sum(0).sqrt()
-    return Summary(parameters.names, mean, (weight * off.square()).sum(0).sqrt(), quantiles, error, weighted)
+    error = (weight * (columns - mean)).square().sum(0).sqrt()
+    return Summary(parameters.names, mean, sd, quantiles, error, weighted)
 
 
 @torch.no_grad()
@@ -78,10 +74,8 @@ def misses(parameters: Parameters, draws: Weighed) -> list[str]:
 
     Both are of the same draws, so that much of their chance is in both: the errors are those of the differences.
     """
-    columns = parameters.flat(parameters.constrain(draws.z)[0]).double()
-    plain, weight = draws.share.unsqueeze(-1), (draws.share.log() + draws.log_ratio).softmax(0).unsqueeze(-1)
-    mean = (weight * columns).sum(0)
-    sd = (weight * (columns - mean).square()).sum(0).sqrt()
+    columns, weight, mean, sd = _moments(parameters, draws, weighted=True)
+    plain = draws.share.unsqueeze(-1)
     z = (columns - mean) / torch.where(sd * ROUNDED > mean.abs(), sd, math.inf)  # 0 where it is a constant
     shift = (plain * z).sum(0)
     spread = (plain * (z - shift).square()).sum(0).sqrt()
@@ -97,3 +91,11 @@ def misses(parameters: Parameters, draws: Weighed) -> list[str]:
         if beyond[worst] > OFF:
             said.append(words.format(parameters.names[worst], found[worst].item()))
     return said
+
+
+def _moments(parameters: Parameters, draws: Weighed, *, weighted: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All numbers of the draws, ``(S, columns)``, what each draw weighs, ``(S, 1)``, and the columns' mean and sd."""
+    columns = parameters.flat(parameters.constrain(draws.z)[0]).double()
+    weight = (draws.share.log() + (draws.log_ratio if weighted else 0.0)).softmax(0).unsqueeze(-1)
+    mean = (weight * columns).sum(0)
+    return columns, weight, mean, (weight * (columns - mean).square()).sum(0).sqrt()
