@@ -51,8 +51,9 @@ bound() {
     echo "gpu_images: expected a Python whose PyTorch finds a CUDA device ($python); PYTHON=... names another" >&2
     exit 2
 }
-"$python" -c 'import matplotlib, pooch, rich, safetensors, typer' 2>/dev/null ||
-    "$python" -m pip install --quiet -e '.[bench]' || exit 1
+needs='import matplotlib, rich, safetensors, typer' # and pooch, where the images have to be downloaded
+"$python" -c "$needs, pooch" 2>/dev/null ||
+    timeout 60 "$python" -m pip install --quiet --retries 1 --timeout 5 -e '.[bench]' || "$python" -c "$needs" || exit 1
 for preset in $presets; do
     train "$preset"
 done
