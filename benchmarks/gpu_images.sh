@@ -14,7 +14,7 @@
 set -uo pipefail
 page=$(realpath -m "${1:-$(dirname "$0")/../docs/images-gpu.md}")
 cd "$(dirname "$0")/.." || exit 1
-python=${PYTHON:-python}
+python=${PYTHON:-$(command -v python || echo python3)}
 presets=${PRESETS:-sylvester-vae sylvester-planar sylvester-iaf sylvester-osnf}
 runs=$(realpath -m "${RUNS:-runs/gpu-images}")
 options=${OPTIONS:---device cuda --kl-warmup 10 --samples 200 --pairs 20000}
