@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import pooch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
@@ -93,7 +92,23 @@ def fetch(source: Source) -> np.ndarray:
 
 def _cache_folder() -> Path:
     name = os.environ.get("FLOWPOST_CACHE")
-    return Path(name).expanduser() if name else Path(pooch.os_cache("flowpost"))
+    return Path(name).expanduser() if name else Path(_pooch().os_cache("flowpost"))
+
+
+def _pooch() -> Any:  # noqa: ANN401 - a module
+    """What downloads. It is imported where something is downloaded: a machine without a network may lack it.
+
+    Raises:
+        DataError: it is not installed.
+    """
+    try:
+        import pooch
+    except ImportError as error:
+        raise DataError(
+            "pooch is missing, which downloads; pip install pooch,\n"
+            "or name a folder that has the data in the environment variable FLOWPOST_DATA."
+        ) from error
+    return pooch
 
 
 def _discard(path: Path) -> None:
@@ -128,7 +143,7 @@ def _stream(url: str, file: BinaryIO, limit: int) -> None:
         hooks = {"response": lambda response, **_: stack.enter_context(response)}
         # pooch documents any object with these methods as a progress bar, and annotates none.
         bar: Any = sink
-        pooch.HTTPDownloader(progressbar=bar, chunk_size=1 << 16, timeout=30, hooks=hooks)(url, sink, None)
+        _pooch().HTTPDownloader(progressbar=bar, chunk_size=1 << 16, timeout=30, hooks=hooks)(url, sink, None)
 
 
 class _Sink:

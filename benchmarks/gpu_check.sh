@@ -10,7 +10,7 @@
 set -uo pipefail
 page=$(realpath -m "${1:-$(dirname "$0")/../docs/speed-gpu.md}")
 cd "$(dirname "$0")/.." || exit 1
-python=${PYTHON:-python}
+python=${PYTHON:-$(command -v python || echo python3)}
 deadline=440 # seconds
 longest=40   # seconds of the speed benchmark's longest contest, a compilation
 failed=()
@@ -32,7 +32,8 @@ part() {
 cuda_tests() {
     local options=(-q -p no:cacheprovider)
     ! has xdist || options+=(-n "${WORKERS:-12}" --dist worksteal)
-    timeout -s INT -k 10 170 "$python" -m pytest "${options[@]}" --durations=5 -m cuda \
+    # At their time's end pytest waits 10 s for its processes, and then says which tests failed.
+    timeout -s INT -k 30 170 "$python" -m pytest "${options[@]}" --durations=5 -m cuda \
         tests/test_cuda.py tests/test_cuda_training.py tests/test_cuda_fit.py tests/test_cuda_annealed.py \
         tests/test_files.py
 }

@@ -14,7 +14,7 @@
 set -uo pipefail
 page=$(realpath -m "${1:-$(dirname "$0")/../docs/images-gpu.md}")
 cd "$(dirname "$0")/.." || exit 1
-python=${PYTHON:-python}
+python=${PYTHON:-$(command -v python || echo python3)}
 presets=${PRESETS:-sylvester-vae sylvester-planar sylvester-iaf sylvester-osnf}
 runs=$(realpath -m "${RUNS:-runs/gpu-images}")
 options=${OPTIONS:---device cuda --kl-warmup 10 --samples 200 --pairs 20000}
@@ -51,8 +51,9 @@ bound() {
     echo "gpu_images: expected a Python whose PyTorch finds a CUDA device ($python); PYTHON=... names another" >&2
     exit 2
 }
-"$python" -c 'import matplotlib, pooch, rich, safetensors, typer' 2>/dev/null ||
-    "$python" -m pip install --quiet -e '.[bench]' || exit 1
+needs='import matplotlib, rich, safetensors, typer' # and pooch, where the images have to be downloaded
+"$python" -c "$needs, pooch" 2>/dev/null ||
+    timeout 60 "$python" -m pip install --quiet --retries 1 --timeout 5 -e '.[bench]' || "$python" -c "$needs" || exit 1
 for preset in $presets; do
     train "$preset"
 done

@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 import swept
 import torch
+import torch.nn.functional as F
 from on_device import assert_near, densities, inputs, losses, made, path_slopes, under_autocast, vae_of, vae_step
 from registry import BY_NAME, ENTRIES, Case, Entry, backward, draw, push
 from test_engines import NETWORKS, every_result
 from torch import Tensor
 
 import flowpost
-from flowpost import Bijector, DeepSigmoid, Inverse, Masked, Shift, Spline
+from flowpost import Autoregressive, Bijector, DeepSigmoid, Inverse, Masked, Shift, Spline
 from flowpost.evaluation import log_marginal
+from flowpost.masked.activations import Activation
 from flowpost.numerics import fusing
 from flowpost.recipes import RECIPES
 from flowpost.testing import PROPERTIES, check_bijector
@@ -222,6 +224,17 @@ def test_kernels_equal_the_plain_operations(
     found = every_result(step, direction, z, context, known)
     monkeypatch.setattr(fusing, "on_device", lambda z: False)
     assert_near(found, every_result(step, direction, z, context, known))
+
+
+@pytest.mark.parametrize("activation", [F.relu, F.elu, torch.tanh], ids=["relu", "elu", "tanh"])
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_a_context_without_a_value_leaves_its_row_without_one(activation: Activation, direction: str) -> None:
+    """A maximum, and a relu that is joined to a product, give a number for nan there."""
+    flow = Autoregressive(4, 2, (9, 8, 7), activation=activation).cuda()
+    z, context = torch.randn(3, 4, device="cuda"), torch.randn(3, 2, device="cuda")
+    context[1, 0] = torch.nan
+    image, log_det = getattr(flow, direction)(z, context)
+    assert image.isnan().all(-1).tolist() == log_det.isnan().tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("name", ["planar", "orthogonal_sylvester", "iaf", "maf", "realnvp"])

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import struct
+import sys
 import threading
 import tracemalloc
 import zipfile
@@ -579,6 +580,15 @@ def test_public_addresses() -> None:
 def test_the_default_cache_is_pooch_s(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FLOWPOST_CACHE")
     assert download._cache_folder() == Path(pooch.os_cache("flowpost"))
+
+
+def test_only_a_download_needs_pooch(monkeypatch: pytest.MonkeyPatch, python: Run) -> None:
+    """A machine without a network may lack it: the digits are there, and so may others be."""
+    done = python("import sys; sys.modules['pooch'] = None\nfrom benchmarks.data import load\nload('digits')")
+    assert not done.returncode, done.stderr
+    monkeypatch.setitem(sys.modules, "pooch", None)
+    with pytest.raises(DataError, match=r"pooch is missing(?s:.*)FLOWPOST_DATA"):
+        fetch(IDX)
 
 
 @pytest.mark.full

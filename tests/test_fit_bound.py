@@ -1,6 +1,7 @@
 """The ELBO's loss and gradient in a fit, and the ascent along it: rate, clip, restarts, stop."""
 
 import math
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -231,6 +232,26 @@ def test_an_objective_that_makes_no_graph_runs_as_it_is() -> None:
     made.fall = None
     with pytest.raises(RuntimeError, match="waited for"):
         list(made.run())
+
+
+def test_nothing_of_a_refused_step_is_held_in_the_next_one() -> None:
+    """On a GPU the graph of its objective would keep autograd on the stream of the capture."""
+    made, line, _ = climb(lambda step, x: float(step), BLOCK)
+    graphs: list[weakref.ref[Tensor]] = []
+    plain = made._step
+
+    def refuse(noise: Tensor) -> Tensor:
+        loss = 2 * line.x
+        graphs.append(weakref.ref(loss))
+        raise RuntimeError("the device was waited for")
+
+    def step(noise: Tensor) -> Tensor:
+        assert graphs[0]() is None
+        return plain(noise)
+
+    made._launched, made._step = lambda: refuse, step
+    assert len(list(made.run())) == 1
+    assert len(graphs) == 1
 
 
 def test_the_rate_falls_early_where_the_elbo_is_still(monkeypatch: pytest.MonkeyPatch) -> None:

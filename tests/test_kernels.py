@@ -183,6 +183,14 @@ def test_a_gradient_that_is_not_finite_reaches_no_unit_that_is_off() -> None:
     assert found.tolist() == [[0.0, torch.inf]]
 
 
+@interpreted
+@pytest.mark.parametrize("name", NAMED)
+def test_a_unit_without_a_value_has_torch_s_gradient(name: str) -> None:
+    grad, value = torch.ones(1, 2), torch.tensor([[torch.nan, 0.5]])
+    found, _ = fused.activation_pull(NAMED[name], grad, value)
+    torch.testing.assert_close(found, NAMED[name].gradient(grad, value), equal_nan=True)
+
+
 FLOWS: dict[str, Callable[[], Bijector]] = {
     "gates": lambda: Shared(
         Autoregressive(DIM, 3, (8, 11), activation=F.relu, order=[4, 3, 2, 1, 0], gain=1.1),
@@ -282,6 +290,20 @@ def test_a_tile_fits_in_registers(count: int, dim: int, width: int, numbers: int
     if sizes["DOT"]:
         sums = [sizes["UNITS"], sizes["COLUMNS"]]
     assert sizes["ROWS"] * max(sums) <= 64 * 32 * sizes["num_warps"]
+
+
+@interpreted
+@pytest.mark.parametrize("activation", NAMED)
+def test_what_reads_no_value_has_none(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variables after one that is nan, and a row whose context is. On a GPU a maximum drops nan."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    monkeypatch.setattr(InterpreterBuilder, "create_maxnumf", lambda self, *both: self.binary_op(*both, np.fmax))
+    monkeypatch.setattr(InterpreterBuilder, "create_minnumf", lambda self, *both: self.binary_op(*both, np.fmin))
+    z, (start, first, last) = torch.randn(4, DIM), _network()
+    z[0, 2] = start[1] = torch.nan
+    found = fused.sweep(z, start, [first, last], [last[:, 0]], None, range(DIM), activation, column_of(Gate(DIM)))
+    assert found.isnan().int().tolist() == [[0, 0, 1, 1, 1], [1] * 5, [0] * 5, [0] * 5]
 
 
 @interpreted

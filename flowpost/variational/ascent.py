@@ -144,7 +144,8 @@ class Ascent:
         except RuntimeError:
             if step == self._step:
                 raise
-            return self._step, self._step(noise)
+        # Not within `except`: the error holds the failed step's graph, and that keeps autograd on the stream of it.
+        return self._step, self._step(noise)
 
     def _step(self, noise: Tensor) -> Tensor:
         self.adam.zero_grad()

@@ -15,7 +15,6 @@ from flowpost.masked.activations import KNOWN, Known
 from flowpost.masked.device import fused
 from flowpost.masked.network import MADE
 from flowpost.masked.run import Parameters, Run, Saved, as_dtype, rows, sum_to
-from flowpost.numerics.watchers import unless_compiled
 
 _ALIGN = 64
 _SMALL = 1 << 20
@@ -190,15 +189,11 @@ def _first(z: Tensor, start: Tensor, weight: Tensor) -> Tensor:
 
 
 def _layer(known: Known, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A hidden layer's values."""
-    inputs = bias, x, weight.t()
-    return _relu_layer(*inputs) if known.name == "relu" else known.run(torch.addmm(*inputs))
+    """A hidden layer's values.
 
-
-_relu_layer = unless_compiled(
-    torch._addmm_activation,  # pyright: ignore[reportPrivateImportUsage]
-    lambda *inputs: torch.relu_(torch.addmm(*inputs)),
-)
+    Not by `torch._addmm_activation`, in one call: on a GPU its relu gives 0 for nan, and a row without a value a log q.
+    """
+    return known.run(torch.addmm(bias, x, weight.t()))
 
 
 def _together(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:

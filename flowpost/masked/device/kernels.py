@@ -86,11 +86,11 @@ def gradient_kernel(
 
 @triton.jit
 def activation_slope(value, ACTIVATION: tl.constexpr):
-    """An activation's slope by its value."""
+    """An activation's slope by its value; that of nan as torch has it."""
     if ACTIVATION == 0:
-        return tl.where(value > 0, 1.0, 0.0)
+        return tl.where(value <= 0, 0.0, 1.0)
     elif ACTIVATION == 1:
-        return tl.where(value > 0, 1.0, value + 1)
+        return tl.where(value <= 0, value + 1, 1.0)
     else:
         return 1 - value * value
 

@@ -70,11 +70,11 @@ def variable(order_ptr, k):
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """An activation's value."""
+    """An activation's value; that of nan is nan, which a GPU's maximum would drop."""
     if ACTIVATION == 0:
-        return tl.maximum(x, 0.0)
+        return tl.where(x < 0, 0.0, x)
     elif ACTIVATION == 1:
-        small = tl.minimum(x, 0.0)
+        small = tl.where(x > 0, 0.0, x)
         series = small * (1 + small * (1 / 2 + small * (1 / 6 + small / 24)))
         return tl.where(x > 0, x, tl.where(small > -0.05, series, tl.exp(small) - 1))
     else:
