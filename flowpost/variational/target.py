@@ -13,6 +13,10 @@ from flowpost.variational.parameters import Parameters
 
 SAME = 100
 """Roundings by which a value differs at most from call to call."""
+_BEHIND = (
+    "torch.where and nansum pass on the nan of what they leave out, as of missing data; put a number in its place "
+    "first, as x.nan_to_num() or torch.where(x > 0, x, 1.0)"
+)
 
 
 class Target:
@@ -70,7 +74,8 @@ class Target:
         with torch.no_grad():
             self._trial = free, call(log_joint, parameters.constrain(free)[0], found.calls)
         lost = self._without_gradient(free)
-        self.check(free, *self.gradient(free))
+        value, slope = self.gradient(free)
+        self.check(free, value, slope)
         self.evaluations = 0
         if self.calls == "loop":
             _warn(
@@ -87,6 +92,8 @@ class Target:
                 f"raises {raised}; such draws are left out, and take many calls to find; make its value -inf there, or "
                 f"add a small number to the diagonal of a matrix that is not positive definite"
             )
+        if torn := self.torn(free, value, slope):
+            _warn(f"has {torn}")
         with torch.no_grad():
             outside = beyond(log_joint, parameters.constrain(free)[0], self.calls, found.values)
         if outside:
@@ -132,8 +139,22 @@ class Target:
         if slope is not None and not (fine & slope.isfinite().all(-1)).any():
             row = int(fine.int().argmax())
             raise ValueError(
-                f"log_joint: expected a finite gradient, got {short(slope[row])} at {self.describe(free[row])}"
+                f"log_joint: expected a finite gradient, got {short(slope[row])} at {self.describe(free[row])}; "
+                f"{_BEHIND}"
             )
+
+    def torn(self, free: Tensor, value: Tensor, slope: Tensor, most: float = 0.0) -> str:
+        """What is said of draws with a finite value and no finite gradient, if there is more than a share of them.
+
+        They are left out of a fit, whose q keeps away from where they are: its ELBO is that of the others.
+        """
+        rows = value.isfinite() & ~slope.isfinite().all(-1)
+        if not rows.double().mean() > most:
+            return ""
+        return (
+            f"a finite value but no finite gradient at {int(rows.sum())} of {len(free)} draws, as at "
+            f"{self.describe(free[int(rows.int().argmax())])}; such draws are left out of the fit; {_BEHIND}"
+        )
 
     @torch.no_grad()
     def changed(self) -> str:
