@@ -42,6 +42,7 @@ class Target:
         calls: "vectorised", "vmap" or "loop".
         evaluations: of how many draws a gradient was asked so far, whoever asked; the trial does not count. A replayed
             CUDA graph is not seen.
+        coarsest: the dtype to which values are rounded: that of the draws, or of the log joint's own values.
 
     Raises:
         TypeError: for a value that is no floating tensor, or has no gradient.
@@ -73,6 +74,7 @@ class Target:
         self.calls: Calls = found.calls
         with torch.no_grad():
             self._trial = free, call(log_joint, parameters.constrain(free)[0], found.calls)
+        self.coarsest = max(dtype, self._trial[1].dtype, key=lambda each: torch.finfo(each).eps)
         lost = self._without_gradient(free)
         value, slope = self.gradient(free)
         self.check(free, value, slope)

@@ -193,7 +193,7 @@ def doubts(weighed: Weighed, target: Target) -> list[str]:
     with torch.inference_mode(mode=False):
         if torn := target.torn(z, *target.gradient(z), FOUND):
             said.append(f"the log joint has {torn}")
-    size, dtype = weighed.log_ratio.abs().min().item(), weighed.z.dtype
+    size, dtype = weighed.log_ratio.abs().min().item(), target.coarsest
     step = size * torch.finfo(dtype).eps
     if COARSE < step < math.inf:
         said.append(
