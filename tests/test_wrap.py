@@ -296,6 +296,14 @@ def test_what_is_refused() -> None:
     raises(TypeError, none, lambda: wrap(nn.Linear(6, 7), 3, features=7, flow="diagonal", steps=2, hidden=(8,)))
     pair = "features: expected none with the pair (loc, log_var), got 6; leave it out"
     raises(ValueError, pair, lambda: wrap(Pair(), 3, features=6, example=X))
+    own = "; the posterior, and its head, are made here"
+    kinds = "flow: expected a recipe's name, as flow='iaf', or a Bijector, as flow=Planar(dim), got"
+    iaf = RECIPES["iaf"]
+    wrong: list[tuple[Any, str]] = [(Planar, "Planar"), (iaf, "iaf"), (iaf(6, 3), "FlowPosterior")]
+    for flow, name in wrong:
+        raises(TypeError, f"{kinds} {name}{own}", lambda flow=flow: wrap(Pair(), 3, example=X, flow=flow))
+    function = "read: expected a function of what the encoder returns, got 'loc'; write read=lambda out: out[...]"
+    raises(TypeError, function, lambda: wrap(Pair(), 3, example=X, read="loc"))  # pyright: ignore[reportArgumentType]
     no_module = (
         "encoder: expected a torch.nn.Module, got function; write a torch.nn.Module whose forward calls it, so that "
         "its parameters are found"
