@@ -17,6 +17,10 @@ _BEHIND = (
     "torch.where and nansum pass on the nan of what they leave out, as of missing data; put a number in its place "
     "first, as x.nan_to_num() or torch.where(x > 0, x, 1.0)"
 )
+_FOLLOWS = "expected one that follows every parameter, without .detach(), .item(), .numpy() and no_grad"
+_APART, _ENOUGH = {1e-4: 1e-6, 1e-7: 1e-13}, 4
+"""How far apart values are whose difference is compared with a slope, and what part of a value may be undecided: as a
+solver of differential equations leaves it, and rounding. At how many draws it must be another."""
 
 
 class Target:
@@ -27,7 +31,8 @@ class Target:
     returns a scalar: "vmap" if `torch.func.vmap` gives the same values, else "loop", slow, with a warning. Draws of
     the trial come from a generator of their own. Distributions of torch do not validate their values within the log
     joint, so that vmap and CUDA graphs can follow it; but once they do, on the trial's draws, and a finite value that
-    they refuse there is warned of.
+    they refuse there is warned of. So is a
+    gradient that is missing, or not that of the values.
 
     Args:
         log_joint: of the parameters, a mapping or a tensor, as ``parameters.constrain`` gives them, to ``log p(x,
@@ -85,10 +90,9 @@ class Target:
                 f"write it for parameters with a leading axis of draws, or without .item() and branches on values"
             )
         if lost:
-            _warn(
-                f"has no gradient with respect to {', '.join(lost)} at any of {len(free)} draws; expected one that "
-                f"follows every parameter, without .detach(), .item(), .numpy() and no_grad"
-            )
+            _warn(f"has no gradient with respect to {', '.join(lost)} at any of {len(free)} draws; {_FOLLOWS}")
+        elif astray := self._astray(free, value, slope):
+            _warn(f"has a gradient that is not that of its values: {astray}; {_FOLLOWS}")
         if raised := next(filter(None, map(self.refusal, free[found.values.isnan()])), ""):
             _warn(
                 f"raises {raised}; such draws are left out, and take many calls to find; make its value -inf there, or "
@@ -211,6 +215,40 @@ class Target:
         return [
             name for name, slope in zip(parts, slopes, strict=True) if slope is None or not slope.nan_to_num().any()
         ]
+
+    @torch.no_grad()
+    def _astray(self, free: Tensor, value: Tensor, slope: Tensor) -> str:
+        """Along which parameter slopes differ from differences of values at every draw, as where a part is detached.
+
+        They differ by over a tenth at two distances: at the larger one also where values swing between, at the smaller
+        one where they are rough. In float32 no difference says as much.
+        """
+        if self.coarsest != torch.float64:
+            return ""
+        columns = self.parameters.columns
+        steps = torch.zeros(len(columns), free.shape[-1], dtype=free.dtype, device="cpu")
+        generator = torch.Generator("cpu").manual_seed(0)
+        for step, own in zip(steps, columns.values(), strict=True):
+            step[own] = torch.randn(step[own].shape, generator=generator, dtype=step.dtype, device="cpu")
+        steps = (steps / steps.norm(dim=-1, keepdim=True).clamp_min(1e-300)).to(free.device)
+        due = found = steps @ slope.mT  # (parameters, S)
+        known, off = found.isfinite(), torch.ones_like(found, dtype=torch.bool)
+        for apart, undecided in _APART.items():
+            moved = apart * torch.stack([steps, -steps]).unsqueeze(2)  # (2, parameters, 1, dim)
+            ahead, behind = self((free + moved).flatten(0, 2)).unflatten(0, (2, len(columns), -1))
+            due = (ahead - behind) / (2 * apart)
+            known = known & due.isfinite()
+            size = torch.maximum(due.abs(), found.abs())
+            off = off & ((due - found).abs() > 0.1 * size + 0.01 + undecided / apart * value.abs())
+        astray = (off | ~known).all(-1) & (known.sum(-1) >= _ENOUGH)
+        if not astray.any():
+            return ""
+        which = int(astray.int().argmax())
+        row = int(known[which].int().argmax())
+        return (
+            f"along {[*columns][which]} it is {found[which, row].item():.4g}, and a difference of values "
+            f"{due[which, row].item():.4g}, at {self.describe(free[row])}, and another at every draw"
+        )
 
 
 def _warn(message: str) -> None:
