@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flowpost.checks import active, check_values
 from flowpost.density import standard_normal_log_prob
-from flowpost.numerics.arguments import check_int
+from flowpost.numerics.arguments import check_int, check_positive
 from flowpost.numerics.products import wide_dtype
 
 _MANY = 16
@@ -137,16 +137,16 @@ class Gaussian(Likelihood):
 
     Args:
         scale: the standard deviation of all elements, where it is not learned; then loc is the one output of an
-            element, and log p(x) is the squared error over ``-2 scale^2``, less a constant: the VAE "with MSE".
+            element, and log p(x) is the squared error over ``-2 scale^2``, less a constant: the VAE "with MSE". One
+            that is learned, for all elements, takes a `Likelihood` of your own.
     """
 
     numbers = 2
 
     def __init__(self, scale: float | None = None) -> None:
         super().__init__()
-        if scale is not None and not 0 < scale < math.inf:
-            raise ValueError(f"scale: expected a positive finite number, got {scale}")
-        self.scale, self.numbers = scale, 2 if scale is None else 1
+        self.scale = None if scale is None else check_positive("scale", scale)
+        self.numbers = 2 if scale is None else 1
 
     def _loc_log_scale(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         loc = outputs.select(-2, 0)

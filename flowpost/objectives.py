@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -208,7 +209,12 @@ def _check_terms(log_likelihood: Tensor, **terms: Tensor) -> None:
 
 def _check_weight(kl_weight: float | Tensor, terms: Tensor) -> None:
     """Raise for weights that are not one number, or one for each example on the last axis of `terms`."""
-    if not isinstance(kl_weight, Tensor) or kl_weight.ndim == 0:
+    if not isinstance(kl_weight, Tensor):
+        if isinstance(kl_weight, (str, Sequence)):
+            got = type(kl_weight).__name__
+            raise TypeError(f"kl_weight: expected a number or a tensor, got {got}; write torch.tensor(kl_weight)")
+        return
+    if not kl_weight.ndim:
         return
     if kl_weight.ndim > min(1, terms.ndim) or kl_weight.shape[0] not in (1, terms.shape[-1]):
         raise ValueError(

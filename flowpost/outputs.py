@@ -78,8 +78,15 @@ def joined(pair: tuple[Tensor, Tensor], dim: int) -> Tensor:
     """A pair side by side, ``(*batch, 2 * dim)``.
 
     Raises:
+        TypeError: for whole numbers, such as indices or a mask, which would be promoted.
         ValueError: for another width than `dim`, or shapes that do not broadcast.
     """
+    for name, part in zip(("loc", "log_var"), pair, strict=True):
+        if not part.is_floating_point():
+            raise TypeError(
+                f"encoder: expected loc and log_var of floating dtypes, got a {name} of {part.dtype}, as indices or a "
+                f"mask have; pass read= a function that takes the features out, as lambda out: out[0]"
+            )
     if any(part.ndim == 0 or part.shape[-1] != dim for part in pair):
         raise ValueError(f"encoder: expected loc and log_var of shape (*, {dim}), got {kind(pair)}")
     if pair[0].shape == pair[1].shape:

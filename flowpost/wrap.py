@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from flowpost.bijectors.affine import Affine, Shift
 from flowpost.bijectors.autoregressive import Autoregressive
-from flowpost.bijectors.base import Bijector, check_step
+from flowpost.bijectors.base import Bijector
 from flowpost.bijectors.chain import Chain
 from flowpost.bijectors.gate import Gate
 from flowpost.bijectors.householder import Householder
@@ -81,8 +81,9 @@ def wrap(
         ``log_prob(z, *inputs, **kwargs)``, on the encoder's device and of its dtype (float32 for half precision).
 
     Raises:
-        TypeError: if the encoder is no module, or returns none of the above; for options that the flow does not take;
-            for a `read` that is a module with parameters of its own, which would not be trained.
+        TypeError: if the encoder is no module, or returns none of the above; for a `flow` of another kind, or options
+            that it does not take; for a `read` that is no function, or a module with parameters of its own, which would
+            not be trained.
         ValueError: if neither `features` nor `example` is given, they disagree, the flow's name is unknown, or the
             example shows what cannot be meant: shapes that do not fit, or more than one axis between batch and
             features without a `read`.
@@ -101,6 +102,10 @@ def wrap(
     check_module("encoder", encoder)
     check_int("dim", dim, minimum=1)
     if read is not None:
+        if not callable(read):
+            raise TypeError(
+                f"read: expected a function of what the encoder returns, got {read!r}; write read=lambda out: out[...]"
+            )
         check_owned("read", read, encoder, "put it into the encoder, as nn.Sequential(encoder, module)", 2)
     _check_flow(flow, dim, flow_options)
     width = _width(encoder, dim, read, features, example)
@@ -117,7 +122,12 @@ def _check_flow(flow: str | Bijector, dim: int, options: Mapping[str, object]) -
     if isinstance(flow, str):
         check_recipe(flow, options)
         return
-    check_step("flow", flow)
+    if not isinstance(flow, Bijector):
+        got = getattr(flow, "__name__", type(flow).__name__)
+        raise TypeError(
+            f"flow: expected a recipe's name, as flow='iaf', or a Bijector, as flow=Planar(dim), got {got}; the "
+            f"posterior, and its head, are made here"
+        )
     if options:
         raise TypeError(f"flow_options: expected none with a bijector, got {', '.join(options)}; make it with them")
     if flow.dim != dim:

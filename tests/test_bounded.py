@@ -127,6 +127,11 @@ def test_a_gaussian_of_one_scale_is_the_squared_error() -> None:
     for wrong in (0.0, -1.0, math.inf):
         with pytest.raises(ValueError, match="^scale: expected a positive finite number"):
             Gaussian(wrong)
+    learned = torch.nn.Parameter(torch.tensor(0.5))  # it was a parameter of the likelihood, and had no gradient
+    with pytest.raises(
+        TypeError, match="^scale: expected a number, got Parameter; it is a constant, which is not trained"
+    ):
+        Gaussian(learned)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("likelihood", [Bernoulli(), Binomial(4), ContinuousBernoulli()])

@@ -29,6 +29,7 @@ from flowpost import (
     Reverse,
     Scale,
     Shared,
+    Spline,
     Sylvester,
     UnitLowerTriangular,
 )
@@ -215,6 +216,16 @@ CONSTRUCTORS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: Scale(2, 0.0), ValueError, "factor: expected a positive finite number, got 0.0"),
     (lambda: Scale(2, float("inf")), ValueError, "factor: expected a positive finite number, got inf"),
     (lambda: Scale(2, float("nan")), ValueError, "factor: expected a positive finite number, got nan"),
+    (
+        lambda: Scale(2, torch.tensor(2.0, requires_grad=True)),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "factor: expected a number, got Tensor; it is a constant, which is not trained: write .item()",
+    ),
+    (
+        lambda: Spline(2, bound=torch.tensor(2.0, requires_grad=True)),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        "bound: expected a number, got Tensor; it is a constant, which is not trained: write .item()",
+    ),
     (lambda: Sylvester(0), ValueError, DIM_0),
     (lambda: Sylvester(3, 0), ValueError, "rank: expected an int >= 1, got 0"),
     (lambda: Sylvester(3, 4), ValueError, "rank: expected an int <= 3, the size of z, got 4"),

@@ -480,6 +480,22 @@ def test_a_log_joint_that_its_dtype_rounds_is_told(constant: float, dtype: torch
     assert ("is about 3e+07 in size, which torch.float32 rounds to 4 nats, and with it" in fitted.verdict) == told
 
 
+def test_a_log_joint_that_rounds_its_values_itself_is_told() -> None:
+    """Whatever the dtype of the draws is: its values are known to 4 nats, or to 8."""
+    for dtype, constant in ((torch.float32, 3e7), (torch.bfloat16, 1e3)):
+        fitted = made(lambda z, dtype=dtype, constant=constant: standard(z.to(dtype)) + constant, 2, (0.0, 1.0))
+        assert f"which {dtype} rounds to" in fitted.verdict
+
+
+@pytest.mark.filterwarnings("ignore:log_joint. has a finite value but no finite gradient")
+@pytest.mark.parametrize(("at", "told"), [(0.0, True), (5.0, False)])
+def test_draws_without_a_gradient_are_told(at: float, told: bool) -> None:  # noqa: FBT001
+    """A twentieth of q's draws, or none of them, has a value and no slope: the fit has not seen it."""
+    fitted = made(lambda z: standard(z - at) + 0 * torch.where(z > -1.6, (z + 1.6).sqrt(), 0.0).sum(-1), 1, (at, 1.0))
+    assert fitted.is_trusted == (not told)
+    assert ("log joint has a finite value but no finite gradient at" in fitted.verdict) == told
+
+
 def test_a_log_joint_that_fails_far_out_says_nothing() -> None:
     def near(z: Tensor) -> Tensor:
         if z.abs().max() > 5:

@@ -229,6 +229,8 @@ def test_a_kl_weight_is_one_number_or_one_for_each_example(name: str) -> None:
         said = rf"^kl_weight: expected one number or one for each example, \(4,\), got shape {got}$"
         with pytest.raises(ValueError, match=said):
             bound(*terms, kl_weight=weight)
+    with pytest.raises(TypeError, match="^kl_weight: expected a number or a tensor, got list; write torch.tensor"):
+        bound(*terms, kl_weight=[0.5] * 4)
     with pytest.raises(ValueError, match="^kl_weight: expected one number or one for each example"):
         bound(*terms[:, :, :1], kl_weight=torch.ones(4))  # of one example it made four
     with pytest.raises(ValueError, match="^kl_weight: expected one number or one for each example"):

@@ -252,6 +252,13 @@ def test_a_mapping_is_each_alone() -> None:
     assert torch.equal(again.constrain(free)[1], log_det)
 
 
+def test_columns_are_the_coordinates_of_each() -> None:
+    """A simplex of one entry has none."""
+    parameters = Parameters({"a": (), "one": (1, constraints.simplex), "w": (3, constraints.simplex), "b": 2})
+    assert parameters.columns == {"a": slice(0, 1), "one": slice(1, 1), "w": slice(1, 3), "b": slice(3, 5)}
+    assert Parameters(4).columns == {"theta": slice(0, 4)}
+
+
 def test_a_bare_int_is_the_tensor_itself() -> None:
     parameters = Parameters(3)
     free = torch.randn(5, 3)

@@ -207,7 +207,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], Any, type[Exception], str]] = {
         lambda z: short_of((z * 0).sqrt() + z.detach()),
         2,
         ValueError,
-        r"expected a finite gradient, got \[nan, nan\] at theta",
+        r"expected a finite gradient, got \[nan, nan\] at theta = .*torch.where and nansum pass on the nan of what",
     ),
     "in place": (
         lambda p: short_of(p["a"].mul_(2).unsqueeze(-1)),
@@ -242,6 +242,40 @@ def test_what_is_detached_in_part_is_named() -> None:
         UserWarning, match="^log_joint: has no gradient with respect to b at any of 7 draws; expected one"
     ):
         made(lambda p: short_of(p["a"]) - p["b"].detach().square(), {"a": 2, "b": ()})
+
+
+@pytest.mark.parametrize(
+    "scale", [lambda tau: tau.detach(), lambda tau: tau.item()], ids=["detached", "read on the host"]
+)
+def test_a_gradient_that_is_not_that_of_the_values_is_named(scale: Callable[[Tensor], Any]) -> None:
+    """A part of it does not follow tau, whose other part has a gradient: the fit would climb another density."""
+    log_joint = lambda p: Normal(p["mu"], scale(p["tau"])).log_prob(DATA / 10).sum() - p["tau"]  # noqa: E731
+    spec = {"mu": (), "tau": constraints.positive}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made(log_joint, spec)
+    match = r"log_joint: has a gradient that is not that of its values: along tau it is .*, and a difference of values"
+    assert sum(bool(re.match(match, str(each.message))) for each in caught) == 1
+
+
+@pytest.mark.parametrize("size", [1.0, 1e4, 1e8])
+def test_a_gradient_of_rough_values_is_taken(size: float) -> None:
+    """A millionth of them that comes and goes, as a solver leaves it, kinks and steps, and swings within 1e-6."""
+    rough = lambda z: size * (1 + 1e-7 * torch.sin(1e9 * z.detach()).sum(-1))  # noqa: E731
+    made(lambda z: short_of(z) - rough(z) - z.abs().sum(-1) + z.sum(-1).floor(), 3)
+    made(lambda z: short_of(z) - size * (1e6 * z).sin().sum(-1), 3)
+
+
+def test_draws_with_a_value_and_no_gradient_are_named() -> None:
+    """A `torch.where` hands on the nan of the branch not taken: the fit has none of the draws there."""
+    root = lambda z: torch.where(z > 0, z.sqrt(), 0.0).sum(-1)  # noqa: E731
+    match = r"^log_joint: has a finite value but no finite gradient at 4 of 7 draws, as at theta = \[-.*; put a number"
+    with pytest.warns(UserWarning, match=match):
+        target = made(lambda z: short_of(z) + root(z), 1)
+    free = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+    value, slope = target.gradient(free)
+    assert target.torn(free, value, slope).startswith("a finite value but no finite gradient at 1 of 2 draws")
+    assert target.torn(free[:1], value[:1], slope[:1]) == ""
 
 
 def test_draws_outside_the_support_are_no_fault() -> None:

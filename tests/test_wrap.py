@@ -292,15 +292,20 @@ def test_what_is_refused() -> None:
     raises(TypeError, options, lambda: wrap(nn.Linear(6, 7), 3, features=7, flow=Planar(3), steps=2))
     of_dim = "flow: expected a bijector of dim=3, got dim=2"
     raises(ValueError, of_dim, lambda: wrap(Pair(), 3, example=X, flow=Planar(2)))
-    kind = "flow: expected a Bijector, got FlowPosterior"
-    given: Any = RECIPES["diagonal"](0, 3)
-    raises(TypeError, kind, lambda: wrap(Pair(), 3, example=X, flow=given))
     planar = "flow_options: planar takes steps, centred; got hidden"
     raises(TypeError, planar, lambda: wrap(nn.Linear(6, 7), 3, features=7, flow="planar", hidden=(8,)))
     none = "flow_options: diagonal takes none; got steps, hidden"
     raises(TypeError, none, lambda: wrap(nn.Linear(6, 7), 3, features=7, flow="diagonal", steps=2, hidden=(8,)))
     pair = "features: expected none with the pair (loc, log_var), got 6; leave it out"
     raises(ValueError, pair, lambda: wrap(Pair(), 3, features=6, example=X))
+    own = "; the posterior, and its head, are made here"
+    kinds = "flow: expected a recipe's name, as flow='iaf', or a Bijector, as flow=Planar(dim), got"
+    iaf = RECIPES["iaf"]
+    wrong: list[tuple[Any, str]] = [(Planar, "Planar"), (iaf, "iaf"), (iaf(6, 3), "FlowPosterior")]
+    for flow, name in wrong:
+        raises(TypeError, f"{kinds} {name}{own}", lambda flow=flow: wrap(Pair(), 3, example=X, flow=flow))
+    function = "read: expected a function of what the encoder returns, got 'loc'; write read=lambda out: out[...]"
+    raises(TypeError, function, lambda: wrap(Pair(), 3, example=X, read="loc"))  # pyright: ignore[reportArgumentType]
     no_module = (
         "encoder: expected a torch.nn.Module, got function; write a torch.nn.Module whose forward calls it, so that "
         "its parameters are found"

@@ -151,6 +151,16 @@ REFUSED = {
         "encoder: expected loc and log_var of shape (*, 3), got a tuple of a tensor of shape (4, 3), a tensor of shape "
         "(4, 1); pass a read= that gives the pair, or features",
     ),
+    "features and indices": (
+        LOC.sort(-1), TypeError,
+        "encoder: expected loc and log_var of floating dtypes, got a log_var of torch.int64, as indices or a mask "
+        "have; pass read= a function that takes the features out, as lambda out: out[0]",
+    ),
+    "a mask and features": (
+        (LOC > 0, LOC), TypeError,
+        "encoder: expected loc and log_var of floating dtypes, got a loc of torch.bool, as indices or a mask have; "
+        "pass read= a function that takes the features out, as lambda out: out[0]",
+    ),
     "a dataclass": (
         Moments(LOC, LOG_VAR), TypeError,
         "encoder: expected a tensor, the pair (loc, log_var) or a Normal, got Moments of embedding, log_covariance; "

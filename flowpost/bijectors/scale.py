@@ -9,7 +9,7 @@ from typing import cast
 from torch import Tensor
 
 from flowpost.bijectors.base import Bijector, Line
-from flowpost.numerics.arguments import check_int
+from flowpost.numerics.arguments import check_int, check_positive
 from flowpost.numerics.scales import scale_and_log, softplus_scale
 
 
@@ -71,7 +71,8 @@ class Scale(Bijector):
         factor: a positive number.
 
     Raises:
-        ValueError: if the factor is not positive and finite.
+        TypeError: if the factor is no number, as a tensor, which nothing would train: `Learned(Scaling(dim))` is.
+        ValueError: if it is not positive and finite.
 
     Example:
         >>> Scale(2, 3.0)(torch.ones(2))[0]
@@ -83,9 +84,7 @@ class Scale(Bijector):
 
     def __init__(self, dim: int, factor: float) -> None:
         super().__init__(dim)
-        if not 0 < factor < math.inf:
-            raise ValueError(f"factor: expected a positive finite number, got {factor}")
-        self.factor = float(factor)
+        self.factor = check_positive("factor", factor)
 
     def extra_repr(self) -> str:
         """Size and factor, for the module's repr."""

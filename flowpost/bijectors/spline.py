@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from flowpost.bijectors.base import Bijector
 from flowpost.masked.run import COLUMNS, Column, Solve
-from flowpost.numerics.arguments import check_int
+from flowpost.numerics.arguments import check_int, check_positive
 from flowpost.numerics.arrays import Array, cumulated, like, module_of, take, wide
 from flowpost.numerics.constants import Constant
 from flowpost.numerics.knots import SHARE, SHIFT, SLOPE, STEEP, find_bin, knot_frame, knot_table
@@ -215,9 +214,7 @@ class Spline(Bijector):
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
         """Another `bound` takes the knots along, which lie between its ends."""
         if name == "bound":
-            if not 0 < value < math.inf:
-                raise ValueError(f"bound: expected a positive finite number, got {value}")
-            value = float(value)
+            value = check_positive("bound", value)
             self._frame, self._units, self._sides = (
                 Constant(part, wide=True) for part in knot_frame(self.bins, value, SLOPE, STEEP)
             )

@@ -39,7 +39,8 @@ def check_widths(name: str, widths: object) -> list[int]:
 def check_positive(name: str, value: object) -> float:
     """Return `value`, a positive finite number, or raise."""
     if not isinstance(value, Real):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+        hint = "; it is a constant, which is not trained: write .item()" if isinstance(value, Tensor) else ""
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}{hint}")
     if not 0 < float(value) < math.inf:
         raise ValueError(f"{name}: expected a positive finite number, got {value}")
     return float(value)

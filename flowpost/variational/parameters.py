@@ -89,6 +89,12 @@ class Parameters:
         return {name: each.shape for name, each in self._maps.items()}
 
     @property
+    def columns(self) -> dict[str, slice]:
+        """Where each parameter's coordinates lie."""
+        ends = [*itertools.accumulate(self._sizes)]
+        return {name: slice(end - size, end) for name, size, end in zip(self._maps, self._sizes, ends, strict=True)}
+
+    @property
     def real(self) -> list[str]:
         """The names of parameters that are real numbers, without a constraint."""
         return [name for name, each in self._maps.items() if isinstance(each, Line)]

@@ -13,6 +13,14 @@ from flowpost.variational.parameters import Parameters
 
 SAME = 100
 """Roundings by which a value differs at most from call to call."""
+_BEHIND = (
+    "torch.where and nansum pass on the nan of what they leave out, as of missing data; put a number in its place "
+    "first, as x.nan_to_num() or torch.where(x > 0, x, 1.0)"
+)
+_FOLLOWS = "expected one that follows every parameter, without .detach(), .item(), .numpy() and no_grad"
+_APART, _ENOUGH = {1e-4: 1e-6, 1e-7: 1e-13}, 4
+"""How far apart values are whose difference is compared with a slope, and what part of a value may be undecided: as a
+solver of differential equations leaves it, and rounding. At how many draws it must be another."""
 
 
 class Target:
@@ -23,7 +31,7 @@ class Target:
     returns a scalar: "vmap" if `torch.func.vmap` gives the same values, else "loop", slow, with a warning. Draws of
     the trial come from a generator of their own. Distributions of torch do not validate their values within the log
     joint, so that vmap and CUDA graphs can follow it; but once they do, on the trial's draws, and a finite value that
-    they refuse there is warned of.
+    they refuse there is warned of. So is a gradient that is missing, or not that of the values.
 
     Args:
         log_joint: of the parameters, a mapping or a tensor, as ``parameters.constrain`` gives them, to ``log p(x,
@@ -38,6 +46,7 @@ class Target:
         calls: "vectorised", "vmap" or "loop".
         evaluations: of how many draws a gradient was asked so far, whoever asked; the trial does not count. A replayed
             CUDA graph is not seen.
+        coarsest: the dtype to which values are rounded: that of the draws, or of the log joint's own values.
 
     Raises:
         TypeError: for a value that is no floating tensor, or has no gradient.
@@ -69,8 +78,10 @@ class Target:
         self.calls: Calls = found.calls
         with torch.no_grad():
             self._trial = free, call(log_joint, parameters.constrain(free)[0], found.calls)
+        self.coarsest = max(dtype, self._trial[1].dtype, key=lambda each: torch.finfo(each).eps)
         lost = self._without_gradient(free)
-        self.check(free, *self.gradient(free))
+        value, slope = self.gradient(free)
+        self.check(free, value, slope)
         self.evaluations = 0
         if self.calls == "loop":
             _warn(
@@ -78,15 +89,16 @@ class Target:
                 f"write it for parameters with a leading axis of draws, or without .item() and branches on values"
             )
         if lost:
-            _warn(
-                f"has no gradient with respect to {', '.join(lost)} at any of {len(free)} draws; expected one that "
-                f"follows every parameter, without .detach(), .item(), .numpy() and no_grad"
-            )
+            _warn(f"has no gradient with respect to {', '.join(lost)} at any of {len(free)} draws; {_FOLLOWS}")
+        elif astray := self._astray(free, value, slope):
+            _warn(f"has a gradient that is not that of its values: {astray}; {_FOLLOWS}")
         if raised := next(filter(None, map(self.refusal, free[found.values.isnan()])), ""):
             _warn(
                 f"raises {raised}; such draws are left out, and take many calls to find; make its value -inf there, or "
                 f"add a small number to the diagonal of a matrix that is not positive definite"
             )
+        if torn := self.torn(free, value, slope):
+            _warn(f"has {torn}")
         with torch.no_grad():
             outside = beyond(log_joint, parameters.constrain(free)[0], self.calls, found.values)
         if outside:
@@ -132,8 +144,22 @@ class Target:
         if slope is not None and not (fine & slope.isfinite().all(-1)).any():
             row = int(fine.int().argmax())
             raise ValueError(
-                f"log_joint: expected a finite gradient, got {short(slope[row])} at {self.describe(free[row])}"
+                f"log_joint: expected a finite gradient, got {short(slope[row])} at {self.describe(free[row])}; "
+                f"{_BEHIND}"
             )
+
+    def torn(self, free: Tensor, value: Tensor, slope: Tensor, most: float = 0.0) -> str:
+        """What is said of draws with a finite value and no finite gradient, if there is more than a share of them.
+
+        They are left out of a fit, whose q keeps away from where they are: its ELBO is that of the others.
+        """
+        rows = value.isfinite() & ~slope.isfinite().all(-1)
+        if not rows.double().mean() > most:
+            return ""
+        return (
+            f"a finite value but no finite gradient at {int(rows.sum())} of {len(free)} draws, as at "
+            f"{self.describe(free[int(rows.int().argmax())])}; such draws are left out of the fit; {_BEHIND}"
+        )
 
     @torch.no_grad()
     def changed(self) -> str:
@@ -188,6 +214,40 @@ class Target:
         return [
             name for name, slope in zip(parts, slopes, strict=True) if slope is None or not slope.nan_to_num().any()
         ]
+
+    @torch.no_grad()
+    def _astray(self, free: Tensor, value: Tensor, slope: Tensor) -> str:
+        """Along which parameter slopes differ from differences of values at every draw, as where a part is detached.
+
+        They differ by over a tenth at two distances: at the larger one also where values swing between, at the smaller
+        one where they are rough. In float32 no difference says as much.
+        """
+        if self.coarsest != torch.float64:
+            return ""
+        columns = self.parameters.columns
+        steps = torch.zeros(len(columns), free.shape[-1], dtype=free.dtype, device="cpu")
+        generator = torch.Generator("cpu").manual_seed(0)
+        for step, own in zip(steps, columns.values(), strict=True):
+            step[own] = torch.randn(step[own].shape, generator=generator, dtype=step.dtype, device="cpu")
+        steps = (steps / steps.norm(dim=-1, keepdim=True).clamp_min(1e-300)).to(free.device)
+        due = found = steps @ slope.mT  # (parameters, S)
+        known, off = found.isfinite(), torch.ones_like(found, dtype=torch.bool)
+        for apart, undecided in _APART.items():
+            moved = apart * torch.stack([steps, -steps]).unsqueeze(2)  # (2, parameters, 1, dim)
+            ahead, behind = self((free + moved).flatten(0, 2)).unflatten(0, (2, len(columns), -1))
+            due = (ahead - behind) / (2 * apart)
+            known = known & due.isfinite()
+            size = torch.maximum(due.abs(), found.abs())
+            off = off & ((due - found).abs() > 0.1 * size + 0.01 + undecided / apart * value.abs())
+        astray = (off | ~known).all(-1) & (known.sum(-1) >= _ENOUGH)
+        if not astray.any():
+            return ""
+        which = int(astray.int().argmax())
+        row = int(known[which].int().argmax())
+        return (
+            f"along {[*columns][which]} it is {found[which, row].item():.4g}, and a difference of values "
+            f"{due[which, row].item():.4g}, at {self.describe(free[row])}, and another at every draw"
+        )
 
 
 def _warn(message: str) -> None:

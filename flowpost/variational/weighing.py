@@ -182,10 +182,14 @@ def where_lost(weighed: Weighed, target: Target) -> str:
 
 
 def doubts(weighed: Weighed, target: Target) -> list[str]:
-    """What is said of a log joint that has changed, or is rounded, as one of 3e7 is in float32."""
+    """What is said of a log joint that has changed, is rounded, as one of 3e7 is in float32, or has no gradient."""
     changed = target.changed()
     said = [f"the log joint was {changed}: it is not one"] if changed else []
-    size, dtype = weighed.log_ratio.abs().min().item(), weighed.z.dtype
+    z = weighed.z[:CHUNK]
+    with torch.inference_mode(mode=False):
+        if torn := target.torn(z, *target.gradient(z), FOUND):
+            said.append(f"the log joint has {torn}")
+    size, dtype = weighed.log_ratio.abs().min().item(), target.coarsest
     step = size * torch.finfo(dtype).eps
     if COARSE < step < math.inf:
         said.append(
