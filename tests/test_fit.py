@@ -404,6 +404,7 @@ def heavy(z: Tensor) -> Tensor:
     return StudentT(3.0).log_prob(z).sum(-1)
 
 
+@full
 def test_independent_variables_with_heavy_tails_are_fitted() -> None:
     """The best Gaussian is 0.16 nats off, and so are affine couplings, which have nothing to read there."""
     gaps = [-fit(heavy, 4, flow, budget=40_000, samples=128, **SMALL).elbo(10_000)[0] for flow in (None, "realnvp")]

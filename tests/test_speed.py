@@ -406,6 +406,7 @@ def test_external_contests_leave_dense_out() -> None:
     assert found.seconds["flowpost"][0] > 0
 
 
+@pytest.mark.full
 def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(speed, "QUICK", TINY)
     threads = torch.get_num_threads()

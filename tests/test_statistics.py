@@ -135,6 +135,7 @@ def _coverage(name: str) -> float:
     return (distance < float(stats.chi2.ppf(0.9, DIM))).float().mean().item()
 
 
+@pytest.mark.full
 def test_joint_coverage() -> None:
     """False-alarm rate 6e-5: four binomial standard errors."""
     error = 4 * math.sqrt(0.9 * 0.1 / 2000)
