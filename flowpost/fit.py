@@ -18,9 +18,10 @@ from flowpost.variational.calling import LogJoint
 from flowpost.variational.families import GAUSSIANS, Flow, assemble, build_flow, is_mixable
 from flowpost.variational.fitted import FittedPosterior as FittedPosterior
 from flowpost.variational.parameters import Parameters, Spec
+from flowpost.variational.precision import precision
 from flowpost.variational.running import Running, left_out
 from flowpost.variational.starts import MOST
-from flowpost.variational.target import Target, precision
+from flowpost.variational.target import Target
 from flowpost.variational.weighing import Progress as Progress
 
 

@@ -41,10 +41,10 @@ from flowpost import (
     density,
     evaluation,
     generative,
-    importance,
     likelihoods,
     objectives,
     outputs,
+    pareto,
     posterior,
     vae,
 )
@@ -175,7 +175,7 @@ def _pareto_k_negated(excess: Tensor) -> Tensor:
 
 
 _CHECK_INT, _CHECK_NOISE = arguments.check_int, arguments.check_noise
-_OF_GAUSSIAN, _FIT_PARETO = outputs._of_gaussian, importance.fit_pareto
+_OF_GAUSSIAN, _FIT_PARETO = outputs._of_gaussian, pareto.fit_pareto
 
 _OF_ANOTHER_DTYPE = [
     index for index, (*_, message) in enumerate(test_errors.POSTERIOR) if message.startswith("noise: expected torch.")
@@ -328,7 +328,7 @@ FAULTS = (
     Fault(
         "Zhang and Stephens' sign of k",
         "-",
-        ((importance, "fit_pareto", _pareto_k_negated),),
+        ((pareto, "fit_pareto", _pareto_k_negated),),
         (
             partial(test_evaluation.test_k_hat_is_the_naive_formula_s, 1000, 1.0),
             partial(test_evaluation.test_k_hat_of_pareto_weights, 0.7),

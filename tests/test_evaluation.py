@@ -17,18 +17,9 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 import flowpost
 from flowpost.evaluation import active_units, decompose_elbo, importance_estimate, kl_per_latent, log_marginal
-from flowpost.importance import (
-    UnreliableEstimateWarning,
-    chance_of_largest,
-    fit_pareto,
-    pareto_k,
-    smoothed,
-    summarize,
-    tail_size,
-    unseen,
-    warn_unreliable,
-)
+from flowpost.importance import UnreliableEstimateWarning, summarize, warn_unreliable
 from flowpost.objectives import elbo, gaussian_kl
+from flowpost.pareto import chance_of_largest, fit_pareto, pareto_k, smoothed, tail_size, unseen
 from flowpost.vae import VAE, Bernoulli
 
 # ---------------------------------------------------------------------------------------------------- Pareto's k

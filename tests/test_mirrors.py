@@ -13,7 +13,8 @@ from torch.distributions import LogNormal, Normal, constraints
 from flowpost.fit import FittedPosterior, fit
 from flowpost.variational.families import assemble, build_flow
 from flowpost.variational.gaussian import Gaussian
-from flowpost.variational.mirrors import Mirror, find_mirrored, mirrors, with_images
+from flowpost.variational.mirrored import find_mirrored, with_images
+from flowpost.variational.mirrors import Mirror, mirrors
 from flowpost.variational.mixture import Mixture
 from flowpost.variational.parameters import Parameters, Spec, ordered
 from flowpost.variational.starts import Start

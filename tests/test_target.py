@@ -14,7 +14,8 @@ from torch.distributions import Dirichlet, Distribution, Exponential, LKJCholesk
 
 from flowpost.variational.calling import REFUSALS, trial
 from flowpost.variational.parameters import Parameters, Spec
-from flowpost.variational.target import Target, precision
+from flowpost.variational.precision import precision
+from flowpost.variational.target import Target
 
 DATA = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0], dtype=torch.float64)
 SCHOOLS = {"mu": (), "tau": constraints.positive, "theta": 8}
@@ -415,5 +416,5 @@ def test_on_a_gpu_float64_is_taken_where_it_tells(
     scale: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A difference of large terms loses nats in float32, or overflows in it."""
-    monkeypatch.setattr("flowpost.variational.target._slow_in_float64", lambda device: True)
+    monkeypatch.setattr("flowpost.variational.precision._slow_in_float64", lambda device: True)
     assert precision(lambda z: short_of(z) + (scale + z[..., 0]) ** 2 - scale**2, Parameters(2), "cpu") == dtype

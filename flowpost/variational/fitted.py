@@ -18,7 +18,7 @@ from flowpost.variational.calling import LogJoint
 from flowpost.variational.draws import named
 from flowpost.variational.families import Flow
 from flowpost.variational.far import where_far
-from flowpost.variational.mirrors import where_mirrored
+from flowpost.variational.mirrored import where_mirrored
 from flowpost.variational.mixture import Mixture
 from flowpost.variational.parameters import Spec, Values
 from flowpost.variational.refining import refined

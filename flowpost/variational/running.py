@@ -16,7 +16,7 @@ from flowpost.variational.bound import Fitted, bound, noise_for
 from flowpost.variational.families import components
 from flowpost.variational.fitted import FittedPosterior
 from flowpost.variational.gaussian import Gaussian, rise
-from flowpost.variational.mirrors import with_images
+from flowpost.variational.mirrored import with_images
 from flowpost.variational.missed import find_missed, grown
 from flowpost.variational.mixture import Mixture
 from flowpost.variational.starts import MOST, Start, Steps, climbs, find_start

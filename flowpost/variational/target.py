@@ -10,6 +10,7 @@ from torch import Tensor
 from flowpost.variational.calling import Calls, LogJoint, agree, beyond, call, find, line, refusal, trial
 from flowpost.variational.draws import described, named, short
 from flowpost.variational.parameters import Parameters
+from flowpost.variational.slopes import astray
 
 SAME = 100
 """Roundings by which a value differs at most from call to call."""
@@ -18,9 +19,6 @@ _BEHIND = (
     "first, as x.nan_to_num() or torch.where(x > 0, x, 1.0)"
 )
 _FOLLOWS = "expected one that follows every parameter, without .detach(), .item(), .numpy() and no_grad"
-_APART, _ENOUGH = {1e-4: 1e-6, 1e-7: 1e-13}, 4
-"""How far apart values are whose difference is compared with a slope, and what part of a value may be undecided: as a
-solver of differential equations leaves it, and rounding. At how many draws it must be another."""
 
 
 class Target:
@@ -90,8 +88,8 @@ class Target:
             )
         if lost:
             _warn(f"has no gradient with respect to {', '.join(lost)} at any of {len(free)} draws; {_FOLLOWS}")
-        elif astray := self._astray(free, value, slope):
-            _warn(f"has a gradient that is not that of its values: {astray}; {_FOLLOWS}")
+        elif self.coarsest == torch.float64 and (where := astray(self, parameters, free, value, slope)):
+            _warn(f"has a gradient that is not that of its values: {where}; {_FOLLOWS}")
         if raised := next(filter(None, map(self.refusal, free[found.values.isnan()])), ""):
             _warn(
                 f"raises {raised}; such draws are left out, and take many calls to find; make its value -inf there, or "
@@ -215,89 +213,7 @@ class Target:
             name for name, slope in zip(parts, slopes, strict=True) if slope is None or not slope.nan_to_num().any()
         ]
 
-    @torch.no_grad()
-    def _astray(self, free: Tensor, value: Tensor, slope: Tensor) -> str:
-        """Along which parameter slopes differ from differences of values at every draw, as where a part is detached.
-
-        They differ by over a tenth at two distances: at the larger one also where values swing between, at the smaller
-        one where they are rough. In float32 no difference says as much.
-        """
-        if self.coarsest != torch.float64:
-            return ""
-        columns = self.parameters.columns
-        steps = torch.zeros(len(columns), free.shape[-1], dtype=free.dtype, device="cpu")
-        generator = torch.Generator("cpu").manual_seed(0)
-        for step, own in zip(steps, columns.values(), strict=True):
-            step[own] = torch.randn(step[own].shape, generator=generator, dtype=step.dtype, device="cpu")
-        steps = (steps / steps.norm(dim=-1, keepdim=True).clamp_min(1e-300)).to(free.device)
-        due = found = steps @ slope.mT  # (parameters, S)
-        known, off = found.isfinite(), torch.ones_like(found, dtype=torch.bool)
-        for apart, undecided in _APART.items():
-            moved = apart * torch.stack([steps, -steps]).unsqueeze(2)  # (2, parameters, 1, dim)
-            ahead, behind = self((free + moved).flatten(0, 2)).unflatten(0, (2, len(columns), -1))
-            due = (ahead - behind) / (2 * apart)
-            known = known & due.isfinite()
-            size = torch.maximum(due.abs(), found.abs())
-            off = off & ((due - found).abs() > 0.1 * size + 0.01 + undecided / apart * value.abs())
-        astray = (off | ~known).all(-1) & (known.sum(-1) >= _ENOUGH)
-        if not astray.any():
-            return ""
-        which = int(astray.int().argmax())
-        row = int(known[which].int().argmax())
-        return (
-            f"along {[*columns][which]} it is {found[which, row].item():.4g}, and a difference of values "
-            f"{due[which, row].item():.4g}, at {self.describe(free[row])}, and another at every draw"
-        )
-
 
 def _warn(message: str) -> None:
     """A warning at the line that called who made the target."""
     warnings.warn(f"log_joint: {message}", UserWarning, stacklevel=4)
-
-
-def precision(log_joint: LogJoint, parameters: Parameters, device: torch.device | str) -> torch.dtype:
-    """The dtype in which a log joint is best called: float64 where it can be, and on a GPU where it has to be.
-
-    On a CPU float64, unless the log joint refuses it or answers in float32, as one with float32 data in a matrix
-    product does. On a GPU, where float64 is slow, float32, unless a value at some random draws is off by over 1e-3
-    nats, or not finite though it is in float64.
-
-    Args:
-        log_joint: as `Target` has it.
-        parameters: what it is a function of.
-        device: where it will be called.
-
-    Returns:
-        ``torch.float64`` or ``torch.float32``.
-
-    Example:
-        >>> data = torch.ones(5, 2)
-        >>> precision(lambda theta: -(data @ theta).square().sum(), Parameters(2), "cpu")
-        torch.float32
-    """
-    wide = _values(log_joint, parameters, device, torch.float64)
-    if wide is None:
-        return torch.float32
-    if not _slow_in_float64(device):
-        return torch.float64
-    narrow = _values(log_joint, parameters, device, torch.float32)
-    if narrow is None:
-        return torch.float64
-    near = (narrow.double() - wide).abs() <= 1e-3
-    return torch.float32 if (near | ~wide.isfinite()).all() else torch.float64
-
-
-def _slow_in_float64(device: torch.device | str) -> bool:
-    return torch.device(device).type != "cpu"
-
-
-def _values(
-    log_joint: LogJoint, parameters: Parameters, device: torch.device | str, dtype: torch.dtype
-) -> Tensor | None:
-    """The log joint of a trial's draws; None where it does not take the dtype, or answers in a narrower one."""
-    try:
-        free = trial(parameters, device, dtype)
-        values = find(log_joint, parameters, free).values
-    except (RuntimeError, TypeError, ValueError):
-        return None
-    return values if values.dtype == dtype else None

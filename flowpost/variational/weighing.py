@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowpost.importance import ImportanceEstimate, chance_of_largest, smoothed, summarize, unseen
+from flowpost.importance import ImportanceEstimate, summarize
+from flowpost.pareto import chance_of_largest, smoothed, unseen
 from flowpost.variational.bound import Fitted, draw, noise_for
 from flowpost.variational.families import components
 from flowpost.variational.target import Target
