@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import LogNormal, Normal, constraints
+from torch.distributions import Beta, LogNormal, Normal, constraints
 
 from flowpost.fit import FittedPosterior, fit
 from flowpost.variational.families import assemble, build_flow
@@ -105,6 +105,32 @@ def test_what_is_tried_of_parameters_of_one_kind() -> None:
     assert not any("exchanged" in str(each) for each in mirrors(Parameters(many)))
 
 
+def test_many_parameters_take_no_more_than_some_hundreds_of_ways() -> None:
+    """Each costs ten values of the log joint: an exchange goes with few others turned over."""
+    half = constraints.unit_interval
+    kinds: Spec = {f"a{k}": () for k in range(8)} | {f"b{k}": constraints.positive for k in range(8)}
+    for spec in (kinds | {f"w{k}": half for k in range(100)}, {f"w{k}": ((2, 2), half) for k in range(8)}):
+        said = [str(each) for each in mirrors(Parameters(spec))]
+        assert len(said) == len(set(said)) < 1200
+        assert "w7 turned over in the interval" in said
+    few = [str(each) for each in mirrors(Parameters(kinds | {"w": half}))]
+    assert "a0 and a1, b0 and b1 exchanged and w turned over in the interval" in few
+
+
+def test_a_symmetric_density_that_q_has_costs_little() -> None:
+    """Of eight shares that the data do not see, every exchange is looked through, and none of them on all draws."""
+    rows = []
+
+    def log_joint(p: dict[str, Tensor]) -> Tensor:
+        rows.append(len(p["w0"]))
+        return torch.stack([Beta(2.0, 2.0).log_prob(w) for w in p.values()]).sum(0)
+
+    spec: Spec = {f"w{k}": constraints.unit_interval for k in range(8)}
+    one = Gaussian(torch.zeros(8).double(), 0.9 * torch.eye(8).double())
+    found_in(log_joint, spec, one)
+    assert sum(rows) < 60_000
+
+
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
 def test_a_mirror_turns_its_axes_alone_and_twice_is_back(batch: tuple[int, ...]) -> None:
     values = {"a": torch.randn(*batch, 5, 2), "b": torch.randn(*batch, 2), "c": torch.randn(batch)}
@@ -184,7 +210,7 @@ def test_a_share_that_data_see_from_both_ends() -> None:
     end, tril = torch.tensor([-2.06]).double(), torch.tensor([[0.06]]).double()
     assert "or allow one half of the interval, which leaves one" in given(log_joint, spec, Gaussian(end, tril)).verdict
     assert found_in(log_joint, spec, Gaussian(end, tril), Gaussian(-end, tril))[1] is None
-    flat = lambda p: torch.distributions.Beta(3.0, 3.0).log_prob(p["w"] / 10)  # noqa: E731
+    flat = lambda p: Beta(3.0, 3.0).log_prob(p["w"] / 10)  # noqa: E731
     assert found_in(flat, spec, Gaussian(torch.zeros(1).double(), 0.9 * torch.eye(1).double()))[1] is None
 
 

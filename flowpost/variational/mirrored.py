@@ -19,8 +19,9 @@ from flowpost.variational.starts import Start, barrier
 from flowpost.variational.target import Target
 from flowpost.variational.weighing import Weighed, weigh
 
-TRIED, LOOKED = 10, 1000
-"""Draws on which every mirror is tried, and on which those that leave p as it is are looked through."""
+TRIED, LOOKED, COUNTED = 10, 100, 1000
+"""Draws on which every mirror is tried, on which those that leave p as it is are looked through, and on which the share
+that q misses is counted, where it misses any."""
 EVEN = 1.0
 """Nats by which log p may differ at an image: a mode of that much more or less mass is one too."""
 SLOPE, SPREAD = 2.0, 3.0
@@ -46,7 +47,7 @@ def with_images(
     gaussians, elbos = [*start.gaussians], [*start.elbos]
     while len(gaussians) < most:
         fitted = assemble(flow, gaussians, elbos)
-        found = find_mirrored(fitted, target, weigh(fitted, target, LOOKED, generator))
+        found = find_mirrored(fitted, target, weigh(fitted, target, COUNTED, generator))
         if found is None:
             break
         with torch.no_grad():  # what is turned twice is back
@@ -83,29 +84,38 @@ def find_mirrored(fitted: Fitted, target: Target, weighed: Weighed) -> Mirrored 
     draw and at its image. Where log q is not, and log p falls on the way from one to the other, q has the one's mode
     and misses the other's.
 
-    Costs `TRIED` values of the log joint for each mirror, and `LOOKED` for each that leaves p as it is.
+    Costs `TRIED` values of the log joint for each mirror, and twice `LOOKED` for each that leaves p as it is.
 
     Args:
         fitted: q.
         target: p.
         weighed: draws of q.
     """
-    few, more = _evenly(weighed, TRIED), _evenly(weighed, LOOKED)
+    few, some, more = (_evenly(weighed, count) for count in (TRIED, LOOKED, COUNTED))
     spread = more.log_ratio.std().item()
     if not math.isfinite(spread):
         return None
-    found = []
+    found, density, least = [], _density(target, few.z), max(SLOPE, SPREAD * spread) + EVEN
     for mirror in mirrors(target.parameters):
-        if _images(target, mirror, few.z)[2].double().mean() <= 0.5:
+        if _images(target, mirror, few.z, density)[2].double().mean() <= 0.5:
             continue
-        image, log_p, even = _images(target, mirror, more.z)
-        ratio = (log_p - fitted.log_prob(image)).double().nan_to_num(nan=math.inf, posinf=math.inf)
-        lost = even & (ratio - more.log_ratio > max(SLOPE, SPREAD * spread) + EVEN)
+        if not _missed(fitted, target, mirror, some, least)[2].any():
+            continue
+        image, log_p, lost = _missed(fitted, target, mirror, more, least)
         best = int(torch.where(lost, log_p, -math.inf).argmax())
         if lost[best] and _apart(target, image[best], more.z[best]):
             found.append(Mirrored(mirror, (more.share * lost).sum().item(), image[best]))
     worst = max(found, key=lambda each: each.share, default=None)
     return worst if worst and worst.share > SHARE else None
+
+
+def _missed(
+    fitted: Fitted, target: Target, mirror: Mirror, drawn: Weighed, least: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The images of draws, their log p, and which q has by so many nats less than p has them."""
+    image, log_p, even = _images(target, mirror, drawn.z, _density(target, drawn.z))
+    ratio = (log_p - fitted.log_prob(image)).double().nan_to_num(nan=math.inf, posinf=math.inf)
+    return image, log_p, even & (ratio - drawn.log_ratio > least)
 
 
 def _apart(target: Target, one: Tensor, other: Tensor) -> bool:
@@ -137,13 +147,16 @@ def _image(parameters: Parameters, mirror: Mirror, gaussian: Gaussian) -> Gaussi
     return Gaussian(_turned(parameters, mirror, gaussian.loc), tril * tril.diagonal().sign())
 
 
-def _images(target: Target, mirror: Mirror, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The images of draws, their log p, both in free coordinates, and which have about the density of their draw."""
-    parameters = target.parameters
-    before = parameters.constrain(z)[1]
+def _density(target: Target, z: Tensor) -> Tensor:
+    """The log p of coordinates over the parameters, whose volume no mirror changes."""
+    return target(z) - target.parameters.constrain(z)[1]
+
+
+def _images(target: Target, mirror: Mirror, z: Tensor, density: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The images of draws, their log p in free coordinates, and which have about the density of their draw."""
     try:
-        image = _turned(parameters, mirror, z)
-        log_p, after = target(image), parameters.constrain(image)[1]
+        image = _turned(target.parameters, mirror, z)
+        log_p, after = target(image), target.parameters.constrain(image)[1]
     except Exception:  # noqa: BLE001 - it is outside the support, or the log joint has a fault there
-        return z, before, torch.zeros_like(before, dtype=torch.bool)
-    return image, log_p, ((log_p - after) - (target(z) - before)).abs() <= EVEN
+        return z, density, torch.zeros_like(density, dtype=torch.bool)
+    return image, log_p, ((log_p - after) - density).abs() <= EVEN

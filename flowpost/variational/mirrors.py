@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -16,6 +16,8 @@ from flowpost.variational.parameters import Parameters
 
 LONGEST, MANY = 16, 8
 """The longest axis along which entries are turned, and of how many parameters at most any two are turned together."""
+COMBINED = 256
+"""How many exchanges together with parameters turned over, at most."""
 
 Axis: TypeAlias = tuple[str, int]
 """A parameter's name and one of its axes; of a whole parameter 0."""
@@ -75,8 +77,8 @@ def mirrors(parameters: Parameters) -> Iterator[Mirror]:
     Neighbouring entries of an axis are exchanged, for these make up all permutations: in all parameters that have an
     axis of that length, in their first axes, in their last, and in one parameter. Parameters of one shape and
     constraint are exchanged, all whose names differ alike, and any two. Those of an interval are turned over, alone and
-    with what exchanges two of a kind. Signs are turned of real parameters, one, two or all, and of entries along their
-    axes.
+    with what exchanges two of a kind, in `COMBINED` ways at most. Signs are turned of real parameters, one, two or all,
+    and of entries along their axes.
 
     Example:
         >>> from torch.distributions import constraints
@@ -96,15 +98,23 @@ def mirrors(parameters: Parameters) -> Iterator[Mirror]:
         yield from exchanged if size > 2 else ()
         of_two += exchanged if size == 2 else []
     of_two = [each._replace(pairs=pairs) for pairs in _swaps(parameters) for each in of_two]
+    yield from of_two[1:]
     bounded = parameters.bounded
-    for names in dict.fromkeys([(), *((name,) for name in bounded), tuple(bounded)]):
-        turned = (each._replace(over=names) for each in of_two if {*names}.isdisjoint(itertools.chain(*each.pairs)))
-        yield from (each for each in turned if each != Mirror())
+    named = [*dict.fromkeys([*((name,) for name in bounded), tuple(bounded)])] if bounded else []
+    yield from (Mirror(over=names) for names in named)
+    yield from itertools.islice(_combined(of_two[1:], named), COMBINED)
     for size, axes in _axes({name: shapes[name] for name in real}):
         yield from (Mirror(axes, (entry,)) for entry in range(size))
     for count in sorted({1, 2 if len(real) <= MANY else 1, len(real)}):
         for names in itertools.combinations(real, count) if real else ():
             yield Mirror(tuple((name, 0) for name in names))
+
+
+def _combined(exchanges: Sequence[Mirror], named: Sequence[tuple[str, ...]]) -> Iterator[Mirror]:
+    """Each exchange with each of some parameters turned over that it does not exchange."""
+    for each, names in itertools.product(exchanges, named):
+        if {*names}.isdisjoint(itertools.chain(*each.pairs)):
+            yield each._replace(over=names)
 
 
 def _swaps(parameters: Parameters) -> Iterator[tuple[tuple[str, str], ...]]:
