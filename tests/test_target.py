@@ -267,6 +267,14 @@ def test_a_gradient_of_rough_values_is_taken(size: float) -> None:
     made(lambda z: short_of(z) - size * (1e6 * z).sin().sum(-1), 3)
 
 
+@pytest.mark.parametrize("unit", [300.0, 2e3, 1e4, 1e5])
+def test_a_gradient_where_float32_data_round_a_parameter_is_taken(unit: float) -> None:
+    """A scalar is rounded as the data are: near 10,000 to a thousandth, so that values change by steps."""
+    data = unit + 3 + torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    spec = {"mu": (), "tau": constraints.positive}
+    made(lambda p: Normal(p["mu"] + unit, p["tau"]).log_prob(data).sum() - p["mu"].square() - p["tau"], spec)
+
+
 def test_draws_with_a_value_and_no_gradient_are_named() -> None:
     """A `torch.where` hands on the nan of the branch not taken: the fit has none of the draws there."""
     root = lambda z: torch.where(z > 0, z.sqrt(), 0.0).sum(-1)  # noqa: E731
