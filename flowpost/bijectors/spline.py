@@ -193,6 +193,7 @@ class Spline(Bijector):
         variables, as ``(3 * bins - 1, dim)`` flattened.
 
     Raises:
+        TypeError: for a bound that is no number, as a tensor.
         ValueError: for too few or too many bins, or a bound that is not positive and finite.
 
     Reference:

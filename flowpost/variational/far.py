@@ -16,7 +16,7 @@ from flowpost.variational.weighing import CHUNK, Weighed, estimate
 WIDER = 10.0
 """How many times as far out draws look for what q misses."""
 LINES, LOOKED = 256, 10_000
-"""Coordinates along which they look, at most, and how many draws do so along all of them together."""
+"""Coordinates along which they look, at most, and how many draws do so along all of them together, about."""
 FEWEST, MOST = 100, 1000
 """Draws along one."""
 MISSED = 3.0
