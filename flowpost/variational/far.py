@@ -38,7 +38,7 @@ class Far(NamedTuple):
     """The parameters of one of them."""
 
 
-class Line(NamedTuple):
+class _Line(NamedTuple):
     """A way on which draws are moved out."""
 
     read: Tensor
@@ -87,7 +87,7 @@ def where_far(fitted: Fitted, target: Target, weighed: Weighed) -> Far:
     return Far(rise, sd, "" if place is None else target.describe(place))
 
 
-def _lines(off: Tensor, share: Tensor) -> list[Line]:
+def _lines(off: Tensor, share: Tensor) -> list[_Line]:
     """That on which the standardized draws are widest, and each coordinate's own, with what goes along with it.
 
     None depends on the parameters' units. Of very many coordinates those whose draws have the heaviest tails are taken.
@@ -100,17 +100,17 @@ def _lines(off: Tensor, share: Tensor) -> list[Line]:
     sure = torch.where(correlation.abs() > SURE / math.sqrt(len(off)), correlation, 0.0)
     units, ways = torch.eye(len(sds), dtype=off.dtype, device=off.device), sure / sds.unsqueeze(-1) * sds
     heaviest = ((share @ off.pow(4)) / variances.square()).topk(min(LINES, len(sds))).indices.tolist()
-    own = [Line(units[j], ways[j], variances[j]) for j in heaviest]
+    own = [_Line(units[j], ways[j], variances[j]) for j in heaviest]
     if len(sds) == 1 or not bool(correlation.isfinite().all()):
         return own
     spreads, directions = torch.linalg.eigh(correlation)
-    return [Line(directions[:, -1] / sds, directions[:, -1] * sds, spreads[-1]), *own]
+    return [_Line(directions[:, -1] / sds, directions[:, -1] * sds, spreads[-1]), *own]
 
 
 def _found(
-    fitted: Fitted, target: Target, drawn: _Drawn, lines: Sequence[Line], usual: Tensor
+    fitted: Fitted, target: Target, drawn: _Drawn, lines: Sequence[_Line], usual: Tensor
 ) -> Iterator[tuple[float, float, Tensor]]:
-    """What draws on each line say, as `Far`, given the log evidence of q's own."""
+    """The rise and the sd of each line, as in `Far`, and the draw that says so, given the log evidence of q's own."""
     read, way, spread = map(torch.stack, zip(*lines, strict=True))
     along = WIDER * read @ drawn.off.mT
     far = drawn.z + ((1 - 1 / WIDER) * along.unsqueeze(-1) * way.unsqueeze(-2)).to(drawn.z)
