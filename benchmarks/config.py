@@ -240,11 +240,15 @@ def settle(base: Config, quick: Mapping[str, object], given: Mapping[str, object
             raise ConfigError(f"{option}: expected none beside networks of your own, got {values[name]}")
         find(str(networks))
         changes["networks_hash"] = source_hash(str(networks))
-    return check_device(_check_options(replace(base, **changes)))  # pyright: ignore[reportArgumentType]
+    return check_device(check_options(replace(base, **changes)))  # pyright: ignore[reportArgumentType]
 
 
-def _check_options(config: Config) -> Config:
-    """Refuse options of a recipe that the job does not have: they would change nothing."""
+def check_options(config: Config) -> Config:
+    """The configuration, where the job has the recipes whose options are given; of others they would change nothing.
+
+    Raises:
+        ConfigError: one is not, said in one line.
+    """
     recipes = filter(None, (*config.posteriors, parse_prior(config.prior)[0]))
     for name in config.options.keys() - {*recipes}:
         expected = f"expected those of the job's posteriors ({', '.join(config.posteriors)}) or of its prior"

@@ -17,6 +17,7 @@ from benchmarks import checkpoint, job
 from benchmarks.config import Config, from_json
 from benchmarks.data import Data, load
 from benchmarks.filling import origin
+from benchmarks.flows import parse_options
 from benchmarks.images import presets, toys
 from benchmarks.images.page import table
 from benchmarks.images.presets import NAMES, adapt
@@ -87,6 +88,10 @@ def test_parts_of_a_protocol_can_be_changed_and_are_named() -> None:
     assert (config.gradient, config.optimization.optimizer, config.optimization.decay) == ("stl", "adam", "linear")
     assert preset.changes(config) == ["gradient stl (standard)", "optimizer adam (rmsprop)", "decay linear (constant)"]
     assert preset.changes(preset.config) == []
+    given = adapt(preset, None, options=parse_options(["iaf.gain=1", "iaf.steps=3"]))
+    assert given.options_of("iaf") == {"steps": 3, "hidden": (256, 256), "context_size": 128, "gain": 1}
+    assert preset.changes(given) == ["iaf gain=1, steps=3"]
+    assert preset.sizes(given, "iaf") == "3"
 
 
 def test_the_small_model_has_the_published_sizes(digits: Data) -> None:
@@ -145,6 +150,11 @@ def test_frey_faces_and_means_reach_the_networks(digits: Data) -> None:
         (["--preset", "small-iaf", "--depth", "0"], "depth: expected at least 1 step, got 0"),
         (["--preset", "small-meanfield", "--hidden", "9"], "hidden: expected a posterior with networks, got diagonal"),
         (["--preset", "small-iaf", "--hidden", "0"], "hidden: expected at least 1 unit, got 0"),
+        (
+            ["--preset", "small-iaf", "--option", "planar.steps=2"],
+            "option: expected those of the job's posteriors (iaf)",
+        ),
+        (["--preset", "small-iaf", "--option", "iaf.stepz=2"], "option: expected RECIPE.OPTION=VALUE of a recipe"),
         (["--preset", "small-iaf", "--clip", "0"], "clip: expected a positive number, got 0"),
         (["--preset", "small-iaf", "--averaging", "1"], "averaging: expected a share in [0, 1), got 1"),
         (["--preset", "small-iaf", "--precision", "float16"], "precision: expected one of float32, bfloat16"),

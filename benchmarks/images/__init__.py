@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.config import GRADIENTS, LOGS, ConfigError, check_choice, check_device, posterior_names
+from benchmarks.config import GRADIENTS, LOGS, ConfigError, check_choice, check_device, check_options, posterior_names
 from benchmarks.data import NAMES as DATA
 from benchmarks.data import load as load_data
+from benchmarks.flows import parse_options
 from benchmarks.images.page import publish
 from benchmarks.images.presets import NAMES, adapt, load
 from benchmarks.images.toys import draw
@@ -32,6 +33,10 @@ def images(
     data: Annotated[str | None, typer.Option(help=f"Another data set: {', '.join(DATA)}.")] = None,
     posterior: Annotated[
         list[str] | None, typer.Option(help="Other posteriors on the preset's networks; repeat it, or use commas.")
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="RECIPE.OPTION=VALUE, as orthogonal_sylvester.rank=8; repeat it.", metavar="TEXT"),
     ] = None,
     depth: Annotated[int | None, typer.Option(help="Steps of the posterior; iaf-mnist: 2 to 8.")] = None,
     hidden: Annotated[
@@ -99,8 +104,9 @@ def images(
         raise ConfigError(f"preset: expected one of {', '.join(NAMES)}, or folders of runs, got neither")
     given = context.params | {
         "posteriors": posterior_names(posterior) if posterior else None,
+        "options": parse_options(option) if option else None,
         "seeds": tuple(dict.fromkeys(seed)) if seed else None,
         "images": count,
     }
-    config = adapt(load(preset), **given)
-    raise typer.Exit(job(check_device(config), out, pictures=pictures))
+    config = check_device(check_options(adapt(load(preset), **given)))
+    raise typer.Exit(job(config, out, pictures=pictures))

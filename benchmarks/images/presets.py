@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.config import DEFAULTS, Config, ConfigError
 from benchmarks.errors import tuples
+from benchmarks.flows import options_words
 from benchmarks.optimizers import Optimization
 
 # The same reader: Python has it from 3.11 on.
@@ -20,7 +21,8 @@ FOLDER = Path(__file__).with_name("presets")
 NAMES = tuple(sorted(path.stem for path in FOLDER.glob("[!_]*.toml")))
 OPTIMIZATION = tuple(asdict(Optimization()))
 # How a run is stopped or evaluated, or where: a run that differs here alone is of the preset's model.
-FREE = ("posteriors", "seeds", "threads", "device", "eager", "pairs", "log", "flows", "data", "trusted_images")
+FREE = ("posteriors", "seeds", "threads", "device", "eager", "pairs", "log", "data", "trusted_images")
+OF_RECIPES = ("flows", "options")  # named by recipe, not by field
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,14 @@ class Preset:
     def changes(self, config: Config) -> list[str]:
         """In what a run's protocol differs from the file's, in words."""
         mine, theirs = _flat(self.config), _flat(config)
-        return [
+        changed = [
             f"{key.replace('_', ' ')} {theirs[key]:g} ({mine[key]:g})"
             if isinstance(mine[key], (int, float))
             else f"{key} {theirs[key]} ({mine[key]})"
             for key in mine
             if theirs[key] != mine[key]
         ]
+        return [*changed, *(f"{name} {options_words(options)}" for name, options in config.options.items())]
 
 
 def _width(options: Mapping[str, Any]) -> int | None:
@@ -66,7 +69,7 @@ def _width(options: Mapping[str, Any]) -> int | None:
 def _flat(config: Config) -> dict[str, Any]:
     values = asdict(config)
     values |= values.pop("optimization")
-    return {key: value for key, value in values.items() if key not in FREE}
+    return {key: value for key, value in values.items() if key not in (*FREE, *OF_RECIPES)}
 
 
 def load(name: str) -> Preset:
