@@ -17,6 +17,8 @@ from flowpost.bijectors.planar import planar_chain as planar_chain
 from flowpost.bijectors.planar import planar_chain_inverse as planar_chain_inverse
 from flowpost.bijectors.planar import planar_inverse as planar_inverse
 from flowpost.bijectors.radial import radial as radial
+from flowpost.bijectors.radial import radial_chain as radial_chain
+from flowpost.bijectors.radial import radial_chain_inverse as radial_chain_inverse
 from flowpost.bijectors.radial import radial_inverse as radial_inverse
 from flowpost.bijectors.spline import rational_quadratic as rational_quadratic
 from flowpost.bijectors.spline import rational_quadratic_inverse as rational_quadratic_inverse

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flowpost import Radial
-from flowpost.functional import radial, radial_inverse
+from flowpost.functional import radial, radial_chain, radial_chain_inverse, radial_inverse
 
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 
@@ -46,6 +46,19 @@ def test_radial_reads_one_map_for_each_example() -> None:
     for s, i in [(0, 0), (49, 3), (7, 2)]:
         expected = radial_by_the_book(z[s, i], *context[i].split([3, 1, 1]))
         torch.testing.assert_close((image[s, i], log_det[s, i]), expected)
+
+
+def test_a_chain_of_radial_maps_is_its_maps_one_after_the_other() -> None:
+    batch = torch.Size((4, 5))
+    center, alpha, beta = (2 * torch.randn(*batch, size, dtype=torch.float64) for size in (3, 1, 1))
+    start = z = torch.randn(4, 3, dtype=torch.float64)
+    total = torch.zeros(4, dtype=torch.float64)
+    for k in range(5):
+        z, log_det = radial(z, center[:, k], alpha[:, k], beta[:, k])
+        total += log_det
+    torch.testing.assert_close(radial_chain(start, center, alpha, beta), (z, total), rtol=1e-12, atol=1e-12)
+    found = radial_chain_inverse(z, center, alpha, beta)
+    torch.testing.assert_close(found, (start, -total), rtol=1e-10, atol=1e-10)
 
 
 def test_a_fresh_radial_step_is_exactly_the_identity_and_can_learn() -> None:

@@ -58,8 +58,10 @@ def _log_det(numbers: _Numbers, radii: list[Tensor], dim: int) -> Tensor:
     return ((dim - 1) * around + slope).sum((-2, -1), dtype=wide_dtype(radius))
 
 
-def _radial_chain(z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+def radial_chain(z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """K radial maps in sequence, equal to K calls of `radial`; but for z itself, all is worked out at once.
+
+    Cost: O(K dim).
 
     Args:
         z: ``(*batch, dim)``.
@@ -81,8 +83,18 @@ def _radial_chain(z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor) -> tup
     return z, _log_det(numbers, radii, z.shape[-1])
 
 
-def _radial_chain_inverse(z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """Undo `_radial_chain`."""
+def radial_chain_inverse(z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """Undo `radial_chain`, by one quadratic equation a map. Cost: O(K dim).
+
+    Args:
+        z: the image z', ``(*batch, dim)``.
+        center: ``(*batch, K, dim)``.
+        alpha: ``(*batch, K, 1)``.
+        beta: ``(*batch, K, 1)``.
+
+    Returns:
+        The preimage ``(*batch, dim)`` and the log-det of the inverse ``(*batch)``, summed in float64.
+    """
     numbers, radii = _numbers(center, alpha, beta), []
     for step in reversed(numbers.steps()):
         offset = z - step.center
@@ -116,7 +128,7 @@ def radial(z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tens
     Returns:
         z' ``(*batch, dim)`` and log_det ``(*batch)``.
     """
-    image, log_det = _radial_chain(z, *(part.unsqueeze(-2) for part in (center, alpha, beta)))
+    image, log_det = radial_chain(z, *(part.unsqueeze(-2) for part in (center, alpha, beta)))
     return image, log_det.to(z.dtype)
 
 
@@ -132,7 +144,7 @@ def radial_inverse(z: Tensor, center: Tensor, alpha: Tensor, beta: Tensor) -> tu
     Returns:
         The preimage ``(*batch, dim)`` and the log-det of the inverse ``(*batch)``.
     """
-    back, log_det = _radial_chain_inverse(z, *(part.unsqueeze(-2) for part in (center, alpha, beta)))
+    back, log_det = radial_chain_inverse(z, *(part.unsqueeze(-2) for part in (center, alpha, beta)))
     return back, log_det.to(z.dtype)
 
 
@@ -182,10 +194,10 @@ class Radial(Bijector):
         return Radial if ours and not shared else None
 
     def _forward_run(self, steps: Sequence[Bijector], z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return _radial_chain(z, *self._numbers(cast(Tensor, context).unflatten(-1, (len(steps), self.context_size))))
+        return radial_chain(z, *self._numbers(cast(Tensor, context).unflatten(-1, (len(steps), self.context_size))))
 
     def _inverse_run(
         self, steps: Sequence[Bijector], z: Tensor, context: Tensor | None, preimage: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         numbers = self._numbers(cast(Tensor, context).unflatten(-1, (len(steps), self.context_size)))
-        return _radial_chain_inverse(z, *numbers)
+        return radial_chain_inverse(z, *numbers)
