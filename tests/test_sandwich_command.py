@@ -19,6 +19,8 @@ from benchmarks.models import build
 from benchmarks.own.setup import configure_own
 from benchmarks.quadrature import quadrature
 from benchmarks.report import summarize
+from benchmarks.sandwich.page import Plan, picture, table
+from flowpost.chains import Chains
 from flowpost.vae import VAE, Gaussian
 
 FEW = ["--count", "3", "--chains", "2", "--temperatures", "4", "--leapfrogs", "1", "--samples", "30"]
@@ -141,9 +143,9 @@ def test_rows_of_two_jobs_are_told_apart() -> None:
 
     def named(*rows: dict) -> list[str]:
         whole = [{"dim": 16, "images": "its own", "count": 3, **figures, **row} for row in rows]
-        plan = sandwich.Plan(count=3, chains=2, temperatures=4, leapfrogs=1, samples=30)
-        found = [row[0] for row in sandwich._table(whole, plan).rows]
-        ticks = [label.get_text() for label in sandwich.picture(whole).axes[0].get_yticklabels()]
+        plan = Plan(count=3, chains=2, temperatures=4, leapfrogs=1, samples=30)
+        found = [row[0] for row in table(whole, plan).rows]
+        ticks = [label.get_text() for label in picture(whole).axes[0].get_yticklabels()]
         assert len({*ticks}) == len(whole)
         return found
 
@@ -151,6 +153,31 @@ def test_rows_of_two_jobs_are_told_apart() -> None:
     assert named(elbo, iwae) == ["iaf, elbo", "iaf, iwae"]
     assert named(elbo, elbo | {"images": "test"}, elbo | {"posterior": "maf"}) == ["iaf", "iaf", "maf"]
     assert named({"posterior": "iaf"}, {"posterior": "maf"}) == ["iaf", "maf"]  # of an earlier version
+
+
+def test_the_chains_from_the_prior_are_as_many_as_asked_for(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(config := configure(samples=50, dim=2, width=4), tmp_path / "job")
+    made = {"diagonal": build(load_data(config), "diagonal", **config.model("diagonal")).eval()}
+    monkeypatch.setattr(sandwich, "models", lambda *_: made)
+    walked: list[int] = []
+
+    def counted(chains: Chains, *given: object) -> None:
+        Chains.__init__(chains, *given)  # pyright: ignore[reportArgumentType]
+        walked.append(chains.prior_chains)
+
+    monkeypatch.setattr("flowpost.sandwich.Chains", type("Counted", (Chains,), {"__init__": counted}))
+    for given, expected, said in (
+        ([], 2, "half as many from the prior"),
+        (["--prior-chains", "5"], 5, "5 from the prior"),
+    ):
+        walked.clear()
+        out = tmp_path / f"out{expected}"
+        code, _, error = run_cli(capsys, "sandwich", str(tmp_path / "job"), *FEW, *given, "--out", str(out))
+        assert (code, error) == (0, "")
+        assert walked == [expected, expected]  # on the model's own images, and on test images
+        assert said in (out / "sandwich.md").read_text()
 
 
 def test_the_images_are_drawn_again() -> None:

@@ -5,50 +5,33 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
-from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.canvas import blank, title
 from benchmarks.config import ConfigError, check_device
 from benchmarks.data import Data
-from benchmarks.files import Content, finite
-from benchmarks.filling import TABLES, origin, pictured
+from benchmarks.files import finite
+from benchmarks.filling import TABLES
 from benchmarks.job import load_data, models
 from benchmarks.quadrature import quadrature
 from benchmarks.report import Report
 from benchmarks.run import Out, Page, Run, terminal
-from benchmarks.table import Table, grouped
+from benchmarks.sandwich.page import REFINE, Plan, Row, picture, shown
 from benchmarks.train import EVALUATION_SEED, seeded
 from benchmarks.workers import cpu_threads
 from flowpost.evaluation import annealed_estimate, importance_estimate, sandwich
 from flowpost.importance import LIMIT, ImportanceEstimate, UnreliableEstimateWarning
 from flowpost.vae import VAE
 
-REFINE = 25  # steps of the chains that a refined proposal is fitted to
 DPI = 130
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is spent on each model."""
-
-    count: int
-    chains: int
-    temperatures: int
-    leapfrogs: int
-    samples: int
-
-
-Row = dict[str, Any]
 
 
 def sandwich_command(
@@ -60,6 +43,9 @@ def sandwich_command(
         int, typer.Option(min=1, help="Images drawn from each model; of 2 latents and N(0, I), test images too.")
     ] = 100,
     chains: Annotated[int, typer.Option(min=1, help="For each image, either way.")] = 16,
+    prior_chains: Annotated[
+        int | None, typer.Option(min=0, help="More of them, from the prior; half as many if not given.")
+    ] = None,
     temperatures: Annotated[int, typer.Option(min=1, help="Of each chain.")] = 1000,
     leapfrogs: Annotated[int, typer.Option(min=1, help="Gradients at each temperature.")] = 5,
     samples: Annotated[int, typer.Option(min=1, help="Importance samples for each image, beside it.")] = 1000,
@@ -74,7 +60,7 @@ def sandwich_command(
     On images drawn from the model, annealing gives a lower bound and an upper one. Importance sampling stands beside
     them, from q(z|x) itself and from a proposal refined for each image. Nothing is trained.
     """
-    plan = Plan(count, chains, temperatures, leapfrogs, samples)
+    plan = Plan(count, chains, temperatures, leapfrogs, samples, prior_chains)
     reports = [_moved(Report.read(folder), device) for folder in folders]
     run, console = Run.begin("sandwich", out, device=device, threads=threads, page=page, mark=mark), terminal()
     rows: list[Row] = []
@@ -124,7 +110,7 @@ def _own(vae: VAE, data: Data, plan: Plan) -> Row:
     """On images drawn from the model: all as nats below the upper bound."""
     shape, began = tuple(data.test.shape[1:]), time.perf_counter()
     with _seeded(vae):
-        found = sandwich(vae, plan.count, shape, plan.chains, plan.temperatures, plan.leapfrogs, samples=plan.samples)
+        found = sandwich(vae, plan.count, shape, *plan.ladder, prior_chains=plan.prior_chains, samples=plan.samples)
     seconds = _seconds(began)
     x = _drawn_again(vae, plan.count, shape)
     refined = importance_estimate(vae, x, plan.samples, refine=REFINE, pairs=5000)
@@ -145,7 +131,7 @@ def _drawn_again(vae: VAE, count: int, shape: tuple[int, ...]) -> Tensor:
 def _test(vae: VAE, x: Tensor, plan: Plan) -> Row:
     """On test images: all as nats below the integral."""
     began = time.perf_counter()
-    found = annealed_estimate(vae, x, plan.chains, plan.temperatures, plan.leapfrogs)
+    found = annealed_estimate(vae, x, *plan.ladder, prior_chains=plan.prior_chains)
     seconds = _seconds(began)
     sampled = importance_estimate(vae, x, plan.samples, pairs=5000)
     refined = importance_estimate(vae, x, plan.samples, refine=REFINE, pairs=5000)
@@ -176,77 +162,3 @@ def _write(run: Run, rows: Sequence[Row], plan: Plan) -> None:
     run.write("sandwich.md", shown(content))
     picture(rows).savefig(run.folder / "sandwich.png", dpi=DPI)
     run.publish("sandwich.json", shown, "sandwich.png")
-
-
-def shown(content: Content, page: str = "") -> str:
-    """The text of the page, or of a file that has no picture beside it."""
-    rows = [{key: math.nan if value is None else value for key, value in row.items()} for row in content["rows"]]
-    plot = [pictured(page, "How far each estimate of log p(x) falls short")] if page else []
-    return "\n\n".join([*plot, _table(rows, Plan(**content["plan"])).markdown(), origin(content)])
-
-
-def _named(rows: Sequence[Row], show: Callable[[str], str] = str) -> list[str]:
-    """The posterior of each row, with its job's folder where another job has the same row."""
-    alike = grouped(rows, _kind)
-    several = {kind for kind, found in alike.items() if len({row.get("job") for row in found}) > 1}
-    return [show(row["posterior"]) + (f", {row.get('job')}" if _kind(row) in several else "") for row in rows]
-
-
-def _kind(row: Row) -> tuple[str, int, str]:
-    return row["posterior"], row["dim"], row["images"]
-
-
-COLUMNS: dict[str, Callable[[Row], str]] = {
-    "latents": lambda row: str(row["dim"]),
-    "images": lambda row: f"{row['count']} {row['images']}",
-    "-log p(x), from above": lambda row: f"{-row['above']:.2f}",
-    "annealed": lambda row: _error(row, "gap"),
-    "worst": lambda row: f"{row['worst']:.2f}",
-    "importance": lambda row: _error(row, "sampled"),
-    "k>0.7": lambda row: f"{row['heavy']:.2f}",
-    "refined": lambda row: _error(row, "refined"),
-    "refined k>0.7": lambda row: f"{row['refined_heavy']:.2f}",
-    "accepted": lambda row: f"{row['acceptance']:.2f}",
-    "residual": lambda row: "-" if math.isnan(row["residual"]) else f"{row['residual']:.0e}",
-    "seconds": lambda row: f"{row['seconds']:.0f}",
-}
-
-
-def _table(rows: Sequence[Row], plan: Plan) -> Table:
-    caption = (
-        "-log p(x), from above: on images drawn from the model by the annealed upper bound, on test images by the "
-        "integral over z; annealed, importance, refined: by how many nats each lower bound falls short of it, mean ± "
-        "standard error over images; worst: of the annealed one, the worst image; annealed: "
-        f"{plan.chains} chains of {plan.temperatures:,} temperatures of {plan.leapfrogs} leapfrogs, and half as many "
-        "from the prior; importance: "
-        f"{plan.samples:,} samples of q(z|x); refined: as many of a proposal fitted to chains of {REFINE} steps; "
-        "k>0.7: share of images whose k-hat is above; residual: of the inverse that the way back starts with; "
-        "seconds: of the annealing and importance sampling, both ways on images of the model's own"
-    )
-    cells = [[name, *(cell(row) for cell in COLUMNS.values())] for name, row in zip(_named(rows), rows, strict=True)]
-    return Table(["posterior", *COLUMNS], cells, caption=caption)
-
-
-def _error(row: Row, key: str) -> str:
-    return f"{row[key]:.2f} ± {row[f'{key}_error']:.2f}"
-
-
-def picture(rows: Sequence[Row]) -> Figure:
-    """For each model, how far below the reference each estimate lies: 0 is the upper bound, or the integral."""
-    figure = blank(8, 1.6 + 0.5 * len(rows))
-    panel = figure.subplots()
-    marks = {"sampled": ("o", "importance samples"), "refined": ("s", "refined importance samples")}
-    marks["gap"] = ("D", "annealed")
-    for key, (mark, label) in marks.items():
-        short = [-row[key] for row in rows]
-        errors = [row[f"{key}_error"] for row in rows]
-        panel.errorbar(short, range(len(rows)), xerr=errors, fmt=mark, label=label, markersize=6, capsize=3)
-    panel.axvline(0, color="0.4", linewidth=1)
-    names = [f"{name}, {row['dim']}, {row['images']}" for name, row in zip(_named(rows, title), rows, strict=True)]
-    panel.set_yticks(range(len(rows)), names)
-    panel.invert_yaxis()
-    panel.set_xscale("symlog", linthresh=0.1)
-    panel.grid(axis="x", alpha=0.3)
-    panel.set(xlabel="nats from the upper bound (its own images) or the integral (test images), on average")
-    figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
-    return figure
