@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flowpost import Affine, Autoregressive, Bijector, Coupling, LULinear, Permute, Planar
+from flowpost.masked.network import MaskedLinear
 from flowpost.numerics.constants import Constant, Order
 
 
@@ -121,6 +122,23 @@ def test_an_order_is_saved_as_before_and_a_load_takes_it_over(make: Make) -> Non
     assert torch.equal(other.inverse(z, context)[0], source.inverse(z, context)[0])
     state["order"].zero_()  # a copy
     assert torch.equal(other(z, context)[0], source(z, context)[0])
+
+
+@ordered
+def test_a_load_leaves_what_a_graph_reads_where_it_is(make: Make) -> None:
+    """A CUDA graph knows addresses: freed by a load of the same order, they would soon be other tensors'."""
+    step = make([2, 0, 1])
+
+    def kept() -> list[Constant]:
+        order = vars(step)["_order"]
+        stairs = [part.staircase for part in step.modules() if isinstance(part, MaskedLinear)]
+        return [order._there, order._back, *(each for stair in stairs for each in (stair.mask, *stair._edges))]
+
+    before = kept()
+    step.load_state_dict(step.state_dict())
+    assert all(one is other for one, other in zip(kept(), before, strict=True))
+    step.load_state_dict(make([1, 2, 0]).state_dict())
+    assert vars(step)["_order"].order == (1, 2, 0)
 
 
 @ordered

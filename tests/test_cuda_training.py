@@ -88,6 +88,23 @@ def test_captured_steps_have_the_eager_steps_numbers(name: str) -> None:
         torch.testing.assert_close(captured, eager, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["iaf", "maf", "realnvp"])
+def test_weights_that_are_loaded_are_seen(name: str) -> None:
+    """With the masks and the order of the variables, which the graph reads beside them."""
+    vae = make(name)
+    step = Captured(lambda x, noise: vae.posterior(vae.encoder(x), noise=noise), "cuda")
+    x, noise = torch.rand(7, 5, device="cuda"), torch.randn(7, 3, device="cuda")
+    for _ in range(5):
+        step(x, noise)
+    vae.load_state_dict(vae.state_dict() | {key: value / 2 for key, value in vae.named_parameters()})
+    others = [torch.full((size,), -1, device="cuda") for size in (2, 8, 32, 128) for _ in range(100)]
+    with torch.no_grad():
+        expected = vae.posterior(vae.encoder(x), noise=noise)
+    for found, each in zip(step(x, noise), expected, strict=True):
+        torch.testing.assert_close(found, each, rtol=1e-4, atol=1e-5)
+    assert len(others) == 400  # which lie where anything was that the load freed
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_every_replay_has_fresh_noise(*, own: bool) -> None:
     """Of the device's generator, and of one that is given, which eager draws go on from."""

@@ -34,8 +34,10 @@ class MaskedLinear(nn.Module):
         self.reset_parameters()
 
     def lay_out(self, inputs: Sequence[int], units: Sequence[int], groups: int = 1) -> None:
-        """Give the weights that are here to these degrees."""
-        self.staircase = Staircase(inputs, units, groups)
+        """Give the weights that are here to these degrees; masks that are right stay where a CUDA graph reads them."""
+        before = getattr(self, "staircase", None)
+        if before is None or (before.inputs, before.units) != (list(inputs), [*units] * groups):
+            self.staircase = Staircase(inputs, units, groups)
         self.staircase.place(self.weight)
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> MaskedLinear:  # noqa: FBT001, FBT002

@@ -161,8 +161,13 @@ class Ordered(Placed):
         return super().extra_repr() + ("" if self._order is None else f", order={list(self._order.order)}")
 
     def _set_order(self, order: Sequence[int] | None) -> None:
-        """Take a permutation, or None, as the order; a subclass whose weights lie in it does more."""
-        self._order = None if order is None else Order(order)
+        """Take a permutation, or None, as the order; a subclass whose weights lie in it does more.
+
+        The order that is here already keeps its tensors: a CUDA graph, which sees weights that are loaded, reads them.
+        """
+        before = getattr(self, "_order", None)
+        if order is None or before is None or before.order != tuple(order):
+            self._order = None if order is None else Order(order)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
         super()._save_to_state_dict(destination, prefix, keep_vars)
