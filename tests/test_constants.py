@@ -76,12 +76,34 @@ def test_a_compiled_call_is_not_compiled_again_for_a_copy() -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_a_copy_and_a_pickle_hold_the_value_alone() -> None:
+def test_a_pickle_holds_the_value_alone() -> None:
     constant = Constant(value())
     constant.on(torch.empty(0, device="meta"))
-    for other in (copy.deepcopy(constant), pickle.loads(pickle.dumps(constant))):  # noqa: S301
-        assert torch.equal(other.on(torch.empty(0)), value())
-        assert not other._copies
+    other = pickle.loads(pickle.dumps(constant))  # noqa: S301
+    assert torch.equal(other.on(torch.empty(0)), value())
+    assert not other._copies
+
+
+def test_a_copied_module_has_the_copies_at_hand() -> None:
+    """A compiled call would else copy them from the host each time, and make no CUDA graph for that."""
+    step = copy.deepcopy(Autoregressive(4, 2, (8,), order=[1, 0, 3, 2]).double())
+    given: list[torch.dtype] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        given.extend(each.dtype for each in inputs if each.is_floating_point())
+        return module
+
+    torch._dynamo.reset()
+    z, context = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    torch.compile(step, fullgraph=True, backend=backend)(z, context)
+    assert set(given) == {torch.float64}
+
+
+def test_a_copy_that_reads_a_constant_leaves_the_first_one_alone() -> None:
+    constant = Constant(value())
+    other = copy.deepcopy(constant)
+    other.on(torch.empty(0, device="meta"))
+    assert not constant._copies
 
 
 def test_a_module_that_moves_has_its_copies_at_hand() -> None:

@@ -57,6 +57,12 @@ class Constant:
     def __getstate__(self) -> dict[str, object]:
         return {"value": self.value, "wide": self.wide, "_copies": {}}
 
+    def __deepcopy__(self, _: dict[int, object]) -> Constant:
+        """Of the same tensors, which nobody changes: a copied module has them at hand where the module has."""
+        other = Constant(self.value, wide=self.wide)
+        other._copies.update(self._copies)
+        return other
+
 
 class Order:
     """A permutation of the variables, and the way back.
