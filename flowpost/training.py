@@ -194,7 +194,8 @@ def step_if_finite(optimizer: torch.optim.Optimizer, loss: Tensor, *, max_norm: 
     if not gradients:
         raise ValueError("optimizer: expected parameters with gradients, got none; call loss.backward() first")
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))  # pyright: ignore[reportPrivateImportUsage]
-    finite = (norm + loss.detach()).abs() < math.inf  # three launches, where two calls of isfinite are nine
+    # A fused optimizer takes the flag from its count of steps, which has no axes, where a loss may have one of size 1.
+    finite = (norm + loss.detach().reshape(())).abs() < math.inf  # three launches, where two calls of isfinite are nine
     dampened = any(group.get("dampening") for group in optimizer.param_groups)  # the first step taken is another then
     fused = getattr(optimizer, "_step_supports_amp_scaling", False) and not dampened
     capturable = not fused and all(group.get("capturable", False) for group in optimizer.param_groups)

@@ -249,6 +249,20 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(spoilt: str, *, f
     assert not hasattr(optimizer, "found_inf")
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_loss_of_one_number_may_have_axes(*, fused: bool) -> None:
+    weight = torch.ones(3, requires_grad=True)
+    optimizer = adam([weight]) if fused else torch.optim.Adam([weight], lr=1e-2)
+    for factor, taken in ((1.0, True), (math.nan, False), (1.0, True)):
+        optimizer.zero_grad()
+        loss = factor * weight.square().sum(0, keepdim=True)
+        loss.backward()
+        found = step_if_finite(optimizer, loss, max_norm=1.0)
+        assert found.shape == ()
+        assert bool(found) == taken
+    assert optimizer.state[weight]["step"] == 2
+
+
 @pytest.mark.parametrize("max_norm", [None, 0.5, 100.0])
 def test_clipping_is_torch_s_to_the_bit(max_norm: float | None) -> None:
     weights = [torch.randn(5, requires_grad=True), torch.randn(2, 3, requires_grad=True)]
