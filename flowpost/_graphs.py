@@ -41,10 +41,11 @@ class CUDAGraphs:
         """Call it on the side stream, after what was launched before and before what comes next."""
         outside = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(outside)
-        with torch.cuda.stream(self.stream), _no_waits() if strict else nullcontext():
-            found = call()
-        outside.wait_stream(self.stream)
-        return found
+        try:
+            with torch.cuda.stream(self.stream), _no_waits() if strict else nullcontext():
+                return call()
+        finally:  # after an error too: who goes on without a graph has the same weights and inputs
+            outside.wait_stream(self.stream)
 
     def capture(self, call: Callable[[], T]) -> Callable[[], T]:
         """The replay of a graph of its own memory; the tensors that it returns live there."""

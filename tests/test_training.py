@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import cast
 
 import pytest
@@ -13,6 +14,7 @@ from tape import OnMeta, Tape
 from torch import Tensor, nn
 
 from flowpost import training
+from flowpost._graphs import CUDAGraphs
 from flowpost.masked import device, engine
 from flowpost.objectives import elbo
 from flowpost.training import Captured, step_if_finite
@@ -212,6 +214,29 @@ def test_a_capture_that_fails_says_what_to_look_for(monkeypatch: pytest.MonkeyPa
         captured(torch.ones(1))
     with pytest.raises(RuntimeError, match=r"not permitted when stream is capturing; what is captured may"):
         captured(torch.ones(1))
+
+
+class Stream:
+    """A stand-in for CUDA's, which notes whom it waits for."""
+
+    def __init__(self, *_: object) -> None:
+        self.waited_for: list[Stream] = []
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.waited_for.append(other)
+
+
+def test_work_that_fails_on_the_side_stream_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was launched before the error still reads and writes the weights with which a caller goes on."""
+    outside = Stream()
+    for name, stand_in in (("Stream", Stream), ("current_stream", lambda _: outside), ("stream", nullcontext)):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    graphs = CUDAGraphs(torch.device("cuda"), [])
+    with pytest.raises(ZeroDivisionError):
+        graphs.run(lambda: 1 / 0, strict=False)
+    assert graphs.run(lambda: 1, strict=False) == 1
+    assert outside.waited_for == [graphs.stream, graphs.stream]
+    assert cast(Stream, graphs.stream).waited_for == [outside, outside]
 
 
 def test_wrong_arguments_are_refused() -> None:
