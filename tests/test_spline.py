@@ -1,14 +1,17 @@
 """The rational-quadratic spline against Durkan et al. (2019) written naively, its knots, its ends and its rounding."""
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 import torch
+from tape import OnMeta
 from torch import Tensor
 
 from flowpost import Spline
 from flowpost.functional import rational_quadratic, rational_quadratic_inverse, spline_parameters
+from flowpost.numerics.knots import knot_frame
 
 BINS, BOUND = 5, 3.0
 SHARES = torch.tensor([0.25, 0.25, 0.5], dtype=torch.float64).unsqueeze(-1)
@@ -227,3 +230,20 @@ def test_parameters_add_up_and_keep_their_floors() -> None:
 def test_bad_sizes(arguments: tuple, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         Spline(*arguments)
+
+
+@pytest.mark.parametrize("function", [rational_quadratic, rational_quadratic_inverse])
+def test_a_spline_by_hand_copies_nothing_from_the_host(function: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    """Each copy would make a GPU's host wait, and no CUDA graph can hold one."""
+    z, shares, slopes = (torch.ones(size, 2, device="meta") for size in (3, 4, 3))
+    with OnMeta():
+        image, log_det = function(z, shares / 4, shares / 4, slopes, 2.0)
+    assert image.is_meta
+    assert log_det.is_meta
+
+
+def test_the_frame_of_knots_is_the_same_on_the_host() -> None:
+    frame, units, sides = knot_frame(3, 2.5, 0.25, 4.0)
+    assert frame.squeeze(-1).tolist() == [[-2.5, -2.5, -2.5, 2.5]] * 2 + [[1.0, 0.25, 0.25, 1.0]]
+    assert units.flatten().tolist() == [5.0, 5.0, 4.0]
+    assert sides.squeeze(-1).tolist() == [[0, 1], [0, 1], [1, 0]]

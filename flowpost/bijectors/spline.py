@@ -103,9 +103,8 @@ def rational_quadratic_inverse(
 
 def _of_shares(widths: Tensor, heights: Tensor, slopes: Tensor, bound: float) -> tuple[Tensor, Tensor]:
     """The knots, and the index of `knot_frame`."""
-    frame, units, sides = knot_frame(widths.shape[-2], bound)
-    knots = knot_table(torch.stack([widths, heights], -3), slopes, frame.to(widths), units.to(widths))
-    return knots, sides.to(widths.device)
+    frame, units, sides = knot_frame(widths.shape[-2], bound, dtype=widths.dtype, device=widths.device)
+    return knot_table(torch.stack([widths, heights], -3), slopes, frame, units), sides
 
 
 def _map(z: Tensor, knots: Tensor, sides: Tensor, bound: float) -> tuple[Tensor, Tensor]:

@@ -20,16 +20,30 @@ SHIFT = math.log(math.expm1(1 - SLOPE))
 """Where the slope that is 1 comes from."""
 
 
-def knot_frame(bins: int, bound: float, floor: float = 0.0, unit: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def knot_frame(
+    bins: int,
+    bound: float,
+    floor: float = 0.0,
+    unit: float = 1.0,
+    *,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor, Tensor]:
     """What all tables of knots have in common, ``(3, bins + 1, 1)``, units of the rest, ``(3, 1, 1)``, and an index.
 
     The slopes at inner knots are given to the table less a floor, and in a unit. The index has, ``(3, 2, 1)``, of a
-    bin's two knots the one to read first: in x and y the lower, of slopes the upper.
+    bin's two knots the one to read first: in x and y the lower, of slopes the upper. All is filled in on the device:
+    numbers from the host would have to be waited for.
     """
-    ends, ones = [-bound] * bins + [bound], [1.0] + [floor] * (bins - 1) + [1.0]
-    rows = [ends, ends, ones], [[2 * bound], [2 * bound], [unit]]
-    frame, units = (torch.tensor(row, dtype=torch.float64, device="cpu").unsqueeze(-1) for row in rows)
-    return frame, units, torch.tensor([[[0], [1]], [[0], [1]], [[1], [0]]], device="cpu")
+    frame = torch.full((3, bins + 1, 1), -bound, dtype=dtype, device=device)
+    frame[:2, -1].fill_(bound)
+    frame[2].fill_(floor)[::bins].fill_(1.0)
+    units = torch.full((3, 1, 1), 2 * bound, dtype=dtype, device=device)
+    units[2].fill_(unit)
+    sides = torch.zeros(3, 2, 1, dtype=torch.int64, device=device)
+    sides[:2, 1].fill_(1)
+    sides[2, 0].fill_(1)
+    return frame, units, sides
 
 
 def knot_table(shares: Tensor, slopes: Tensor, frame: Tensor, units: Tensor) -> Tensor:
