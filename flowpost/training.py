@@ -110,7 +110,8 @@ class _Recording(Generic[T]):
     """The calls of one shape: the tensors that hold their inputs, how many are left before the capture, the graph."""
 
     def __init__(self, captured: Captured[T], backend: Backend, inputs: Sequence[Tensor]) -> None:
-        self.inputs = [torch.empty_like(value, device=captured.device, requires_grad=False) for value in inputs]
+        with torch.inference_mode(mode=False):  # tensors of that mode could not be filled outside of it
+            self.inputs = [torch.empty_like(value, device=captured.device, requires_grad=False) for value in inputs]
         self.call = partial(_detached, captured.function, *self.inputs)
         self.backend, self.left = backend, captured.warmup
         self.replay: Callable[[], T] | None = None

@@ -128,6 +128,15 @@ def test_inputs_are_copies_on_every_device(monkeypatch: pytest.MonkeyPatch, *, g
     assert not data.any()
 
 
+def test_calls_in_inference_mode_and_outside_take_turns() -> None:
+    captured, weight = Captured(lambda x: x * weight, "cpu"), torch.ones(3, requires_grad=True)
+    for i in range(9):
+        with torch.inference_mode(mode=i % 2 == 0):
+            found = captured(torch.full((3,), float(i)))
+        assert found.tolist() == [i] * 3
+    assert tape(captured).captures == 1
+
+
 def test_results_are_copies_in_every_structure() -> None:
     total = torch.zeros(())
 
