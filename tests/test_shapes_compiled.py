@@ -78,6 +78,19 @@ def test_layers_of_many_blocks_compile_twice(monkeypatch: pytest.MonkeyPatch) ->
     assert_compiles_twice(step, lambda size: (torch.randn(size, 6, dtype=torch.float64),))
 
 
+def test_features_that_samples_share_compile_with_every_size_a_symbol() -> None:
+    """With as many examples as features: for the compiler their number is then a constant, and elsewhere a symbol."""
+    posterior = small("diagonal")
+
+    def shared(h: Tensor, z: Tensor) -> Pair:
+        return posterior(h.expand(len(z), *h.shape), noise=z)[:2]
+
+    torch.compiler.reset()
+    compiled = torch.compile(shared, backend="eager", fullgraph=True, dynamic=True)
+    h, noise = inputs(FEATURES)[0], torch.randn(6, FEATURES, DIM, dtype=torch.float64)
+    torch.testing.assert_close(compiled(h, noise), shared(h, noise), rtol=1e-10, atol=1e-10)
+
+
 EVERY = [
     *((name, use) for name in RECIPES for use in (sample, log_prob)),
     *((name, use) for name in ("iaf", "maf", "planar", "realnvp") for use in (samples, log_probs)),

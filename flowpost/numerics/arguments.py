@@ -169,7 +169,8 @@ def _broadcasts(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
 
 def expands(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     """Whether a batch shape expands to another."""
-    return len(a) <= len(b) and all(m in (1, n) for m, n in zip(a, b[len(b) - len(a) :], strict=True))
+    # Not `m in (1, n)`: a compiler answers no where one of two equal sizes is a symbol to it and the other a number.
+    return len(a) <= len(b) and all(m == n or m == 1 for m, n in zip(a, b[len(b) - len(a) :], strict=True))
 
 
 def check_sample_shape(sample_shape: tuple[int, ...]) -> tuple[int, ...]:
