@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from flowpost.bijectors.base import Bijector, Line
+from flowpost.checks import check_finite
 from flowpost.numerics.products import wide_dtype
 from flowpost.numerics.watchers import remake
 
@@ -77,12 +78,14 @@ class ActNorm(Bijector):
 
         Raises:
             TypeError: as `forward`.
-            ValueError: as `forward`, and for no row or one that is not finite.
+            ValueError: as `forward`, and for no row.
+            NonFiniteError: a ValueError, for rows that are not finite, of which it names the first.
         """
         self._check(z, None)
         rows = z.reshape(-1, self.dim).to(wide_dtype(z))
-        if not len(rows) or not bool(rows.isfinite().all()):
-            raise ValueError(f"z: expected at least one row, and finite ones, got shape {tuple(z.shape)}")
+        if not len(rows):
+            raise ValueError(f"z: expected at least one row, got shape {tuple(z.shape)}")
+        check_finite("z", z)
         spread = rows.std(0, correction=0)
         still = spread <= 16 * torch.finfo(z.dtype).eps * rows.abs().amax(0)
         wanted = -torch.where(still, 1, spread).log() / _REACH
