@@ -91,6 +91,26 @@ def test_features_that_samples_share_compile_with_every_size_a_symbol() -> None:
     torch.testing.assert_close(compiled(h, noise), shared(h, noise), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [
+        ("iaf", sample),
+        pytest.param("iaf", log_prob, marks=pytest.mark.compile),
+        *(pytest.param(name, path, marks=pytest.mark.compile) for name in ("affine_iaf", "maf", "naf")),
+    ],
+)
+def test_masked_posteriors_compile_with_every_number_a_symbol(name: str, use: Callable[..., Pair]) -> None:
+    """Of constants too, which the passes of a node have in common."""
+    posterior, parts = tiny(name), inputs(5)
+    torch.compiler.reset()
+    compiled = torch.compile(use, backend="eager", fullgraph=True, dynamic=True)
+    found, expected = compiled(posterior, *parts), use(posterior, *parts)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    weights = [each for each in posterior.parameters() if each.requires_grad]
+    slopes = [torch.autograd.grad(z.sum() + log_q.sum(), weights) for z, log_q in (found, expected)]
+    torch.testing.assert_close(*slopes, rtol=1e-9, atol=1e-9)
+
+
 EVERY = [
     *((name, use) for name in RECIPES for use in (sample, log_prob)),
     *((name, use) for name in ("iaf", "maf", "planar", "realnvp") for use in (samples, log_probs)),

@@ -19,8 +19,8 @@ from flowpost.numerics.mixtures import mixture_root
 from flowpost.numerics.roots import Residual, correct, increasing_root
 from flowpost.numerics.scales import SPREAD, exp_scale
 
-_REACH = 6.0
-"""How far a shift moves from 0."""
+_REACH = 6
+"""How far a shift moves from 0; whole, as `SPREAD`."""
 
 
 def deep_sigmoid_parameters(scale: Tensor, shift: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

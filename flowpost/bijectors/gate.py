@@ -21,8 +21,8 @@ from flowpost.numerics.scales import SPREAD
 from flowpost.numerics.states import Numbered
 
 _tanh_backward = torch.ops.aten.tanh_backward.default
-_REACH = 1e3
-"""How far the mean moves from 0."""
+_REACH = 1000
+"""How far the mean moves from 0; whole, as `SPREAD`."""
 
 
 def gate_parameters(raw: Tensor, mean: Tensor, forget_bias: float = 2.0) -> tuple[Tensor, Tensor]:

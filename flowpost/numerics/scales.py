@@ -12,8 +12,12 @@ from torch import Tensor
 
 from flowpost.numerics.arrays import Array, module_of, numbers_for, positive
 
-SPREAD = 4.0
-"""How far a logarithm moves from where it is at 0; it keeps an autoregressive step's inverse well-conditioned."""
+SPREAD = 4
+"""How far a logarithm moves from where it is at 0; it keeps an autoregressive step's inverse well-conditioned.
+
+A whole number: under ``dynamic=True`` a compiler makes an input of a global float, and loses it between the passes of
+an autograd function.
+"""
 FLOOR = 1e-3
 SHIFT = math.log(math.expm1(1 - FLOOR))
 """The constants of `softplus_scale`."""
