@@ -78,6 +78,7 @@ def test_layers_of_many_blocks_compile_twice(monkeypatch: pytest.MonkeyPatch) ->
     assert_compiles_twice(step, lambda size: (torch.randn(size, 6, dtype=torch.float64),))
 
 
+@pytest.mark.full
 def test_features_that_samples_share_compile_with_every_size_a_symbol() -> None:
     """With as many examples as features: for the compiler their number is then a constant, and elsewhere a symbol."""
     posterior = small("diagonal")
@@ -94,7 +95,7 @@ def test_features_that_samples_share_compile_with_every_size_a_symbol() -> None:
 @pytest.mark.parametrize(
     ("name", "use"),
     [
-        ("iaf", sample),
+        pytest.param("iaf", sample, marks=pytest.mark.full),
         pytest.param("iaf", log_prob, marks=pytest.mark.compile),
         *(pytest.param(name, path, marks=pytest.mark.compile) for name in ("affine_iaf", "maf", "naf")),
     ],
