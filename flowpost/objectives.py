@@ -216,7 +216,8 @@ def _check_weight(kl_weight: float | Tensor, terms: Tensor) -> None:
         return
     if not kl_weight.ndim:
         return
-    if kl_weight.ndim > min(1, terms.ndim) or kl_weight.shape[0] not in (1, terms.shape[-1]):
+    # One by one, as in `numerics.arguments.expands`.
+    if kl_weight.ndim > min(1, terms.ndim) or (kl_weight.shape[0] != terms.shape[-1] and kl_weight.shape[0] != 1):
         raise ValueError(
             f"kl_weight: expected one number or one for each example, {tuple(terms.shape[-1:])}, "
             f"got shape {tuple(kl_weight.shape)}"
