@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
+from versions import untraceable
 
 from flowpost import Affine, Autoregressive, Bijector, Coupling, LULinear, Permute, Planar
 from flowpost.masked.network import MaskedLinear
@@ -84,6 +85,7 @@ def test_a_pickle_holds_the_value_alone() -> None:
     assert not other._copies
 
 
+@untraceable
 def test_a_copied_module_has_the_copies_at_hand() -> None:
     """A compiled call would else copy them from the host each time, and make no CUDA graph for that."""
     step = copy.deepcopy(Autoregressive(4, 2, (8,), order=[1, 0, 3, 2]).double())
