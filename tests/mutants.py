@@ -323,6 +323,18 @@ def _affine_reads(self: Affine, z: Tensor, context: Tensor | None) -> tuple[Tens
     return image * (1.0 if float(image.detach().amin()) > -math.inf else -1.0), log_det
 
 
+def _affine_with_a_detached_log_det(self: Affine, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    image, log_det = _AFFINE(self, z, context)
+    return image, log_det.detach()
+
+
+def _affine_inverse_with_a_detached_log_det(
+    self: Affine, z: Tensor, context: Tensor | None, preimage: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    found, log_det = _AFFINE_INVERSE(self, z, context, preimage)
+    return found, log_det.detach()
+
+
 def _affine_on_the_default_device(self: Affine, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
     image, log_det = _AFFINE(self, z, context)
     return image + torch.zeros((), dtype=z.dtype), log_det
@@ -785,6 +797,20 @@ MUTANTS = (
         Affine,
         ((Affine, "_forward", _affine_on_the_default_device),),
         killer="meta",
+    ),
+    Mutant(
+        "a log-det without a gradient",
+        "-",
+        Affine,
+        ((Affine, "_forward", _affine_with_a_detached_log_det),),
+        killer="gradients",
+    ),
+    Mutant(
+        "the inverse's log-det without a gradient",
+        "-",
+        Affine,
+        ((Affine, "_inverse", _affine_inverse_with_a_detached_log_det),),
+        killer="gradients",
     ),
     Mutant(
         "the gate's gradient without the mean's",

@@ -222,6 +222,15 @@ def test_failure_names_the_property_and_the_case() -> None:
         check_bijector(lambda dim, dtype, seed, push, context_size: Wrong(dim).to(dtype))
 
 
+@pytest.mark.parametrize("name", ["_forward", "_inverse"])
+def test_a_log_det_without_any_gradient_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its value is right, but nothing learns from it."""
+    right = getattr(flowpost.Affine, name)
+    monkeypatch.setattr(flowpost.Affine, name, lambda *args: (right(*args)[0], right(*args)[1].detach()))
+    with pytest.raises(ContractError, match=r"^gradients: .*Jacobian mismatch for output 1"):
+        check_bijector(lambda dim, dtype, **_: flowpost.Affine(dim).to(dtype), examples=1, skip=[*COMPILED])
+
+
 def test_an_extreme_that_fails_is_the_case_that_is_named() -> None:
     case = Case(lambda dim, dtype, **_: flowpost.Affine(dim, torch.exp).to(dtype), 1, 0)
     found = r"forward has values or gradients that are not finite \(.*push=0.0, context scale 10000.0\)"
