@@ -306,6 +306,15 @@ def test_an_inverse_within_may_run_its_network_as_often_as_an_inverse() -> None:
     assert 1 <= PROPERTIES["passes"](Case(_maker(step), 3, 0)) <= 3
 
 
+def test_a_step_of_other_than_vectors_is_refused() -> None:
+    class Image(flowpost.Affine):
+        event_ndim = 3
+
+    for made, found in ((Image(2), "event_ndim=3"), (torch.nn.Linear(2, 2), "Linear")):
+        with pytest.raises(ContractError, match=f"make: expected a Bijector of vectors, got {found} "):
+            check_bijector(lambda made=made, **_: made, dims=(2,))
+
+
 def test_report_and_unknown_names() -> None:
     worst = check_bijector(
         lambda dim, dtype, seed, push, context_size: flowpost.Affine(dim), dims=(2,), examples=2, skip=[*COMPILED]

@@ -92,6 +92,8 @@ class Case:
         with torch.random.fork_rng(devices=[]), torch.device(device or "cpu"):
             reseed(seed)
             step = self.make(seed=seed, **options)
+        given = f"event_ndim={step.event_ndim}" if isinstance(step, Bijector) else type(step).__name__
+        require(given == "event_ndim=1", self, f"make: expected a Bijector of vectors, got {given}")
         return step if device else step.to(self.device)
 
     def z(self, *batch: int, scale: float = 1.0) -> Tensor:
