@@ -524,6 +524,16 @@ def test_a_start_and_the_head_s_scale() -> None:
     assert torch.equal(Bijector.from_transform(Lazy(DIM, 2), DIM, 2).head_scale(), torch.ones(2))
 
 
+def test_one_scale_of_a_context_is_refused_with_event_dim_alone() -> None:
+    """Torch's log-det then has the one scale once. Its log-det of each variable is right."""
+    step = Bijector.from_transform(lambda c: T.AffineTransform(0.0, c.exp()), DIM, 1)
+    found = step(torch.zeros(DIM), torch.ones(1))[1]
+    torch.testing.assert_close(found, torch.tensor(float(DIM)))
+    with pytest.raises(ValueError, match="^transform: expected a scale for each variable"):
+        Bijector.from_transform(lambda c: T.AffineTransform(0.0, c.exp(), event_dim=1), DIM, 1)
+    assert Bijector.from_transform(T.AffineTransform(0.0, 2.0, event_dim=1), DIM)(torch.zeros(DIM))[1] > 2
+
+
 class Wrong(nn.Module):
     def forward(self) -> int:
         return 3
@@ -541,6 +551,14 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "a triangle": (lambda: T.CorrCholeskyTransform(), ValueError, "CorrCholesky"),
     "another size": (lambda: T.AffineTransform(torch.zeros(5), 1.0), ValueError, "expected one of vectors of dim=3"),
     "an axis more": (lambda: T.AffineTransform(torch.zeros(2, 3), 1.0), ValueError, r"got image shape \(2, 3\)"),
+    "one scale of vectors": (
+        lambda: T.AffineTransform(0.0, torch.tensor(2.0), event_dim=1), ValueError,
+        r"a scale for each variable.* got shape \(\); leave",
+    ),
+    "one scale of vectors, within": (
+        lambda: T.ComposeTransform([T.TanhTransform(), T.AffineTransform(0.0, torch.ones(1), event_dim=1).inv]),
+        ValueError, "a scale for each variable",
+    ),
     "several intervals": (
         lambda: T.StackTransform([T.ExpTransform(), T.TanhTransform(), T.TanhTransform()], -1), ValueError, "interval",
     ),

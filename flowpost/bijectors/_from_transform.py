@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Transform, constraints
-from torch.distributions.constraints import Constraint
+from torch.distributions import Distribution, Transform
 from torch.distributions.transforms import _InverseTransform
 
-from flowpost.bijectors.base import LINE, Bijector, Interval
+from flowpost.bijectors._fit_for_steps import check_transform, interval_of, point_in
+from flowpost.bijectors.base import Bijector
 from flowpost.numerics.constants import Constant
 from flowpost.numerics.owners import check_owned, modules_of
 from flowpost.numerics.products import wide_dtype
@@ -43,8 +42,8 @@ class TransformStep(Bijector):
             self._like = self._like if like is None else like.new_empty(0)
         with torch.no_grad():
             sample = self._make(None if not context_size else self.initial_context().to(self._like), self._like)
-            self.domain, self.codomain = _interval("domain", sample.domain), _interval("codomain", sample.codomain)
-            self.event_dim = _check_transform(sample, self._like.new_full((dim,), _inside(self.domain)))
+            self.domain, self.codomain = interval_of("domain", sample.domain), interval_of("codomain", sample.codomain)
+            self.event_dim = check_transform(sample, self._like.new_full((dim,), point_in(self.domain)))
 
     def head_scale(self) -> Tensor:
         """Ones where a module with parameters reads the context, as features."""
@@ -194,45 +193,3 @@ def _hold(value: Tensor) -> Constant:
             "give a module that makes the transform: from_transform(module, dim)"
         )
     return Constant(value)
-
-
-def _check_transform(transform: Transform, z: Tensor) -> int:
-    """The event dim of a transform that can be a step, which is tried at z; raise if it cannot."""
-    if not transform.bijective:
-        raise ValueError(f"transform: expected a bijective one, got {transform}")
-    events = transform.domain.event_dim, transform.codomain.event_dim
-    if events not in ((0, 0), (1, 1)):
-        raise ValueError(f"transform: expected event dim 0 or 1, got {events[0]} to {events[1]} of {transform}")
-    try:
-        found = tuple(cast(Tensor, transform(z)).shape)
-    except Exception as error:
-        raise ValueError(f"transform: expected one of vectors of dim={len(z)}, and {transform} raised") from error
-    if found != tuple(z.shape):
-        raise ValueError(f"transform: expected one of vectors of dim={len(z)}, got image shape {found} of {transform}")
-    return events[0]
-
-
-def _interval(name: str, constraint: Constraint) -> Interval:
-    """The open interval in which a constraint holds every variable."""
-    while isinstance(constraint, constraints.independent):
-        constraint = constraint.base_constraint
-    if constraint is constraints.real:
-        return LINE
-    low = getattr(constraint, "lower_bound", -math.inf)
-    high = getattr(constraint, "upper_bound", math.inf)
-    numbers = all(isinstance(bound, (int, float)) for bound in (low, high))
-    if constraint.is_discrete or (low, high) == LINE or not numbers:
-        raise ValueError(
-            f"transform: expected the real line or one interval of numbers as its {name}, got {constraint}"
-        )
-    return float(low), float(high)
-
-
-def _inside(interval: Interval) -> float:
-    """A number in an interval."""
-    low, high = interval
-    if interval == LINE:
-        return 0.5
-    if math.inf in interval:
-        return low + 1
-    return high - 1 if low == -math.inf else (low + high) / 2
