@@ -373,6 +373,7 @@ GIVEN: dict[str, Callable[[int], Bijector]] = {
         T.ComposeTransform([shifts(dim), T.ExpTransform()]).inv, dim
     ),
     "onto an interval": lambda dim: Bijector.from_transform(T.TanhTransform(), dim),
+    "onto an interval, clamped": lambda dim: Bijector.from_transform(T.SigmoidTransform(), dim),
     "a function": lambda dim: Bijector.from_transform(affine, dim, 2 * dim),
     "a module": lambda dim: Bijector.from_transform(Lazy(dim, 0), dim),
     "a module of a context": lambda dim: Bijector.from_transform(Lazy(dim, 2), dim, 2),
@@ -532,6 +533,24 @@ def test_one_scale_of_a_context_is_refused_with_event_dim_alone() -> None:
     with pytest.raises(ValueError, match="^transform: expected a scale for each variable"):
         Bijector.from_transform(lambda c: T.AffineTransform(0.0, c.exp(), event_dim=1), DIM, 1)
     assert Bijector.from_transform(T.AffineTransform(0.0, 2.0, event_dim=1), DIM)(torch.zeros(DIM))[1] > 2
+
+
+OUTSIDE: dict[str, tuple[T.Transform, list[float]]] = {
+    "the inverse of a sigmoid": (T.SigmoidTransform().inv, [-0.1, 1.1, 1e6, math.inf]),
+    "a square": (T.PowerTransform(torch.tensor(2.0, device="cpu")), [-1.0, -math.inf]),
+    "within": (T.ComposeTransform([T.AffineTransform(0.0, 2.0), T.SigmoidTransform()]).inv, [-0.1, 7.0]),
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_there_is_no_density_outside_of_the_domain(name: str) -> None:
+    """Where torch's transform is finite, q(z) was too."""
+    transform, bad = OUTSIDE[name]
+    step = Bijector.from_transform(transform, 2)
+    z = torch.tensor([[0.5, 0.5], *([0.5, each] for each in bad)])
+    for found in (step(z)[1], Inverse(step).inverse(z)[1]):
+        assert found[0].isfinite()
+        assert not found[1:].isfinite().any()
 
 
 class Wrong(nn.Module):

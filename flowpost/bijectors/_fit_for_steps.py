@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import cast
 
+import torch
 from torch import Tensor
 from torch.distributions import Transform, constraints
 from torch.distributions.constraints import Constraint
@@ -59,6 +60,13 @@ def interval_of(name: str, constraint: Constraint) -> Interval:
             f"transform: expected the real line or one interval of numbers as its {name}, got {constraint}"
         )
     return float(low), float(high)
+
+
+def only_in(interval: Interval, z: Tensor, log_det: Tensor) -> Tensor:
+    """The log-det, nan where z is outside: torch's own inverse of a sigmoid, for one, is finite everywhere."""
+    if interval == LINE:
+        return log_det
+    return torch.where(((z > interval[0]) & (z < interval[1])).all(-1), log_det, math.nan)
 
 
 def point_in(interval: Interval) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 from torch.distributions.transforms import _InverseTransform
 
-from flowpost.bijectors._fit_for_steps import check_transform, interval_of, point_in
+from flowpost.bijectors._fit_for_steps import check_transform, interval_of, only_in, point_in
 from flowpost.bijectors.base import Bijector
 from flowpost.numerics.constants import Constant
 from flowpost.numerics.owners import check_owned, modules_of
@@ -57,7 +57,7 @@ class TransformStep(Bijector):
         with full_precision(z.device.type):
             z, transform = self._over(z, context), self._make(context, z)
             image, log_det = _image_and_log_det(transform, z)
-            return image, self._summed(log_det, image)
+            return image, only_in(self.domain, z, self._summed(log_det, image))
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
         with full_precision(z.device.type):
@@ -65,7 +65,8 @@ class TransformStep(Bijector):
             found = cast(Tensor, transform.inv(z))
             if preimage is not None:  # the value that is known, the gradient of the transform's own inverse
                 found = preimage + (found - found.detach())
-            return found, -self._summed(transform.log_abs_det_jacobian(found, z), found)  # z may have fewer axes
+            log_det = -self._summed(transform.log_abs_det_jacobian(found, z), found)  # z may have fewer axes
+            return found, only_in(self.codomain, z, log_det)
 
     def _over(self, z: Tensor, context: Tensor | None) -> Tensor:
         """Z over the context's batch too: not every transform broadcasts its own numbers."""
