@@ -553,6 +553,16 @@ def test_there_is_no_density_outside_of_the_domain(name: str) -> None:
         assert not found[1:].isfinite().any()
 
 
+def test_a_distribution_within_validates_no_values() -> None:
+    """For one row of nan the others failed too, and values were read."""
+    step = Bijector.from_transform(T.CumulativeDistributionTransform(Normal(0.0, 2.0, validate_args=True)), 2)
+    z = torch.tensor([[0.5, 0.5], [math.nan, 0.5]])
+    image, log_det = step(z)
+    torch.testing.assert_close(image[0], Normal(0.0, 2.0).cdf(z[0]))
+    torch.testing.assert_close(log_det[0], Normal(0.0, 2.0).log_prob(z[0]).sum())
+    assert log_det[1].isnan()
+
+
 class Wrong(nn.Module):
     def forward(self) -> int:
         return 3

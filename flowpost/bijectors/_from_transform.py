@@ -156,7 +156,7 @@ def _walk(value: object, change: Callable[[Any], object]) -> object:
         new = _fresh(value)
     elif isinstance(value, Distribution):  # whose tensors a transform by its distribution function reads
         new = object.__new__(type(value))
-        vars(new).update(vars(value))
+        vars(new).update(vars(value), _validate_args=False)  # which reads values, and fails all rows for one
     else:
         return value
     vars(new).update({name: _walk(each, change) for name, each in vars(new).items()})
