@@ -10,7 +10,7 @@ from small import DIM, FEATURES, small
 
 pytest.importorskip("arviz_base", reason="ArviZ comes with the extra flowpost[arviz]")
 
-from flowpost.interop.arviz import to_datatree  # noqa: E402
+from flowpost.interop.arviz import draws_to_datatree, to_datatree  # noqa: E402
 
 CHOSEN = [3, 17]
 
@@ -68,6 +68,13 @@ def test_a_posterior_without_examples() -> None:
             "^examples: expected 0 labels, .* got 1",
         ),
         (lambda q: to_datatree(q, name="log_q"), ValueError, "^name: expected another one than .* got 'log_q'"),
+        (lambda q: to_datatree(q, name="draw"), ValueError, "^name: expected another one than .* got 'draw'"),
+        (lambda q: to_datatree(q, name="latent"), ValueError, "^name: expected another one than .* got 'latent'"),
+        (
+            lambda q: draws_to_datatree({"chain": torch.zeros(4)}, {}),
+            ValueError,
+            "^values: expected names other than ArviZ's axes, chain and draw, got 'chain'",
+        ),
         (lambda q: to_datatree(q, 0), ValueError, "^draws: expected an int >= 1"),
         (lambda q: to_datatree(q, chains=0), ValueError, "^chains: expected an int >= 1"),
     ],

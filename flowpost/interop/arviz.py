@@ -19,6 +19,9 @@ try:
 except ImportError as error:
     raise ImportError("flowpost.interop.arviz needs ArviZ 1: pip install 'flowpost[arviz]'") from error
 
+_AXES = ("chain", "draw")
+"""Names that ArviZ has for axes: draws of such a name would be taken for the axis's labels, and be no variable."""
+
 
 def to_datatree(
     q: FlowDistribution,
@@ -40,7 +43,7 @@ def to_datatree(
         chains: how many of them.
         examples: a label for each example, such as its place in the data, also as an array or a tensor; by default they
             are counted from 0.
-        name: the variable's name, not "log_q".
+        name: the variable's name, neither "log_q" nor an axis's.
 
     Returns:
         An `xarray.DataTree`, whose arrays are numpy's.
@@ -48,7 +51,7 @@ def to_datatree(
     Raises:
         TypeError: if `q` is no `FlowDistribution`, or a count no int.
         ValueError: for a count below 1, a q of more batch axes, another number of labels than of examples, or the name
-            of the log density.
+            of the log density or of an axis.
 
     Example:
         >>> posterior, h = flowpost.planar(16, dim=2), torch.randn(100, 16)
@@ -67,8 +70,8 @@ def to_datatree(
     labels: list[Any] = getattr(given, "tolist", lambda: [*given])()  # of an array or a tensor its numbers
     if len(labels) != count:
         raise ValueError(f"examples: expected {count} labels, one for each of q's batch, got {len(labels)}")
-    if name == "log_q":
-        raise ValueError("name: expected another one than that of the draws' log density, got 'log_q'")
+    if name in ("log_q", *_AXES, "example", "latent"):
+        raise ValueError(f"name: expected another one than those of the axes and of the log density, got {name!r}")
     with torch.no_grad():
         z, log_q, _ = q.draw(shape)
     return from_dict(
@@ -97,11 +100,16 @@ def draws_to_datatree(
     Returns:
         An `xarray.DataTree`, whose arrays are numpy's.
 
+    Raises:
+        ValueError: for a parameter of the name of an axis.
+
     Example:
         >>> tree = draws_to_datatree({"mu": torch.randn(100, 3)}, {"lp": torch.randn(100)}, chains=4)
         >>> tree["posterior"]["mu"].dims, tree["posterior"]["mu"].shape
         (('chain', 'draw', 'mu_dim_0'), (4, 25, 3))
     """
+    for name in values.keys() & {*_AXES}:
+        raise ValueError(f"values: expected names other than ArviZ's axes, {' and '.join(_AXES)}, got {name!r}")
     groups = {
         group: {name: part.unflatten(0, (chains, -1)).cpu().numpy() for name, part in parts.items()}
         for group, parts in (("posterior", values), ("sample_stats", stats))
