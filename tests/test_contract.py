@@ -228,6 +228,16 @@ def test_a_log_det_without_any_gradient_is_found(name: str, monkeypatch: pytest.
         check_bijector(lambda dim, dtype, **_: flowpost.Affine(dim).to(dtype), examples=1, skip=[*COMPILED])
 
 
+@pytest.mark.parametrize("name", ["_forward", "_inverse"])
+def test_another_answer_without_gradients_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a shorter way under no_grad may give it, which no Jacobian sees."""
+    right = getattr(flowpost.Affine, name)
+    off = lambda *args: (right(*args)[0], right(*args)[1] + (0 if torch.is_grad_enabled() else 1e-6))  # noqa: E731
+    monkeypatch.setattr(flowpost.Affine, name, off)
+    with pytest.raises(ContractError, match="^purity: purity: under no_grad another answer"):
+        check_bijector(lambda dim, dtype, **_: flowpost.Affine(dim).to(dtype), examples=1, skip=[*COMPILED])
+
+
 def test_an_extreme_that_fails_is_the_case_that_is_named() -> None:
     case = Case(lambda dim, dtype, **_: flowpost.Affine(dim, torch.exp).to(dtype), 1, 0)
     found = r"forward has values or gradients that are not finite \(.*push=0.0, context scale 10000.0\)"
