@@ -11,6 +11,7 @@ from types import BuiltinFunctionType, FunctionType
 
 from torch import nn
 
+from flowpost.bijectors._from_transform import TransformStep
 from flowpost.bijectors.base import Bijector
 from flowpost.likelihoods import Likelihood
 
@@ -50,6 +51,8 @@ def differences(theirs: Settings, ours: Settings) -> Iterator[str]:
 
 def _arguments(part: nn.Module, ours: type) -> dict[str, object]:
     held = {**vars(part), **{name: each for name, each in part._modules.items() if name == "activation"}}
+    if isinstance(part, TransformStep):
+        held |= part.settings()
     named = {name: held[name] for name in inspect.signature(ours).parameters if name in held}
     in_state = [name for name in named for buffer in part._buffers if buffer.endswith(f"_{name}")]  # constant_gain
     return {name: _plain(each) for name, each in named.items() if name not in in_state and _is_plain(each)}

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from test_files import bits, forge
 from test_repr import PAIRS
 from torch import Tensor, nn
+from torch.distributions import transforms as T
 
 import flowpost
 from flowpost import (
@@ -154,6 +155,38 @@ def test_a_hand_built_posterior_is_compared(path: Path) -> None:
         return FlowPosterior(3, Chain(Masked(Spline(2, bound=bound), hidden=(4,)), Reverse(2), Affine(2)))
 
     refused(path, build(2.0), build(4.0), r"\(file != into\): flow.steps.0.step: bound 2.0 != 4.0; make it with")
+
+
+def _mapped(transform: T.Transform) -> Chain:
+    return Chain(Affine(3), Bijector.from_transform(transform, 3))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        T.SigmoidTransform(),
+        T.ComposeTransform([T.AffineTransform(0.0, 2.0), T.TanhTransform()]),
+        T.ComposeTransform([T.AffineTransform(0.0, torch.full((3,), 3.1, device="cpu")), T.TanhTransform()]),
+        T.ComposeTransform([T.AffineTransform(0.0, 3.0).inv, T.TanhTransform()]),
+    ],
+)
+def test_a_transform_s_constants_are_compared(path: Path, other: T.Transform) -> None:
+    """They are in no state dict: the file loaded into another transform, and was another map."""
+    given = T.ComposeTransform([T.AffineTransform(0.0, 3.0), T.TanhTransform()])
+    flowpost.save(_mapped(given), path)
+    flowpost.load(path, into=_mapped(T.ComposeTransform([T.AffineTransform(0.0, 3.0), T.TanhTransform(cache_size=1)])))
+    with pytest.raises(ValueError, match=r"^into: expected the steps of .*: steps.1: transform 'ComposeTrans"):
+        flowpost.load(path, into=_mapped(other))
+
+
+def test_a_transform_s_numbers_that_another_machine_rounds_otherwise_are_the_same(path: Path) -> None:
+    numbers = torch.randn(3, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    flowpost.save(_mapped(T.AffineTransform(numbers, 2.0)), path)
+    flowpost.load(path, into=_mapped(T.AffineTransform(numbers * (1 + 1e-6), 2.0 * (1 + 1e-15))))
+    with pytest.raises(ValueError, match="transform"):
+        flowpost.load(path, into=_mapped(T.AffineTransform(numbers.flip(0), 2.0)))
+    within = torch.distributions.ContinuousBernoulli(logits=numbers)  # whose probs are made when asked for
+    flowpost.save(Bijector.from_transform(T.CumulativeDistributionTransform(within), 3), path)
 
 
 def test_a_recipe_that_was_altered_is_compared(path: Path) -> None:

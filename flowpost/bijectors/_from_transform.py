@@ -49,6 +49,10 @@ class TransformStep(Bijector):
         """Ones where a module with parameters reads the context, as features."""
         return super().head_scale() if first_parameter(self) is None else self._like.new_ones(self.context_size)
 
+    def settings(self) -> dict[str, object]:
+        """What a file says of the transform beside the tensors, where its numbers are constants."""
+        return {"transform": _told(self.transform.kept)} if isinstance(self.transform, _Constants) else {}
+
     def extra_repr(self) -> str:
         """The sizes, and the transform where it is no module."""
         return super().extra_repr() + ("" if isinstance(self.transform, nn.Module) else f", {self.transform}")
@@ -161,6 +165,31 @@ def _walk(value: object, change: Callable[[Any], object]) -> object:
         return value
     vars(new).update({name: _walk(each, change) for name, each in vars(new).items()})
     return new
+
+
+def _told(value: object) -> str:
+    """What tells one transform from another, the same in every process: its class and its public attributes."""
+    if isinstance(value, Constant):
+        return _told_of_numbers(value.value.cpu())
+    if isinstance(value, Inverted):
+        return f"{_told(value.transform)}.inv"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_told, value))}]"
+    if isinstance(value, (Transform, Distribution)):
+        own = value.arg_constraints if isinstance(value, Distribution) else vars(value)  # the first keeps answers too
+        public = {name: vars(value).get(name) for name in sorted(own) if not name.startswith("_")}
+        return f"{type(value).__name__}({', '.join(f'{name}={_told(each)}' for name, each in public.items())})"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value) if isinstance(value, (bool, int, str)) else type(value).__name__
+
+
+def _told_of_numbers(numbers: Tensor) -> str:
+    """An order as it is; of numbers, which another machine may round otherwise, their size, in three digits."""
+    if not numbers.is_floating_point():
+        return str(numbers.tolist())
+    weighed = numbers.double().flatten() * torch.arange(1, numbers.numel() + 1, dtype=torch.float64, device="cpu")
+    return f"{tuple(numbers.shape)} of {weighed.clamp_min(0).sum():.3g} and {weighed.clamp_max(0).sum():.3g}"
 
 
 def _fresh(transform: Transform) -> Transform:
