@@ -334,6 +334,9 @@ def test_report_and_unknown_names() -> None:
     assert 1 < worst["meta"] < 100
     with pytest.raises(ValueError, match="skip: expected names among .*, got speed"):
         check_bijector(Planar, skip=["speed"])
+    for name, nothing in {"dims": (), "dtypes": (), "examples": 0}.items():
+        with pytest.raises(ValueError, match=f"^{name}: expected at least one, got none"):
+            check_bijector(Planar, **{name: nothing})  # pyright: ignore[reportArgumentType]
 
 
 def test_push_gives_each_tensor_a_scale_of_its_own() -> None:

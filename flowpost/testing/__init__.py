@@ -91,7 +91,7 @@ def check_bijector(
 
     Raises:
         ContractError: at the first property that fails, naming it and the case.
-        ValueError: for an unknown name in `skip`.
+        ValueError: for an unknown name in `skip`, or for no dim, dtype or example to try.
 
     Example:
         >>> make = lambda dim, context_size, dtype, seed, push: flowpost.testing.push(
@@ -104,6 +104,9 @@ def check_bijector(
     unknown = set(skip) - set(PROPERTIES)
     if unknown:
         raise ValueError(f"skip: expected names among {', '.join(PROPERTIES)}, got {', '.join(sorted(unknown))}")
+    for argument, given in {"dims": dims, "dtypes": dtypes, "examples": range(examples)}.items():
+        if not given:  # nothing would be tried, and nothing fail
+            raise ValueError(f"{argument}: expected at least one, got none")
     worst = dict.fromkeys((name for name in PROPERTIES if name not in skip), 0.0)
     for name in worst:
         for dtype in dtypes:
