@@ -311,6 +311,11 @@ def test_dropout_and_a_saved_number_raise_no_alarm() -> None:
     check_bijector(make, dims=(2,), examples=3, skip=[*COMPILED, "identity"])
 
 
+def test_a_frozen_parameter_raises_no_alarm() -> None:
+    make = _maker(Entry("frozen", lambda dim: flowpost.Conditioned(Planar(dim), 2).requires_grad_(False)))  # noqa: FBT003
+    check_bijector(make, dims=(2,), examples=3, skip=[*COMPILED, "identity"])
+
+
 def test_an_inverse_within_may_run_its_network_as_often_as_an_inverse() -> None:
     step = Entry("within", lambda dim: flowpost.Shared(Reverse(dim), Inverse(flowpost.Autoregressive(dim, 2, (6,)))))
     assert 1 <= PROPERTIES["passes"](Case(_maker(step), 3, 0)) <= 3

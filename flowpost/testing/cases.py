@@ -211,7 +211,12 @@ def leaves(step: Bijector, z: Tensor, context: Tensor | None) -> tuple[Tensor, T
     """The points and contexts as inputs of their own, and everything that a loss may be differentiated by."""
     z = z.detach().clone().requires_grad_()
     context = None if context is None else context.detach().clone().requires_grad_()
-    return z, context, [z, *([] if context is None else [context]), *step.parameters()]
+    return z, context, [z, *([] if context is None else [context]), *learned(step)]
+
+
+def learned(step: Bijector) -> list[nn.Parameter]:
+    """The parameters of a step but for those that are frozen."""
+    return [parameter for parameter in step.parameters() if parameter.requires_grad]
 
 
 def slopes(total: Tensor, inputs: Sequence[Tensor], *, create_graph: bool = False) -> tuple[Tensor, ...]:

@@ -46,7 +46,7 @@ def _attached(outputs: Pair, inputs: Sequence[Tensor | None]) -> Pair:
 
 def _reached(case: Case, step: Bijector) -> None:
     total = sum(t.sum() for t in step(case.z(2).requires_grad_(), case.context(2)))
-    parameters = dict(step.named_parameters())
+    parameters = {name: each for name, each in step.named_parameters() if each.requires_grad}
     reached = torch.autograd.grad(cast(Tensor, total), [*parameters.values()], allow_unused=True) if parameters else ()
     names = [name for name, slope in zip(parameters, reached, strict=True) if slope is None]
     require(not names, case, f"gradients: none reaches {names}")

@@ -13,7 +13,7 @@ from flowpost.bijectors.base import LINE, Bijector
 from flowpost.bijectors.chain import Chain
 from flowpost.bijectors.wrappers import Inverse
 from flowpost.posterior import FlowPosterior
-from flowpost.testing.cases import Case, Map, condition, eps, in_float64, jacobian, require, size, within
+from flowpost.testing.cases import Case, Map, condition, eps, in_float64, jacobian, learned, require, size, within
 
 
 def log_det(case: Case) -> float:
@@ -70,7 +70,7 @@ def sensitivity(direction: Map, step: Bijector, z: Tensor, context: Tensor | Non
     for place, row in enumerate(rows.tolist()):
         inputs = [z[row].detach().requires_grad_()]
         inputs += [] if context is None else [context[row].detach().requires_grad_()]
-        values = [*inputs, *step.parameters()]
+        values = [*inputs, *learned(step)]
         outputs = direction(*inputs)[output].reshape(-1)
         for out in outputs if outputs.requires_grad else ():
             slopes = torch.autograd.grad(out, values, retain_graph=True, allow_unused=True)
