@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributions.transforms import SigmoidTransform
 
 from flowpost import (
     ActNorm,
@@ -44,6 +45,7 @@ from flowpost import (
     UnitLowerTriangular,
 )
 from flowpost.bijectors import (
+    _from_transform,
     actnorm,
     affine,
     base,
@@ -326,6 +328,15 @@ def _affine_reads(self: Affine, z: Tensor, context: Tensor | None) -> tuple[Tens
 def _affine_with_a_detached_log_det(self: Affine, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
     image, log_det = _AFFINE(self, z, context)
     return image, log_det.detach()
+
+
+def _affine_otherwise_under_no_grad(self: Affine, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    image, log_det = _AFFINE(self, z, context)
+    return image, log_det if torch.is_grad_enabled() else log_det + 1e-6
+
+
+def _anywhere(interval: tuple[float, float], z: Tensor, log_det: Tensor) -> Tensor:
+    return log_det
 
 
 def _affine_inverse_with_a_detached_log_det(
@@ -797,6 +808,20 @@ MUTANTS = (
         Affine,
         ((Affine, "_forward", _affine_on_the_default_device),),
         killer="meta",
+    ),
+    Mutant(
+        "another log-det under no_grad",
+        "-",
+        Affine,
+        ((Affine, "_forward", _affine_otherwise_under_no_grad),),
+        killer="purity",
+    ),
+    Mutant(
+        "a transform's density outside of its interval",
+        "torch",
+        lambda dim: Bijector.from_transform(SigmoidTransform(), dim),
+        ((_from_transform, "only_in", _anywhere),),
+        killer="rows",
     ),
     Mutant(
         "a log-det without a gradient",
