@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from versions import untraceable
 
-from flowpost import Affine, Autoregressive, Bijector, Coupling, LULinear, Permute, Planar
+from flowpost import Affine, Autoregressive, Bijector, Coupling, LULinear, Permute, Planar, Spline
 from flowpost.masked.network import MaskedLinear
 from flowpost.numerics.constants import Constant, Order
 
@@ -65,6 +65,17 @@ def test_a_copy_made_while_somebody_watches_is_a_plain_tensor_later(watch: Calla
     (weight * constant.on(like)).sum().backward()
     assert weight.grad is not None
     assert weight.grad.tolist() == [0, 1, 2]
+
+
+def test_a_step_that_is_made_in_inference_mode_has_gradients_outside_of_it() -> None:
+    """The step itself, and a deep copy: autograd saves the frame of knots."""
+    with torch.inference_mode():
+        made = Spline(2, bins=4)
+    for step in (made, copy.deepcopy(made)):
+        context = torch.randn(3, step.context_size, requires_grad=True)
+        step(torch.randn(3, 2), context)[1].sum().backward()
+        assert context.grad is not None
+        assert context.grad.any()
 
 
 def test_a_compiled_call_is_not_compiled_again_for_a_copy() -> None:

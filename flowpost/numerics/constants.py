@@ -29,6 +29,9 @@ class Constant:
 
     def __init__(self, value: Tensor, *, wide: bool = False) -> None:
         self.value, self.wide = value.detach(), wide
+        if value.is_inference():  # autograd could not save it
+            with torch.inference_mode(mode=False):
+                self.value = value.clone()
         self._copies: _Copies = {}
 
     def on(self, like: Tensor, *, as_numbers: bool = False) -> Tensor:
