@@ -116,6 +116,7 @@ def test_a_copy_that_reads_a_constant_leaves_the_first_one_alone() -> None:
     constant = Constant(value())
     other = copy.deepcopy(constant)
     other.on(torch.empty(0, device="meta"))
+    assert torch.equal(other.on(torch.empty(0)), value())
     assert not constant._copies
 
 

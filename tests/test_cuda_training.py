@@ -242,6 +242,7 @@ def test_the_captured_loop_learns_as_the_eager_loop_does(data: Data, config: Con
     assert len(history.train) == len(other.train) == EPOCHS
     assert history.skipped_steps == other.skipped_steps == 0
     assert cast(float, history.train[-1]) < cast(float, history.train[0])
+    assert history.valid[-1] == pytest.approx(other.valid[-1], rel=0.05)
     ends = [sum(cast("list[float]", each.train[-10:])) / 10 for each in (history, other)]
     assert ends[0] == pytest.approx(ends[1], rel=0.05)
     assert all(value.isfinite().all() for value in vae.state_dict().values())
