@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flowpost.numerics.constants import Constant
 from flowpost.numerics.multiplying import HELPS, add_product, linear, pays, plus_product, product, write_product
+from flowpost.numerics.operators import define
 from flowpost.numerics.products import whole_is_faster
 from flowpost.numerics.watchers import unless_compiled
 
@@ -168,27 +169,22 @@ def _weight_gradient(grad: Tensor, x: Tensor, masks: Sequence[Tensor], blocks: S
     return result
 
 
-_add_operator = torch.library.custom_op(
-    "flowpost::add_product",
+# The fakes ask for shapes: `len` would fix the batch's size, and a compiler would start anew for every other.
+_add_operator = define(
+    "add_product(Tensor(a!) y, Tensor x, Tensor weight, Tensor[] masks, int[] runs) -> ()",
     lambda y, x, weight, masks, runs: _add_product(y, x, weight, masks, _blocks(runs)),
-    mutates_args={"y"},
-    schema="(Tensor(a!) y, Tensor x, Tensor weight, Tensor[] masks, int[] runs) -> ()",
+    lambda *_: None,
 )
-_input_operator = torch.library.custom_op(
-    "flowpost::input_gradient",
+_input_operator = define(
+    "input_gradient(Tensor grad, Tensor weight, Tensor[] masks, int[] runs) -> Tensor",
     lambda grad, weight, masks, runs: _input_gradient(grad, weight, masks, _blocks(runs)),
-    mutates_args=(),
-    schema="(Tensor grad, Tensor weight, Tensor[] masks, int[] runs) -> Tensor",
+    lambda grad, weight, *_: grad.new_empty(grad.shape[0], weight.shape[1]),
 )
-_weight_operator = torch.library.custom_op(
-    "flowpost::weight_gradient",
+_weight_operator = define(
+    "weight_gradient(Tensor grad, Tensor x, Tensor[] masks, int[] runs) -> Tensor",
     lambda grad, x, masks, runs: _weight_gradient(grad, x, masks, _blocks(runs)),
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor[] masks, int[] runs) -> Tensor",
+    lambda grad, x, *_: grad.new_empty(grad.shape[1], x.shape[1]),
 )
-# `len` would fix the batch's size: a compiler would start anew for every other.
-_input_operator.register_fake(lambda grad, weight, masks, runs: grad.new_empty(grad.shape[0], weight.shape[1]))
-_weight_operator.register_fake(lambda grad, x, masks, runs: grad.new_empty(grad.shape[1], x.shape[1]))
 
 # Of many blocks a compiler sees an operator: it copies a whole matrix for each block that is written into it.
 _add_many = unless_compiled(

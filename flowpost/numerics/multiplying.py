@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowpost.numerics.operators import define
 from flowpost.numerics.watchers import unless_compiled
 
 _FEW = 16
@@ -114,12 +115,10 @@ def _by_either(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
     return product(left, right).contiguous() if bias is None else linear(left, right.t(), bias)
 
 
-_operator = torch.library.custom_op(
-    "flowpost::multiply",
+_operator = define(
+    "multiply(Tensor left, Tensor right, Tensor? bias) -> Tensor",
     _by_either,
-    mutates_args=(),
-    schema="(Tensor left, Tensor right, Tensor? bias) -> Tensor",
+    lambda left, right, _: left.new_empty(left.shape[0], right.shape[1]),
 )
-_operator.register_fake(lambda left, right, _: left.new_empty(left.shape[0], right.shape[1]))
 # A compiler can follow neither: it sees an operator, which chooses when it runs.
 _multiply = unless_compiled(_by_onednn, _operator)

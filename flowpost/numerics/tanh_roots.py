@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flowpost.numerics import fusing
+from flowpost.numerics.operators import define
 from flowpost.numerics.products import by_columns, by_rows
 from flowpost.numerics.ridge import ridge
 from flowpost.numerics.watchers import unwatched
@@ -134,22 +133,16 @@ def _roots(gain: Tensor, target: Tensor) -> Tensor:
     return root_kernels.roots(gain, target)
 
 
-_root_operator: Callable[[Tensor, Tensor], Tensor] = torch.library.custom_op(
-    "flowpost::tanh_root", _root, mutates_args=(), schema="(Tensor gain, Tensor target) -> Tensor"
+_root_operator = define(
+    "tanh_root(Tensor gain, Tensor target) -> Tensor",
+    _root,
+    lambda gain, target: target.new_empty(torch.broadcast_shapes(gain.shape, target.shape)),
 )
-_roots_operator: Callable[[Tensor, Tensor], Tensor] = torch.library.custom_op(
-    "flowpost::tanh_roots", _roots, mutates_args=(), schema="(Tensor gain, Tensor target) -> Tensor"
+_roots_operator = define(
+    "tanh_roots(Tensor gain, Tensor target) -> Tensor",
+    _roots,
+    lambda gain, target: target.new_empty(torch.broadcast_shapes(gain.shape[:-1], target.shape)),
 )
-
-
-@torch.library.register_fake("flowpost::tanh_root")
-def _shape_of_root(gain: Tensor, target: Tensor) -> Tensor:
-    return target.new_empty(torch.broadcast_shapes(gain.shape, target.shape))
-
-
-@torch.library.register_fake("flowpost::tanh_roots")
-def _shape_of_roots(gain: Tensor, target: Tensor) -> Tensor:
-    return target.new_empty(torch.broadcast_shapes(gain.shape[:-1], target.shape))
 
 
 def _tanh_roots_batched(

@@ -17,6 +17,7 @@ from flowpost.masked.activations import Known
 from flowpost.masked.device import loops
 from flowpost.masked.run import COLUMNS, Column, ElementWise
 from flowpost.numerics import fusing
+from flowpost.numerics.operators import define
 from flowpost.numerics.products import wide_dtype
 from flowpost.numerics.watchers import unless_compiled, watched
 
@@ -32,6 +33,7 @@ IN_PARTS = ("spline", "deep sigmoid")
 """Those of bins or of units, whose number is their first constant."""
 SOLVED = (*MAPS, "inverse shift", "shift", *IN_PARTS)
 """What a sweep's kernel solves."""
+_ops = torch.ops.flowpost
 
 
 def closed(step: ElementWise, z: Tensor) -> Column | None:
@@ -184,45 +186,35 @@ def _like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """An operator without a gradient: those who call it are a node's own passes."""
-    name = schema.partition("(")[0]
-    _library.define(schema)
-    for key in ("CPU", "CUDA"):
-        _library.impl(name, run, key)
-    torch.library.register_fake(f"flowpost::{name}", fake, lib=_library)
-
-
-_library, _ops = torch.library.Library("flowpost", "FRAGMENT"), torch.ops.flowpost
-_define(
+define(
     "element(Tensor z, Tensor numbers, Tensor? total, str name, float[] constants, bool inverse) -> (Tensor, Tensor)",
     _kernel("element"),
     lambda z, *_: (_like(z), z.new_empty(z.shape[:-1], dtype=wide_dtype(z))),
 )
-_define(
+define(
     "element_pull(Tensor z, Tensor numbers, Tensor grad, Tensor grad_log_det, str name, float[] constants)"
     " -> (Tensor, Tensor)",
     _kernel("element_pull"),
     lambda z, numbers, *_: (_like(z), _like(numbers)),
 )
-_define(
+define(
     "element_slopes(Tensor x, Tensor numbers, Tensor grad_log_det, str name, float[] constants)"
     " -> (Tensor, Tensor, Tensor)",
     _kernel("element_slopes"),
     lambda x, numbers, *_: (_like(x), x.new_empty(numbers.shape), x.new_empty(numbers.shape)),
 )
-_define(
+define(
     "activation_pull(Tensor grad, Tensor value, str activation) -> (Tensor, Tensor)",
     _kernel("activation_pull"),
     lambda grad, *_: (_like(grad), grad.new_empty(grad.shape[1], dtype=torch.float32)),
 )
-_define(
+define(
     "sweep(Tensor images, Tensor start, Tensor[] weights, Tensor[] biases, Tensor? index, int[] order, str activation,"
     " str name, float[] constants) -> Tensor",
     _sweep,
     lambda images, *_: _like(images),
 )
-_define(
+define(
     "transposed_sweep(Tensor grad, Tensor fixed, Tensor moved, Tensor[] weights, Tensor[] hidden, Tensor? index,"
     " int[] order, str activation) -> Tensor[]",
     _transposed_sweep,

@@ -18,6 +18,7 @@ from torch import Tensor
 from flowpost.masked.activations import NAMED
 from flowpost.masked.run import COLUMNS, Column
 from flowpost.numerics.arrays import Array
+from flowpost.numerics.operators import define
 from flowpost.numerics.watchers import on_host, unless_compiled
 
 _ZERO = np.zeros((), dtype=np.float32)  # an array, for a number of Python's is converted on every call
@@ -166,19 +167,14 @@ def cut(array: Array, ends: Sequence[int]) -> list[Array]:
 
 
 # An operator must not return what it was given, and a sweep writes over its start.
-_solve_operator: Callable[..., list[Tensor]] = torch.library.custom_op(
-    "flowpost::solve",
-    lambda images, start, *others: _solve(images, start.clone(memory_format=torch.contiguous_format), *others),
-    mutates_args=(),
-    schema="(Tensor images, Tensor start, Tensor[] weights, Tensor[] biases, int[] sizes, str activation, str column,"
+_solve_operator = define(
+    "solve(Tensor images, Tensor start, Tensor[] weights, Tensor[] biases, int[] sizes, str activation, str column,"
     " float[] constants) -> Tensor[]",
+    lambda images, start, *others: _solve(images, start.clone(memory_format=torch.contiguous_format), *others),
+    lambda images, start, _, biases, *__: [
+        images.new_empty(images.shape),
+        start.new_empty(start.shape),
+        *(images.new_empty(len(each), images.shape[1]) for each in biases),
+    ],
 )
 _by_name = unless_compiled(_solve, _solve_operator)
-
-
-@torch.library.register_fake("flowpost::solve")
-def _solved(
-    images: Tensor, start: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *_: object
-) -> list[Tensor]:
-    layers = [images.new_empty(len(each), images.shape[1]) for each in biases]
-    return [images.new_empty(images.shape), start.new_empty(start.shape), *layers]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flowpost.masked.host.sweep import GROUP, arrays, by_layer, cut, ends_of, readable
 from flowpost.numerics.arrays import Array
+from flowpost.numerics.operators import define
 from flowpost.numerics.watchers import unless_compiled
 
 
@@ -101,17 +102,11 @@ def _transposed_sweep(
             grad[k - 1] += weight_of_first[rows, k - 1] @ of_first[rows]
 
 
-_pull_operator: Callable[..., list[Tensor]] = torch.library.custom_op(
-    "flowpost::pull",
-    lambda *inputs: _pull(*inputs),
-    mutates_args=(),
-    schema="(Tensor grad, Tensor fixed, Tensor moved, Tensor[] weights, Tensor[] slopes, int[] sizes) -> Tensor[]",
+_pull_operator = define(
+    "pull(Tensor grad, Tensor fixed, Tensor moved, Tensor[] weights, Tensor[] slopes, int[] sizes) -> Tensor[]",
+    _pull,
+    lambda grad, fixed, moved, weights, slopes, *_: [
+        grad.new_empty(each.shape) for each in (grad, *slopes, fixed.flatten(0, 1))
+    ],
 )
 _either = unless_compiled(_pull, _pull_operator)
-
-
-@torch.library.register_fake("flowpost::pull")
-def _pulled(
-    grad: Tensor, fixed: Tensor, moved: Tensor, weights: Sequence[Tensor], slopes: Sequence[Tensor], *_: object
-) -> list[Tensor]:
-    return [each.new_empty(each.shape) for each in (grad, *slopes, fixed.flatten(0, 1))]
