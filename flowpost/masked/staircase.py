@@ -131,18 +131,20 @@ def _blocks(runs: Sequence[int]) -> list[Block]:
 
 
 def _add_product(y: Tensor, x: Tensor, weight: Tensor, masks: Sequence[Tensor], blocks: Sequence[Block]) -> None:
-    for (rows, stair, full, _), mask in zip(blocks, masks, strict=True):
-        part, weights = y.narrow(1, *rows), weight.narrow(0, *rows)
+    heights = _heights(blocks)
+    for part, weights, mask, (_, stair, full, _) in zip(
+        y.split_with_sizes(heights, 1), weight.split_with_sizes(heights), masks, blocks, strict=True
+    ):
         add_product(part, x.narrow(1, *stair), (weights.narrow(1, *stair) * mask).t())
         if full[1]:
             add_product(part, x.narrow(1, *full), weights.narrow(1, *full).t())
 
 
 def _input_gradient(grad: Tensor, weight: Tensor, masks: Sequence[Tensor], blocks: Sequence[Block]) -> Tensor:
-    result = grad.new_empty(len(grad), weight.shape[1])
+    result, heights = grad.new_empty(len(grad), weight.shape[1]), _heights(blocks)
+    parts = list(zip(grad.split_with_sizes(heights, 1), weight.split_with_sizes(heights), masks, blocks, strict=True))
     put = write_product  # of the last block, which reads most; those of the others are added
-    for (rows, stair, full, rest), mask in zip(blocks[::-1], masks[::-1], strict=True):
-        part, weights = grad.narrow(1, *rows), weight.narrow(0, *rows)
+    for part, weights, mask, (_, stair, full, rest) in reversed(parts):
         put(result.narrow(1, *stair), part, weights.narrow(1, *stair) * mask)
         if full[1]:
             put(result.narrow(1, *full), part, weights.narrow(1, *full))
@@ -155,9 +157,10 @@ def _input_gradient(grad: Tensor, weight: Tensor, masks: Sequence[Tensor], block
 def _weight_gradient(grad: Tensor, x: Tensor, masks: Sequence[Tensor], blocks: Sequence[Block]) -> Tensor:
     grad = grad.t()
     whole = pays(grad, x)  # its result is written once, and parts of one would be copied
-    result = product(grad, x) if whole else grad.new_empty(len(grad), x.shape[1])
-    for (rows, stair, full, rest), mask in zip(blocks, masks, strict=True):
-        weights, grads = result.narrow(0, *rows), grad.narrow(0, *rows)
+    result, heights = product(grad, x) if whole else grad.new_empty(len(grad), x.shape[1]), _heights(blocks)
+    for weights, grads, mask, (_, stair, full, rest) in zip(
+        result.split_with_sizes(heights), grad.split_with_sizes(heights), masks, blocks, strict=True
+    ):
         edge = weights.narrow(1, *stair)
         if not whole:
             write_product(edge, grads, x.narrow(1, *stair))
@@ -167,6 +170,11 @@ def _weight_gradient(grad: Tensor, x: Tensor, masks: Sequence[Tensor], blocks: S
         if rest[1]:
             weights.narrow(1, *rest).zero_()
     return result
+
+
+def _heights(blocks: Sequence[Block]) -> list[int]:
+    """The blocks' numbers of rows: one call makes the views of all of them."""
+    return [block.rows[1] for block in blocks]
 
 
 # The fakes ask for shapes: `len` would fix the batch's size, and a compiler would start anew for every other.
