@@ -500,16 +500,16 @@ class TransposedSylvester(Bijector):
         return x, -self._forward(x, context)[1]
 
 
-def _sylvester_inner_transposed(z: Tensor, q: Reflected, r2: Tensor, b: Tensor) -> Tensor:
-    return _outer(q, r2.mT, z) + b
+def _sylvester_inner_transposed(z: Tensor, q: Reflected, r2: sylvester.Triangle, b: Tensor) -> Tensor:
+    return _outer(q, _whole(r2).mT, z) + b
 
 
-def _sylvester_outer_transposed(q: Reflected, r1: Tensor, value: Tensor) -> Tensor:
-    return products.by_columns(
-        products.by_rows, r1.mT, _inner(value, q, torch.eye(r1.shape[-1]).to(r1), value.new_zeros(()))
-    )
+def _sylvester_outer_transposed(q: Reflected, r1: sylvester.Triangle, value: Tensor) -> Tensor:
+    eye = torch.eye(value.shape[-1]).to(value)
+    return products.by_columns(products.by_rows, _whole(r1).mT, _inner(value, q, eye, value.new_zeros(())))
 
 
+_whole = sylvester._whole
 _inner, _outer = sylvester._inner, sylvester._outer  # as they are before a mutant takes their place
 
 

@@ -13,6 +13,7 @@ from peers import HERE, POINTS, Case, Pair, Peer, Twin, agree, check, close, dra
 from torch import Tensor
 
 from flowpost import Sylvester
+from flowpost.bijectors.sylvester import Triangle
 
 
 def sylvester_twin(dim: int, scale: float) -> Twin:
@@ -23,9 +24,9 @@ def sylvester_twin(dim: int, scale: float) -> Twin:
     """
     step = Sylvester(dim, dim, 0).double()
     context = draw(step.context_size, scale=scale / dim)
-    _, r1, r2, b, _ = step._numbers(context, context)
+    _, r1, r2, b, *_ = step._numbers(context, context)
     mirror = torch.arange(dim).flip(0)
-    r, s = (matrix[mirror][:, mirror].mT for matrix in (r1, r2))
+    r, s = (triangle.whole()[mirror][:, mirror].mT for triangle in (r1, r2))
     v = torch.ones(2, dim, dtype=torch.float64)
     return Twin(step, context, {"v": v, "R": r, "S": s, "b": b[mirror]})
 
@@ -59,7 +60,8 @@ def test_sylvester_is_the_paper_s(dim: int, rank: int, reflections: int | None, 
     """
     step = Sylvester(dim, rank, reflections).double()
     context, z = draw(POINTS, step.context_size, scale=scale), draw(POINTS, dim, scale=2.0)
-    q, r1, r2, b, _ = step._numbers(z.unsqueeze(0), context)  # several points an example: Q itself
+    q, *triangles, b, _, _ = step._numbers(z.unsqueeze(0), context)  # several points an example: Q itself
+    r1, r2 = (cast(Triangle, triangle).whole() for triangle in triangles)
     q = torch.eye(dim, dtype=torch.float64).expand(POINTS, dim, dim) if q is None else cast(Tensor, q)
     ours = images(step, z, context)
     close(paper_sylvester(z, q, r1, r2, b), ours, 1e-9)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -14,14 +14,41 @@ from flowpost.numerics.products import by_columns, by_rows
 from flowpost.numerics.reflections import Reflected, free_entries, orthonormal, pivoted
 from flowpost.numerics.ridge import bounded_gain, log_slope, positive, ridge
 from flowpost.numerics.tanh_roots import solve_ridges
+from flowpost.numerics.triangles import apart, halves
 from flowpost.numerics.watchers import full_precision
 
-_Basis = Tensor | Reflected | None
 _REACH = 1e3  # of R1 and R2: where they were larger, the inverse would be a matter of rounding
 
 
+class Triangle(NamedTuple):
+    """An upper triangular matrix, not put together: to set its diagonal costs more than two products."""
+
+    strict: Tensor
+    """``(*batch, M, M)``, zero on and below its diagonal."""
+    diagonal: Tensor
+    """``(*batch, M)``"""
+
+    def times(self, x: Tensor) -> Tensor:
+        """The product with points ``(*batch, M)``."""
+        return torch.addcmul(by_columns(by_rows, self.strict, x), self.diagonal, x)
+
+    def whole(self) -> Tensor:
+        """The matrix itself."""
+        return torch.diagonal_scatter(self.strict, self.diagonal, dim1=-2, dim2=-1)
+
+
+_Basis = Tensor | Reflected | None
+_Upper = Tensor | Triangle
+
+
 def sylvester(
-    z: Tensor, q: _Basis, r1: Tensor, r2: Tensor, b: Tensor, room: Tensor | None = None
+    z: Tensor,
+    q: _Basis,
+    r1: _Upper,
+    r2: _Upper,
+    b: Tensor,
+    room: Tensor | None = None,
+    gain: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sylvester map ``z' = z + Q R1 tanh(R2 Q^T z + b)``, ``log_det = sum_i log(1 + r1_ii r2_ii tanh'(.)_i)``.
 
@@ -35,23 +62,25 @@ def sylvester(
         r2: ``(*batch, M, M)``, upper triangular.
         b: ``(*batch, M)``.
         room: ``1 + r1_ii r2_ii``, ``(*batch, M)``, where it is known more exactly than the product gives it.
+        gain: ``r1_ii r2_ii``, ``(*batch, M)``, where it is at hand.
 
     Returns:
         z' ``(*batch, dim)`` and log_det ``(*batch)``.
     """
     with full_precision(z.device.type):
         value, slope = ridge(_inner(z, q, r2, b))
-        return z + _outer(q, r1, value), _log_det(r1, r2, room, value, slope)
+        return z + _outer(q, r1, value), _log_det(_gain(r1, r2) if gain is None else gain, room, value, slope)
 
 
 def sylvester_inverse(
     z: Tensor,
     q: _Basis,
-    r1: Tensor,
-    r2: Tensor,
+    r1: _Upper,
+    r2: _Upper,
     b: Tensor,
     room: Tensor | None = None,
     preimage: Tensor | None = None,
+    gain: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Undo `sylvester`: ``y = R2 Q^T z + b`` is the solution of ``y + R2 R1 tanh(y) = R2 Q^T z' + b``.
 
@@ -65,34 +94,52 @@ def sylvester_inverse(
         b: ``(*batch, M)``.
         room: ``(*batch, M)``.
         preimage: where it is known, ``(*batch, dim)``: no search is run.
+        gain: ``(*batch, M)``.
 
     Returns:
         The preimage ``(*batch, dim)`` and the log-det of the inverse ``(*batch)``, first and second derivatives exact.
     """
     with full_precision(z.device.type):
+        gain = _gain(r1, r2) if gain is None else gain
+        r1, r2 = _whole(r1), _whole(r2)
         root = None if preimage is None else _inner(preimage, q, r2, b)
         value, slope = solve_ridges(r2 @ r1, _inner(z, q, r2, b), root)
-        return z - _outer(q, r1, value), -_log_det(r1, r2, room, value, slope)
+        return z - _outer(q, r1, value), -_log_det(gain, room, value, slope)
 
 
-def _inner(z: Tensor, q: _Basis, r2: Tensor, b: Tensor) -> Tensor:
+def _inner(z: Tensor, q: _Basis, r2: _Upper, b: Tensor) -> Tensor:
     if isinstance(q, Reflected):
         along = q.along(z)
     else:
         along = z if q is None else by_columns(by_rows, q.mT, z)
-    return by_columns(by_rows, r2, along) + b
+    return _times(r2, along) + b
 
 
-def _outer(q: _Basis, r1: Tensor, value: Tensor) -> Tensor:
-    move = by_columns(by_rows, r1, value)
+def _outer(q: _Basis, r1: _Upper, value: Tensor) -> Tensor:
+    move = _times(r1, value)
     if isinstance(q, Reflected):
         return q.out_of(move)
     return move if q is None else by_columns(by_rows, q, move)
 
 
-def _log_det(r1: Tensor, r2: Tensor, room: Tensor | None, value: Tensor, slope: Tensor) -> Tensor:
-    gain = r1.diagonal(dim1=-2, dim2=-1) * r2.diagonal(dim1=-2, dim2=-1)
+def _gain(r1: _Upper, r2: _Upper) -> Tensor:
+    return _diagonal(r1) * _diagonal(r2)
+
+
+def _log_det(gain: Tensor, room: Tensor | None, value: Tensor, slope: Tensor) -> Tensor:
     return log_slope(gain, 1 + gain if room is None else room, value, slope).sum(-1)
+
+
+def _times(matrix: _Upper, x: Tensor) -> Tensor:
+    return matrix.times(x) if isinstance(matrix, Triangle) else by_columns(by_rows, matrix, x)
+
+
+def _diagonal(matrix: _Upper) -> Tensor:
+    return matrix.diagonal if isinstance(matrix, Triangle) else matrix.diagonal(dim1=-2, dim2=-1)
+
+
+def _whole(matrix: _Upper) -> Tensor:
+    return matrix.whole() if isinstance(matrix, Triangle) else matrix
 
 
 class Sylvester(Bijector):
@@ -146,36 +193,37 @@ class Sylvester(Bijector):
         reflections = rank if reflections is None else check_int("reflections", reflections, minimum=0)
         super().__init__(dim, reflections * (dim - 1) + rank * (rank + 2), start=_start(dim, rank, reflections))
         self.rank, self.reflections = rank, reflections
-        self._entries = free_entries(reflections, dim)
+        self._entries, self._halves = free_entries(reflections, dim), halves(rank, _REACH)
 
     def causal_order(self) -> Tensor | None:
         """From the last variable to the first where ``Q = I``: there the Jacobian is upper triangular."""
         return None if self.reflections else torch.arange(self.dim, device=self._like.device).flip(0)
 
-    def _numbers(self, z: Tensor, context: Tensor | None) -> tuple[_Basis, Tensor, Tensor, Tensor, Tensor]:
-        """Q, R1, R2, b and ``1 + r1_ii r2_ii``."""
+    def _numbers(self, z: Tensor, context: Tensor | None) -> tuple[_Basis, Triangle, Triangle, Tensor, Tensor, Tensor]:
+        """Q, R1, R2, b, ``1 + r1_ii r2_ii`` and ``r1_ii r2_ii``."""
         rank = self.rank
         sizes = [self.reflections * (self.dim - 1), rank * (rank + 1), rank]
         vectors, numbers, b = cast(Tensor, context).split(sizes, dim=-1)
-        square, raw = (_REACH * torch.tanh(numbers / _REACH)).split([rank**2, rank], dim=-1)
-        square, scale = square.unflatten(-1, (rank, rank)), positive(raw)
-        _, gain, room = bounded_gain(square.diagonal(dim1=-2, dim2=-1) * scale)
-        r1 = torch.diagonal_scatter(square.triu(1), gain / scale, dim1=-2, dim2=-1)
-        r2 = torch.diagonal_scatter(square.tril(-1).mT, scale, dim1=-2, dim2=-1)
-        return self._basis(z, vectors), r1, r2, b, room
+        square, raw = torch.tanh(numbers / _REACH).split([rank**2, rank], dim=-1)
+        above, diagonal, below = apart(square.unflatten(-1, (rank, rank)), self._halves)
+        scale = positive(_REACH * raw)
+        _, gain, room = bounded_gain(_REACH * diagonal * scale)
+        return self._basis(z, vectors), Triangle(above, gain / scale), Triangle(below.mT, scale), b, room, gain
 
     def _basis(self, z: Tensor, vectors: Tensor) -> _Basis:
         """Q itself where an example has several points, which then share its making."""
         if self.reflections == 0 and self.rank == self.dim:
             return None
         make = orthonormal if z.ndim > vectors.ndim else Reflected.of
-        return make(pivoted(vectors.unflatten(-1, (self.reflections, self.dim - 1)), self._entries), self.rank)
+        v = pivoted(vectors.unflatten(-1, (self.reflections, self.dim - 1)), self._entries)
+        return make(v, self.rank, long=True)
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return sylvester(z, *self._numbers(z, context))
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
-        return sylvester_inverse(z, *self._numbers(z, context), preimage)
+        q, r1, r2, b, room, gain = self._numbers(z, context)
+        return sylvester_inverse(z, q, r1, r2, b, room, preimage, gain)
 
     def extra_repr(self) -> str:
         """Sizes, for the module's repr."""

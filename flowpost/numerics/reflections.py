@@ -59,10 +59,10 @@ class Reflected(NamedTuple):
     """Columns of the product that count."""
 
     @classmethod
-    def of(cls, v: Tensor, rank: int) -> Reflected:
-        """Of vectors ``(*batch, K, dim)``, any numbers, as in `reflect`."""
+    def of(cls, v: Tensor, rank: int, *, long: bool = False) -> Reflected:
+        """Of vectors ``(*batch, K, dim)``, any numbers, as in `orthonormal`."""
         with full_precision(v.device.type):
-            return cls([(part, _triangle(part)) for part in _sized(v).split(_RUN, -2)], rank)
+            return cls([(part, _triangle(part)) for part in _sized(v, long=long).split(_RUN, -2)], rank)
 
     def along(self, z: Tensor) -> Tensor:
         """``Q^T z``, ``(*batch, rank)``."""
@@ -79,7 +79,7 @@ class Reflected(NamedTuple):
         return z.squeeze(-1)
 
 
-def orthonormal(v: Tensor, rank: int) -> Tensor:
+def orthonormal(v: Tensor, rank: int, *, long: bool = False) -> Tensor:
     """The first `rank` columns of the product ``H_1 ... H_K`` of reflections ``H_k = I - 2 v_k v_k^T / |v_k|^2``.
 
     The product is ``I - V^T S^-1 V`` with V the rows v_k and S the triangle of ``V V^T`` from its halved diagonal up
@@ -88,19 +88,21 @@ def orthonormal(v: Tensor, rank: int) -> Tensor:
     Args:
         v: ``(*batch, K, dim)``, any numbers, as in `reflect`.
         rank: from 1 to dim.
+        long: whether every vector has an entry of at least 1, as those of `pivoted`; it costs less then.
 
     Returns:
         Q ``(*batch, dim, rank)`` with ``Q^T Q = I``.
     """
-    v = _sized(v)
+    v = _sized(v, long=long)
     eye = torch.eye(v.shape[-1], rank, dtype=v.dtype, device=v.device)
     with full_precision(v.device.type):
         return eye - v.mT @ torch.linalg.solve_triangular(_triangle(v), v[..., :rank], upper=True)
 
 
 def _triangle(v: Tensor) -> Tensor:
-    products = v @ v.mT
-    return torch.lerp(products.triu(), products.triu(1), 0.5)  # its diagonal halved
+    """S on and above its diagonal; a solve does not read what is below."""
+    halved = torch.eye(v.shape[-2], dtype=v.dtype, device=v.device).mul_(-0.5).add_(1)
+    return v @ v.mT * halved
 
 
 def pivoted(numbers: Tensor, kept: Constant | None = None) -> Tensor:
@@ -130,12 +132,14 @@ def _free_entries(count: int, dim: int, device: torch.device | str) -> Tensor:
     return entry + (entry >= pivot)
 
 
-def _sized(v: Tensor) -> Tensor:
+def _sized(v: Tensor, *, long: bool = False) -> Tensor:
     """Give v a largest entry of 1, so that its square neither overflows nor underflows.
 
     The divisor carries no gradient: what is made of a direction does not depend on it, so its gradient is zero.
     """
     size = v.detach().abs().amax(-1, keepdim=True)
+    if long:
+        return v / size
     limits = torch.finfo(v.dtype)
     least = limits.tiny / limits.eps**2  # of what is shorter the derivative, of the order of 1 / |v|, leaves the range
     first = torch.eye(1, v.shape[-1], dtype=v.dtype, device=v.device).squeeze(0)
