@@ -9,7 +9,7 @@ from itertools import chain
 
 import pytest
 import torch
-from registry import BY_NAME, CORE, ENTRIES, Case, Entry, draw
+from registry import BY_NAME, ENTRIES, Case, Entry, draw
 from small import DIM, FEATURES, small
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -72,10 +72,7 @@ def points(step: Bijector) -> tuple[Tensor, Tensor | None]:
     return z, z.new_zeros(5, step.context_size) if step.context_size else None
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [pytest.param(each, marks=() if each.name in CORE else pytest.mark.long, id=each.name) for each in ENTRIES],
-)
+@every
 def test_a_step_that_is_moved_works_where_it_is(entry: Entry) -> None:
     """Without a call before: the move brings every constant along."""
     step = entry.make(3, 0).to("meta")
@@ -159,7 +156,6 @@ def float32(name: str) -> FlowPosterior:
     return small(name, **({"steps": 1} if name == "naf" else {})).float()
 
 
-@pytest.mark.full
 @recipes
 def test_a_posterior_that_is_moved_works_where_it_is(name: str) -> None:
     posterior = float32(name).to("meta")
