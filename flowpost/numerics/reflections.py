@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowpost.numerics.constants import Constant
+from flowpost.numerics.products import by_rows
 from flowpost.numerics.watchers import full_precision
 
 
@@ -68,14 +69,14 @@ class Reflected(NamedTuple):
         """``Q^T z``, ``(*batch, rank)``."""
         z = z.unsqueeze(-1)
         for v, s in self.runs:
-            z = z - v.mT @ torch.linalg.solve_triangular(s.mT, v @ z, upper=False)
+            z = z - by_rows(v.mT, torch.linalg.solve_triangular(s.mT, by_rows(v, z), upper=False))
         return z.squeeze(-1)[..., : self.rank]
 
     def out_of(self, y: Tensor) -> Tensor:
         """``Q y``, ``(*batch, dim)``."""
         z = F.pad(y, (0, self.runs[0][0].shape[-1] - self.rank)).unsqueeze(-1)
         for v, s in reversed(self.runs):
-            z = z - v.mT @ torch.linalg.solve_triangular(s, v @ z, upper=True)
+            z = z - by_rows(v.mT, torch.linalg.solve_triangular(s, by_rows(v, z), upper=True))
         return z.squeeze(-1)
 
 
