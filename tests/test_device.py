@@ -7,6 +7,7 @@ from typing import cast
 import pytest
 import torch
 import torch.nn.functional as F
+from on_device import inputs, made, under_autocast
 from registry import Case, Entry, draw, push
 from test_engines import NETWORKS, SIZES, every_result
 from torch import Tensor
@@ -18,6 +19,7 @@ from flowpost.masked.device import full, fused, loops
 from flowpost.masked.network import MADE
 from flowpost.masked.run import COLUMNS
 from flowpost.numerics.scales import exp_scale
+from flowpost.recipes import RECIPES
 
 DIRECTIONS = ["forward", "inverse", "known"]
 assert_close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
@@ -227,6 +229,23 @@ def test_under_autocast_an_inverse_is_exact(name: str) -> None:
     assert all(map(torch.equal, found, expected))
     torch.testing.assert_close((preimage, back), (noise, -log_det), rtol=1e-5, atol=1e-5)
     assert {grad.dtype for grad in grads} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_recipe_under_autocast_is_near_float32(name: str, dtype: torch.dtype) -> None:
+    """At the numbers that a GPU is given too."""
+    under_autocast(made(name, "cpu"), dtype, "cpu")
+
+
+def test_every_device_is_given_the_same_numbers() -> None:
+    """By the generator of the CPU; on the meta device, where no number can be read."""
+    after = []
+    for where in ("cpu", "meta"):
+        torch.manual_seed(0)
+        inputs(where)
+        after.append(torch.rand(5))
+    assert torch.equal(*after)
 
 
 @pytest.mark.compile
