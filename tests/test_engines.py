@@ -5,12 +5,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from registry import ENTRIES, Case, Entry, draw, push
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -132,6 +134,40 @@ def test_blocks_are_cut_and_their_zeros_never_read(monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(y, x @ full.T)
         torch.testing.assert_close(stairs.input_gradient(grad, weight), grad @ full)
         torch.testing.assert_close(stairs.weight_gradient(grad, x), (grad.T @ x) * mask)
+
+
+class _Multiplications(TorchDispatchMode):
+    """How many multiplications the products take, also those into a part of a tensor."""
+
+    number = 0
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: tuple[Any, ...] = (), kwargs: dict | None = None
+    ) -> object:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            left, right = args[-2:]
+            self.number += left.numel() * right.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rows", [5, 200])
+def test_few_rows_take_two_blocks_as_one(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the multiplications that are counted; the results are those of a masked product either way."""
+    monkeypatch.setattr(staircase, "_GRAIN", 2**14)
+    stairs = Staircase(range(320), range(320))
+    weight, x, grad = torch.randn(320, 320).double(), torch.randn(rows, 320).double(), torch.randn(rows, 320).double()
+    mask, bias = stairs.mask.on(weight), torch.randn(320).double()
+    with _Multiplications() as counted:
+        y = stairs.affine(bias, x, weight)
+        of_x, of_weight = stairs.input_gradient(grad, weight), stairs.weight_gradient(grad, x)
+    share = sum(block.rows[1] * (block.stair[1] + block.full[1]) for block in stairs.blocks) / weight.numel()
+    assert len(stairs.blocks) == 2
+    assert share < 0.9
+    assert counted.number == round(3 * rows * weight.numel() * (1 if rows == 5 else share))
+    torch.testing.assert_close(y, bias + x @ (weight * mask).T)
+    torch.testing.assert_close(of_x, grad @ (weight * mask))
+    torch.testing.assert_close(of_weight, (grad.T @ x) * mask)
+    torch.testing.assert_close(stairs.add_input_gradient(x, grad, weight), x + grad @ (weight * mask))
 
 
 @pytest.mark.parametrize("direction", ["forward", "inverse"])

@@ -20,6 +20,7 @@ _ALIGN = 32  # matrix products of odd width run at half the speed
 # Weights whose product, at a batch of some hundred, costs what the calls for one more block do.
 _GRAIN = 2**17 if HELPS else 2**14
 _APART = 256  # columns from which a product of their own costs less than masking them
+_FEW = 9 * 2**20  # multiplications up to which two blocks cost more than all of the weight does
 
 Run = tuple[int, int]
 """Columns by their first and their number."""
@@ -85,38 +86,53 @@ class Staircase:
 
     def add_product(self, y: Tensor, x: Tensor, weight: Tensor) -> None:
         """Add ``x W^T`` to y ``(N, out)`` for x ``(N, in)``."""
-        if len(self.blocks) == 1:
-            add_product(y, x, (weight * self._edges[0].on(weight)).t())
+        mask = self._whole(x, weight)
+        if mask is not None:
+            add_product(y, x, (weight * mask).t())
         else:
             (_add_product if len(self.blocks) == 2 else _add_many)(y, x, weight, self.edges(weight), self.blocks)
 
     def affine(self, bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """The layer, ``b + x W^T``, for x ``(N, in)``."""
-        if len(self.blocks) == 1:
-            return linear(x, weight * self._edges[0].on(weight), bias)
+        mask = self._whole(x, weight)
+        if mask is not None:
+            return linear(x, weight * mask, bias)
         y = bias.expand(len(x), -1).clone()
         self.add_product(y, x, weight)
         return y
 
     def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
         """The product ``grad W`` for grad ``(N, out)``."""
-        if len(self.blocks) == 1:
-            return product(grad, weight * self._edges[0].on(weight))
+        mask = self._whole(grad, weight)
+        if mask is not None:
+            return product(grad, weight * mask)
         find = _input_gradient if len(self.blocks) == 2 else _input_many
         return find(grad, weight, self.edges(weight), self.blocks)
 
     def add_input_gradient(self, so_far: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
         """The sum ``so_far + grad W``, ``(N, in)``."""
-        if len(self.blocks) == 1:
-            return plus_product(so_far, grad, weight * self._edges[0].on(weight))
+        mask = self._whole(grad, weight)
+        if mask is not None:
+            return plus_product(so_far, grad, weight * mask)
         return so_far + self.input_gradient(grad, weight)
 
     def weight_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
         """The product ``grad^T x``, zero where the weight is not read."""
-        if len(self.blocks) == 1:
-            return product(grad.t(), x).mul_(self._edges[0].on(x))
+        mask = self._whole(grad, x)
+        if mask is not None:
+            return product(grad.t(), x).mul_(mask)
         find = _weight_gradient if len(self.blocks) == 2 else _weight_many
         return find(grad, x, self.edges(x), self.blocks)
+
+    def _whole(self, rows: Tensor, like: Tensor) -> Tensor | None:
+        """The whole mask, where one product takes less time than the blocks'."""
+        if len(self.blocks) == 1:
+            return self._edges[0].on(like)
+        return self.factor(like) if len(self.blocks) == 2 and _are_few(rows, self.mask.value) else None
+
+
+# For a number of rows on the other side a compiler would start anew.
+_are_few = unless_compiled(lambda rows, weights: len(rows) * weights.numel() < _FEW, lambda *_: False)
 
 
 def _runs(blocks: Sequence[Block]) -> list[int]:
