@@ -88,7 +88,7 @@ def sylvester_inverse(
 
     Args:
         z: the image z', ``(*batch, dim)``.
-        q: as in `sylvester`, like r1, r2, b and room.
+        q: as in `sylvester`, like r1, r2, b, room and gain.
         r1: ``(*batch, M, M)``.
         r2: ``(*batch, M, M)``.
         b: ``(*batch, M)``.

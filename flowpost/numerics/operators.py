@@ -13,8 +13,8 @@ _library = torch.library.Library("flowpost", "FRAGMENT")
 def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:  # noqa: ANN401
     """An operator without a gradient, for a node's own passes and for what is detached.
 
-    By the low-level interface: a call costs a third of what it does through ``torch.library.custom_op``, which would
-    raise on a way back through it.
+    By the low-level interface: a call costs a third of what it does through ``torch.library.custom_op``. That one would
+    raise on a way back through the operator, where torch now warns.
 
     Args:
         schema: ``name(arguments) -> results``.
