@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from flowpost.bijectors import deep_sigmoid, planar
+from flowpost.bijectors import _sylvester_pass, deep_sigmoid, planar
 from flowpost.masked import engine
 from flowpost.numerics import tanh_roots
 
@@ -78,10 +78,12 @@ def slogdet(function: Map, z: Tensor, context: Tensor | None = None) -> tuple[Te
 def jacobian(function: Map, z: Tensor, context: Tensor | None = None) -> Array:
     """The Jacobians ``(n, dim, dim)`` of ``function(z, context)[0]``."""
     given = [tensor.detach() for tensor in (z, context) if tensor is not None]
-    # Engines write in place; tests/test_engines.py holds them to the plain operations, which are traced here.
+    # Engines and a Sylvester step's node write in place; tests/test_engines.py and tests/test_sylvester.py hold them to
+    # the plain operations, which are traced here.
     # A search carries no gradient: its roots are held where float64 put them, and the corrections differentiated.
     found = {place: [] for place in _SEARCHES}
-    with mock.patch.object(engine, "choose", return_value=None):
+    plain = mock.patch.object(_sylvester_pass, "forward", lambda form, plain, z, context: plain(z, context))
+    with mock.patch.object(engine, "choose", return_value=None), plain:
         with _searching(lambda search, kept: lambda *args: kept.append(search(*args)) or kept[-1], found):
             expected = function(*given)[0]
         with _searching(lambda _, kept: mock.Mock(side_effect=kept), found):
@@ -206,8 +208,11 @@ def _expand(x: Array, shape: Sequence[int]) -> Array:
     return np.broadcast_to(x, [old if new == -1 else new for old, new in zip(kept, shape, strict=True)])
 
 
-def _solve(matrix: Array, columns: Array, *, upper: bool, unitriangular: bool = False) -> Array:
+def _solve(matrix: Array, columns: Array, *, upper: bool, left: bool = True, unitriangular: bool = False) -> Array:
     """Substitution, from the row that has one unknown on."""
+    if not left:
+        turned = np.swapaxes(matrix, -1, -2), np.swapaxes(columns, -1, -2)
+        return np.swapaxes(_solve(*turned, upper=not upper, unitriangular=unitriangular), -1, -2)
     rows: dict[int, Array] = {}
     for i in range(columns.shape[-2])[:: -1 if upper else 1]:
         total = columns[..., i, :] - sum(matrix[..., i, j, None] * row for j, row in rows.items())

@@ -46,6 +46,7 @@ from flowpost import (
 )
 from flowpost.bijectors import (
     _from_transform,
+    _sylvester_pass,
     actnorm,
     affine,
     base,
@@ -521,6 +522,17 @@ def _gain_unbounded(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.zeros_like(a), a, (1 + a).abs()
 
 
+def _log_slope_pull_of_nothing(gain: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.zeros_like(gain), torch.zeros_like(gain)
+
+
+def _pull_of_one_run(q: Reflected, along: Sequence[Any], out_of: Sequence[Any]) -> Tensor:
+    return _PULL(q, [along[0], along[0]], out_of)
+
+
+_PULL = Reflected.pull
+
+
 def _columns_not_orthogonal(step: Sylvester, z: Tensor, vectors: Tensor) -> Tensor:
     v = pivoted(vectors.unflatten(-1, (step.reflections, step.dim - 1)))
     return F.normalize(v, dim=-1).mT[..., : step.rank]
@@ -552,7 +564,7 @@ _COUPLING = Coupling._forward
 _GATE, _GATE_PULL = gate._gate, gate.Gate.pull
 _MADE, _STRICT_TRIL = made.MADE.forward, lower.strict_tril
 _GRADIENTS, _SOLVE_GRADIENTS, _AFFINE_PULL = host.gradients, host.solve_gradients, Affine.pull
-_REPLAY, _LAY_OUT, _AFFINE = nodes._replay, made.MaskedLinear.lay_out, Affine._forward
+_REPLAY, _LAY_OUT, _AFFINE = nodes.replay, made.MaskedLinear.lay_out, Affine._forward
 _AUTOREGRESSIVE_INVERSE, _AFFINE_INVERSE = Autoregressive._inverse, Affine._inverse
 
 
@@ -599,6 +611,8 @@ def _as_it_came(context: Tensor | None, *_: object) -> Tensor | None:
 
 PLAIN = (engine, "choose", lambda run, z: None)
 """A fault in the plain operations is not seen where an engine stands in for them."""
+PLAIN_SYLVESTER = (_sylvester_pass, "forward", lambda form, plain, z, context: plain(z, context))
+"""Nor where a Sylvester step's node does."""
 MUTANTS = (
     Mutant("Sylvester with transposed factors", "pyro", TransposedSylvester),
     Mutant("planar without u-hat", "pythae, torchflows", Planar, ((planar, "_invertible", _planar_unconstrained),)),
@@ -649,20 +663,44 @@ MUTANTS = (
         "Sylvester's factors transposed, its log-det not",
         "pyro",
         Sylvester,
-        ((sylvester, "_inner", _sylvester_inner_transposed), (sylvester, "_outer", _sylvester_outer_transposed)),
+        (
+            PLAIN_SYLVESTER,
+            (sylvester, "_inner", _sylvester_inner_transposed),
+            (sylvester, "_outer", _sylvester_outer_transposed),
+        ),
     ),
-    Mutant("Sylvester's diagonals unbounded", "-", Sylvester, ((sylvester, "bounded_gain", _gain_unbounded),)),
+    Mutant(
+        "Sylvester's diagonals unbounded",
+        "-",
+        Sylvester,
+        (PLAIN_SYLVESTER, (sylvester, "bounded_gain", _gain_unbounded)),
+    ),
     Mutant(
         "Sylvester's Q of unit length, not orthogonal",
         "-",
         Sylvester,
-        ((Sylvester, "_basis", _columns_not_orthogonal),),
+        (PLAIN_SYLVESTER, (Sylvester, "_basis", _columns_not_orthogonal)),
+    ),
+    Mutant(
+        "Sylvester's log-det left out on the way back",
+        "-",
+        Sylvester,
+        ((_sylvester_pass, "log_slope_pull", _log_slope_pull_of_nothing),),
+        killer="gradients",
+    ),
+    Mutant(
+        "the way back through Q takes z for its gradient",
+        "-",
+        Sylvester,
+        ((Reflected, "pull", _pull_of_one_run),),
+        dims=(3, 5),
+        killer="gradients",
     ),
     Mutant(
         "reflections in the order of the inverse",
         "-",
         Sylvester,
-        ((Reflected, "out_of", _reflected_back),),
+        (PLAIN_SYLVESTER, (Reflected, "out_of", _reflected_back)),
         dims=(3, 5),
     ),
     Mutant("squeeze at batch 1", "pythae", _gate_alone, ((gate, "_gate", _gate_squeezed),), killer="shapes"),
@@ -773,7 +811,7 @@ MUTANTS = (
         "create_graph counts twice",
         "flowpost 8666d94",
         _step,
-        ((nodes, "_replay", _replay_of_what_came),),
+        ((nodes, "replay", _replay_of_what_came),),
         killer="dependent",
     ),
     Mutant(

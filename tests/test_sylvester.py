@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowpost import Sylvester
 from flowpost.functional import planar, sylvester, sylvester_inverse
+from flowpost.numerics import squares
 from flowpost.numerics.tanh_roots import tanh_roots
 
 FORMS = {
@@ -232,6 +233,84 @@ def test_a_training_step_writes_few_tensors_as_large_as_its_matrices(reflections
         image, log_det = step(z, context)
         torch.autograd.grad((image, log_det), context, (torch.ones_like(image), torch.ones_like(log_det)))
     assert large.count <= most
+
+
+# ------------------------------------------------------------------------------------------------ the node of a pass
+
+
+def of_both(step: Sylvester, z: Tensor, context: Tensor) -> list[tuple[Tensor, ...]]:
+    """Image, log-det and the gradients at z and context of a sum of both: by the plain operations, and by the node."""
+    weights = torch.randn_like(z), torch.randn_like(z[..., 0])
+
+    def all_of(function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
+        found = function(z, context)
+        return *found, *torch.autograd.grad(found, (z, context), weights)
+
+    return [all_of(step._plain_forward), all_of(step)]
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 30.0, 1e4])
+@pytest.mark.parametrize("batch", [(7,), (), (2, 3), (0,)], ids=str)
+@pytest.mark.parametrize("form", [*FORMS, "two runs of reflections"])
+def test_the_way_back_by_hand_is_autograd_s(form: str, batch: tuple[int, ...], scale: float) -> None:
+    step = Sylvester(40, 40) if form == "two runs of reflections" else FORMS[form]()
+    z = torch.randn(*batch, step.dim, dtype=torch.float64, requires_grad=True)
+    expected, found = of_both(step, z, draw(step, *batch, scale=scale).requires_grad_())
+    size = max((each.abs().max().item() for each in expected if each.numel()), default=1.0)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13 * max(1.0, size))
+
+
+def test_the_node_is_for_one_point_an_example() -> None:
+    step = Sylvester(5, 3)
+    context = draw(step, 4).requires_grad_()
+    one, many = (step(torch.randn(*batch, 5, dtype=torch.float64), context)[0].grad_fn for batch in [(4,), (2, 4)])
+    assert one is not None
+    assert many is not None
+    assert (one.name(), many.name()) == ("_PassBackward", "AddBackward0")
+
+
+def test_a_few_examples_at_a_time_are_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many variables are gone through in portions, of which the last is shorter."""
+    step = Sylvester(5, 5, 2)
+    z, context = torch.randn(7, 5, dtype=torch.float64, requires_grad=True), draw(step, 7).requires_grad_()
+    torch.manual_seed(1)
+    whole = of_both(step, z, context)[1]
+    monkeypatch.setattr(squares, "_AT_ONCE", 3 * 5**2)
+    torch.manual_seed(1)
+    torch.testing.assert_close(of_both(step, z, context)[1], whole, rtol=1e-14, atol=1e-14)
+
+
+@every_form
+def test_second_derivatives_are_those_of_the_plain_operations(form: str) -> None:
+    """One after the other, and many at once; a context that was made of z is not counted twice."""
+    step = FORMS[form]()
+    z, weight = torch.randn(3, 5, dtype=torch.float64), torch.randn(5, step.context_size, dtype=torch.float64)
+
+    def total(function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], z: Tensor) -> Tensor:
+        image, log_det = function(z, 0.3 * z.tanh() @ weight + step.initial_context().double())
+        return (image.sin().sum(-1) + log_det).sum()
+
+    expected = torch.func.hessian(lambda z: total(step._plain_forward, z))(z)
+    torch.testing.assert_close(torch.func.hessian(lambda z: total(step, z))(z), expected)
+    for vectorize in (False, True):
+        found = torch.autograd.functional.hessian(lambda z: total(step, z), z, vectorize=vectorize)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_only_what_is_asked_for_is_differentiated() -> None:
+    """A z alone, as of a path gradient, or a context alone, as of the first step's noise."""
+    step = Sylvester(5, 3)
+    z, context = torch.randn(4, 5, dtype=torch.float64), draw(step, 4)
+
+    def total(z: Tensor, context: Tensor) -> Tensor:
+        image, log_det = step(z, context)
+        return image.sin().sum() + log_det.sum()
+
+    both = torch.autograd.grad(total(z.requires_grad_(), context.requires_grad_()), (z, context))
+    for k in (0, 1):
+        inputs = [each.detach().requires_grad_(i == k) for i, each in enumerate((z, context))]
+        (found,) = torch.autograd.grad(total(*inputs), inputs[k])
+        torch.testing.assert_close(found, both[k], rtol=0, atol=0)
 
 
 # ------------------------------------------------------------------------------------------- the triangle of roots

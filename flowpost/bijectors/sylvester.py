@@ -8,13 +8,14 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from flowpost.bijectors import _sylvester_pass
 from flowpost.bijectors.base import Bijector
 from flowpost.numerics.arguments import check_int
 from flowpost.numerics.products import by_columns, by_rows
 from flowpost.numerics.reflections import Reflected, free_entries, orthonormal, pivoted
 from flowpost.numerics.ridge import bounded_gain, log_slope, positive, ridge
+from flowpost.numerics.squares import apart, halves
 from flowpost.numerics.tanh_roots import solve_ridges
-from flowpost.numerics.triangles import apart, halves
 from flowpost.numerics.watchers import full_precision
 
 _REACH = 1e3  # of R1 and R2: where they were larger, the inverse would be a matter of rounding
@@ -219,6 +220,10 @@ class Sylvester(Bijector):
         return make(v, self.rank, long=True)
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        form = _sylvester_pass.Form(self.dim, self.rank, self.reflections, _REACH, self._halves)
+        return _sylvester_pass.forward(form, self._plain_forward, z, cast(Tensor, context))
+
+    def _plain_forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         return sylvester(z, *self._numbers(z, context))
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:

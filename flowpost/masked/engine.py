@@ -20,7 +20,7 @@ from flowpost.masked.activations import KNOWN
 from flowpost.masked.network import MADE, MaskedLinear
 from flowpost.masked.run import Link, Run, Saved
 from flowpost.numerics.products import whole_is_faster
-from flowpost.numerics.watchers import autocast, batched, first_parameter, full_precision, hooked, unwatched
+from flowpost.numerics.watchers import autocast, first_parameter, full_precision, hooked, unwatched
 from flowpost.numerics.watchers import untouched as is_ours
 
 
@@ -79,11 +79,6 @@ def choose_inverse(run: Run, z: Tensor) -> Engine | None:
 def engine_on(z: Tensor) -> Engine:
     """The engine for a device: the host's, which runs on all, but for those that run whole matrices best."""
     return cast(Engine, device if whole_is_faster(z) else host)
-
-
-def replays(*grads: Tensor) -> bool:
-    """Whether a node's way back is that of the plain operations: for a second derivative, or many gradients at once."""
-    return torch.is_grad_enabled() or batched(*grads)
 
 
 def precisely(like: Tensor) -> AbstractContextManager:

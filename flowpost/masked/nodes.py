@@ -6,8 +6,7 @@ third of them. A compiler traces both of a node's passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from flowpost.masked import engine, plain
 from flowpost.masked.run import Run, Saved, broadcast, flat
+from flowpost.numerics.replayed import replay, replays
 from flowpost.numerics.watchers import unless_compiled
 
 Ctx = Any  # of an autograd function: torch types it without what it stores
@@ -79,8 +79,12 @@ class _Pass(torch.autograd.Function):
         run, needs = ctx.run, ctx.needs_input_grad[2:]
         z, context, *rest = ctx.saved_tensors
         parameters, tape = rest[: len(needs) - 2], list(rest[len(needs) - 2 :])
-        if engine.replays(*grads):
-            return None, None, *_replay(partial(plain.forward, run), (z, context, *parameters), needs, grads)
+        if replays(*grads):
+
+            def forward(z: Tensor, context: Tensor | None, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+                return _outputs(z, *plain.forward(run, z, context, parameters), like=grads[1])
+
+            return None, None, *replay(forward, (z, context, *parameters), needs, grads)
         _let_go(ctx)
         del rest
         saved = Saved(run, tape, context, parameters, needs)
@@ -111,12 +115,12 @@ class _Solve(torch.autograd.Function):
         run, needs = ctx.run, ctx.needs_input_grad[3:]
         preimage, z, context, *rest = ctx.saved_tensors
         parameters, tape = rest[: len(needs) - 2], list(rest[len(needs) - 2 :])
-        if engine.replays(*grads):
+        if replays(*grads):
 
-            def inverse(z: Tensor, context: Tensor | None, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-                return plain.inverse(run, z, context, preimage, parameters)
+            def inverse(z: Tensor, context: Tensor | None, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+                return _outputs(z, *plain.inverse(run, z, context, preimage, parameters), like=grads[1])
 
-            return None, None, None, *_replay(inverse, (z, context, *parameters), needs, grads)
+            return None, None, None, *replay(inverse, (z, context, *parameters), needs, grads)
         _let_go(ctx)
         del rest
         saved = Saved(run, tape, context, parameters, needs)
@@ -129,24 +133,6 @@ def _whole(log_det: Tensor, z: Tensor) -> Tensor:
     return _own(log_det) if log_det.shape == z.shape[:-1] else log_det.expand(z.shape[:-1]).clone()
 
 
-def _replay(
-    function: Callable[..., tuple[Tensor, Tensor]],
-    inputs: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    grads: Sequence[Tensor],
-) -> list[Tensor | None]:
-    """What a backward under ``create_graph`` returns, or one of many gradients: the plain operations' gradients.
-
-    The inputs may depend on one another: z on a parameter, say, or one parameter may come twice. Each is replaced by a
-    view, so that what reaches one through another is left to those who made it so, and not counted twice.
-    """
-    recorded = torch.is_grad_enabled()
-    with torch.enable_grad(), engine.precisely(grads[0]):
-        own = [None if each is None else each.view_as(each) for each in inputs]
-        z = cast(Tensor, own[0])
-        image, log_det = function(z, own[1], own[2:])
-        pairs = [(image, grads[0]), (_whole(log_det, z).to(grads[1].dtype), grads[1])]
-        outputs, slopes = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)
-        wanted = [cast(Tensor, each) for each, need in zip(own, needs, strict=True) if need]
-        found = iter(torch.autograd.grad(outputs, wanted, slopes, create_graph=recorded, allow_unused=True))
-    return [next(found) if need else None for need in needs]
+def _outputs(z: Tensor, image: Tensor, log_det: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """A node's outputs, by plain operations."""
+    return image, _whole(log_det, z).to(like.dtype)

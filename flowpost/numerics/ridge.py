@@ -48,6 +48,17 @@ def log_slope(gain: Tensor, room: Tensor, value: Tensor, slope: Tensor) -> Tenso
     return torch.where(gain > -0.5, torch.log1p(gain * slope), torch.log(room * slope + value * value))
 
 
+def log_slope_pull(gain: Tensor, room: Tensor, value: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """The derivatives of `log_slope` in the gain and in x, where room is ``1 + gain`` and value and slope are x's."""
+    per = slope / torch.addcmul(room * slope, value, value)
+    return per, -2 * gain * value * per
+
+
+def bounded_slope(a: Tensor) -> Tensor:
+    """The derivative of the m of `bounded_gain`, and so that of `positive`."""
+    return torch.sigmoid(a + _LOGIT_K)
+
+
 def cascade(start: Tensor, gain: Tensor) -> Tensor:
     """The x with ``x_k = start_k + sum_{j<k} gain_kj tanh(x_j)``: K ridges, each of which sees what those before moved.
 

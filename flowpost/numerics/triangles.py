@@ -119,19 +119,3 @@ class _SumRows(torch.autograd.Function):
                 product = torch.from_numpy(np.repeat(grad.numpy(), np.arange(dim), axis=-1)).mul_(read)
             entries_grad = product.sum_to_size(entries.shape)
         return z_grad, entries_grad
-
-
-def halves(dim: int, size: float) -> Constant:
-    """Squares that are `size` above the diagonal, and below it, and 0 elsewhere; for a step to keep."""
-    whole = torch.full((dim, dim), size, device="cpu")
-    return Constant(torch.stack([whole.triu(1), whole.tril(-1)]))
-
-
-def apart(square: Tensor, kept: Constant) -> tuple[Tensor, Tensor, Tensor]:
-    """What of a square ``(*batch, M, M)`` is above its diagonal, its diagonal ``(*batch, M)``, and what is below.
-
-    By products with the `halves` that are kept, so times their size but for the diagonal: on a CPU they take a third
-    of the time of ``triu``.
-    """
-    above, below = kept.on(square)
-    return square * above, square.diagonal(dim1=-2, dim2=-1), square * below

@@ -1,0 +1,42 @@
+"""Gradients by operations that autograd records: what a node with a way back by hand gives where they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from flowpost.numerics.watchers import batched, full_precision
+
+
+def replays(*grads: Tensor) -> bool:
+    """Whether a node's way back is that of the plain operations: for a second derivative, or many gradients at once."""
+    return torch.is_grad_enabled() or batched(*grads)
+
+
+def replay(
+    function: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    grads: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """What a backward under ``create_graph`` returns, or one of many gradients: the plain operations' gradients.
+
+    The inputs may depend on one another: z on a parameter, say, or one parameter may come twice. Each is replaced by a
+    view, so that what reaches one through another is left to those who made it so, and not counted twice.
+
+    Args:
+        function: from the inputs to the node's outputs, by plain operations.
+        inputs: the node's.
+        needs: which of them a gradient is asked for.
+        grads: at the outputs.
+    """
+    recorded = torch.is_grad_enabled()
+    with torch.enable_grad(), full_precision(grads[0].device.type):
+        own = [None if each is None else each.view_as(each) for each in inputs]
+        pairs = [(output, grad) for output, grad in zip(function(*own), grads, strict=True) if output.requires_grad]
+        outputs, slopes = zip(*pairs, strict=True)
+        wanted = [each for each, need in zip(own, needs, strict=True) if need and each is not None]
+        found = iter(torch.autograd.grad(outputs, wanted, slopes, create_graph=recorded, allow_unused=True))
+    return [next(found) if need else None for need in needs]
