@@ -82,7 +82,7 @@ def jacobian(function: Map, z: Tensor, context: Tensor | None = None) -> Array:
     # the plain operations, which are traced here.
     # A search carries no gradient: its roots are held where float64 put them, and the corrections differentiated.
     found = {place: [] for place in _SEARCHES}
-    plain = mock.patch.object(_sylvester_pass, "forward", lambda form, plain, z, context: plain(z, context))
+    plain = mock.patch.object(_sylvester_pass, "fits", return_value=False)
     with mock.patch.object(engine, "choose", return_value=None), plain:
         with _searching(lambda search, kept: lambda *args: kept.append(search(*args)) or kept[-1], found):
             expected = function(*given)[0]

@@ -611,7 +611,7 @@ def _as_it_came(context: Tensor | None, *_: object) -> Tensor | None:
 
 PLAIN = (engine, "choose", lambda run, z: None)
 """A fault in the plain operations is not seen where an engine stands in for them."""
-PLAIN_SYLVESTER = (_sylvester_pass, "forward", lambda form, plain, z, context: plain(z, context))
+PLAIN_SYLVESTER = (_sylvester_pass, "fits", lambda z, context: False)
 """Nor where a Sylvester step's node does."""
 MUTANTS = (
     Mutant("Sylvester with transposed factors", "pyro", TransposedSylvester),

@@ -17,7 +17,7 @@ from flowpost.numerics.reflections import Reflected, Turned, collect, size_of, s
 from flowpost.numerics.replayed import replay, replays
 from flowpost.numerics.ridge import bounded_gain, bounded_slope, log_slope, log_slope_pull, positive, ridge
 from flowpost.numerics.squares import bounded, pull, times
-from flowpost.numerics.watchers import full_precision, unless_compiled, unwatched
+from flowpost.numerics.watchers import full_precision, unwatched
 
 Ctx = Any  # of an autograd function: torch types it without what it stores
 Plain = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -54,9 +54,9 @@ class Form(NamedTuple):
         return square.unflatten(-1, (self.rank, self.rank)), raw
 
 
-def passing(form: Form, plain: Plain, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-    """The image and the log-det; by the plain operations where an example has several points, or somebody watches."""
-    if z.shape[:-1] != context.shape[:-1] or z.dtype != context.dtype or not unwatched(z):
+def forward(form: Form, plain: Plain, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    """The image and the log-det; by the plain operations where the node does not fit."""
+    if not fits(z, context):
         return plain(z, context)
     if z.ndim == 2:
         return cast("tuple[Tensor, Tensor]", _Pass.apply(form, plain, z, context))
@@ -65,8 +65,10 @@ def passing(form: Form, plain: Plain, z: Tensor, context: Tensor) -> tuple[Tenso
     return image.reshape(z.shape), log_det.reshape(z.shape[:-1])
 
 
-forward = unless_compiled(passing, lambda form, plain, z, context: plain(z, context))
-"""A compiler sees the plain operations, and fuses them."""
+def fits(z: Tensor, context: Tensor) -> bool:
+    """Whether an example has one point, and nobody watches; a compiler sees the plain operations, and fuses them."""
+    alike = z.shape[:-1] == context.shape[:-1] and z.dtype == context.dtype
+    return alike and not torch.compiler.is_compiling() and unwatched(z)
 
 
 class _Numbers(NamedTuple):
@@ -98,8 +100,8 @@ class _Turns(NamedTuple):
     q: Reflected
     size: Tensor
     """``(N, K, 1)``: the vectors were divided by it."""
-    there: Sequence[Turned]
-    back: Sequence[Turned]
+    there: Sequence[Turned] = ()
+    back: Sequence[Turned] = ()
 
     def tensors(self) -> Iterator[Tensor]:
         """All of them, in a row."""
@@ -151,20 +153,20 @@ def _values(form: Form, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor, _Nu
     _, gain, room = bounded_gain(diagonal * scale)
     first = gain / scale
 
-    along, q, size, there = z, None, None, []
-    if form.turns:
-        v = spread(vectors, form.reflections, form.dim)
-        size = size_of(v)
-        q = Reflected.of_sized(v.div_(size), form.rank)
-        along, there = q.turn(z)
+    turns = _reflected(form, vectors) if form.turns else None
+    along, there = (z, []) if turns is None else turns.q.turn(z)
     value, slope = ridge(torch.addcmul(times(along, square, below), scale, along) + b)
     move = torch.addcmul(times(value, square, above, transposed=True), first, value)
-    turns = None
-    if q is not None and size is not None:
-        move, back = q.turn_back(move)
-        turns = _Turns(q, size, there, back)
+    move, back = (move, []) if turns is None else turns.q.turn_back(move)
+    turns = None if turns is None else turns._replace(there=there, back=back)
     log_det = log_slope(gain, room, value, slope).sum(-1)
     return z + move, log_det, _Numbers(numbers, raw, scale, diagonal, gain, room, first, along, value, slope), turns
+
+
+def _reflected(form: Form, vectors: Tensor) -> _Turns:
+    v = spread(vectors, form.reflections, form.dim)
+    size = size_of(v)
+    return _Turns(Reflected.of_sized(v.div_(size), form.rank), size)
 
 
 def _gradients(

@@ -112,7 +112,7 @@ class Reflected(NamedTuple):
             moves = torch.cat([of_z.move, of_grad.move, of_grad_along.move, of_y.move], -2)
             rows = torch.cat([of_grad_along.row, of_y.row, of_z.row, of_grad.row], -2)
             # S is a half of V V^T, where each vector comes twice: its gradient and the transposed of it, put together.
-            of_s, of_inverse, halved = moves[:, :2], moves[:, 2:], _halved(v)
+            of_s, of_inverse, halved = moves[:, :2], moves[:, 2:], _halved(v).triu_()
             twice = torch.bmm(of_s.mT, of_inverse).mul_(halved)
             twice.addcmul_(torch.bmm(of_inverse.mT, of_s), halved.mT.contiguous())
             found.append(torch.bmm(twice, v).baddbmm_(moves.mT, rows, alpha=-1))
@@ -150,13 +150,13 @@ def orthonormal(v: Tensor, rank: int, *, long: bool = False) -> Tensor:
 
 
 def _triangle(v: Tensor) -> Tensor:
-    """S, upper triangular."""
+    """S on and above its diagonal; a solve does not read what is below."""
     return v @ v.mT * _halved(v)
 
 
 def _halved(v: Tensor) -> Tensor:
-    """1 above the diagonal and 1/2 on it, for each pair of vectors."""
-    return torch.eye(v.shape[-2], dtype=v.dtype, device=v.device).mul_(-0.5).add_(1).triu_()
+    """1 for each pair of vectors, and 1/2 for a vector and itself."""
+    return torch.eye(v.shape[-2], dtype=v.dtype, device=v.device).mul_(-0.5).add_(1)
 
 
 def pivoted(numbers: Tensor, kept: Constant | None = None) -> Tensor:
