@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from flowpost.bijectors import _sylvester_pass, deep_sigmoid, planar
+from flowpost.bijectors import _by_hand, deep_sigmoid, planar
 from flowpost.masked import engine
 from flowpost.numerics import tanh_roots
 
@@ -82,7 +82,7 @@ def jacobian(function: Map, z: Tensor, context: Tensor | None = None) -> Array:
     # the plain operations, which are traced here.
     # A search carries no gradient: its roots are held where float64 put them, and the corrections differentiated.
     found = {place: [] for place in _SEARCHES}
-    plain = mock.patch.object(_sylvester_pass, "fits", return_value=False)
+    plain = mock.patch.object(_by_hand, "fits", return_value=False)
     with mock.patch.object(engine, "choose", return_value=None), plain:
         with _searching(lambda search, kept: lambda *args: kept.append(search(*args)) or kept[-1], found):
             expected = function(*given)[0]

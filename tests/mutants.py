@@ -45,6 +45,7 @@ from flowpost import (
     UnitLowerTriangular,
 )
 from flowpost.bijectors import (
+    _by_hand,
     _from_transform,
     _sylvester_pass,
     actnorm,
@@ -611,8 +612,8 @@ def _as_it_came(context: Tensor | None, *_: object) -> Tensor | None:
 
 PLAIN = (engine, "choose", lambda run, z: None)
 """A fault in the plain operations is not seen where an engine stands in for them."""
-PLAIN_SYLVESTER = (_sylvester_pass, "fits", lambda z, context: False)
-"""Nor where a Sylvester step's node does."""
+PLAIN_PASS = (_by_hand, "fits", lambda z, context: False)
+"""Nor where a step's pass is one node."""
 MUTANTS = (
     Mutant("Sylvester with transposed factors", "pyro", TransposedSylvester),
     Mutant("planar without u-hat", "pythae, torchflows", Planar, ((planar, "_invertible", _planar_unconstrained),)),
@@ -664,7 +665,7 @@ MUTANTS = (
         "pyro",
         Sylvester,
         (
-            PLAIN_SYLVESTER,
+            PLAIN_PASS,
             (sylvester, "_inner", _sylvester_inner_transposed),
             (sylvester, "_outer", _sylvester_outer_transposed),
         ),
@@ -673,13 +674,13 @@ MUTANTS = (
         "Sylvester's diagonals unbounded",
         "-",
         Sylvester,
-        (PLAIN_SYLVESTER, (sylvester, "bounded_gain", _gain_unbounded)),
+        (PLAIN_PASS, (sylvester, "bounded_gain", _gain_unbounded)),
     ),
     Mutant(
         "Sylvester's Q of unit length, not orthogonal",
         "-",
         Sylvester,
-        (PLAIN_SYLVESTER, (Sylvester, "_basis", _columns_not_orthogonal)),
+        (PLAIN_PASS, (Sylvester, "_basis", _columns_not_orthogonal)),
     ),
     Mutant(
         "Sylvester's log-det left out on the way back",
@@ -700,7 +701,7 @@ MUTANTS = (
         "reflections in the order of the inverse",
         "-",
         Sylvester,
-        (PLAIN_SYLVESTER, (Reflected, "out_of", _reflected_back)),
+        (PLAIN_PASS, (Reflected, "out_of", _reflected_back)),
         dims=(3, 5),
     ),
     Mutant("squeeze at batch 1", "pythae", _gate_alone, ((gate, "_gate", _gate_squeezed),), killer="shapes"),

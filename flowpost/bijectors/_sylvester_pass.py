@@ -1,26 +1,21 @@
-"""A Sylvester step's pass as one node of the autograd graph, for one point an example.
+"""A Sylvester step's pass and its way back, written out.
 
-Such a step is bound by the number of its recorded operations, and with many variables by the squares that they write.
-Here the way back is written out, and what is as large as R1 and R2 is made and used up a few examples at a time.
+With many variables such a step is bound by the squares that its operations write. Here what is as large as R1 and R2 is
+made and used up a few examples at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flowpost.numerics.constants import Constant
 from flowpost.numerics.reflections import Reflected, Turned, collect, size_of, spread
-from flowpost.numerics.replayed import replay, replays
 from flowpost.numerics.ridge import bounded_gain, bounded_slope, log_slope, log_slope_pull, positive, ridge
 from flowpost.numerics.squares import bounded, pull, times
-from flowpost.numerics.watchers import full_precision, unwatched
-
-Ctx = Any  # of an autograd function: torch types it without what it stores
-Plain = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Form(NamedTuple):
@@ -53,22 +48,18 @@ class Form(NamedTuple):
         square, raw = numbers.split([self.rank**2, self.rank], -1)
         return square.unflatten(-1, (self.rank, self.rank)), raw
 
+    def values(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """``z' = z + Q R1 tanh(R2 Q^T z + b)``, its log-det, and what `gradients` needs."""
+        image, log_det, numbers, turns = _values(self, z, context)
+        return image, log_det, [*numbers, *(() if turns is None else turns.tensors())]
 
-def forward(form: Form, plain: Plain, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-    """The image and the log-det; by the plain operations where the node does not fit."""
-    if not fits(z, context):
-        return plain(z, context)
-    if z.ndim == 2:
-        return cast("tuple[Tensor, Tensor]", _Pass.apply(form, plain, z, context))
-    rows = [each.reshape(-1, each.shape[-1]) for each in (z, context)]
-    image, log_det = cast("tuple[Tensor, Tensor]", _Pass.apply(form, plain, *rows))
-    return image.reshape(z.shape), log_det.reshape(z.shape[:-1])
-
-
-def fits(z: Tensor, context: Tensor) -> bool:
-    """Whether an example has one point, and nobody watches; a compiler sees the plain operations, and fuses them."""
-    alike = z.shape[:-1] == context.shape[:-1] and z.dtype == context.dtype
-    return alike and not torch.compiler.is_compiling() and unwatched(z)
+    def gradients(
+        self, z: Tensor, kept: Sequence[Tensor], grad: Tensor, grad_log_det: Tensor, *, of_context: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradients at z and at the context."""
+        count = len(_Numbers._fields)
+        numbers, turns = _Numbers(*kept[:count]), _Turns.of(self.rank, kept[count:])
+        return _gradients(self, numbers, turns, grad, grad_log_det, of_context=of_context)
 
 
 class _Numbers(NamedTuple):
@@ -118,28 +109,6 @@ class _Turns(NamedTuple):
         count = len(pairs) // 3
         there, back = ([Turned(*pair) for pair in pairs[k * count : (k + 1) * count]] for k in (1, 2))
         return cls(Reflected(pairs[:count], rank), tensors[0], there, back)
-
-
-class _Pass(torch.autograd.Function):
-    """``z' = z + Q R1 tanh(R2 Q^T z + b)`` and its log-det, of z ``(N, dim)`` and a context ``(N, context_size)``."""
-
-    @staticmethod
-    def forward(ctx: Ctx, form: Form, plain: Plain, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        with full_precision(z.device.type):
-            image, log_det, numbers, turns = _values(form, z, context)
-        ctx.form, ctx.plain = form, plain
-        ctx.save_for_backward(z, context, *numbers, *(() if turns is None else turns.tensors()))
-        return image, log_det
-
-    @staticmethod
-    def backward(ctx: Ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        needs, (z, context, *kept) = ctx.needs_input_grad[2:], ctx.saved_tensors
-        if replays(*grads):
-            return None, None, *replay(ctx.plain, (z, context), needs, grads)
-        count = len(_Numbers._fields)
-        numbers, turns = _Numbers(*kept[:count]), _Turns.of(ctx.form.rank, kept[count:])
-        with full_precision(z.device.type):
-            return None, None, *_gradients(ctx.form, numbers, turns, *grads, of_context=needs[1])
 
 
 def _values(form: Form, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor, _Numbers, _Turns | None]:

@@ -8,7 +8,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from flowpost.bijectors import _sylvester_pass
+from flowpost.bijectors import _by_hand
+from flowpost.bijectors._sylvester_pass import Form
 from flowpost.bijectors.base import Bijector
 from flowpost.numerics.arguments import check_int
 from flowpost.numerics.products import by_columns, by_rows
@@ -220,8 +221,10 @@ class Sylvester(Bijector):
         return make(v, self.rank, long=True)
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        form = _sylvester_pass.Form(self.dim, self.rank, self.reflections, _REACH, self._halves)
-        return _sylvester_pass.forward(form, self._plain_forward, z, cast(Tensor, context))
+        if type(self) is not Sylvester:  # a subclass may have numbers of its own
+            return self._plain_forward(z, cast(Tensor, context))
+        form = Form(self.dim, self.rank, self.reflections, _REACH, self._halves)
+        return _by_hand.forward(form, self._plain_forward, z, cast(Tensor, context))
 
     def _plain_forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         return sylvester(z, *self._numbers(z, context))
