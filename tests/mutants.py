@@ -47,6 +47,7 @@ from flowpost import (
 from flowpost.bijectors import (
     _by_hand,
     _from_transform,
+    _spline_pass,
     _sylvester_pass,
     actnorm,
     affine,
@@ -386,6 +387,20 @@ def _spline_slope(squares: Tensor, product: Tensor, s: Tensor, d: Tensor, share:
 
 def _bin_by_widths(point: Tensor, knots: Tensor, sides: Tensor, *, by: int) -> tuple[Tensor, ...]:
     return find_bin(point, knots, sides, by=0)
+
+
+def _at_numbers_of_low(
+    form: _spline_pass.Form,
+    kept: _spline_pass._Kept,
+    at_low: Tensor,
+    at_size: Tensor,
+    at_ends: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    return _AT_NUMBERS(form, kept, at_low, torch.zeros_like(at_size), at_ends, dtype)
+
+
+_AT_NUMBERS = _spline_pass.Form._at_numbers
 
 
 def _enter_as_it_is(z: Tensor, knots: Tensor, bound: float) -> tuple[Tensor, Tensor]:
@@ -755,16 +770,23 @@ MUTANTS = (
     Mutant(
         "no bound on the exponential scale", "-", lambda dim: Masked(Affine(dim, torch.exp), 3, (8,)), killer="extremes"
     ),
-    Mutant("spline with the slope of its bin once", "-", Spline, ((spline, "slope_of", _spline_slope),)),
+    Mutant("spline with the slope of its bin once", "-", Spline, (PLAIN_PASS, (spline, "slope_of", _spline_slope))),
+    Mutant(
+        "a bin's width held fixed on a spline's way back",
+        "-",
+        Spline,
+        ((_spline_pass.Form, "_at_numbers", _at_numbers_of_low),),
+        killer="gradients",
+    ),
     Mutant("spline's bins in the inverse by their widths", "-", Spline, ((spline, "find_bin", _bin_by_widths),)),
     Mutant(
         "spline knots in float32",
         "all",
         Spline,
-        ((spline, "wide_dtype", lambda z: z.dtype),),
+        tuple((each, "wide_dtype", lambda z: z.dtype) for each in (spline, _spline_pass)),
         equivalent="two digits lost, within B1's bound; tests/test_spline.py holds them",
     ),
-    Mutant("spline goes on outside", "-", Spline, ((spline, "_enter", _enter_as_it_is),)),
+    Mutant("spline goes on outside", "-", Spline, (PLAIN_PASS, (spline, "_enter", _enter_as_it_is))),
     Mutant(
         "deep sigmoid by log(p / (1 - p))",
         "pyro, and the paper's code but for an epsilon",

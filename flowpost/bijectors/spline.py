@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowpost.bijectors import _by_hand
+from flowpost.bijectors._spline_pass import Form
 from flowpost.bijectors.base import Bijector
 from flowpost.masked.run import COLUMNS, Column, Solve
 from flowpost.numerics.arguments import check_int, check_positive
@@ -236,6 +238,11 @@ class Spline(Bijector):
         return knots, self._sides.on(numbers)
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        if type(self) is not Spline:  # a subclass may have knots of its own
+            return self._plain_forward(z, cast(Tensor, context))
+        return _by_hand.forward(Form(self.bins, self.bound), self._plain_forward, z, cast(Tensor, context))
+
+    def _plain_forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         return _map(z, *self._knots(z, context), self.bound)
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
