@@ -20,7 +20,7 @@ from benchmarks import __main__ as cli
 from benchmarks.filling import fill, origin
 from benchmarks.peers import here
 from benchmarks.run import Run, typed
-from benchmarks.speed import contests, others, timing
+from benchmarks.speed import contests, others, splines, timing
 from benchmarks.speed.contests import external, training, training_captured
 from benchmarks.speed.dense import Dense, products
 from benchmarks.speed.flows import Flow, draw, features, log_normal, training_loss
@@ -273,6 +273,18 @@ def test_pyros_planar_chain_is_a_density() -> None:
     torch.testing.assert_close(sampler(numbers, noise)[1], wanted)
 
 
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.skipif(not here(name), reason="no peer")) for name in splines.PEERS]
+)
+def test_a_peer_s_spline_is_a_density(name: str) -> None:
+    numbers = others.numbers_for(splines.spline(3), 200, CPU).detach().double()
+    noise = torch.randn(200, 3, dtype=torch.float64, requires_grad=True)
+    z, log_q = splines.PEERS[name](3)(numbers, noise)
+    (slope,) = torch.autograd.grad(z.sum(), noise)
+    assert (z != noise).double().mean() > 0.9
+    torch.testing.assert_close(log_q, log_normal(noise) - slope.log().sum(-1))
+
+
 # ---- times and memory --------------------------------------------------------------------------------------------
 
 
@@ -418,7 +430,7 @@ def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     content = json.loads((tmp_path / "speed.json").read_text())
     assert {"cpu", "cores", "torch", "python", "commit", "libraries"} <= content["environment"].keys()
     assert content["command"].startswith("python -m benchmarks")
-    assert len(content["contests"]) == 6
+    assert len(content["contests"]) == 7
     for one in content["contests"]:
         ours = one["summary"]["flowpost"]
         assert all(len(values) == one["rounds"] == 1 for values in one["seconds"].values())

@@ -9,10 +9,11 @@ import torch
 from benchmarks.speed.others import STEPS
 from benchmarks.speed.results import Goal
 from benchmarks.speed.sizes import DEEP, MANY, PAIR, SMALL, WIDE, WIDE_MANY, Size
+from benchmarks.speed.splines import BINS
 
 TRAINING, FORWARD, BACKWARD = "training step", "log q at an external z", "log q at an external z, and its gradients"
 CAPTURED, MEMORY = "captured training step", "peak memory"
-FULL_COVARIANCE, PLANAR = "full covariance", f"planar, {STEPS} steps"
+FULL_COVARIANCE, PLANAR, SPLINE = "full covariance", f"planar, {STEPS} steps", f"spline, {BINS} bins"
 STEP, REPLAYED = "VAE step", "captured VAE step"
 
 Bounds = Mapping[str, Mapping[Size | str | None, float]]
@@ -25,6 +26,7 @@ ON_CPU: Bounds = {
     BACKWARD: {SMALL: 20.0, WIDE: 40.0},
     FULL_COVARIANCE: {None: 3.0},
     PLANAR: {None: 3.0},
+    SPLINE: {None: 1.0},
 }
 ON_GPU: Bounds = {
     TRAINING: {SMALL: 0.75, WIDE: 0.75, DEEP: 0.60},

@@ -6,8 +6,19 @@ from dataclasses import asdict
 
 import torch
 
-from benchmarks.speed import others
-from benchmarks.speed.bounds import BACKWARD, CAPTURED, FORWARD, FULL_COVARIANCE, MEMORY, PLANAR, TRAINING, bound, goals
+from benchmarks.speed import others, splines
+from benchmarks.speed.bounds import (
+    BACKWARD,
+    CAPTURED,
+    FORWARD,
+    FULL_COVARIANCE,
+    MEMORY,
+    PLANAR,
+    SPLINE,
+    TRAINING,
+    bound,
+    goals,
+)
 from benchmarks.speed.dense import Dense, products
 from benchmarks.speed.hall import Hall, build
 from benchmarks.speed.memory import mask_bytes, peak_bytes
@@ -97,9 +108,25 @@ def planar(hall: Hall) -> Contest:
     return _numbers_contest(hall, PLANAR, samplers, others.numbers_for(flow, hall.plan.batch, hall.device))
 
 
-def _numbers_contest(hall: Hall, what: str, samplers: dict[str, others.Sampler], numbers: torch.Tensor) -> Contest:
+def spline(hall: Hall) -> Contest:
+    """Sample, log q and gradients of an element-wise spline, beside those of the libraries that are installed."""
+    dim, flow = hall.plan.dim, splines.spline(hall.plan.dim).to(hall.device)
+    samplers = {OURS: others.ours(flow)}
+    samplers |= {name: make(dim) for name, make in splines.PEERS.items() if name in hall.contestants}
+    many = others.numbers_for(flow, splines.MANY, hall.device)
+    return _numbers_contest(hall, SPLINE, samplers, others.numbers_for(flow, hall.plan.batch, hall.device), many)
+
+
+def _numbers_contest(
+    hall: Hall,
+    what: str,
+    samplers: dict[str, others.Sampler],
+    numbers: torch.Tensor,
+    checked: torch.Tensor | None = None,
+) -> Contest:
+    """The contest; the work is checked at `checked`, unless at the same numbers."""
     for name, sampler in samplers.items():
-        others.check_sampler(name, sampler, numbers, hall.plan.dim)
+        others.check_sampler(name, sampler, numbers if checked is None else checked, hall.plan.dim)
     leaves = {name: numbers.detach().clone().requires_grad_() for name in samplers}
     steps: dict[str, Step] = {name: others.sampling_step(sampler, leaves[name]) for name, sampler in samplers.items()}
     seconds = contest(steps, hall.device, hall.rounds)

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
-from benchmarks.speed.bounds import BACKWARD, FORWARD, FULL_COVARIANCE, ON_GPU, PLANAR, REPLAYED, STEP, TRAINING
+from benchmarks.speed.bounds import BACKWARD, FORWARD, FULL_COVARIANCE, ON_GPU, PLANAR, REPLAYED, SPLINE, STEP, TRAINING
 from benchmarks.speed.contests import (
     external,
     full_covariance,
     planar,
+    spline,
     training,
     training_captured,
     training_compiled,
@@ -41,6 +42,7 @@ def programme(hall: Hall) -> Iterator[tuple[str, Held]]:
         yield from _on_gpu(hall)
     yield FULL_COVARIANCE, partial(full_covariance, hall)
     yield PLANAR, partial(planar, hall)
+    yield SPLINE, partial(spline, hall)
     yield f"NLL, {plan.samples} samples", partial(nll, hall)
     for size in plan.compiled:
         yield f"{TRAINING} {size}, compiled", partial(training_compiled, hall, size)
