@@ -389,18 +389,11 @@ def _bin_by_widths(point: Tensor, knots: Tensor, sides: Tensor, *, by: int) -> t
     return find_bin(point, knots, sides, by=0)
 
 
-def _at_numbers_of_low(
-    form: _spline_pass.Form,
-    kept: _spline_pass._Kept,
-    at_low: Tensor,
-    at_size: Tensor,
-    at_ends: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    return _AT_NUMBERS(form, kept, at_low, torch.zeros_like(at_size), at_ends, dtype)
+def _of_numbers_elsewhere(form: _spline_pass.Form, kept: _spline_pass._Kept, at_u: Tensor, *others: Tensor) -> Tensor:
+    return _OF_NUMBERS(form, kept, torch.zeros_like(at_u), *others)
 
 
-_AT_NUMBERS = _spline_pass.Form._at_numbers
+_OF_NUMBERS = _spline_pass._of_numbers
 
 
 def _enter_as_it_is(z: Tensor, knots: Tensor, bound: float) -> tuple[Tensor, Tensor]:
@@ -772,13 +765,18 @@ MUTANTS = (
     ),
     Mutant("spline with the slope of its bin once", "-", Spline, (PLAIN_PASS, (spline, "slope_of", _spline_slope))),
     Mutant(
-        "a bin's width held fixed on a spline's way back",
+        "a point's place in its bin held fixed on a spline's way back",
         "-",
         Spline,
-        ((_spline_pass.Form, "_at_numbers", _at_numbers_of_low),),
+        ((_spline_pass, "_of_numbers", _of_numbers_elsewhere),),
         killer="gradients",
     ),
-    Mutant("spline's bins in the inverse by their widths", "-", Spline, ((spline, "find_bin", _bin_by_widths),)),
+    Mutant(
+        "spline's bins in the inverse by their widths",
+        "-",
+        Spline,
+        (PLAIN_PASS, (spline, "find_bin", _bin_by_widths)),
+    ),
     Mutant(
         "spline knots in float32",
         "all",

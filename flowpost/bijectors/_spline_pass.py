@@ -1,7 +1,8 @@
-"""A spline's pass and its way back, written out: of the slopes only those of a point's own bin are made.
+"""A spline's pass and its inverse with their ways back, written out: only the slopes of a point's own bin are made.
 
-Lengths are shares of the interval. The bin from (x, y), of width w and height h, has the mean slope ``s = h / w``, and
-at its ends the slopes d and e. With ``t = (u - x) / w``, ``r = 1 - t``, ``f = s t + d r`` and ``g = s r + e t`` it is
+Places are counted from the interval's lower end. The bin from (x, y), of width w and height h, has the mean slope
+``s = h / w`` and at its ends the slopes d and e. With ``t = (u - x) / w``, ``r = 1 - t``, ``f = s t + d r`` and
+``g = s r + e t`` it is
 
     y + h R,  R = t f / q,  q = t f + r g,  of slope  (s / q)^2 m,  m = t g + r f.
 
@@ -20,29 +21,45 @@ from torch import Tensor
 
 from flowpost.numerics.knots import SHARE, SHIFT, SLOPE, STEEP
 from flowpost.numerics.products import wide_dtype
+from flowpost.numerics.rational import parts_of
 from flowpost.numerics.sums import cumulated
 
 
-class _Kept(NamedTuple):
-    """What a pass has worked out, in the wide dtype."""
+class _Bin(NamedTuple):
+    """Where a point is, in the wide dtype: what a pass and an inverse find alike."""
 
     free: Tensor
-    """The shares above their floor, ``(N, 2, bins, dim)``: of widths, and of heights."""
+    """Widths, and heights, above their floor, ``(N, 2, bins, dim)``."""
     place: Tensor
-    """Each point's bin, ``(N, 1, dim)``."""
+    """The number of the bin, ``(N, 1, dim)``."""
     low: Tensor
     """x and y, ``(N, 2, dim)``."""
-    size: Tensor
-    """w and h, ``(N, 2, dim)``."""
+    high: Tensor
+    """And those of the bin's other end."""
     bent: Tensor
     """The bounded numbers of d and e, ``(N, 2, dim)``, over their bound."""
     ends: Tensor
     """d and e, ``(N, 2, dim)``."""
+
+
+class _Kept(NamedTuple):
+    """What the way back needs, in the wide dtype."""
+
+    free: Tensor
+    """As the next four, of a `_Bin`."""
+    place: Tensor
+    low: Tensor
+    bent: Tensor
+    ends: Tensor
+    size: Tensor
+    """w and h, ``(N, 2, dim)``."""
     t: Tensor
     """As all that follows ``(N, dim)``."""
     r: Tensor
     f: Tensor
     g: Tensor
+    risen: Tensor
+    """``t f``"""
     q: Tensor
     m: Tensor
     slope: Tensor
@@ -54,82 +71,139 @@ class Form(NamedTuple):
     bins: int
     bound: float
 
-    def values(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor, _Kept]:
-        """z', the log-det in the wide dtype, and what `gradients` needs."""
-        numbers = context.unflatten(-1, (3 * self.bins - 1, z.shape[-1]))
+    @property
+    def floor(self) -> float:
+        """The least width or height of a bin."""
+        return 2 * self.bound * SHARE
+
+    def place(self, z: Tensor) -> Tensor:
+        """Where points are, in the wide dtype; of those outside, the nearer end."""
+        return z.to(wide_dtype(z)).clamp(-self.bound, self.bound) + self.bound
+
+    def inside(self, z: Tensor) -> Tensor:
+        """Where the spline is not the identity."""
+        return z.abs() < self.bound
+
+    def find(self, u: Tensor, context: Tensor, *, by: int) -> _Bin:
+        """The bins of points, found in x, or with `by` 1 in y."""
+        numbers = context.unflatten(-1, (3 * self.bins - 1, u.shape[-1]))
         shares, slopes = numbers.split([2 * self.bins, self.bins - 1], -2)
-        free = torch.softmax(shares.to(wide_dtype(z)).unflatten(-2, (2, self.bins)), -2).mul_(1 - SHARE * self.bins)
-        knots = F.pad(cumulated((free + SHARE)[..., :-1, :], -2), (0, 0, 1, 1))
-        knots[..., -1, :].fill_(1)  # whatever the rounding of the sum
-        u = (z.to(free.dtype).clamp(-self.bound, self.bound) + self.bound) / (2 * self.bound)
-        place = (u.unsqueeze(-2) >= knots[:, 0, 1:-1]).sum(-2, keepdim=True)
+        free = torch.softmax(shares.to(u.dtype).unflatten(-2, (2, self.bins)), -2)
+        free.mul_(2 * self.bound - self.bins * self.floor)
+        knots = F.pad(cumulated((free + self.floor)[..., :-1, :], -2), (0, 0, 1, 1))
+        knots[..., -1, :].fill_(2 * self.bound)  # whatever the rounding of the sum
+        place = (u.unsqueeze(-2) >= knots[:, by, 1:-1]).sum(-2, keepdim=True)
         at_knots = torch.cat([place, place + 1], -2)
         low, high = knots.gather(-2, at_knots.unsqueeze(1).expand(-1, 2, -1, -1)).unbind(-2)
-        size, (bent, ends) = high - low, self._ends(slopes, at_knots - 1, free.dtype)
 
-        (width, height), (d, e) = size.unbind(-2), ends.unbind(-2)
-        s, t, r = height / width, (u - low[:, 0]) / width, (high[:, 0] - u) / width
-        f, g = torch.addcmul(s * t, d, r), torch.addcmul(s * r, e, t)
-        risen = t * f
-        q, m = torch.addcmul(risen, r, g), torch.addcmul(t * g, r, f)
-        share = s / q
-        slope = share * share * m
-        image = torch.addcdiv(low[:, 1], height * risen, q) * (2 * self.bound) - self.bound
-        inside = self._inside(z)
-        log_det = (inside * slope.log()).sum(-1)  # a product: what is nan in a context shows outside too
-        kept = _Kept(free, place, low, size, bent, ends, t, r, f, g, q, m, slope)
-        return torch.where(inside, image.to(z.dtype), z), log_det, kept
+        raw = F.pad(slopes, (0, 0, 1, 1)).gather(-2, at_knots)  # 0, of which the slope 1 is made, at the ends of all
+        bent = torch.tanh(raw.to(u.dtype) / STEEP)
+        ends = STEEP * F.softplus(bent + SHIFT / STEEP, beta=STEEP, threshold=40) + SLOPE
+        return _Bin(free, place, low, high, bent, ends)
+
+    def values(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor, _Kept]:
+        """z', the log-det in the wide dtype, and what `gradients` needs."""
+        u = self.place(z)
+        found = self.find(u, context, by=0)
+        size = found.high - found.low
+        width = size[:, 0]
+        t, r = (u - found.low[:, 0]) / width, (found.high[:, 0] - u) / width
+        kept = _keep(found, size, t, r)
+        image = torch.addcdiv(found.low[:, 1], size[:, 1] * kept.risen, kept.q) - self.bound
+        inside = self.inside(z)
+        return torch.where(inside, image.to(z.dtype), z), _log_det(inside, kept.slope), kept
 
     def gradients(
         self, z: Tensor, kept: Sequence[Tensor], grad: Tensor, grad_log_det: Tensor, *, of_context: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The gradients at z and at the context."""
-        _, _, _, size, _, ends, t, r, f, g, q, m, slope = _Kept(*kept)
-        (width, height), (d, e), inside = size.unbind(-2), ends.unbind(-2), self._inside(z)
-        s, both = height / width, d + e
-        at_log, at_image = grad_log_det.unsqueeze(-1) * inside, (2 * self.bound) * (grad.to(q.dtype) * inside)
-        by_m, by_q = at_log / m, 2 * at_log / q
-        at_t = 2 * by_m * (g - f) - by_q * torch.sub(both, s, alpha=2) * (r - t)
-        at_u = torch.addcdiv(at_image * slope, at_t, width)
-        at_z = torch.where(inside, (at_u / (2 * self.bound)).to(z.dtype), grad)
-        if not of_context:
-            return at_z, None
+        own, inside = _Kept(*kept), self.inside(z)
+        at_log, at_image = grad_log_det.unsqueeze(-1) * inside, grad.to(own.q.dtype) * inside
+        at_u = torch.addcmul(_of_log(own, at_log), at_image, own.slope)
+        at_z = torch.where(inside, at_u.to(z.dtype), grad)
+        return at_z, _of_numbers(self, own, at_u, at_image, at_log).to(z.dtype) if of_context else None
 
-        product, by_rise = t * r, at_image * height / q
-        t2, r2, rise, fall = t * t, r * r, t * f / q, r * g / q
-        at_s = product * (2 * by_m + by_q * both / s + by_rise * (e * t2 - d * r2) / q)
-        at_d = torch.addcmul(product * (by_rise * fall - by_q), by_m, r2)
-        at_e = torch.addcmul(by_m * t2, product, by_rise * rise + by_q, value=-1)
-        at_width, at_height = -(at_u * t + at_s * s / width), torch.addcmul(at_s / width, at_image, rise)
-        pairs = ((-at_u, at_image), (at_width, at_height), (at_d, at_e))
-        at_low, at_size, at_ends = (torch.stack(pair, -2) for pair in pairs)
-        return at_z, self._at_numbers(_Kept(*kept), at_low, at_size, at_ends, grad.dtype)
 
-    def _inside(self, z: Tensor) -> Tensor:
-        return z.abs() < self.bound
+class Inverse(NamedTuple):
+    """The inverse of a spline.
 
-    def _ends(self, slopes: Tensor, knots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The bounded numbers of a bin's two slopes, over their bound, and the slopes: at the spline's ends 0 and 1."""
-        inner = knots.clamp(0, self.bins - 2)
-        bent = torch.tanh(slopes.gather(-2, inner).to(dtype) * (inner == knots) / STEEP)
-        return bent, STEEP * F.softplus(bent + SHIFT / STEEP, beta=STEEP, threshold=40) + SLOPE
+    At the preimage x of y the pass gives ``dx/dy = 1 / slope``, and where a number moves y by a at x, it moves x by
+    ``-a / slope``.
+    """
 
-    def _at_numbers(self, kept: _Kept, at_low: Tensor, at_size: Tensor, at_ends: Tensor, dtype: torch.dtype) -> Tensor:
-        """The gradient at a context from those at (x, y), (w, h) and (d, e), each ``(N, 2, dim)``.
+    form: Form
 
-        Of the shares below a point's own bin each moves (x, y), its own (w, h), and those above neither; what all of
-        them have in common a softmax takes away.
-        """
-        free, place, low, size, bent = kept[:5]
-        of_all = at_low * torch.sub(low, place.to(low.dtype), alpha=SHARE) + at_size * (size - SHARE)
-        of_all = of_all / (1 - SHARE * self.bins)
-        below = torch.arange(self.bins, device=place.device).unsqueeze(-1) < place
-        at_shares = torch.addcmul(-of_all.unsqueeze(-2), below.unsqueeze(1).to(low.dtype), at_low.unsqueeze(-2))
-        own = place.unsqueeze(1).expand(-1, 2, -1, -1)
-        at_shares = at_shares.scatter_(-2, own, (at_size - of_all).unsqueeze(-2)).mul_(free)
+    def values(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor, _Kept]:
+        """The preimage, the log-det of the inverse, and what `gradients` needs."""
+        v = self.form.place(z)
+        found = self.form.find(v, context, by=1)
+        size = found.high - found.low
+        width, height = size.unbind(1)
+        ways = (v.unsqueeze(1) - torch.stack([found.low[:, 1], found.high[:, 1]], 1)) / height.unsqueeze(1)
+        t, r = parts_of(ways, height / width, found.ends.flip(1)).unbind(1)
+        kept, inside = _keep(found, size, t, r), self.form.inside(z)
+        preimage = torch.addcmul(found.low[:, 0], width, t) - self.form.bound
+        return torch.where(inside, preimage.to(z.dtype), z), -_log_det(inside, kept.slope), kept
 
-        curved = torch.sigmoid(STEEP * bent + SHIFT) * (1 - bent * bent)
-        at_slopes = low.new_zeros(len(low), self.bins + 1, low.shape[-1])
-        at_slopes.scatter_(-2, torch.cat([place, place + 1], -2), at_ends * curved)
-        parts = [at_shares.flatten(1, 2), at_slopes[:, 1:-1]]
-        return torch.cat([each.to(dtype) for each in parts], -2).flatten(-2)
+    def gradients(
+        self, z: Tensor, kept: Sequence[Tensor], grad: Tensor, grad_log_det: Tensor, *, of_context: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradients at z and at the context."""
+        form, own, inside = self.form, _Kept(*kept), self.form.inside(z)
+        at_log, at_u = -grad_log_det.unsqueeze(-1) * inside, grad.to(own.q.dtype) * inside
+        at_v = (at_u + _of_log(own, at_log)) / own.slope
+        at_z = torch.where(inside, at_v.to(z.dtype), grad)
+        return at_z, _of_numbers(form, own, -at_u, -at_v, at_log).to(z.dtype) if of_context else None
+
+
+def _keep(found: _Bin, size: Tensor, t: Tensor, r: Tensor) -> _Kept:
+    """What the map is made of at a place in a bin."""
+    (width, height), (d, e) = size.unbind(1), found.ends.unbind(1)
+    s = height / width
+    f, g = torch.addcmul(s * t, d, r), torch.addcmul(s * r, e, t)
+    risen = t * f
+    q, m = torch.addcmul(risen, r, g), torch.addcmul(t * g, r, f)
+    share = s / q
+    place = (found.free, found.place, found.low, found.bent, found.ends, size, t, r)
+    return _Kept(*place, f, g, risen, q, m, share * share * m)
+
+
+def _log_det(inside: Tensor, slope: Tensor) -> Tensor:
+    return (inside * slope.log()).sum(-1)  # a product: what is nan in a context shows outside too
+
+
+def _of_log(kept: _Kept, at_log: Tensor) -> Tensor:
+    """The gradient at u of the log of the slope, the bin held fixed."""
+    (width, height), (d, e) = kept.size.unbind(1), kept.ends.unbind(1)
+    by_m, by_q = at_log / kept.m, at_log / kept.q
+    turning = torch.sub(d + e, height / width, alpha=2) * (kept.r - kept.t)
+    return 2 * torch.addcmul(by_m * (kept.g - kept.f), by_q, turning, value=-1) / width
+
+
+def _of_numbers(form: Form, kept: _Kept, at_u: Tensor, at_image: Tensor, at_log: Tensor) -> Tensor:
+    """The gradient at a context, u held fixed, from those at u, at the image and at the log of the slope."""
+    free, place, low, bent, ends, size, t, r, _, g, risen, q, m, _ = kept
+    (width, height), (d, e) = size.unbind(1), ends.unbind(1)
+    s, product, t2, r2 = height / width, t * r, t * t, r * r
+    by_m, by_q, by_rise = at_log / m, 2 * at_log / q, at_image * height / q
+    rise, fall = risen / q, r * g / q
+    at_s = product * (2 * by_m + by_q * (d + e) / s + by_rise * (e * t2 - d * r2) / q)
+    at_d = torch.addcmul(product * (by_rise * fall - by_q), by_m, r2)
+    at_e = torch.addcmul(by_m * t2, product, by_rise * rise + by_q, value=-1)
+    at_width, at_height = -(at_u * t + at_s * s / width), torch.addcmul(at_s / width, at_image, rise)
+    pairs = ((-at_u, at_image), (at_width, at_height), (at_d, at_e))
+    at_low, at_size, at_ends = (torch.stack(pair, 1) for pair in pairs)
+
+    # Of the shares below a point's own bin each moves (x, y), its own (w, h), and those above neither; what all of them
+    # have in common a softmax takes away.
+    of_all = at_low * torch.sub(low, place.to(low.dtype), alpha=form.floor) + at_size * (size - form.floor)
+    of_all = of_all / (2 * form.bound - form.bins * form.floor)
+    below = torch.arange(form.bins, device=place.device).unsqueeze(-1) < place
+    at_shares = torch.addcmul(-of_all.unsqueeze(-2), below.unsqueeze(1).to(low.dtype), at_low.unsqueeze(-2))
+    own = place.unsqueeze(1).expand(-1, 2, -1, -1)
+    at_shares = at_shares.scatter_(-2, own, (at_size - of_all).unsqueeze(-2)).mul_(free)
+
+    curved = torch.sigmoid(STEEP * bent + SHIFT) * (1 - bent * bent)
+    at_slopes = low.new_zeros(len(low), form.bins + 1, low.shape[-1])
+    at_slopes.scatter_(-2, torch.cat([place, place + 1], -2), at_ends * curved)
+    return torch.cat([at_shares.flatten(1, 2), at_slopes[:, 1:-1]], -2).flatten(-2)

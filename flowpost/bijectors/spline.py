@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowpost.bijectors import _by_hand
-from flowpost.bijectors._spline_pass import Form
+from flowpost.bijectors._spline_pass import Form, Inverse
 from flowpost.bijectors.base import Bijector
 from flowpost.masked.run import COLUMNS, Column, Solve
 from flowpost.numerics.arguments import check_int, check_positive
@@ -246,4 +246,9 @@ class Spline(Bijector):
         return _map(z, *self._knots(z, context), self.bound)
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
+        if type(self) is not Spline:
+            return self._plain_inverse(z, cast(Tensor, context))
+        return _by_hand.forward(Inverse(Form(self.bins, self.bound)), self._plain_inverse, z, cast(Tensor, context))
+
+    def _plain_inverse(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         return _unmap(z, *self._knots(z, context), self.bound)
