@@ -389,8 +389,10 @@ def _bin_by_widths(point: Tensor, knots: Tensor, sides: Tensor, *, by: int) -> t
     return find_bin(point, knots, sides, by=0)
 
 
-def _of_numbers_elsewhere(form: _spline_pass.Form, kept: _spline_pass._Kept, at_u: Tensor, *others: Tensor) -> Tensor:
-    return _OF_NUMBERS(form, kept, torch.zeros_like(at_u), *others)
+def _of_numbers_elsewhere(
+    form: _spline_pass.Form, kept: _spline_pass._Kept, sums: _spline_pass._Sums, at_u: Tensor, *others: Tensor
+) -> Tensor:
+    return _OF_NUMBERS(form, kept, sums, torch.zeros_like(at_u), *others)
 
 
 _OF_NUMBERS = _spline_pass._of_numbers

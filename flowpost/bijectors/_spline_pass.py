@@ -21,7 +21,6 @@ from torch import Tensor
 
 from flowpost.numerics.knots import SHARE, SHIFT, SLOPE, STEEP
 from flowpost.numerics.products import wide_dtype
-from flowpost.numerics.rational import parts_of
 from flowpost.numerics.sums import cumulated
 
 
@@ -56,13 +55,18 @@ class _Kept(NamedTuple):
     t: Tensor
     """As all that follows ``(N, dim)``."""
     r: Tensor
+    q: Tensor
+    slope: Tensor
+
+
+class _Sums(NamedTuple):
+    """Of positive terms, each ``(N, dim)``."""
+
     f: Tensor
     g: Tensor
     risen: Tensor
     """``t f``"""
-    q: Tensor
     m: Tensor
-    slope: Tensor
 
 
 class Form(NamedTuple):
@@ -86,49 +90,53 @@ class Form(NamedTuple):
 
     def find(self, u: Tensor, context: Tensor, *, by: int) -> _Bin:
         """The bins of points, found in x, or with `by` 1 in y."""
-        numbers = context.unflatten(-1, (3 * self.bins - 1, u.shape[-1]))
+        numbers = context.to(u.dtype).unflatten(-1, (3 * self.bins - 1, u.shape[-1]))
         shares, slopes = numbers.split([2 * self.bins, self.bins - 1], -2)
-        free = torch.softmax(shares.to(u.dtype).unflatten(-2, (2, self.bins)), -2)
-        free.mul_(2 * self.bound - self.bins * self.floor)
+        free = torch.softmax(shares.unflatten(-2, (2, self.bins)), -2).mul_(2 * self.bound - self.bins * self.floor)
         knots = F.pad(cumulated((free + self.floor)[..., :-1, :], -2), (0, 0, 1, 1))
         knots[..., -1, :].fill_(2 * self.bound)  # whatever the rounding of the sum
         place = (u.unsqueeze(-2) >= knots[:, by, 1:-1]).sum(-2, keepdim=True)
         at_knots = torch.cat([place, place + 1], -2)
         low, high = knots.gather(-2, at_knots.unsqueeze(1).expand(-1, 2, -1, -1)).unbind(-2)
-
         raw = F.pad(slopes, (0, 0, 1, 1)).gather(-2, at_knots)  # 0, of which the slope 1 is made, at the ends of all
-        bent = torch.tanh(raw.to(u.dtype) / STEEP)
+        bent = torch.tanh(raw / STEEP)
         ends = STEEP * F.softplus(bent + SHIFT / STEEP, beta=STEEP, threshold=40) + SLOPE
         return _Bin(free, place, low, high, bent, ends)
 
-    def values(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor, _Kept]:
+    def values(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """z', the log-det in the wide dtype, and what `gradients` needs."""
         u = self.place(z)
         found = self.find(u, context, by=0)
         size = found.high - found.low
-        width = size[:, 0]
-        t, r = (u - found.low[:, 0]) / width, (found.high[:, 0] - u) / width
-        kept = _keep(found, size, t, r)
-        image = torch.addcdiv(found.low[:, 1], size[:, 1] * kept.risen, kept.q) - self.bound
-        inside = self.inside(z)
-        return torch.where(inside, image.to(z.dtype), z), _log_det(inside, kept.slope), kept
+        width, height = size.unbind(1)
+        s, t, r = height / width, (u - found.low[:, 0]) / width, (found.high[:, 0] - u) / width
+        sums = _sums(found.ends, s, t, r)
+        q = torch.addcmul(sums.risen, r, sums.g)
+        share = s / q
+        slope = share * share * sums.m
+        image, inside = torch.addcdiv(found.low[:, 1], height * sums.risen, q) - self.bound, self.inside(z)
+        kept = [*_keep(found, size, t, r, q, slope), *sums]
+        return torch.where(inside, image.to(z.dtype), z), _log_det(inside, slope), kept
 
     def gradients(
         self, z: Tensor, kept: Sequence[Tensor], grad: Tensor, grad_log_det: Tensor, *, of_context: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The gradients at z and at the context."""
-        own, inside = _Kept(*kept), self.inside(z)
+        count, inside = len(_Kept._fields), self.inside(z)
+        own, sums = _Kept(*kept[:count]), _Sums(*kept[count:])
         at_log, at_image = grad_log_det.unsqueeze(-1) * inside, grad.to(own.q.dtype) * inside
-        at_u = torch.addcmul(_of_log(own, at_log), at_image, own.slope)
+        at_u = torch.addcmul(_of_log(own, sums, at_log), at_image, own.slope)
         at_z = torch.where(inside, at_u.to(z.dtype), grad)
-        return at_z, _of_numbers(self, own, at_u, at_image, at_log).to(z.dtype) if of_context else None
+        return at_z, _of_numbers(self, own, sums, at_u, at_image, at_log).to(z.dtype) if of_context else None
 
 
 class Inverse(NamedTuple):
     """The inverse of a spline.
 
-    At the preimage x of y the pass gives ``dx/dy = 1 / slope``, and where a number moves y by a at x, it moves x by
-    ``-a / slope``.
+    With ``p = (v - y) / h``, ``1 - p`` beside it, ``a = d (1 - p) - e p`` and ``b = sqrt(a^2 + 4 s^2 p (1 - p))``,
+    t is ``2 s p / (a + b + 2 s p)``, or where a is negative r is ``2 s (1 - p) / (b - a + 2 s (1 - p))``; the slope is
+    ``s b / q``. At the preimage x of y the pass gives ``dx/dy = 1 / slope``, and where a number moves y by c at x, it
+    moves x by ``-c / slope``.
     """
 
     form: Form
@@ -138,55 +146,62 @@ class Inverse(NamedTuple):
         v = self.form.place(z)
         found = self.form.find(v, context, by=1)
         size = found.high - found.low
-        width, height = size.unbind(1)
-        ways = (v.unsqueeze(1) - torch.stack([found.low[:, 1], found.high[:, 1]], 1)) / height.unsqueeze(1)
-        t, r = parts_of(ways, height / width, found.ends.flip(1)).unbind(1)
-        kept, inside = _keep(found, size, t, r), self.form.inside(z)
+        (width, height), (d, e) = size.unbind(1), found.ends.unbind(1)
+        s, up, down = height / width, (v - found.low[:, 1]) / height, (found.high[:, 1] - v) / height
+        double = 2 * s
+        rising, falling, a = double * up, double * down, torch.addcmul(d * down, e, up, value=-1)
+        b = torch.sqrt(torch.addcmul(a * a, rising, falling))
+        far, first = a.abs() + b, a >= 0
+        t, r = torch.where(first, rising, far), torch.where(first, far, falling)
+        whole = t + r
+        t, r = t / whole, r / whole
+        q = torch.addcmul(s, d + e - double, t * r)
+        slope, inside = s * b / q, self.form.inside(z)
         preimage = torch.addcmul(found.low[:, 0], width, t) - self.form.bound
-        return torch.where(inside, preimage.to(z.dtype), z), -_log_det(inside, kept.slope), kept
+        kept = _keep(found, size, t, r, q, slope)
+        return torch.where(inside, preimage.to(z.dtype), z), -_log_det(inside, slope), kept
 
     def gradients(
         self, z: Tensor, kept: Sequence[Tensor], grad: Tensor, grad_log_det: Tensor, *, of_context: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The gradients at z and at the context."""
         form, own, inside = self.form, _Kept(*kept), self.form.inside(z)
+        sums = _sums(own.ends, own.size[:, 1] / own.size[:, 0], own.t, own.r)
         at_log, at_u = -grad_log_det.unsqueeze(-1) * inside, grad.to(own.q.dtype) * inside
-        at_v = (at_u + _of_log(own, at_log)) / own.slope
+        at_v = (at_u + _of_log(own, sums, at_log)) / own.slope
         at_z = torch.where(inside, at_v.to(z.dtype), grad)
-        return at_z, _of_numbers(form, own, -at_u, -at_v, at_log).to(z.dtype) if of_context else None
+        return at_z, _of_numbers(form, own, sums, -at_u, -at_v, at_log).to(z.dtype) if of_context else None
 
 
-def _keep(found: _Bin, size: Tensor, t: Tensor, r: Tensor) -> _Kept:
-    """What the map is made of at a place in a bin."""
-    (width, height), (d, e) = size.unbind(1), found.ends.unbind(1)
-    s = height / width
+def _keep(found: _Bin, size: Tensor, t: Tensor, r: Tensor, q: Tensor, slope: Tensor) -> _Kept:
+    return _Kept(found.free, found.place, found.low, found.bent, found.ends, size, t, r, q, slope)
+
+
+def _sums(ends: Tensor, s: Tensor, t: Tensor, r: Tensor) -> _Sums:
+    d, e = ends.unbind(1)
     f, g = torch.addcmul(s * t, d, r), torch.addcmul(s * r, e, t)
-    risen = t * f
-    q, m = torch.addcmul(risen, r, g), torch.addcmul(t * g, r, f)
-    share = s / q
-    place = (found.free, found.place, found.low, found.bent, found.ends, size, t, r)
-    return _Kept(*place, f, g, risen, q, m, share * share * m)
+    return _Sums(f, g, t * f, torch.addcmul(t * g, r, f))
 
 
 def _log_det(inside: Tensor, slope: Tensor) -> Tensor:
     return (inside * slope.log()).sum(-1)  # a product: what is nan in a context shows outside too
 
 
-def _of_log(kept: _Kept, at_log: Tensor) -> Tensor:
+def _of_log(kept: _Kept, sums: _Sums, at_log: Tensor) -> Tensor:
     """The gradient at u of the log of the slope, the bin held fixed."""
     (width, height), (d, e) = kept.size.unbind(1), kept.ends.unbind(1)
-    by_m, by_q = at_log / kept.m, at_log / kept.q
+    by_m, by_q = at_log / sums.m, at_log / kept.q
     turning = torch.sub(d + e, height / width, alpha=2) * (kept.r - kept.t)
-    return 2 * torch.addcmul(by_m * (kept.g - kept.f), by_q, turning, value=-1) / width
+    return 2 * torch.addcmul(by_m * (sums.g - sums.f), by_q, turning, value=-1) / width
 
 
-def _of_numbers(form: Form, kept: _Kept, at_u: Tensor, at_image: Tensor, at_log: Tensor) -> Tensor:
+def _of_numbers(form: Form, kept: _Kept, sums: _Sums, at_u: Tensor, at_image: Tensor, at_log: Tensor) -> Tensor:
     """The gradient at a context, u held fixed, from those at u, at the image and at the log of the slope."""
-    free, place, low, bent, ends, size, t, r, _, g, risen, q, m, _ = kept
+    free, place, low, bent, ends, size, t, r, q, _ = kept
     (width, height), (d, e) = size.unbind(1), ends.unbind(1)
     s, product, t2, r2 = height / width, t * r, t * t, r * r
-    by_m, by_q, by_rise = at_log / m, 2 * at_log / q, at_image * height / q
-    rise, fall = risen / q, r * g / q
+    by_m, by_q, by_rise = at_log / sums.m, 2 * at_log / q, at_image * height / q
+    rise, fall = sums.risen / q, r * sums.g / q
     at_s = product * (2 * by_m + by_q * (d + e) / s + by_rise * (e * t2 - d * r2) / q)
     at_d = torch.addcmul(product * (by_rise * fall - by_q), by_m, r2)
     at_e = torch.addcmul(by_m * t2, product, by_rise * rise + by_q, value=-1)

@@ -66,8 +66,10 @@ def starts(context: Tensor | None, groups: Sequence[Parameters]) -> list[Tensor]
 
 def evaluate(net: MADE, z: Tensor, start: Tensor, group: Parameters) -> tuple[Tensor, list[Tensor]]:
     """The numbers ``(*batch, outputs * dim)``, and the hidden layers' values ``(N, width)``; `start` may be reused."""
-    known, y = KNOWN[net.activation], _first(z, start, group.weights[0])
-    hidden = [known.run(y)] if len(group.weights) > 1 else []
+    known, deep = KNOWN[net.activation], len(group.weights) > 1
+    # To autograd, all links' starts change together, while the numbers must stay as the step has seen them.
+    y = _first(z, start if deep else start.clone(), group.weights[0])
+    hidden = [known.run(y)] if deep else []
     for weight, bias in zip(group.weights[1:-1], group.biases[1:-1], strict=True):
         hidden.append(_layer(known, hidden[-1], weight, bias))
     if hidden:
