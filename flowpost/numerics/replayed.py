@@ -7,12 +7,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from flowpost.numerics.watchers import batched, full_precision
+from flowpost.numerics.watchers import batched, full_precision, unwatched
 
 
 def replays(*grads: Tensor) -> bool:
-    """Whether a node's way back is that of the plain operations: for a second derivative, or many gradients at once."""
-    return torch.is_grad_enabled() or batched(*grads)
+    """Whether a node's way back is that of the plain operations.
+
+    So for a second derivative, for many gradients at once, and where a transform of ``torch.func`` or forward-mode
+    differentiation goes through the way back alone, of a graph that was made outside of it.
+    """
+    return torch.is_grad_enabled() or batched(*grads) or not unwatched(grads[0])
 
 
 def replay(
@@ -33,10 +37,30 @@ def replay(
         grads: at the outputs.
     """
     recorded = torch.is_grad_enabled()
+    if not unwatched(grads[0]):
+        return _by_transform(function, inputs, needs, grads)
     with torch.enable_grad(), full_precision(grads[0].device.type):
         own = [None if each is None else each.view_as(each) for each in inputs]
         pairs = [(output, grad) for output, grad in zip(function(*own), grads, strict=True) if output.requires_grad]
         outputs, slopes = zip(*pairs, strict=True)
         wanted = [each for each, need in zip(own, needs, strict=True) if need and each is not None]
         found = iter(torch.autograd.grad(outputs, wanted, slopes, create_graph=recorded, allow_unused=True))
+    return [next(found) if need else None for need in needs]
+
+
+def _by_transform(
+    function: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    grads: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """The same where a transform would not see what autograd alone records."""
+
+    def of_needed(*needed: Tensor) -> tuple[Tensor, ...]:
+        given = iter(needed)
+        return tuple(function(*(next(given) if need else each for each, need in zip(inputs, needs, strict=True))))
+
+    with full_precision(grads[0].device.type):
+        wanted = [each for each, need in zip(inputs, needs, strict=True) if need and each is not None]
+        found = iter(torch.func.vjp(of_needed, *wanted)[1](tuple(grads)))
     return [next(found) if need else None for need in needs]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from flowpost.numerics.constants import Constant
 from flowpost.numerics.products import by_columns, by_rows
-from flowpost.numerics.watchers import batched, full_precision, on_host, unwatched
+from flowpost.numerics.replayed import replays
+from flowpost.numerics.watchers import full_precision, on_host, unwatched
 
 Ctx = Any  # of an autograd function: torch types it without what it stores
 
@@ -112,7 +113,7 @@ class _SumRows(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             z_grad = by_columns(by_rows, strict_tril(entries, dim).mT, grad).sum_to_size(z.shape)
         if ctx.needs_input_grad[1]:
-            if torch.is_grad_enabled() or batched(grad):
+            if replays(grad):
                 row, column = torch.tril_indices(dim, dim, -1, device=z.device)
                 product = grad.index_select(-1, row) * z.index_select(-1, column)
             else:  # the same: row i has i entries
