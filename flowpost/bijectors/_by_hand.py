@@ -32,9 +32,9 @@ class Hand(Protocol):
         ...
 
 
-def forward(hand: Hand, plain: Plain, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-    """The image and the log-det; by the plain operations where the node does not fit."""
-    if not fits(z, context):
+def forward(hand: Hand | None, plain: Plain, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    """The image and the log-det; by the plain operations where the node does not fit, or there is none."""
+    if hand is None or not fits(z, context):
         return plain(z, context)
     if z.ndim == 2:
         return cast("tuple[Tensor, Tensor]", _Pass.apply(hand, plain, z, context))

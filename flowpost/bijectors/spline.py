@@ -238,17 +238,15 @@ class Spline(Bijector):
         return knots, self._sides.on(numbers)
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        if type(self) is not Spline:  # a subclass may have knots of its own
-            return self._plain_forward(z, cast(Tensor, context))
-        return _by_hand.forward(Form(self.bins, self.bound), self._plain_forward, z, cast(Tensor, context))
+        hand = Form(self.bins, self.bound) if type(self) is Spline else None  # a subclass may have knots of its own
+        return _by_hand.forward(hand, self._plain_forward, z, cast(Tensor, context))
 
     def _plain_forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         return _map(z, *self._knots(z, context), self.bound)
 
     def _inverse(self, z: Tensor, context: Tensor | None, preimage: Tensor | None) -> tuple[Tensor, Tensor]:
-        if type(self) is not Spline:
-            return self._plain_inverse(z, cast(Tensor, context))
-        return _by_hand.forward(Inverse(Form(self.bins, self.bound)), self._plain_inverse, z, cast(Tensor, context))
+        hand = Inverse(Form(self.bins, self.bound)) if type(self) is Spline else None
+        return _by_hand.forward(hand, self._plain_inverse, z, cast(Tensor, context))
 
     def _plain_inverse(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         return _unmap(z, *self._knots(z, context), self.bound)

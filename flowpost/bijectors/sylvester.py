@@ -221,10 +221,9 @@ class Sylvester(Bijector):
         return make(v, self.rank, long=True)
 
     def _forward(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        if type(self) is not Sylvester:  # a subclass may have numbers of its own
-            return self._plain_forward(z, cast(Tensor, context))
         form = Form(self.dim, self.rank, self.reflections, _REACH, self._halves)
-        return _by_hand.forward(form, self._plain_forward, z, cast(Tensor, context))
+        hand = form if type(self) is Sylvester else None  # a subclass may have numbers of its own
+        return _by_hand.forward(hand, self._plain_forward, z, cast(Tensor, context))
 
     def _plain_forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         return sylvester(z, *self._numbers(z, context))
