@@ -235,6 +235,40 @@ def test_the_way_back_by_hand_is_autograd_s(direction: str, batch: tuple[int, ..
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12 * size * math.exp(min(steep, 12.0)))
 
 
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_an_infinite_gradient_outside_reaches_no_number_of_the_context(direction: str) -> None:
+    step, _, context = draw(2)
+    context.requires_grad_()
+    z = torch.tensor([[800.0, 0.5, 1.0], [0.1, 0.2, 0.3]], dtype=torch.float64, requires_grad=True)
+    image, _ = {"forward": step, "inverse": step.inverse}[direction](z, context)
+    of_z, of_context = torch.autograd.grad(image.exp().sum(), (z, context))
+    assert of_z.isinf().nonzero().tolist() == [[0, 0]]
+    assert of_context.isfinite().all()
+    assert (of_context[0].view(-1, 3)[:, 0] == 0).all()
+
+
+@pytest.mark.parametrize("end", [0, -1])
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_an_infinite_number_of_a_slope_is_bounded(value: float, end: int) -> None:
+    step, z, context = draw(20)
+    slopes = context.view(20, -1, 3)[:, 2 * BINS :]
+    slopes[:, end] = value
+    for node, plain in ((step, step._plain_forward), (step.inverse, step._plain_inverse)):
+        torch.testing.assert_close(node(z, context), plain(z, context), rtol=1e-9, atol=1e-9)
+
+
+def test_what_inference_mode_made_is_trained_on() -> None:
+    with torch.inference_mode():
+        step, z, context = draw(4)
+    for which in (0, 1):
+        given = [each.clone() for each in (z, context)]
+        expected = torch.autograd.grad(step(*(each.requires_grad_() for each in given))[1].sum(), given)[which]
+        inputs = [z, context]
+        inputs[which] = given[which].detach().requires_grad_()
+        (found,) = torch.autograd.grad(step(*inputs)[1].sum(), inputs[which])
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_one_node_for_one_point_an_example_alone() -> None:
     """And for our own map: a subclass may have another."""
 

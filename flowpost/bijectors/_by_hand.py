@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowpost.numerics.replayed import replay, replays
-from flowpost.numerics.watchers import full_precision, unwatched
+from flowpost.numerics.watchers import full_precision, recordable, unwatched
 
 Ctx = Any  # of an autograd function: torch types it without what it stores
 Plain = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -36,6 +36,8 @@ def forward(hand: Hand | None, plain: Plain, z: Tensor, context: Tensor) -> tupl
     """The image and the log-det; by the plain operations where the node does not fit, or there is none."""
     if hand is None or not fits(z, context):
         return plain(z, context)
+    if torch.is_grad_enabled():
+        z, context = recordable(z), recordable(context)
     if z.ndim == 2:
         return cast("tuple[Tensor, Tensor]", _Pass.apply(hand, plain, z, context))
     rows = [each.reshape(-1, each.shape[-1]) for each in (z, context)]

@@ -25,7 +25,7 @@ from flowpost.numerics.sums import cumulated
 
 
 class _Bin(NamedTuple):
-    """Where a point is, in the wide dtype: what a pass and an inverse find alike."""
+    """Where a point is, all numbers in the wide dtype: what a pass and an inverse find alike."""
 
     free: Tensor
     """Widths, and heights, above their floor, ``(N, 2, bins, dim)``."""
@@ -42,7 +42,7 @@ class _Bin(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """What the way back needs, in the wide dtype."""
+    """What the way back needs, all numbers in the wide dtype."""
 
     free: Tensor
     """As the next four, of a `_Bin`."""
@@ -57,6 +57,8 @@ class _Kept(NamedTuple):
     r: Tensor
     q: Tensor
     slope: Tensor
+    inside: Tensor
+    """Where the spline is not the identity."""
 
 
 class _Sums(NamedTuple):
@@ -84,10 +86,6 @@ class Form(NamedTuple):
         """Where points are, in the wide dtype; of those outside, the nearer end."""
         return z.to(wide_dtype(z)).clamp(-self.bound, self.bound) + self.bound
 
-    def inside(self, z: Tensor) -> Tensor:
-        """Where the spline is not the identity."""
-        return z.abs() < self.bound
-
     def find(self, u: Tensor, context: Tensor, *, by: int) -> _Bin:
         """The bins of points, found in x, or with `by` 1 in y."""
         numbers = context.to(u.dtype).unflatten(-1, (3 * self.bins - 1, u.shape[-1]))
@@ -114,19 +112,19 @@ class Form(NamedTuple):
         q = torch.addcmul(sums.risen, r, sums.g)
         share = s / q
         slope = share * share * sums.m
-        image, inside = torch.addcdiv(found.low[:, 1], height * sums.risen, q) - self.bound, self.inside(z)
-        kept = [*_keep(found, size, t, r, q, slope), *sums]
+        image, inside = torch.addcdiv(found.low[:, 1], height * sums.risen, q) - self.bound, z.abs() < self.bound
+        kept = [*_keep(found, size, t, r, q, slope, inside), *sums]
         return torch.where(inside, image.to(z.dtype), z), _log_det(inside, slope), kept
 
     def gradients(
         self, z: Tensor, kept: Sequence[Tensor], grad: Tensor, grad_log_det: Tensor, *, of_context: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The gradients at z and at the context."""
-        count, inside = len(_Kept._fields), self.inside(z)
+        count = len(_Kept._fields)
         own, sums = _Kept(*kept[:count]), _Sums(*kept[count:])
-        at_log, at_image = grad_log_det.unsqueeze(-1) * inside, grad.to(own.q.dtype) * inside
+        at_log, at_image = grad_log_det.unsqueeze(-1) * own.inside, _of_image(own, grad)
         at_u = torch.addcmul(_of_log(own, sums, at_log), at_image, own.slope)
-        at_z = torch.where(inside, at_u.to(z.dtype), grad)
+        at_z = torch.where(own.inside, at_u.to(z.dtype), grad)
         return at_z, _of_numbers(self, own, sums, at_u, at_image, at_log).to(z.dtype) if of_context else None
 
 
@@ -156,25 +154,25 @@ class Inverse(NamedTuple):
         whole = t + r
         t, r = t / whole, r / whole
         q = torch.addcmul(s, d + e - double, t * r)
-        slope, inside = s * b / q, self.form.inside(z)
+        slope, inside = s * b / q, z.abs() < self.form.bound
         preimage = torch.addcmul(found.low[:, 0], width, t) - self.form.bound
-        kept = _keep(found, size, t, r, q, slope)
+        kept = _keep(found, size, t, r, q, slope, inside)
         return torch.where(inside, preimage.to(z.dtype), z), -_log_det(inside, slope), kept
 
     def gradients(
         self, z: Tensor, kept: Sequence[Tensor], grad: Tensor, grad_log_det: Tensor, *, of_context: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The gradients at z and at the context."""
-        form, own, inside = self.form, _Kept(*kept), self.form.inside(z)
+        form, own = self.form, _Kept(*kept)
         sums = _sums(own.ends, own.size[:, 1] / own.size[:, 0], own.t, own.r)
-        at_log, at_u = -grad_log_det.unsqueeze(-1) * inside, grad.to(own.q.dtype) * inside
+        at_log, at_u = -grad_log_det.unsqueeze(-1) * own.inside, _of_image(own, grad)
         at_v = (at_u + _of_log(own, sums, at_log)) / own.slope
-        at_z = torch.where(inside, at_v.to(z.dtype), grad)
+        at_z = torch.where(own.inside, at_v.to(z.dtype), grad)
         return at_z, _of_numbers(form, own, sums, -at_u, -at_v, at_log).to(z.dtype) if of_context else None
 
 
-def _keep(found: _Bin, size: Tensor, t: Tensor, r: Tensor, q: Tensor, slope: Tensor) -> _Kept:
-    return _Kept(found.free, found.place, found.low, found.bent, found.ends, size, t, r, q, slope)
+def _keep(found: _Bin, size: Tensor, t: Tensor, r: Tensor, q: Tensor, slope: Tensor, inside: Tensor) -> _Kept:
+    return _Kept(found.free, found.place, found.low, found.bent, found.ends, size, t, r, q, slope, inside)
 
 
 def _sums(ends: Tensor, s: Tensor, t: Tensor, r: Tensor) -> _Sums:
@@ -187,6 +185,11 @@ def _log_det(inside: Tensor, slope: Tensor) -> Tensor:
     return (inside * slope.log()).sum(-1)  # a product: what is nan in a context shows outside too
 
 
+def _of_image(kept: _Kept, grad: Tensor) -> Tensor:
+    """The gradient at what comes out of the bins; outside nothing does, be it infinite."""
+    return torch.where(kept.inside, grad.to(kept.q.dtype), 0.0)
+
+
 def _of_log(kept: _Kept, sums: _Sums, at_log: Tensor) -> Tensor:
     """The gradient at u of the log of the slope, the bin held fixed."""
     (width, height), (d, e) = kept.size.unbind(1), kept.ends.unbind(1)
@@ -197,7 +200,7 @@ def _of_log(kept: _Kept, sums: _Sums, at_log: Tensor) -> Tensor:
 
 def _of_numbers(form: Form, kept: _Kept, sums: _Sums, at_u: Tensor, at_image: Tensor, at_log: Tensor) -> Tensor:
     """The gradient at a context, u held fixed, from those at u, at the image and at the log of the slope."""
-    free, place, low, bent, ends, size, t, r, q, _ = kept
+    free, place, low, bent, ends, size, t, r, q = kept[:9]
     (width, height), (d, e) = size.unbind(1), ends.unbind(1)
     s, product, t2, r2 = height / width, t * r, t * t, r * r
     by_m, by_q, by_rise = at_log / sums.m, 2 * at_log / q, at_image * height / q
