@@ -82,7 +82,7 @@ class Form(NamedTuple):
         """The least width or height of a bin."""
         return 2 * self.bound * SHARE
 
-    def place(self, z: Tensor) -> Tensor:
+    def position(self, z: Tensor) -> Tensor:
         """Where points are, in the wide dtype; of those outside, the nearer end."""
         return z.to(wide_dtype(z)).clamp(-self.bound, self.bound) + self.bound
 
@@ -103,7 +103,7 @@ class Form(NamedTuple):
 
     def values(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """z', the log-det in the wide dtype, and what `gradients` needs."""
-        u = self.place(z)
+        u = self.position(z)
         found = self.find(u, context, by=0)
         size = found.high - found.low
         width, height = size.unbind(1)
@@ -141,7 +141,7 @@ class Inverse(NamedTuple):
 
     def values(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor, _Kept]:
         """The preimage, the log-det of the inverse, and what `gradients` needs."""
-        v = self.form.place(z)
+        v = self.form.position(z)
         found = self.form.find(v, context, by=1)
         size = found.high - found.low
         (width, height), (d, e) = size.unbind(1), found.ends.unbind(1)

@@ -1,7 +1,7 @@
 """A Sylvester step's pass and its way back, written out.
 
-With many variables such a step is bound by the squares that its operations write. Here what is as large as R1 and R2 is
-made and used up a few examples at a time.
+With many variables such a step is bound by the squares that its operations write. Here one is kept, the bounded numbers
+of both R1 and R2, and on a CPU all others are made and used up a few examples at a time.
 """
 
 from __future__ import annotations

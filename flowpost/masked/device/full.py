@@ -68,7 +68,7 @@ def evaluate(net: MADE, z: Tensor, start: Tensor, group: Parameters) -> tuple[Te
     """The numbers ``(*batch, outputs * dim)``, and the hidden layers' values ``(N, width)``; `start` may be reused."""
     known, deep = KNOWN[net.activation], len(group.weights) > 1
     # To autograd, all links' starts change together, while the numbers must stay as the step has seen them.
-    y = _first(z, start if deep else start.clone(), group.weights[0])
+    y = _first(z, start, group.weights[0], over=deep)
     hidden = [known.run(y)] if deep else []
     for weight, bias in zip(group.weights[1:-1], group.biases[1:-1], strict=True):
         hidden.append(_layer(known, hidden[-1], weight, bias))
@@ -178,13 +178,14 @@ def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return found
 
 
-def _first(z: Tensor, start: Tensor, weight: Tensor) -> Tensor:
-    """The first layer's sums ``(N, width)``."""
+def _first(z: Tensor, start: Tensor, weight: Tensor, *, over: bool) -> Tensor:
+    """The first layer's sums ``(N, width)``; `over` the start, where it can be."""
     x, batch = as_dtype(rows(z), weight.dtype), z.shape[:-1]
     if start.ndim == 1:
         return torch.addmm(start, x, weight.t())
     if start.shape[:-1] == batch:
-        return start.flatten(0, -2).addmm_(x, weight.t())
+        first = start.flatten(0, -2)
+        return first.addmm_(x, weight.t()) if over else torch.addmm(first, x, weight.t())
     y = x @ weight.t()
     y.view(*batch, y.shape[-1]).add_(start)
     return y
