@@ -36,31 +36,31 @@ def replay(
         needs: which of them a gradient is asked for.
         grads: at the outputs.
     """
+    wanted = [each for each, need in zip(inputs, needs, strict=True) if need and each is not None]
+
+    def of_wanted(*own: Tensor) -> tuple[Tensor, ...]:
+        given = iter(own)
+        return tuple(function(*(next(given) if need else each for each, need in zip(inputs, needs, strict=True))))
+
+    # A transform would not see what autograd alone records.
+    pull = _by_autograd if unwatched(grads[0]) else _by_transform
+    with full_precision(grads[0].device.type):
+        found = iter(pull(of_wanted, wanted, grads))
+    return [next(found) if need else None for need in needs]
+
+
+def _by_autograd(
+    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], grads: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
     recorded = torch.is_grad_enabled()
-    if not unwatched(grads[0]):
-        return _by_transform(function, inputs, needs, grads)
-    with torch.enable_grad(), full_precision(grads[0].device.type):
-        own = [None if each is None else each.view_as(each) for each in inputs]
+    with torch.enable_grad():
+        own = [each.view_as(each) for each in inputs]
         pairs = [(output, grad) for output, grad in zip(function(*own), grads, strict=True) if output.requires_grad]
         outputs, slopes = zip(*pairs, strict=True)
-        wanted = [each for each, need in zip(own, needs, strict=True) if need and each is not None]
-        found = iter(torch.autograd.grad(outputs, wanted, slopes, create_graph=recorded, allow_unused=True))
-    return [next(found) if need else None for need in needs]
+        return torch.autograd.grad(outputs, own, slopes, create_graph=recorded, allow_unused=True)
 
 
 def _by_transform(
-    function: Callable[..., Sequence[Tensor]],
-    inputs: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    grads: Sequence[Tensor],
-) -> list[Tensor | None]:
-    """The same where a transform would not see what autograd alone records."""
-
-    def of_needed(*needed: Tensor) -> tuple[Tensor, ...]:
-        given = iter(needed)
-        return tuple(function(*(next(given) if need else each for each, need in zip(inputs, needs, strict=True))))
-
-    with full_precision(grads[0].device.type):
-        wanted = [each for each, need in zip(inputs, needs, strict=True) if need and each is not None]
-        found = iter(torch.func.vjp(of_needed, *wanted)[1](tuple(grads)))
-    return [next(found) if need else None for need in needs]
+    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], grads: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    return torch.func.vjp(function, *inputs)[1](tuple(grads))
